@@ -1,0 +1,1 @@
+//! What is said: kubevirt.io types, CRDs, defaults, validation (pure)

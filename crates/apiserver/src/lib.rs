@@ -1,0 +1,1 @@
+//! The front door: TLS, authn, authz, admission, generic REST and watch streams

@@ -1,0 +1,1 @@
+//! What to do: every controller's decisions as pure functions

@@ -1,0 +1,2 @@
+//! The `godwit` binary: argument parsing and wiring, nothing else.
+fn main() {}

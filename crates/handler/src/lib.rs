@@ -1,0 +1,1 @@
+//! One node: both ends of a migration, channels, VM networks, heartbeat

@@ -1,0 +1,1 @@
+//! OCI images: a local store, building, importing and pulling

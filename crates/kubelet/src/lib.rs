@@ -1,0 +1,1 @@
+//! Pods here: runs pods as processes in network namespaces

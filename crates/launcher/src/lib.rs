@@ -1,0 +1,1 @@
+//! One VM: owns one QEMU and serves a small local RPC

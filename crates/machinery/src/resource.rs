@@ -1,0 +1,72 @@
+//! The table of kinds: everything that the generic REST handlers, discovery and OpenAPI need to know about one resource.
+
+use crate::schema::Schema;
+use std::sync::Arc;
+
+/// Group and version.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct GroupVersion {
+    /// Empty for the core group.
+    pub group: String,
+    /// Such as `v1`.
+    pub version: String,
+}
+
+/// One served version of one resource.
+#[derive(Debug, Clone)]
+pub struct Resource {
+    /// Group and version.
+    pub gv: GroupVersion,
+    /// `Pod`
+    pub kind: String,
+    /// `PodList`
+    pub list_kind: String,
+    /// `pods`
+    pub plural: String,
+    /// `pod`
+    pub singular: String,
+    /// `po`
+    pub short_names: Vec<String>,
+    /// `all`
+    pub categories: Vec<String>,
+    /// false: cluster-scoped
+    pub namespaced: bool,
+    /// Has `/status`: then main writes leave status alone and status writes leave the rest alone.
+    pub status_subresource: bool,
+    /// Extra subresources served for it, such as `log`, `binding`, `eviction`.
+    pub subresources: Vec<String>,
+    /// Schema of the whole object.
+    pub schema: Arc<Schema>,
+    /// What `kubectl get` shows.
+    pub columns: Columns,
+    /// Sent as `Warning:` on every use of this version.
+    pub deprecation_warning: Option<String>,
+    /// Built-ins take strategic merge patches, custom resources do not.
+    pub builtin: bool,
+}
+
+/// How rows of a table are made.
+#[derive(Debug, Clone)]
+pub enum Columns {
+    /// Built-in printer for this kind; unknown kinds print Name and Age.
+    Builtin,
+    /// A CRD's `additionalPrinterColumns`.
+    Custom(Vec<Column>),
+}
+
+/// One `additionalPrinterColumns` entry.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Column {
+    /// Heading as written in the CRD.
+    pub name: String,
+    /// `string`, `integer`, `number`, `boolean`, `date`.
+    pub ty: String,
+    /// `date-time` and such, or empty.
+    pub format: String,
+    /// For `kubectl get` help.
+    pub description: String,
+    /// 0 shown always, more only with `-o wide`.
+    pub priority: i32,
+    /// `.status.phase`
+    pub json_path: String,
+}

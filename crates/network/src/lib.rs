@@ -1,0 +1,1 @@
+//! Links, namespaces, taps and address translation over netlink; knows no Kubernetes

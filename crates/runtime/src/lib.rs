@@ -1,0 +1,1 @@
+//! The shell around control: informers, queues, effects, leases, events over kube::Client

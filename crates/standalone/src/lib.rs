@@ -1,0 +1,1 @@
+//! The one-machine cluster: fabric, certificates, processes, demo

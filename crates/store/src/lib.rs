@@ -1,0 +1,1 @@
+//! Revisions: an embedded, crash-safe, watchable object store
