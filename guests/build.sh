@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# Builds the demo guest: the kernel of Debian's linux-image-cloud (unpacked, never installed) and an initramfs with our
+# init, busybox and the virtio drivers. Usage: guests/build.sh OUT_DIR   -> OUT_DIR/vmlinuz, OUT_DIR/initrd
+set -euo pipefail
+out=$(mkdir -p "$1" && cd "$1" && pwd)
+root=$(cd "$(dirname "$0")/.." && pwd)
+cd "$root"
+
+# 1. The init: static, so that the initramfs needs no libc. --target keeps the flag away from build scripts.
+RUSTFLAGS="${RUSTFLAGS:-} -C target-feature=+crt-static" cargo build --quiet --release --locked \
+    --target x86_64-unknown-linux-gnu --target-dir "${CARGO_TARGET_DIR:-target}/guest" -p godwit-guest-init
+init=${CARGO_TARGET_DIR:-target}/guest/x86_64-unknown-linux-gnu/release/godwit-guest-init
+
+# 2. The kernel, downloaded once.
+if [ ! -s "$out/vmlinuz" ] || [ ! -d "$out/kernel" ]; then
+    package=$(apt-cache depends linux-image-cloud-amd64 | sed -n 's/.*Depends: \(linux-image-[^ ]*\).*/\1/p' | head -n 1)
+    [ -n "$package" ] || { echo "guests/build.sh: apt knows no linux-image-cloud-amd64; run 'apt-get update'" >&2; exit 1; }
+    scratch=$(mktemp -d)
+    trap 'rm -rf "$scratch"' EXIT
+    echo "guest: unpacking $package (not installing it)"
+    (cd "$scratch" && apt-get -qq -o APT::Sandbox::User=root download "$package" && dpkg-deb -x ./*.deb .)
+    rm -rf "$out/kernel"
+    mkdir -p "$out/kernel"
+    mv "$scratch"/lib/modules/* "$out/kernel/modules"
+    mv "$scratch"/boot/vmlinuz-* "$out/vmlinuz"
+fi
+
+# 3. The initramfs. The order is the order of loading: virtio needs virtio_ring, virtio_net needs net_failover, and so on.
+modules="virtio_ring virtio virtio_pci_legacy_dev virtio_pci_modern_dev virtio_pci failover net_failover virtio_net
+         virtio_console virtio_balloon rng-core virtio-rng virtio_blk button evdev"
+tree=$(mktemp -d)
+trap 'rm -rf "$tree" ${scratch:+"$scratch"}' EXIT
+mkdir -p "$tree"/{bin,dev,proc,sys,tmp,modules,etc}
+install -m 0755 "$init" "$tree/init"
+install -m 0755 /bin/busybox "$tree/bin/busybox"
+ln -s busybox "$tree/bin/sh"
+for name in $modules; do
+    file=$(find "$out/kernel/modules" -name "$name.ko" -o -name "$name.ko.xz" | head -n 1)
+    case "$file" in
+        '') continue ;;
+        *.xz) xz -dc "$file" >"$tree/modules/$name.ko" ;;
+        *) cp "$file" "$tree/modules/$name.ko" ;;
+    esac
+    echo "$name.ko" >>"$tree/modules/order"
+done
+cat >"$tree/dhcp.sh" <<'DHCP'
+#!/bin/sh
+# udhcpc's hook: take the lease that was offered.
+[ "$1" = bound ] || [ "$1" = renew ] || exit 0
+busybox ip addr flush dev "$interface"
+busybox ip addr add "$ip/${mask:-24}" dev "$interface"
+[ -z "$router" ] || busybox ip route replace default via "${router%% *}"
+DHCP
+chmod 0755 "$tree/dhcp.sh"
+(cd "$tree" && find . | busybox cpio -o -H newc 2>/dev/null | gzip -1) >"$out/initrd.new"
+mv "$out/initrd.new" "$out/initrd"
+echo "guest: $out/vmlinuz $(du -h "$out/vmlinuz" | cut -f1), $out/initrd $(du -h "$out/initrd" | cut -f1)"

@@ -1,0 +1,121 @@
+//! The part of the QEMU guest agent's protocol that a control plane needs to know a guest: addresses, names, power-off.
+//! (https://qemu.readthedocs.io/en/latest/interop/qemu-ga-ref.html)
+
+use nix::ifaddrs::getifaddrs;
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::fs::OpenOptions;
+use std::io::{BufRead, BufReader, Write};
+use std::time::Duration;
+
+const PORT_NAME: &str = "org.qemu.guest_agent.0";
+
+/// Serves the agent channel for ever; without one, returns.
+pub fn serve(hostname: &str) {
+    let Some(path) = find_port() else { return };
+    loop {
+        if let Ok(port) = OpenOptions::new().read(true).write(true).open(&path)
+            && let Ok(mut answers) = port.try_clone()
+        {
+            for line in BufReader::new(port).split(b'\n').map_while(Result::ok) {
+                answer(&line, hostname, &mut answers);
+            }
+        }
+        // Nobody at the other end: reads end at once until a host connects.
+        std::thread::sleep(Duration::from_millis(200));
+    }
+}
+
+fn find_port() -> Option<String> {
+    for _ in 0..25 {
+        for entry in std::fs::read_dir("/sys/class/virtio-ports").into_iter().flatten().flatten() {
+            let name = std::fs::read_to_string(entry.path().join("name")).unwrap_or_default();
+            if name.trim() == PORT_NAME {
+                return Some(format!("/dev/{}", entry.file_name().to_string_lossy()));
+            }
+        }
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    None
+}
+
+fn answer(line: &[u8], hostname: &str, out: &mut impl Write) {
+    // guest-sync-delimited is preceded by 0xFF so that a parser can find its way back.
+    let text: Vec<u8> = line.iter().copied().filter(|byte| *byte != 0xFF).collect();
+    let Ok(request) = serde_json::from_slice::<Value>(&text) else { return };
+    let command = request["execute"].as_str().unwrap_or_default();
+    let reply = match command {
+        "guest-sync" | "guest-sync-delimited" => json!({"return": request["arguments"]["id"]}),
+        "guest-ping" => json!({"return": {}}),
+        "guest-info" => json!({"return": {"version": env!("CARGO_PKG_VERSION"), "supported_commands": supported()}}),
+        "guest-get-host-name" => json!({"return": {"host-name": hostname}}),
+        "guest-network-get-interfaces" => json!({"return": interfaces()}),
+        "guest-get-osinfo" => json!({"return": os_info()}),
+        "guest-get-timezone" => json!({"return": {"zone": "UTC", "offset": 0}}),
+        "guest-get-users" | "guest-get-fsinfo" => json!({"return": []}),
+        "guest-shutdown" => {
+            crate::boot::power_off();
+            return;
+        }
+        other => json!({"error": {"class": "CommandNotFound", "desc": format!("The command {other} has not been found")}}),
+    };
+    let mut bytes = reply.to_string().into_bytes();
+    bytes.push(b'\n');
+    if command == "guest-sync-delimited" {
+        bytes.insert(0, 0xFF);
+    }
+    let _ = out.write_all(&bytes);
+}
+
+fn supported() -> Value {
+    [
+        "guest-sync",
+        "guest-sync-delimited",
+        "guest-ping",
+        "guest-info",
+        "guest-get-host-name",
+        "guest-network-get-interfaces",
+        "guest-get-osinfo",
+        "guest-get-timezone",
+        "guest-get-users",
+        "guest-get-fsinfo",
+        "guest-shutdown",
+    ]
+    .iter()
+    .map(|name| json!({"name": name, "enabled": true, "success-response": *name != "guest-shutdown"}))
+    .collect()
+}
+
+fn os_info() -> Value {
+    let Ok(system) = nix::sys::utsname::uname() else { return json!({}) };
+    json!({
+        "id": "godwit", "name": "Godwit demo guest", "pretty-name": "Godwit demo guest",
+        "version": env!("CARGO_PKG_VERSION"), "version-id": env!("CARGO_PKG_VERSION"),
+        "kernel-release": system.release().to_string_lossy(), "kernel-version": system.version().to_string_lossy(),
+        "machine": system.machine().to_string_lossy(),
+    })
+}
+
+fn interfaces() -> Value {
+    let mut found: BTreeMap<String, (String, Vec<Value>)> = BTreeMap::new();
+    for item in getifaddrs().into_iter().flatten() {
+        let entry = found.entry(item.interface_name.clone()).or_default();
+        let Some(address) = item.address else { continue };
+        let bits = |octets: &[u8]| octets.iter().map(|o| o.count_ones()).sum::<u32>();
+        if let Some(ip) = address.as_sockaddr_in() {
+            let prefix =
+                item.netmask.and_then(|m| m.as_sockaddr_in().map(|m| bits(&m.ip().octets()))).unwrap_or(32);
+            entry.1.push(json!({"ip-address": ip.ip().to_string(), "ip-address-type": "ipv4", "prefix": prefix}));
+        } else if let Some(ip) = address.as_sockaddr_in6() {
+            let prefix =
+                item.netmask.and_then(|m| m.as_sockaddr_in6().map(|m| bits(&m.ip().octets()))).unwrap_or(128);
+            entry.1.push(json!({"ip-address": ip.ip().to_string(), "ip-address-type": "ipv6", "prefix": prefix}));
+        } else if let Some(mac) = address.as_link_addr().and_then(nix::sys::socket::LinkAddr::addr) {
+            entry.0 = mac.map(|octet| format!("{octet:02x}")).join(":");
+        }
+    }
+    found
+        .into_iter()
+        .map(|(name, (mac, addresses))| json!({"name": name, "hardware-address": mac, "ip-addresses": addresses}))
+        .collect()
+}

@@ -1,0 +1,74 @@
+//! The guest's sign of life: one line a second on the console and the same facts as JSON on port 80.
+
+use crate::memory::Memory;
+use nix::time::{ClockId, clock_gettime};
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, TcpListener};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+/// What the guest says of itself.
+#[derive(Clone)]
+pub struct Facts {
+    hostname: String,
+    /// Random, made once at boot: another token is another life.
+    token: String,
+    beats: Arc<AtomicU64>,
+    memory: Arc<Memory>,
+}
+
+impl Facts {
+    /// Facts of a guest that has just booted.
+    pub fn new(hostname: String, memory: Arc<Memory>) -> Self {
+        let token = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+        Self { hostname, token: token.trim().to_owned(), beats: Arc::default(), memory }
+    }
+
+    fn json(&self) -> serde_json::Value {
+        serde_json::json!({
+            "hostname": self.hostname,
+            "token": self.token,
+            "beat": self.beats.load(Ordering::Acquire),
+            "uptimeMilliseconds": uptime_ms(),
+            "checksum": format!("{:016x}", self.memory.checksum.load(Ordering::Acquire)),
+            "verifiedPages": self.memory.verified.load(Ordering::Acquire),
+            "corruptPages": self.memory.corrupt.load(Ordering::Acquire),
+        })
+    }
+}
+
+fn uptime_ms() -> i64 {
+    clock_gettime(ClockId::CLOCK_BOOTTIME).map(|t| t.tv_sec() * 1000 + t.tv_nsec() / 1_000_000).unwrap_or(0)
+}
+
+/// Beats once a second, for ever.
+pub fn forever(facts: &Facts) -> ! {
+    loop {
+        println!("beat {}", facts.json());
+        let _ = std::io::stdout().flush();
+        std::thread::sleep(Duration::from_secs(1));
+        facts.beats.fetch_add(1, Ordering::AcqRel);
+    }
+}
+
+/// Answers every HTTP request with the facts.
+pub fn serve(facts: &Facts) {
+    let listener = loop {
+        match TcpListener::bind((Ipv4Addr::UNSPECIFIED, 80)) {
+            Ok(listener) => break listener,
+            Err(_) => std::thread::sleep(Duration::from_millis(500)),
+        }
+    };
+    for mut stream in listener.incoming().flatten() {
+        let _ = stream.set_read_timeout(Some(Duration::from_secs(2)));
+        let mut request = [0_u8; 2048];
+        let _ = stream.read(&mut request);
+        let body = facts.json().to_string();
+        let _ = write!(
+            stream,
+            "HTTP/1.0 200 OK\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
+            body.len()
+        );
+    }
+}

@@ -1,0 +1,33 @@
+//! Process 1 of the demo guest. It is all that runs there: it loads the virtio drivers, gives `eth0` its address,
+//! fills memory with a pattern that it verifies for ever, beats once a second on the console, answers HTTP with the
+//! same facts on port 80, and speaks enough of the QEMU guest agent's protocol to report its addresses.
+//!
+//! Kernel command line: `godwit.ip=ADDR/PREFIX`, `godwit.gw=ADDR`, `godwit.hostname=NAME`, `godwit.wss=MiB` (memory kept
+//! and verified, default 16), `godwit.dirty=MiB/s` (rate of rewriting it, default 1).
+
+mod agent;
+mod beat;
+mod boot;
+mod memory;
+mod net;
+
+use std::thread;
+
+fn main() {
+    boot::mount_all();
+    let options = boot::Options::from_command_line();
+    boot::load_modules();
+    boot::set_hostname(&options.hostname);
+    if let Err(error) = net::configure(&options) {
+        println!("net: {error}");
+    }
+    let memory = memory::start(options.working_set_mib, options.dirty_mib_per_second);
+    let facts = beat::Facts::new(options.hostname.clone(), memory);
+    let served = facts.clone();
+    thread::spawn(move || beat::serve(&served));
+    let hostname = options.hostname.clone();
+    thread::spawn(move || agent::serve(&hostname));
+    thread::spawn(boot::power_button);
+    thread::spawn(boot::reap);
+    beat::forever(&facts);
+}
