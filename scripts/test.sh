@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Runs the tests. Usage: scripts/test.sh [all|unit|e2e]
+# Unit tests run in parallel; end-to-end tests start whole clusters and run few at a time.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+which=${1:-all}
+if [ "$(id -u)" -ne 0 ]; then
+    echo "test: needs root (network namespaces, QEMU with taps): try sudo make test" >&2
+    exit 1
+fi
+runner() {
+    if command -v cargo-nextest >/dev/null; then
+        cargo nextest run --locked --no-fail-fast "$@"
+    else
+        echo "test: no cargo-nextest, using cargo test"
+        cargo test --locked --no-fail-fast "$@"
+    fi
+}
+kubectls=$(ls /usr/lib/google-cloud-sdk/bin/kubectl.1.* 2>/dev/null || true)
+if [ -z "$kubectls" ] && ! command -v kubectl >/dev/null; then
+    echo "test: no kubectl found; the tests that drive a real kubectl will say that they were skipped"
+fi
+case "$which" in
+    unit) runner --workspace --exclude godwit ;;
+    e2e) runner -p godwit ;;
+    all)
+        runner --workspace --exclude godwit
+        runner -p godwit
+        ;;
+    *)
+        echo "usage: scripts/test.sh [all|unit|e2e]" >&2
+        exit 2
+        ;;
+esac
