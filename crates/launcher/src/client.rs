@@ -1,0 +1,302 @@
+//! The handler's end of the launcher RPC.
+
+use crate::rpc::{self, ErrorBody, Refusal};
+use bytes::Bytes;
+use http::{Method, Request, StatusCode};
+use http_body_util::{BodyExt, Full};
+use hyper::body::Incoming;
+use hyper_util::rt::TokioIo;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use tokio::net::UnixStream;
+
+/// Why a call did not give an answer.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Nobody listens on the socket: the launcher has not started yet, or is gone.
+    #[error("the launcher does not answer on {socket}: {source}")]
+    Connect {
+        /// The socket.
+        socket: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The launcher took too long. What was ordered may or may not have happened; ask for the state.
+    #[error("the launcher did not answer {call} within {after:?}; ask for its state before ordering again")]
+    Timeout {
+        /// The call.
+        call: String,
+        /// How long was waited.
+        after: Duration,
+    },
+    /// The connection broke in the middle of a call.
+    #[error("the connection to the launcher broke during {call}: {message}")]
+    Broken {
+        /// The call.
+        call: String,
+        /// What went wrong.
+        message: String,
+    },
+    /// The launcher refused the order.
+    #[error("the launcher refused {call}: {message}")]
+    Refused {
+        /// The call.
+        call: String,
+        /// For a program.
+        reason: Refusal,
+        /// For a person.
+        message: String,
+    },
+    /// The answer is not what this build understands.
+    #[error("the launcher's answer to {call} cannot be read: {message}")]
+    Unreadable {
+        /// The call.
+        call: String,
+        /// What is wrong with it.
+        message: String,
+    },
+}
+
+impl Error {
+    /// The launcher's reason, when it refused.
+    pub fn refusal(&self) -> Option<Refusal> {
+        match self {
+            Error::Refused { reason, .. } => Some(*reason),
+            _ => None,
+        }
+    }
+}
+
+/// Calls one launcher. Cheap to clone; each call is a connection of its own, so calls never wait for each other.
+#[derive(Clone, Debug)]
+pub struct Client {
+    socket: PathBuf,
+    timeout: Duration,
+}
+
+/// Long enough for a QEMU to start on a busy machine, short enough to notice a launcher that hangs.
+const TIMEOUT: Duration = Duration::from_secs(30);
+/// Most bytes of one answer or one line of the stream.
+const MAX_BODY: usize = 8 << 20;
+
+impl Client {
+    /// A client of the launcher behind this socket (`launcher.sock`). Does not connect yet.
+    ///
+    /// A path of 108 bytes or more does not fit a unix socket address; it is then reached through `/proc/self/fd`.
+    pub fn new(socket: impl Into<PathBuf>) -> Self {
+        Client { socket: socket.into(), timeout: TIMEOUT }
+    }
+
+    /// The same with another limit on how long a call may take (the stream of `watch` is not limited).
+    pub fn with_timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = timeout;
+        self
+    }
+
+    /// The socket.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// The whole truth about the VM.
+    pub async fn state(&self) -> Result<rpc::State, Error> {
+        self.call(Method::GET, rpc::STATE, None::<&()>).await
+    }
+
+    /// QEMU's events, in order.
+    pub async fn events(&self) -> Result<Vec<rpc::EventRecord>, Error> {
+        self.call(Method::GET, rpc::EVENTS, None::<&()>).await
+    }
+
+    /// The state now and after each change, until the launcher ends.
+    pub async fn watch(&self) -> Result<Watch, Error> {
+        let call = format!("GET {}", rpc::WATCH);
+        let response = self.limited(&call, self.send(&call, Method::GET, rpc::WATCH, Bytes::new())).await?;
+        let response = self.checked(&call, response).await?;
+        Ok(Watch { body: response.into_body(), buffer: Vec::new(), call })
+    }
+
+    /// Define and start the VM.
+    pub async fn start(&self, order: &rpc::VmOrder) -> Result<rpc::State, Error> {
+        self.call(Method::PUT, rpc::VM, Some(order)).await
+    }
+
+    /// Prepare to receive.
+    pub async fn prepare_target(&self, order: &rpc::TargetOrder) -> Result<rpc::TargetReady, Error> {
+        self.call(Method::PUT, rpc::MIGRATION_TARGET, Some(order)).await
+    }
+
+    /// Start the outgoing migration.
+    pub async fn migrate(&self, order: &rpc::SourceOrder) -> Result<rpc::State, Error> {
+        self.call(Method::PUT, rpc::MIGRATION_SOURCE, Some(order)).await
+    }
+
+    /// Cancel the outgoing migration. The state that comes back may already say `completed`: then it was too late.
+    pub async fn cancel(&self, migration_uid: &str) -> Result<rpc::State, Error> {
+        self.about(rpc::MIGRATION_CANCEL, migration_uid).await
+    }
+
+    /// Target: the source is stopped for good; run the guest.
+    pub async fn go(&self, migration_uid: &str) -> Result<rpc::State, Error> {
+        self.about(rpc::MIGRATION_GO, migration_uid).await
+    }
+
+    /// Target: the guest lives elsewhere; end this QEMU.
+    pub async fn abandon(&self, migration_uid: &str) -> Result<rpc::State, Error> {
+        self.about(rpc::MIGRATION_ABANDON, migration_uid).await
+    }
+
+    /// Shut the guest down. Answers once that has begun.
+    pub async fn shutdown(&self, grace: Duration) -> Result<rpc::State, Error> {
+        self.call(Method::POST, rpc::SHUTDOWN, Some(&rpc::ShutdownOrder { grace_seconds: grace.as_secs() })).await
+    }
+
+    /// Stop the guest's CPUs.
+    pub async fn pause(&self) -> Result<rpc::State, Error> {
+        self.call(Method::POST, rpc::PAUSE, None::<&()>).await
+    }
+
+    /// Let the guest's CPUs run again.
+    pub async fn unpause(&self) -> Result<rpc::State, Error> {
+        self.call(Method::POST, rpc::UNPAUSE, None::<&()>).await
+    }
+
+    async fn about<T: DeserializeOwned>(&self, path: &str, migration_uid: &str) -> Result<T, Error> {
+        self.call(Method::POST, path, Some(&rpc::MigrationRef { migration_uid: migration_uid.into() })).await
+    }
+
+    async fn call<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<&impl Serialize>,
+    ) -> Result<T, Error> {
+        let call = format!("{method} {path}");
+        let unreadable = |e: serde_json::Error| Error::Unreadable { call: call.clone(), message: e.to_string() };
+        let body = match body {
+            Some(body) => Bytes::from(serde_json::to_vec(body).map_err(unreadable)?),
+            None => Bytes::new(),
+        };
+        let bytes = self
+            .limited(&call, async {
+                let response = self.send(&call, method, path, body).await?;
+                let response = self.checked(&call, response).await?;
+                collect(&call, response.into_body()).await
+            })
+            .await?;
+        serde_json::from_slice(&bytes).map_err(unreadable)
+    }
+
+    async fn limited<T>(&self, call: &str, work: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+        match tokio::time::timeout(self.timeout, work).await {
+            Ok(result) => result,
+            Err(_) => Err(Error::Timeout { call: call.into(), after: self.timeout }),
+        }
+    }
+
+    async fn send(
+        &self,
+        call: &str,
+        method: Method,
+        path: &str,
+        body: Bytes,
+    ) -> Result<http::Response<Incoming>, Error> {
+        let broken = |e: &dyn std::fmt::Display| Error::Broken { call: call.into(), message: e.to_string() };
+        let stream =
+            connect(&self.socket).await.map_err(|source| Error::Connect { socket: self.socket.clone(), source })?;
+        let (mut sender, connection) =
+            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|e| broken(&e))?;
+        // Ends by itself with the last of the two: the sender (dropped below) or the body being read.
+        tokio::spawn(async move {
+            if let Err(error) = connection.await {
+                tracing::debug!(%error, "launcher connection ended");
+            }
+        });
+        let request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header(http::header::HOST, "launcher")
+            .header(http::header::CONTENT_TYPE, "application/json")
+            .body(Full::new(body))
+            .map_err(|e| broken(&e))?;
+        sender.send_request(request).await.map_err(|e| broken(&e))
+    }
+
+    async fn checked(&self, call: &str, response: http::Response<Incoming>) -> Result<http::Response<Incoming>, Error> {
+        let status = response.status();
+        if status.is_success() {
+            return Ok(response);
+        }
+        let bytes = collect(call, response.into_body()).await?;
+        let (reason, message) = match serde_json::from_slice::<ErrorBody>(&bytes) {
+            Ok(body) => (body.reason, body.message),
+            Err(_) => {
+                let reason = match status {
+                    StatusCode::NOT_FOUND | StatusCode::METHOD_NOT_ALLOWED => Refusal::NotFound,
+                    s if s.is_client_error() => Refusal::BadRequest,
+                    _ => Refusal::Failed,
+                };
+                (reason, format!("{status}: {}", String::from_utf8_lossy(&bytes)))
+            }
+        };
+        Err(Error::Refused { call: call.into(), reason, message })
+    }
+}
+
+/// The stream of states.
+#[derive(Debug)]
+pub struct Watch {
+    body: Incoming,
+    buffer: Vec<u8>,
+    call: String,
+}
+
+impl Watch {
+    /// The next state; `None` when the launcher has ended the stream, which it does only when it ends itself.
+    pub async fn next(&mut self) -> Result<Option<rpc::State>, Error> {
+        loop {
+            if let Some(end) = self.buffer.iter().position(|b| *b == b'\n') {
+                let rest = self.buffer.split_off(end + 1);
+                let line = std::mem::replace(&mut self.buffer, rest);
+                return serde_json::from_slice(&line)
+                    .map(Some)
+                    .map_err(|e| Error::Unreadable { call: self.call.clone(), message: e.to_string() });
+            }
+            if self.buffer.len() > MAX_BODY {
+                return Err(Error::Unreadable { call: self.call.clone(), message: "a line without end".into() });
+            }
+            match self.body.frame().await {
+                None => return Ok(None),
+                Some(Ok(frame)) => {
+                    if let Ok(data) = frame.into_data() {
+                        self.buffer.extend_from_slice(&data);
+                    }
+                }
+                Some(Err(e)) => return Err(Error::Broken { call: self.call.clone(), message: e.to_string() }),
+            }
+        }
+    }
+}
+
+async fn collect(call: &str, body: Incoming) -> Result<Bytes, Error> {
+    match http_body_util::Limited::new(body, MAX_BODY).collect().await {
+        Ok(collected) => Ok(collected.to_bytes()),
+        Err(e) => Err(Error::Broken { call: call.into(), message: e.to_string() }),
+    }
+}
+
+/// Connects, also where the path is too long for a socket address (`sun_path` holds 107 bytes; kubelet paths can be longer).
+async fn connect(socket: &Path) -> std::io::Result<UnixStream> {
+    use std::os::fd::AsRawFd;
+    if socket.as_os_str().len() < 108 {
+        return UnixStream::connect(socket).await;
+    }
+    let (Some(parent), Some(name)) = (socket.parent(), socket.file_name()) else {
+        return UnixStream::connect(socket).await;
+    };
+    let directory = std::fs::File::open(parent)?;
+    let short = PathBuf::from(format!("/proc/self/fd/{}", directory.as_raw_fd())).join(name);
+    UnixStream::connect(short).await
+}

@@ -1,0 +1,470 @@
+//! What passes between a launcher and its handler: facts out, orders in.
+//!
+//! HTTP/1.1 with JSON bodies over the unix socket `launcher.sock` (docs/architecture.md, "Launcher RPC"). Unknown members
+//! are ignored and new ones are optional, so that a handler and a launcher of different builds understand each other.
+
+/// Becomes `godwit_api`'s VirtualMachineInstance as soon as that crate has it.
+pub type VirtualMachineInstance = serde_json::Value;
+pub use godwit_qemu::accelerator::Accelerator;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+/// Path of [`State`].
+pub const STATE: &str = "/v1/state";
+/// Path of the NDJSON stream of [`State`].
+pub const WATCH: &str = "/v1/watch";
+/// Path of the QEMU events kept so far.
+pub const EVENTS: &str = "/v1/events";
+/// Path of [`VmOrder`].
+pub const VM: &str = "/v1/vm";
+/// Path of [`TargetOrder`].
+pub const MIGRATION_TARGET: &str = "/v1/migration/target";
+/// Path of [`SourceOrder`].
+pub const MIGRATION_SOURCE: &str = "/v1/migration/source";
+/// Path of the cancellation of an outgoing migration ([`MigrationRef`]).
+pub const MIGRATION_CANCEL: &str = "/v1/migration/cancel";
+/// Path of the go for a target ([`MigrationRef`]).
+pub const MIGRATION_GO: &str = "/v1/migration/go";
+/// Path of the end of a target that will not be needed ([`MigrationRef`]).
+pub const MIGRATION_ABANDON: &str = "/v1/migration/abandon";
+/// Path of [`ShutdownOrder`].
+pub const SHUTDOWN: &str = "/v1/shutdown";
+/// Path that stops the guest's CPUs.
+pub const PAUSE: &str = "/v1/pause";
+/// Path that lets the guest's CPUs run again.
+pub const UNPAUSE: &str = "/v1/unpause";
+
+/// A network interface of the guest, as the handler wired it in the pod's network namespace.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct InterfaceOrder {
+    /// The interface's name in the VMI (`spec.domain.devices.interfaces[].name`).
+    pub name: String,
+    /// The tap device, in the launcher's network namespace, that QEMU opens.
+    pub tap: String,
+    /// The guest's MAC address.
+    pub mac: String,
+    /// The MTU offered to the guest; none leaves the guest's default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mtu: Option<u32>,
+}
+
+/// What the handler knows about a volume and the VMI does not say.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct VolumeFacts {
+    /// Size of the claim in bytes: a missing `disk.img` on a persistentVolumeClaim is created sparse with this size.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub capacity_bytes: Option<u64>,
+}
+
+/// Define and start a VM (`PUT /v1/vm`). Idempotent for the same VMI uid.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct VmOrder {
+    /// The VMI as the API has it.
+    pub vmi: VirtualMachineInstance,
+    /// The wired interfaces, one for each interface of the VMI.
+    #[serde(default)]
+    pub interfaces: Vec<InterfaceOrder>,
+    /// By volume name.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub volumes: BTreeMap<String, VolumeFacts>,
+    /// The accelerator to use; none lets the launcher find out what this machine can do.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub accelerator: Option<Accelerator>,
+}
+
+/// Prepare to receive a VM (`PUT /v1/migration/target`). Never runs the guest. Idempotent for the same migration uid.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct TargetOrder {
+    /// UID of the VirtualMachineInstanceMigration.
+    pub migration_uid: String,
+    /// The VMI as the API has it.
+    pub vmi: VirtualMachineInstance,
+    /// The wired interfaces, one for each interface of the VMI, with the same MAC addresses as at the source.
+    #[serde(default)]
+    pub interfaces: Vec<InterfaceOrder>,
+    /// By volume name.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub volumes: BTreeMap<String, VolumeFacts>,
+    /// The source's accelerator ([`State::accelerator`]). A target whose machine cannot offer it refuses, because a stream
+    /// from one accelerator does not run under the other. None: the launcher finds out what its machine can do.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub accelerator: Option<Accelerator>,
+    /// The source's machine type with its version ([`State::machine_type`], for example `pc-q35-7.2`). None: the VMI's
+    /// `status.machine.type`, and without that the same default as the source took.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub machine_type: Option<String>,
+}
+
+/// Where a target receives.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct TargetReady {
+    /// Name, within the directory of `launcher.sock`, of the unix socket on which the target's QEMU accepts the memory stream.
+    pub socket: String,
+    /// The same for the blocks of disks that are not shared (NBD); none when every disk is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub blocks_socket: Option<String>,
+}
+
+/// Start the outgoing migration (`PUT /v1/migration/source`), once for a migration uid.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct SourceOrder {
+    /// UID of the VirtualMachineInstanceMigration.
+    pub migration_uid: String,
+    /// Name, within the directory of `launcher.sock`, of the unix socket to which QEMU sends the memory stream. The handler
+    /// listens there and carries it to the target's node.
+    pub socket: String,
+    /// The same for disks' blocks (NBD), when disks that are not shared have to move.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub blocks_socket: Option<String>,
+    /// Most bytes a second; none or 0 is unlimited.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bandwidth_bytes_per_second: Option<u64>,
+    /// The longest standstill to accept, in milliseconds; the launcher begins lower and rises to it only as needed. None: 300.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_downtime_ms: Option<u64>,
+    /// Slow the guest down when it writes faster than the link carries.
+    #[serde(default)]
+    pub allow_auto_converge: bool,
+}
+
+/// Names the migration that an order is about, so that an order that arrives late cannot hit the next one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct MigrationRef {
+    /// UID of the VirtualMachineInstanceMigration.
+    pub migration_uid: String,
+}
+
+/// Shut the guest down: ACPI power button, then kill.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ShutdownOrder {
+    /// How long the guest may take; 0 kills at once.
+    pub grace_seconds: u64,
+}
+
+/// Where a VM's life stands in this launcher.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DomainPhase {
+    /// No VM has been ordered yet.
+    #[default]
+    Undefined,
+    /// A target: QEMU is there, receives or has received, and does not run the guest.
+    Incoming,
+    /// The guest runs here.
+    Running,
+    /// The guest is here and stopped on purpose.
+    Paused,
+    /// The guest has shut itself down, or was told to; QEMU is gone. Or a target that was abandoned.
+    Shutdown,
+    /// QEMU ended in a way nobody asked for, or could not be started.
+    Crashed,
+    /// The guest lives on another node; QEMU is gone.
+    MigratedAway,
+}
+
+impl DomainPhase {
+    /// Whether nothing follows: the launcher exits soon after reporting it.
+    pub fn is_final(self) -> bool {
+        matches!(self, DomainPhase::Shutdown | DomainPhase::Crashed | DomainPhase::MigratedAway)
+    }
+}
+
+/// Everything true about this launcher's VM.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct State {
+    /// UID of the VMI this launcher was started for.
+    pub vmi_uid: String,
+    /// Where the VM's life stands.
+    pub phase: DomainPhase,
+    /// What QEMU calls its state (`running`, `inmigrate`, `postmigrate`, …), when there is a QEMU.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub qemu_status: Option<String>,
+    /// KVM or TCG, once known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub accelerator: Option<Accelerator>,
+    /// Why this accelerator, in a sentence.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub accelerator_reason: Option<String>,
+    /// QEMU's version, for example `7.2.22`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub qemu_version: Option<String>,
+    /// Machine type with its version, for example `pc-q35-7.2`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub machine_type: Option<String>,
+    /// Process id of QEMU, as this launcher's process namespace numbers it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub qemu_pid: Option<u32>,
+    /// Resident memory of the launcher itself (without QEMU), in bytes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub launcher_rss_bytes: Option<u64>,
+    /// What the guest agent says, when one has answered.
+    pub guest_agent: GuestAgentFacts,
+    /// Why the VM ended, in a sentence, once it has.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub exit_reason: Option<String>,
+    /// The last or current migration.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub migration: Option<MigrationFacts>,
+}
+
+/// What the guest agent says about the inside.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct GuestAgentFacts {
+    /// Whether it answers now.
+    pub connected: bool,
+    /// The guest's host name.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hostname: Option<String>,
+    /// The guest's operating system.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub os: Option<GuestOs>,
+    /// The guest's interfaces, the loopback left out.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub interfaces: Vec<GuestInterface>,
+}
+
+/// The guest's operating system, as its agent names it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct GuestOs {
+    /// Short id, for example `fedora`.
+    pub id: String,
+    /// Name, for example `Fedora Linux`.
+    pub name: String,
+    /// The name with the version.
+    pub pretty_name: String,
+    /// Version, for example `40 (Cloud Edition)`.
+    pub version: String,
+    /// Version id, for example `40`.
+    pub version_id: String,
+    /// Kernel release.
+    pub kernel_release: String,
+    /// Kernel version.
+    pub kernel_version: String,
+    /// Machine hardware name, for example `x86_64`.
+    pub machine: String,
+}
+
+/// One interface as the guest names and configures it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct GuestInterface {
+    /// Name in the guest, for example `eth0`.
+    pub name: String,
+    /// MAC address.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mac: Option<String>,
+    /// Addresses without prefix lengths, the agent's order, IPv4 and IPv6.
+    pub addresses: Vec<String>,
+}
+
+/// Which end of a migration this launcher is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum MigrationRole {
+    /// The guest leaves.
+    Source,
+    /// The guest arrives.
+    Target,
+}
+
+/// A migration as this end's QEMU sees it. Times are microseconds since the Unix epoch by this host's clock.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct MigrationFacts {
+    /// UID of the VirtualMachineInstanceMigration.
+    pub uid: String,
+    /// Which end this is.
+    pub role: MigrationRole,
+    /// QEMU's word: `setup`, `active`, `device`, `completed`, `failed`, `cancelling`, `cancelled`, …; `none` before it began.
+    /// A source reports `completed` only after it has written that down and forced it to the disk.
+    pub status: String,
+    /// When it began.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub start_us: Option<i64>,
+    /// Source: when the guest's CPUs stopped for the switchover.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stop_us: Option<i64>,
+    /// Target: when the guest's CPUs ran; source: when they ran again after a failure.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resume_us: Option<i64>,
+    /// When it reached `completed`, `failed` or `cancelled`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub end_us: Option<i64>,
+    /// Target: QEMU has loaded everything and waits for the go.
+    #[serde(default)]
+    pub loaded: bool,
+    /// Target: the go was given.
+    #[serde(default)]
+    pub gone: bool,
+    /// Bytes of guest memory in all.
+    #[serde(default)]
+    pub total_bytes: u64,
+    /// Bytes sent so far.
+    #[serde(default)]
+    pub processed_bytes: u64,
+    /// Bytes of guest memory that still have to be sent.
+    #[serde(default)]
+    pub remaining_bytes: u64,
+    /// Measured between the last two looks.
+    #[serde(default)]
+    pub bytes_per_second: u64,
+    /// How fast the guest writes to its memory, as QEMU estimates it after each pass.
+    #[serde(default)]
+    pub dirty_bytes_per_second: u64,
+    /// Passes over the memory so far.
+    #[serde(default)]
+    pub iteration: u64,
+    /// The standstill that the source allows itself at present, in milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub downtime_limit_ms: Option<u64>,
+    /// Time from start to end by QEMU's count, in milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub total_ms: Option<u64>,
+    /// The standstill as the source's QEMU counts it, in milliseconds. It leaves the target's part out: for the truth take the
+    /// target's `resume_us` minus the source's `stop_us`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub qemu_downtime_ms: Option<u64>,
+    /// Why it failed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+}
+
+impl MigrationFacts {
+    /// The facts before anything has happened.
+    pub fn new(uid: impl Into<String>, role: MigrationRole) -> Self {
+        MigrationFacts {
+            uid: uid.into(),
+            role,
+            status: "none".into(),
+            start_us: None,
+            stop_us: None,
+            resume_us: None,
+            end_us: None,
+            loaded: false,
+            gone: false,
+            total_bytes: 0,
+            processed_bytes: 0,
+            remaining_bytes: 0,
+            bytes_per_second: 0,
+            dirty_bytes_per_second: 0,
+            iteration: 0,
+            downtime_limit_ms: None,
+            total_ms: None,
+            qemu_downtime_ms: None,
+            error: None,
+        }
+    }
+
+    /// Whether this end has nothing more to wait for from QEMU.
+    pub fn is_final(&self) -> bool {
+        matches!(self.status.as_str(), "completed" | "failed" | "cancelled")
+    }
+}
+
+/// One event of QEMU's, as `GET /v1/events` lists them (the last 1024, in order).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct EventRecord {
+    /// Microseconds since the Unix epoch, QEMU's stamp.
+    pub at_us: i64,
+    /// QEMU's name of it, for example `STOP`.
+    pub event: String,
+    /// Its data.
+    #[serde(default, skip_serializing_if = "serde_json::Value::is_null")]
+    pub data: serde_json::Value,
+}
+
+/// Why an order was not carried out, for a program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Refusal {
+    /// The order could not be read.
+    BadRequest,
+    /// No such path.
+    NotFound,
+    /// The order does not fit the state this VM is in, or names another migration.
+    Conflict,
+    /// The VM cannot be built as asked: a missing file, an unsupported field.
+    Invalid,
+    /// The launcher or QEMU failed at it.
+    Failed,
+}
+
+/// The body of every answer that is not a success.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ErrorBody {
+    /// For a program.
+    pub reason: Refusal,
+    /// For a person.
+    pub message: String,
+}
+
+/// Where things are in the pod; a test puts them elsewhere.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Paths {
+    /// Sockets: `launcher.sock`, `console-serial0`, `qga` and those of migrations.
+    pub sockets: PathBuf,
+    /// Overlays, cloud-init and emptyDisk images, and the record of a completed migration.
+    pub ephemeral_disks: PathBuf,
+    /// One directory a persistentVolumeClaim volume.
+    pub vmi_disks: PathBuf,
+    /// One directory a containerDisk volume.
+    pub container_disks: PathBuf,
+    /// The unpacked image of `firmware.kernelBoot.container`.
+    pub kernel_boot: PathBuf,
+    /// One directory a configMap volume.
+    pub config_maps: PathBuf,
+    /// One directory a secret volume.
+    pub secrets: PathBuf,
+    /// One directory a cloudInitNoCloud volume whose data is in secrets.
+    pub cloud_init: PathBuf,
+}
+
+impl Default for Paths {
+    fn default() -> Self {
+        Paths {
+            sockets: "/var/run/kubevirt/sockets".into(),
+            ephemeral_disks: "/var/run/kubevirt-ephemeral-disks".into(),
+            vmi_disks: "/var/run/kubevirt-private/vmi-disks".into(),
+            container_disks: "/var/run/kubevirt/container-disks".into(),
+            kernel_boot: "/var/run/kubevirt/kernel-boot".into(),
+            config_maps: "/var/run/kubevirt-private/config-map".into(),
+            secrets: "/var/run/kubevirt-private/secret".into(),
+            cloud_init: "/var/run/kubevirt-private/cloud-init".into(),
+        }
+    }
+}
+
+impl Paths {
+    /// The same layout below `root` (for tests).
+    pub fn under(root: &std::path::Path) -> Self {
+        let d = Paths::default();
+        let below = |p: &PathBuf| root.join(p.strip_prefix("/").unwrap_or(p));
+        Paths {
+            sockets: below(&d.sockets),
+            ephemeral_disks: below(&d.ephemeral_disks),
+            vmi_disks: below(&d.vmi_disks),
+            container_disks: below(&d.container_disks),
+            kernel_boot: below(&d.kernel_boot),
+            config_maps: below(&d.config_maps),
+            secrets: below(&d.secrets),
+            cloud_init: below(&d.cloud_init),
+        }
+    }
+
+    /// The RPC socket.
+    pub fn rpc_socket(&self) -> PathBuf {
+        self.sockets.join("launcher.sock")
+    }
+}
