@@ -1,0 +1,474 @@
+//! The mTLS channels between the two handlers of one migration.
+//!
+//! The target's handler listens on one random port a channel; the source's handler dials. On every connection each end
+//! first checks that the other is the node recorded in the VMI's `migrationState`; then the source sends one line,
+//! `{"migrationUid": "…"}`, and the target answers `{"accepted": true}` or `{"refused": "why"}`.
+//!
+//! - The memory channel is accepted once: a second connection, of whoever, is refused. What follows the greeting is QEMU's
+//!   stream, both ways.
+//! - The control channel carries one JSON request a line and one JSON answer a line. It may be dialled again (a handler that
+//!   restarts does that): every request can be repeated without harm.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use futures::future::BoxFuture;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio::task::JoinHandle;
+use tokio_rustls::{TlsAcceptor, TlsConnector};
+
+use crate::pump::{self, Carried};
+use crate::sockets::SocketDir;
+use crate::tls::{Identity, TlsError, check_node};
+
+/// Inner port of the control channel in `targetDirectMigrationNodePorts` (KubeVirt's number for the hypervisor's own socket).
+pub const CONTROL: i32 = 0;
+/// Inner port of the memory stream.
+pub const MEMORY: i32 = 49152;
+
+/// Longest line of the control protocol; more is a broken or hostile peer.
+const MAX_LINE: u64 = 64 * 1024;
+/// How long a peer may take for handshake and greeting.
+const GREETING_TIME: Duration = Duration::from_secs(5);
+/// Handshakes in progress at one listener; more wait in the backlog.
+const HANDSHAKES: usize = 8;
+
+/// Why a channel could not be opened or used.
+#[derive(Debug, thiserror::Error)]
+pub enum ChannelError {
+    /// Our own certificate.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// The network or the handshake failed.
+    #[error("{what} {address}: {source}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// With whom.
+        address: SocketAddr,
+        /// The reason.
+        source: io::Error,
+    },
+    /// The target's handler said no.
+    #[error("the target's handler at {address} refused: {reason}")]
+    Refused {
+        /// Who.
+        address: SocketAddr,
+        /// In its words.
+        reason: String,
+    },
+}
+
+/// First line on a connection.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Greeting {
+    migration_uid: String,
+}
+
+/// Its answer.
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct Welcome {
+    accepted: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    refused: Option<String>,
+}
+
+/// What the source's handler asks over the control channel. All can be repeated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "op", rename_all = "camelCase")]
+pub enum Request {
+    /// What is the time at your end?
+    Clock,
+    /// The source is stopped for good, and that is written down: run the guest.
+    Go,
+    /// The guest stays at the source: end the waiting QEMU.
+    Abandon,
+}
+
+/// The answers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "answer", rename_all = "camelCase", rename_all_fields = "camelCase")]
+pub enum Answer {
+    /// To [`Request::Clock`]: microseconds since the Unix epoch.
+    Time {
+        /// By the target node's clock.
+        now_us: i64,
+    },
+    /// To [`Request::Go`]: the guest runs at the target.
+    Running {
+        /// When it resumed, microseconds since the Unix epoch by the target node's clock.
+        resume_us: i64,
+    },
+    /// To [`Request::Abandon`].
+    Abandoned,
+    /// Not now; ask again.
+    NotYet {
+        /// Why.
+        reason: String,
+    },
+    /// To [`Request::Go`]: the state that was received is gone for good; nobody can run this guest any more.
+    Lost {
+        /// What happened.
+        reason: String,
+    },
+}
+
+/// What the target's handler does when it is asked.
+pub trait TargetControl: Send + Sync + 'static {
+    /// Carries out one request.
+    fn answer(self: Arc<Self>, request: Request) -> BoxFuture<'static, Answer>;
+}
+
+/// What the target listens for.
+pub struct TargetOptions {
+    /// UID of the migration that may greet.
+    pub migration_uid: String,
+    /// The only node that may connect.
+    pub source_node: String,
+    /// Address to listen on.
+    pub address: IpAddr,
+    /// The launcher's socket for the memory stream; `None` opens only the control channel.
+    pub memory: Option<(Arc<SocketDir>, String)>,
+    /// Who answers on the control channel.
+    pub control: Arc<dyn TargetControl>,
+}
+
+/// The listening half. Dropping it closes listeners and connections.
+pub struct TargetChannels {
+    /// Address that was bound.
+    pub address: IpAddr,
+    /// TCP port of the control channel.
+    pub control_port: u16,
+    /// TCP port of the memory stream.
+    pub memory_port: Option<u16>,
+    /// Bytes of the memory stream so far.
+    pub carried: Arc<Carried>,
+    /// Connections that were refused.
+    pub refused: Arc<AtomicU64>,
+    tasks: Vec<JoinHandle<()>>,
+}
+
+impl Drop for TargetChannels {
+    fn drop(&mut self) {
+        for task in &self.tasks {
+            task.abort();
+        }
+    }
+}
+
+impl TargetChannels {
+    /// Opens the listeners on random ports.
+    ///
+    /// # Errors
+    /// When the node's certificate cannot be used or the address cannot be bound.
+    pub async fn open(identity: &Identity, options: TargetOptions) -> Result<Self, ChannelError> {
+        let acceptor = TlsAcceptor::from(identity.server()?);
+        let refused = Arc::new(AtomicU64::new(0));
+        let carried = Arc::new(Carried::default());
+        let door = Arc::new(Door {
+            acceptor,
+            migration_uid: options.migration_uid,
+            source_node: options.source_node,
+            refused: refused.clone(),
+            handshakes: Semaphore::new(HANDSHAKES),
+        });
+        let mut tasks = Vec::new();
+        let (listener, control_port) = bind(options.address).await?;
+        let control = options.control;
+        tasks.push(tokio::spawn(door.clone().serve(listener, "control", move |stream| {
+            let control = control.clone();
+            async move {
+                if let Err(error) = serve_control(stream, control).await {
+                    tracing::info!(%error, "control channel ended");
+                }
+            }
+        })));
+        let mut memory_port = None;
+        if let Some((dir, socket)) = options.memory {
+            let (listener, port) = bind(options.address).await?;
+            memory_port = Some(port);
+            let carried = carried.clone();
+            let uid = door.migration_uid.clone();
+            let refused = refused.clone();
+            let used = Arc::new(AtomicBool::new(false));
+            tasks.push(tokio::spawn(door.serve(listener, "memory", move |mut stream| {
+                let (dir, socket, carried, uid) = (dir.clone(), socket.clone(), carried.clone(), uid.clone());
+                let (used, refused) = (used.clone(), refused.clone());
+                async move {
+                    if used.swap(true, Ordering::SeqCst) {
+                        refused.fetch_add(1, Ordering::Relaxed);
+                        let reason = "this migration's memory stream has been connected before";
+                        tracing::warn!(migration = %uid, reason, "connection refused");
+                        let _ = refuse(&mut stream, reason).await;
+                        return;
+                    }
+                    let began = std::time::Instant::now();
+                    let result = async {
+                        let local = dir.connect(&socket).await?;
+                        accept(&mut stream).await?;
+                        pump::pump(local, stream, carried.clone()).await
+                    }
+                    .await;
+                    let bytes = carried.total();
+                    let ms = began.elapsed().as_millis() as u64;
+                    match result {
+                        Ok(()) => tracing::info!(migration = %uid, bytes, ms, "memory stream at its end"),
+                        Err(error) => tracing::warn!(migration = %uid, bytes, ms, %error, "memory stream broke"),
+                    }
+                }
+            })));
+        }
+        Ok(Self { address: options.address, control_port, memory_port, carried, refused, tasks })
+    }
+}
+
+async fn bind(address: IpAddr) -> Result<(TcpListener, u16), ChannelError> {
+    let wanted = SocketAddr::new(address, 0);
+    let io = |source| ChannelError::Io { what: "cannot listen on", address: wanted, source };
+    let listener = TcpListener::bind(wanted).await.map_err(io)?;
+    let port = listener.local_addr().map_err(io)?.port();
+    Ok((listener, port))
+}
+
+type Served = BufReader<tokio_rustls::server::TlsStream<TcpStream>>;
+
+/// Decides who comes in.
+struct Door {
+    acceptor: TlsAcceptor,
+    migration_uid: String,
+    source_node: String,
+    refused: Arc<AtomicU64>,
+    handshakes: Semaphore,
+}
+
+impl Door {
+    async fn serve<F, Fut>(self: Arc<Self>, listener: TcpListener, channel: &'static str, serve: F)
+    where
+        F: Fn(Served) -> Fut + Send + Sync + 'static,
+        Fut: Future<Output = ()> + Send + 'static,
+    {
+        let serve = Arc::new(serve);
+        // Ends the connections with the listener.
+        let mut connections = tokio::task::JoinSet::new();
+        loop {
+            while connections.try_join_next().is_some() {}
+            let (stream, peer) = match listener.accept().await {
+                Ok(accepted) => accepted,
+                Err(error) => {
+                    tracing::warn!(%error, channel, "cannot accept; trying again");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                    continue;
+                }
+            };
+            let (door, serve) = (self.clone(), serve.clone());
+            connections.spawn(async move {
+                let entered = {
+                    let Ok(_permit) = door.handshakes.acquire().await else { return };
+                    match tokio::time::timeout(GREETING_TIME, door.enter(stream)).await {
+                        Ok(result) => result,
+                        Err(_) => Err("no handshake and greeting in time".to_owned()),
+                    }
+                };
+                match entered {
+                    Ok(stream) => serve(stream).await,
+                    Err(reason) => {
+                        door.refused.fetch_add(1, Ordering::Relaxed);
+                        tracing::warn!(%peer, channel, migration = %door.migration_uid, %reason, "connection refused");
+                    }
+                }
+            });
+        }
+    }
+
+    async fn enter(&self, stream: TcpStream) -> Result<Served, String> {
+        pump::prepare(&stream).map_err(|e| e.to_string())?;
+        let stream = self.acceptor.accept(stream).await.map_err(|e| format!("handshake: {e}"))?;
+        let node = match stream.get_ref().1.peer_certificates().and_then(|chain| chain.first()) {
+            Some(cert) => check_node(cert, &self.source_node),
+            None => Err("peer shows no certificate".to_owned()),
+        };
+        let mut stream = BufReader::with_capacity(4096, stream);
+        let greeting: Result<Option<Greeting>, _> = read_line(&mut stream).await;
+        let verdict = match (node, greeting) {
+            (Err(reason), _) => Err(reason),
+            (Ok(()), Ok(Some(greeting))) if greeting.migration_uid == self.migration_uid => Ok(()),
+            (Ok(()), Ok(Some(greeting))) => {
+                Err(format!("migration {:?} is not the one expected here", greeting.migration_uid))
+            }
+            (Ok(()), Ok(None)) => Err("closed before the greeting".to_owned()),
+            (Ok(()), Err(e)) => Err(format!("greeting: {e}")),
+        };
+        match verdict {
+            Ok(()) => Ok(stream),
+            Err(reason) => {
+                let _ = refuse(&mut stream, &reason).await;
+                Err(reason)
+            }
+        }
+    }
+}
+
+async fn accept(stream: &mut Served) -> io::Result<()> {
+    write_line(stream, &Welcome { accepted: true, refused: None }).await
+}
+
+async fn refuse(stream: &mut Served, reason: &str) -> io::Result<()> {
+    write_line(stream, &Welcome { accepted: false, refused: Some(reason.to_owned()) }).await?;
+    stream.shutdown().await
+}
+
+async fn serve_control(mut stream: Served, control: Arc<dyn TargetControl>) -> io::Result<()> {
+    accept(&mut stream).await?;
+    while let Some(request) = read_line::<Request, _>(&mut stream).await? {
+        let answer = control.clone().answer(request).await;
+        write_line(&mut stream, &answer).await?;
+    }
+    Ok(())
+}
+
+/// One JSON value a line; `None` at the end of the stream.
+async fn read_line<T: DeserializeOwned, R: tokio::io::AsyncBufRead + Unpin>(stream: &mut R) -> io::Result<Option<T>> {
+    let mut line = Vec::new();
+    let n = stream.take(MAX_LINE).read_until(b'\n', &mut line).await?;
+    if n == 0 {
+        return Ok(None);
+    }
+    if line.last() != Some(&b'\n') {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "a line that is too long or cut off"));
+    }
+    serde_json::from_slice(&line).map(Some).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))
+}
+
+async fn write_line<T: Serialize, W: tokio::io::AsyncWrite + Unpin>(stream: &mut W, value: &T) -> io::Result<()> {
+    let mut line = serde_json::to_vec(value)?;
+    line.push(b'\n');
+    stream.write_all(&line).await?;
+    stream.flush().await
+}
+
+/// The dialling half's view of the target.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Target {
+    /// UID of the migration.
+    pub migration_uid: String,
+    /// The node that must answer.
+    pub node: String,
+    /// Its address as published.
+    pub address: IpAddr,
+}
+
+/// A connection as the dialling half has it; the reader may already hold bytes after the greeting.
+pub type Dialled = BufReader<tokio_rustls::client::TlsStream<TcpStream>>;
+
+impl Target {
+    /// Dials one channel, greets, and waits to be accepted.
+    ///
+    /// # Errors
+    /// When the target cannot be reached within `limit`, is another node than expected, or refuses.
+    pub async fn dial(&self, identity: &Identity, port: u16, limit: Duration) -> Result<Dialled, ChannelError> {
+        let address = SocketAddr::new(self.address, port);
+        let config = identity.client(&self.node)?;
+        let io = |what| move |source| ChannelError::Io { what, address, source };
+        let dial = async {
+            let stream = TcpStream::connect(address).await.map_err(io("cannot reach the target's handler at"))?;
+            pump::prepare(&stream).map_err(io("cannot set up the connection to"))?;
+            let stream = TlsConnector::from(config)
+                .connect(self.address.into(), stream)
+                .await
+                .map_err(io("handshake with the target's handler at"))?;
+            let mut stream = BufReader::with_capacity(4096, stream);
+            let greeting = Greeting { migration_uid: self.migration_uid.clone() };
+            write_line(&mut stream, &greeting).await.map_err(io("greeting the target's handler at"))?;
+            let welcome: Option<Welcome> =
+                read_line(&mut stream).await.map_err(io("greeting the target's handler at"))?;
+            match welcome {
+                Some(Welcome { accepted: true, .. }) => Ok(stream),
+                Some(Welcome { refused, .. }) => {
+                    Err(ChannelError::Refused { address, reason: refused.unwrap_or_else(|| "no reason given".into()) })
+                }
+                None => Err(io("greeting the target's handler at")(io::ErrorKind::UnexpectedEof.into())),
+            }
+        };
+        match tokio::time::timeout(limit, dial).await {
+            Ok(result) => result,
+            Err(_) => Err(io("cannot reach the target's handler at")(io::ErrorKind::TimedOut.into())),
+        }
+    }
+}
+
+/// The source's end of the control channel.
+pub struct Control {
+    stream: Dialled,
+    address: SocketAddr,
+}
+
+impl Control {
+    /// Dials the control channel.
+    ///
+    /// # Errors
+    /// As [`Target::dial`].
+    pub async fn connect(
+        target: &Target,
+        identity: &Identity,
+        port: u16,
+        limit: Duration,
+    ) -> Result<Self, ChannelError> {
+        let stream = target.dial(identity, port, limit).await?;
+        Ok(Self { stream, address: SocketAddr::new(target.address, port) })
+    }
+
+    /// Asks and waits for the answer. After an error the channel is of no more use: dial again.
+    ///
+    /// # Errors
+    /// When the connection breaks or there is no answer within `limit`.
+    pub async fn ask(&mut self, request: Request, limit: Duration) -> Result<Answer, ChannelError> {
+        let address = self.address;
+        let io = |source| ChannelError::Io { what: "control channel to", address, source };
+        let work = async {
+            write_line(&mut self.stream, &request).await?;
+            read_line(&mut self.stream).await?.ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+        };
+        match tokio::time::timeout(limit, work).await {
+            Ok(result) => result.map_err(io),
+            Err(_) => Err(io(io::ErrorKind::TimedOut.into())),
+        }
+    }
+
+    /// Waits until the other end goes away. Nothing is sent unasked on this channel, so whatever arrives is the end.
+    pub async fn closed(&mut self) {
+        let _ = self.stream.fill_buf().await;
+    }
+
+    /// By how many microseconds the target's clock is ahead of ours: the best of three exchanges, good to half a round trip.
+    ///
+    /// # Errors
+    /// As [`Control::ask`].
+    pub async fn clock_offset_us(&mut self, limit: Duration) -> Result<i64, ChannelError> {
+        let mut best = (i64::MAX, 0);
+        for _ in 0..3 {
+            let before = jiff::Timestamp::now().as_microsecond();
+            let answer = self.ask(Request::Clock, limit).await?;
+            let after = jiff::Timestamp::now().as_microsecond();
+            if let Answer::Time { now_us } = answer {
+                let round_trip = after.saturating_sub(before);
+                if round_trip < best.0 {
+                    best = (round_trip, now_us.saturating_sub(before.saturating_add(round_trip / 2)));
+                }
+            }
+        }
+        Ok(best.1)
+    }
+}
+
+#[cfg(test)]
+#[path = "channel_tests.rs"]
+mod tests;

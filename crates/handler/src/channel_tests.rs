@@ -1,0 +1,262 @@
+//! The channels on the loopback: who is let in, who is not, and that a stream arrives whole.
+
+use std::path::Path;
+use std::sync::atomic::Ordering::Relaxed;
+
+use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+use super::*;
+use crate::tls::TlsPaths;
+
+const LIMIT: Duration = Duration::from_secs(5);
+const HERE: IpAddr = IpAddr::V4(std::net::Ipv4Addr::LOCALHOST);
+
+struct Ca {
+    issuer: Issuer<'static, KeyPair>,
+    pem: String,
+}
+
+impl Ca {
+    fn new() -> Self {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::new(Vec::<String>::new()).unwrap();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let pem = params.self_signed(&key).unwrap().pem();
+        Self { issuer: Issuer::new(params, key), pem }
+    }
+
+    fn identity(&self, dir: &Path, cn: &str, san: &[&str]) -> Identity {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::new(san.iter().map(|s| (*s).to_owned()).collect::<Vec<_>>()).unwrap();
+        params.distinguished_name.push(DnType::CommonName, cn);
+        let cert = params.signed_by(&key, &self.issuer).unwrap();
+        let paths = TlsPaths { ca: dir.join("ca.crt"), cert: dir.join("tls.crt"), key: dir.join("tls.key") };
+        std::fs::write(&paths.ca, &self.pem).unwrap();
+        std::fs::write(&paths.cert, cert.pem()).unwrap();
+        std::fs::write(&paths.key, key.serialize_pem()).unwrap();
+        Identity::load(&paths).unwrap()
+    }
+}
+
+struct Echo;
+
+impl TargetControl for Echo {
+    fn answer(self: Arc<Self>, request: Request) -> BoxFuture<'static, Answer> {
+        Box::pin(async move {
+            match request {
+                Request::Clock => Answer::Time { now_us: jiff::Timestamp::now().as_microsecond() + 5_000_000 },
+                Request::Go => Answer::Running { resume_us: 42 },
+                Request::Abandon => Answer::Abandoned,
+            }
+        })
+    }
+}
+
+struct Stage {
+    ca: Ca,
+    dir: tempfile::TempDir,
+    source: Identity,
+    channels: TargetChannels,
+    launcher: tokio::net::UnixListener,
+}
+
+/// A target on node2 that waits for migration `uid-1` from node1.
+async fn stage() -> Stage {
+    let dir = tempfile::tempdir().unwrap();
+    let ca = Ca::new();
+    let source = ca.identity(dir.path(), "system:node:node1", &[]);
+    let target = ca.identity(dir.path(), "system:node:node2", &[]);
+    let sockets = Arc::new(SocketDir::open(dir.path().to_owned()).unwrap());
+    let launcher = sockets.listen("in.sock").unwrap();
+    let options = TargetOptions {
+        migration_uid: "uid-1".into(),
+        source_node: "node1".into(),
+        address: HERE,
+        memory: Some((sockets, "in.sock".into())),
+        control: Arc::new(Echo),
+    };
+    let channels = TargetChannels::open(&target, options).await.unwrap();
+    Stage { ca, dir, source, channels, launcher }
+}
+
+impl Stage {
+    fn target(&self, uid: &str, node: &str) -> Target {
+        Target { migration_uid: uid.into(), node: node.into(), address: HERE }
+    }
+
+    fn memory(&self) -> u16 {
+        self.channels.memory_port.unwrap()
+    }
+
+    async fn wait_refused(&self, n: u64) {
+        tokio::time::timeout(LIMIT, async {
+            while self.channels.refused.load(Relaxed) < n {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        })
+        .await
+        .expect("the refusal is counted");
+        assert_eq!(self.channels.refused.load(Relaxed), n);
+    }
+
+    /// Nothing reached the launcher.
+    fn assert_launcher_untouched(&mut self) {
+        use futures::FutureExt;
+        assert!(self.launcher.accept().now_or_never().is_none(), "the launcher's socket was dialled");
+    }
+}
+
+#[tokio::test]
+async fn the_right_source_is_let_in_and_may_come_back_to_the_control_channel() {
+    let stage = stage().await;
+    let target = stage.target("uid-1", "node2");
+    for _ in 0..2 {
+        let mut control =
+            Control::connect(&target, &stage.source, stage.channels.control_port, LIMIT).await.unwrap();
+        assert_eq!(control.ask(Request::Go, LIMIT).await.unwrap(), Answer::Running { resume_us: 42 });
+        let offset = control.clock_offset_us(LIMIT).await.unwrap();
+        assert!((4_000_000..6_000_000).contains(&offset), "{offset}");
+    }
+    assert_eq!(stage.channels.refused.load(Relaxed), 0);
+}
+
+#[tokio::test]
+async fn another_ca_is_refused_by_both_ends() {
+    let mut stage = stage().await;
+    let other = Ca::new();
+    let stranger = other.identity(stage.dir.path(), "system:node:node1", &[]);
+    let dialled = stage.target("uid-1", "node2").dial(&stranger, stage.memory(), LIMIT).await;
+    assert!(dialled.is_err(), "the stranger does not trust the target");
+    stage.wait_refused(1).await;
+
+    // A stranger that trusts everybody is still not trusted.
+    let own = stage.ca.pem.clone();
+    let stranger_paths = TlsPaths {
+        ca: stage.dir.path().join("ca.crt"),
+        cert: stage.dir.path().join("tls.crt"),
+        key: stage.dir.path().join("tls.key"),
+    };
+    std::fs::write(&stranger_paths.ca, own).unwrap();
+    let trusting = Identity::load(&stranger_paths).unwrap();
+    let dialled = stage.target("uid-1", "node2").dial(&trusting, stage.memory(), LIMIT).await;
+    assert!(dialled.is_err(), "the target does not trust the stranger");
+    stage.wait_refused(2).await;
+    stage.assert_launcher_untouched();
+}
+
+#[tokio::test]
+async fn another_node_of_the_cluster_is_refused_as_source() {
+    let mut stage = stage().await;
+    let other = stage.ca.identity(stage.dir.path(), "system:node:node3", &["node3"]);
+    for port in [stage.memory(), stage.channels.control_port] {
+        match stage.target("uid-1", "node2").dial(&other, port, LIMIT).await {
+            Err(ChannelError::Refused { reason, .. }) => {
+                assert_eq!(reason, "peer is [CN=system:node:node3, DNS=node3], expected node node1");
+            }
+            other => panic!("{:?}", other.err()),
+        }
+    }
+    stage.wait_refused(2).await;
+    stage.assert_launcher_untouched();
+}
+
+#[tokio::test]
+async fn the_source_talks_to_the_expected_target_only() {
+    let mut stage = stage().await;
+    let error = stage.target("uid-1", "node4").dial(&stage.source, stage.memory(), LIMIT).await.err().unwrap();
+    assert!(error.to_string().contains("expected node node4"), "{error}");
+    stage.wait_refused(1).await;
+    stage.assert_launcher_untouched();
+}
+
+#[tokio::test]
+async fn a_dns_name_of_the_node_will_do() {
+    let stage = stage().await;
+    let serving = stage.ca.identity(stage.dir.path(), "kubelet", &["node1"]);
+    assert!(stage.target("uid-1", "node2").dial(&serving, stage.channels.control_port, LIMIT).await.is_ok());
+}
+
+#[tokio::test]
+async fn another_migration_is_refused() {
+    let mut stage = stage().await;
+    for port in [stage.memory(), stage.channels.control_port] {
+        match stage.target("uid-0", "node2").dial(&stage.source, port, LIMIT).await {
+            Err(ChannelError::Refused { reason, .. }) => assert!(reason.contains("uid-0"), "{reason}"),
+            other => panic!("{:?}", other.err()),
+        }
+    }
+    stage.wait_refused(2).await;
+    stage.assert_launcher_untouched();
+}
+
+#[tokio::test]
+async fn the_memory_stream_is_accepted_once() {
+    let mut stage = stage().await;
+    let target = stage.target("uid-1", "node2");
+    let first = target.dial(&stage.source, stage.memory(), LIMIT).await.unwrap();
+    let _qemu = stage.launcher.accept().await.unwrap();
+    match target.dial(&stage.source, stage.memory(), LIMIT).await {
+        Err(ChannelError::Refused { reason, .. }) => assert!(reason.contains("connected before"), "{reason}"),
+        other => panic!("{:?}", other.err()),
+    }
+    stage.wait_refused(1).await;
+    stage.assert_launcher_untouched();
+    drop(first);
+}
+
+#[tokio::test]
+async fn garbage_instead_of_a_greeting_is_refused() {
+    let mut stage = stage().await;
+    let mut plain = TcpStream::connect((HERE, stage.memory())).await.unwrap();
+    plain.write_all(b"GET / HTTP/1.1\r\n\r\n").await.unwrap();
+    stage.wait_refused(1).await;
+
+    // The right node that speaks nonsense: an endless line.
+    let config = stage.source.client("node2").unwrap();
+    let stream = TcpStream::connect((HERE, stage.channels.control_port)).await.unwrap();
+    let mut tls = TlsConnector::from(config).connect(HERE.into(), stream).await.unwrap();
+    let _ = tls.write_all(&vec![b'x'; 2 * MAX_LINE as usize]).await;
+    let _ = tls.flush().await;
+    stage.wait_refused(2).await;
+    stage.assert_launcher_untouched();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_long_stream_arrives_whole_and_the_answer_comes_back() {
+    const CHUNKS: u64 = 256;
+    let stage = stage().await;
+    let dialled = stage.target("uid-1", "node2").dial(&stage.source, stage.memory(), LIMIT).await.unwrap();
+    let (mut target_qemu, _) = stage.launcher.accept().await.unwrap();
+    let (mut source_qemu, local) = tokio::net::UnixStream::pair().unwrap();
+    let carried = Arc::new(Carried::default());
+    let source_pump = tokio::spawn(pump::pump(local, dialled, carried.clone()));
+
+    let chunk: Vec<u8> = (0..256 * 1024u32).map(|i| (i % 251) as u8).collect();
+    let expected = chunk.clone();
+    let began = std::time::Instant::now();
+    let writer = tokio::spawn(async move {
+        for _ in 0..CHUNKS {
+            source_qemu.write_all(&chunk).await.unwrap();
+        }
+        source_qemu.shutdown().await.unwrap();
+        let mut answer = Vec::new();
+        source_qemu.read_to_end(&mut answer).await.unwrap();
+        answer
+    });
+    let mut got = vec![0; expected.len()];
+    for i in 0..CHUNKS {
+        target_qemu.read_exact(&mut got).await.unwrap();
+        assert_eq!(got, expected, "chunk {i}");
+    }
+    let seconds = began.elapsed().as_secs_f64();
+    assert_eq!(target_qemu.read(&mut got).await.unwrap(), 0, "the end is passed on");
+    target_qemu.write_all(b"loaded").await.unwrap();
+    target_qemu.shutdown().await.unwrap();
+    assert_eq!(writer.await.unwrap(), b"loaded");
+    source_pump.await.unwrap().unwrap();
+    let bytes = CHUNKS * expected.len() as u64;
+    assert_eq!(carried.out.load(Relaxed), bytes);
+    assert_eq!(stage.channels.carried.back.load(Relaxed), bytes);
+    println!("{:.0} MiB/s through both pumps and TLS", bytes as f64 / seconds / 1048576.0);
+}

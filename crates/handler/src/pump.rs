@@ -1,0 +1,120 @@
+//! Carrying the memory stream between a unix socket and a channel, and counting it.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use nix::sys::socket::{setsockopt, sockopt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::TcpStream;
+
+/// Size of one read and write. QEMU writes its stream in pieces of up to 32 KiB per page group; larger reads gather them.
+const CHUNK: usize = 256 * 1024;
+
+/// How long sent bytes may stay unacknowledged before the connection counts as cut. Without it Linux retries for about a
+/// quarter of an hour while neither end notices anything.
+pub const CUT_AFTER: Duration = Duration::from_secs(10);
+
+/// Bytes that went through a pump, readable while it runs.
+#[derive(Debug, Default)]
+pub struct Carried {
+    /// From the local unix socket to the channel.
+    pub out: AtomicU64,
+    /// From the channel to the local unix socket.
+    pub back: AtomicU64,
+}
+
+impl Carried {
+    /// Both directions together: any change means that the link lives.
+    #[must_use]
+    pub fn total(&self) -> u64 {
+        self.out.load(Ordering::Relaxed) + self.back.load(Ordering::Relaxed)
+    }
+}
+
+/// Settings of every channel connection: no waiting for full segments, and a cut link is noticed.
+///
+/// # Errors
+/// As `setsockopt(2)`.
+pub fn prepare(stream: &TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    setsockopt(stream, sockopt::KeepAlive, &true)?;
+    setsockopt(stream, sockopt::TcpKeepIdle, &5)?;
+    setsockopt(stream, sockopt::TcpKeepInterval, &2)?;
+    setsockopt(stream, sockopt::TcpKeepCount, &3)?;
+    setsockopt(stream, sockopt::TcpUserTimeout, &(CUT_AFTER.as_millis() as u32))?;
+    Ok(())
+}
+
+/// Copies both ways until both are at their end or one fails; an end of file is passed on as such.
+///
+/// # Errors
+/// The first error of either direction; the other is given up with it.
+pub async fn pump<L, C>(local: L, channel: C, carried: Arc<Carried>) -> io::Result<()>
+where
+    L: AsyncRead + AsyncWrite + Unpin,
+    C: AsyncRead + AsyncWrite + Unpin,
+{
+    let (mut local_read, mut local_write) = tokio::io::split(local);
+    let (mut channel_read, mut channel_write) = tokio::io::split(channel);
+    tokio::try_join!(
+        one_way(&mut local_read, &mut channel_write, &carried.out),
+        one_way(&mut channel_read, &mut local_write, &carried.back),
+    )?;
+    Ok(())
+}
+
+async fn one_way<R, W>(from: &mut R, to: &mut W, count: &AtomicU64) -> io::Result<()>
+where
+    R: AsyncRead + Unpin,
+    W: AsyncWrite + Unpin,
+{
+    let mut buffer = vec![0u8; CHUNK];
+    loop {
+        let n = match from.read(&mut buffer).await {
+            Ok(0) => break,
+            Ok(n) => n,
+            // A peer that goes away without TLS's farewell has ended its stream all the same; QEMU's own protocol knows
+            // whether it was complete.
+            Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => break,
+            Err(e) => return Err(e),
+        };
+        let Some(filled) = buffer.get(..n) else { break };
+        to.write_all(filled).await?;
+        to.flush().await?;
+        count.fetch_add(n as u64, Ordering::Relaxed);
+    }
+    to.shutdown().await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn both_directions_are_carried_counted_and_closed() {
+        let (mut qemu, local) = tokio::io::duplex(64);
+        let (channel, mut peer) = tokio::io::duplex(64);
+        let carried = Arc::new(Carried::default());
+        let task = tokio::spawn(pump(local, channel, carried.clone()));
+        let sent = vec![7u8; 10_000];
+        let to_send = sent.clone();
+        let writer = tokio::spawn(async move {
+            qemu.write_all(&to_send).await.unwrap();
+            qemu.shutdown().await.unwrap();
+            let mut answer = Vec::new();
+            qemu.read_to_end(&mut answer).await.unwrap();
+            answer
+        });
+        let mut got = Vec::new();
+        peer.read_to_end(&mut got).await.unwrap();
+        assert_eq!(got, sent);
+        peer.write_all(b"ok").await.unwrap();
+        peer.shutdown().await.unwrap();
+        assert_eq!(writer.await.unwrap(), b"ok");
+        task.await.unwrap().unwrap();
+        assert_eq!(carried.out.load(Ordering::Relaxed), 10_000);
+        assert_eq!(carried.back.load(Ordering::Relaxed), 2);
+    }
+}

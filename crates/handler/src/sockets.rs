@@ -1,0 +1,103 @@
+//! Unix sockets in a pod's `sockets` volume, seen from the node.
+
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::{OFlag, open};
+use nix::sys::stat::Mode;
+use tokio::net::{UnixListener, UnixStream};
+
+/// The `sockets` volume of one launcher pod. A unix socket's address holds 107 bytes, and a kubelet's volume path is often
+/// longer: sockets are therefore addressed through the open directory (`/proc/self/fd/<n>/<name>`).
+#[derive(Debug)]
+pub struct SocketDir {
+    path: PathBuf,
+    fd: OwnedFd,
+}
+
+impl SocketDir {
+    /// The volume of pod `pod_uid` below the kubelet's root folder.
+    #[must_use]
+    pub fn path_of(kubelet_root: &Path, pod_uid: &str) -> PathBuf {
+        kubelet_root.join("pods").join(pod_uid).join("volumes/kubernetes.io~empty-dir/sockets")
+    }
+
+    /// Opens the folder.
+    ///
+    /// # Errors
+    /// When it does not exist (yet).
+    pub fn open(path: PathBuf) -> io::Result<Self> {
+        let fd = open(&path, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?;
+        Ok(Self { path, fd })
+    }
+
+    /// The folder's real path, for messages.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// A short path to socket `name`, valid as long as `self` lives.
+    #[must_use]
+    pub fn short(&self, name: &str) -> PathBuf {
+        PathBuf::from(format!("/proc/self/fd/{}/{name}", self.fd.as_raw_fd()))
+    }
+
+    /// Connects to socket `name`.
+    ///
+    /// # Errors
+    /// As `connect(2)`.
+    pub async fn connect(&self, name: &str) -> io::Result<UnixStream> {
+        UnixStream::connect(self.short(name)).await
+    }
+
+    /// Listens on socket `name`, in place of a stale one of the same name.
+    ///
+    /// # Errors
+    /// As `bind(2)`.
+    pub fn listen(&self, name: &str) -> io::Result<UnixListener> {
+        match std::fs::remove_file(self.short(name)) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+            _ => {}
+        }
+        UnixListener::bind(self.short(name))
+    }
+
+    /// Removes socket `name` if it is there.
+    pub fn remove(&self, name: &str) {
+        let _ = std::fs::remove_file(self.short(name));
+    }
+
+    /// Whether `name` is that of a socket directly in this volume.
+    #[must_use]
+    pub fn is_name(name: &str) -> bool {
+        !name.is_empty() && name != "." && name != ".." && !name.contains('/')
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_names_directly_in_the_volume_are_taken() {
+        assert!(SocketDir::is_name("migration.sock"));
+        for bad in ["", ".", "..", "../launcher.sock", "/etc/passwd", "a/b"] {
+            assert!(!SocketDir::is_name(bad), "{bad}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_socket_in_a_deep_folder_can_be_used() {
+        let root = tempfile::tempdir().unwrap();
+        let deep = SocketDir::path_of(&root.path().join("x".repeat(120)), "0b6f4d0a-93a0-4d0a-9d0a-93a04d0a9d0a");
+        std::fs::create_dir_all(&deep).unwrap();
+        let dir = SocketDir::open(deep).unwrap();
+        let listener = dir.listen("a.sock").unwrap();
+        let (dialled, accepted) = tokio::join!(dir.connect("a.sock"), listener.accept());
+        assert!(dialled.is_ok() && accepted.is_ok());
+        drop(listener);
+        assert!(dir.listen("a.sock").is_ok(), "a stale socket is replaced");
+    }
+}
