@@ -1,1 +1,24 @@
-//! What is said: kubevirt.io types, CRDs, defaults, validation (pure)
+//! What is said: kubevirt.io types, CRDs, defaults, validation (pure).
+//!
+//! The types are the part of KubeVirt's API that godwit implements, under KubeVirt's names, plus a few fields of godwit's
+//! own, which their documentation marks. They work with `kube::Api<T>`.
+
+#[macro_use]
+mod macros;
+
+pub mod condition;
+pub mod kubevirt;
+pub mod migration;
+pub mod nad;
+pub mod names;
+pub mod quantity;
+pub mod vm;
+pub mod vmi;
+
+pub use condition::Condition;
+pub use kubevirt::{KubeVirt, MigrationConfiguration};
+pub use migration::{MigrationPhase, VirtualMachineInstanceMigration, Vmim};
+pub use nad::NetworkAttachmentDefinition;
+pub use quantity::Quantity;
+pub use vm::{RunStrategy, VirtualMachine};
+pub use vmi::{VirtualMachineInstance, Vmi, VmiPhase};

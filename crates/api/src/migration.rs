@@ -1,0 +1,177 @@
+//! VirtualMachineInstanceMigration: the wish to move one VMI.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
+use schemars::JsonSchema;
+use serde::Deserialize;
+
+use crate::Condition;
+use crate::vmi::VirtualMachineInstanceMigrationState;
+
+/// The wish to move one VMI to another node. Deleting it cancels.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, JsonSchema)]
+#[serde(default)]
+pub struct VirtualMachineInstanceMigration {
+    /// Standard object metadata.
+    pub metadata: ObjectMeta,
+    /// What is to be moved.
+    pub spec: VirtualMachineInstanceMigrationSpec,
+    /// How far it has come.
+    pub status: VirtualMachineInstanceMigrationStatus,
+}
+
+kind!(VirtualMachineInstanceMigration, "kubevirt.io", "v1", "virtualmachineinstancemigrations", [spec, status]);
+
+/// Short for [`VirtualMachineInstanceMigration`].
+pub type Vmim = VirtualMachineInstanceMigration;
+
+api_struct! {
+    /// What is to be moved.
+    VirtualMachineInstanceMigrationSpec {
+        /// The VMI, in the same namespace.
+        vmi_name: Option<String>,
+        /// More labels that the target node must carry; the VM's own win.
+        added_node_selector: BTreeMap<String, String>,
+        /// Set by the controller only.
+        priority: Option<MigrationPriority>,
+        /// The source half of a migration between clusters.
+        send_to: Option<MigrationSendTo>,
+        /// The target half of a migration between clusters.
+        receive: Option<MigrationReceive>,
+    }
+}
+
+string_enum! {
+    /// How urgent a migration is.
+    MigrationPriority default UserTriggered {
+        /// Evacuations.
+        SystemCritical = "system-critical",
+        /// Changes that a user made.
+        UserTriggered = "user-triggered",
+        /// Housekeeping.
+        SystemMaintenance = "system-maintenance",
+    }
+}
+
+api_struct! {
+    /// The source half of a migration between clusters.
+    MigrationSendTo {
+        /// The same on both sides.
+        #[serde(rename = "migrationID")]
+        migration_id: String,
+        /// The other cluster's synchronisation address.
+        #[serde(rename = "connectURL")]
+        connect_url: Option<String>,
+    }
+}
+
+api_struct! {
+    /// The target half of a migration between clusters.
+    MigrationReceive {
+        /// The same on both sides.
+        #[serde(rename = "migrationID")]
+        migration_id: String,
+    }
+}
+
+string_enum! {
+    /// The phase of a migration.
+    MigrationPhase default Unset {
+        /// Not yet seen by the controller.
+        Unset = "",
+        /// Waits for a place or for its target pod.
+        Pending = "Pending",
+        /// The target pod exists.
+        Scheduling = "Scheduling",
+        /// The target pod is ready.
+        Scheduled = "Scheduled",
+        /// The target prepares.
+        PreparingTarget = "PreparingTarget",
+        /// The target listens.
+        TargetReady = "TargetReady",
+        /// The source sends.
+        Running = "Running",
+        /// The guest runs at the target.
+        Succeeded = "Succeeded",
+        /// The guest runs where it was.
+        Failed = "Failed",
+        /// Waits for the other cluster.
+        WaitingForSync = "WaitingForSync",
+        /// Talks with the other cluster.
+        Synchronizing = "Synchronizing",
+    }
+}
+
+always_or_default!(MigrationPhase);
+
+impl MigrationPhase {
+    /// Over, well or badly.
+    pub fn is_final(&self) -> bool {
+        matches!(self, Self::Succeeded | Self::Failed)
+    }
+
+    /// What the limits count: under way, and not only waiting.
+    pub fn is_running(&self) -> bool {
+        !self.is_final() && !matches!(self, Self::Unset | Self::Pending | Self::WaitingForSync | Self::Synchronizing)
+    }
+
+    /// The target pod exists (Scheduling or later).
+    pub fn target_is_created(&self) -> bool {
+        self.is_running() || self.is_final()
+    }
+
+    /// The handlers drive (PreparingTarget or later).
+    pub fn target_is_handed_off(&self) -> bool {
+        matches!(self, Self::PreparingTarget | Self::TargetReady | Self::Running) || self.is_final()
+    }
+}
+
+api_struct! {
+    /// How far a migration has come.
+    VirtualMachineInstanceMigrationStatus {
+        /// The phase.
+        phase: MigrationPhase,
+        /// What is true of it.
+        conditions: Vec<Condition>,
+        /// When each phase was first reached.
+        phase_transition_timestamps: Vec<MigrationPhaseTransitionTimestamp>,
+        /// Details; only `sourcePod` while pending.
+        migration_state: Option<VirtualMachineInstanceMigrationState>,
+        /// Where the other cluster can be reached.
+        synchronization_addresses: Vec<String>,
+        /// Godwit's own: one word on what it waits for or why it failed.
+        reason: Option<String>,
+        /// Godwit's own: the sentence for people, with what to do.
+        message: Option<String>,
+    }
+}
+
+always_or_default!(VirtualMachineInstanceMigrationStatus);
+
+api_struct! {
+    /// When a phase was first reached.
+    MigrationPhaseTransitionTimestamp {
+        /// The phase.
+        phase: MigrationPhase,
+        /// When.
+        phase_transition_timestamp: Option<Time>,
+    }
+}
+
+impl VirtualMachineInstanceMigration {
+    /// Over, well or badly.
+    pub fn is_final(&self) -> bool {
+        self.status.phase.is_final()
+    }
+
+    /// The VMI's name, empty when it is missing.
+    pub fn vmi_name(&self) -> &str {
+        self.spec.vmi_name.as_deref().unwrap_or("")
+    }
+
+    /// A condition by its type.
+    pub fn condition(&self, type_: &str) -> Option<&Condition> {
+        crate::condition::find(&self.status.conditions, type_)
+    }
+}

@@ -1,0 +1,108 @@
+//! Labels, annotations and finalizers.
+
+/// `virt-launcher` on launcher pods.
+pub const LABEL_APP: &str = "kubevirt.io";
+/// The value of [`LABEL_APP`] on launcher pods.
+pub const APP_VIRT_LAUNCHER: &str = "virt-launcher";
+/// The VMI's UID, on launcher pods.
+pub const LABEL_CREATED_BY: &str = "kubevirt.io/created-by";
+/// The VMIM's UID, on target pods.
+pub const LABEL_MIGRATION_JOB_UID: &str = "kubevirt.io/migrationJobUID";
+/// The node where the guest runs, on VMIs and launcher pods.
+pub const LABEL_NODE_NAME: &str = "kubevirt.io/nodeName";
+/// The node that the guest goes to, on VMIs during a migration.
+pub const LABEL_MIGRATION_TARGET_NODE_NAME: &str = "kubevirt.io/migrationTargetNodeName";
+/// The VMI's name, on VMIMs.
+pub const LABEL_VMI_NAME: &str = "kubevirt.io/vmi-name";
+/// The VM's name, on launcher pods.
+pub const LABEL_VM: &str = "kubevirt.io/vm";
+/// The VMI's name, on launcher pods (deprecated by KubeVirt, still read by others).
+pub const LABEL_DEPRECATED_VM_NAME: &str = "vm.kubevirt.io/name";
+/// The VMI's name or its hash, on launcher pods.
+pub const LABEL_VMI_ID: &str = "vmi.kubevirt.io/id";
+/// The launcher's image is not the current one.
+pub const LABEL_OUTDATED_LAUNCHER_IMAGE: &str = "kubevirt.io/outdatedLauncherImage";
+/// `true` on nodes that take launcher pods.
+pub const LABEL_SCHEDULABLE: &str = "kubevirt.io/schedulable";
+/// Reserved by KubeVirt.
+pub const LABEL_INSTALL_STRATEGY: &str = "kubevirt.io/install-strategy";
+/// Prefix of labels on nodes: CPU models that can run there.
+pub const LABEL_PREFIX_CPU_MODEL: &str = "cpu-model.node.kubevirt.io/";
+/// Prefix of labels on nodes: CPU models that can be migrated there.
+pub const LABEL_PREFIX_CPU_MODEL_MIGRATION: &str = "cpu-model-migration.node.kubevirt.io/";
+/// Prefix of labels on nodes: CPU features.
+pub const LABEL_PREFIX_CPU_FEATURE: &str = "cpu-feature.node.kubevirt.io/";
+/// Prefix of labels on nodes: the CPU's vendor.
+pub const LABEL_PREFIX_CPU_VENDOR: &str = "cpu-vendor.node.kubevirt.io/";
+/// Prefix of labels on nodes: the host's own CPU model.
+pub const LABEL_PREFIX_HOST_MODEL_CPU: &str = "host-model-cpu.node.kubevirt.io/";
+/// Prefix of labels on nodes: what the host's model requires.
+pub const LABEL_PREFIX_HOST_MODEL_REQUIRED_FEATURES: &str = "host-model-required-features.node.kubevirt.io/";
+/// Prefix of labels on nodes: machine types.
+pub const LABEL_PREFIX_MACHINE_TYPE: &str = "machine-type.node.kubevirt.io/";
+/// Prefix of labels on nodes: Hyper-V features.
+pub const LABEL_PREFIX_HYPERV: &str = "hyperv.node.kubevirt.io/";
+
+/// Labels that nobody but godwit may put on a VMI.
+pub const RESERVED_VMI_LABELS: [&str; 6] = [
+    LABEL_CREATED_BY,
+    LABEL_MIGRATION_JOB_UID,
+    LABEL_NODE_NAME,
+    LABEL_MIGRATION_TARGET_NODE_NAME,
+    LABEL_SCHEDULABLE,
+    LABEL_INSTALL_STRATEGY,
+];
+
+/// The VMI's name, on launcher pods.
+pub const ANNOTATION_DOMAIN: &str = "kubevirt.io/domain";
+/// The VMIM's name, on target pods.
+pub const ANNOTATION_MIGRATION_JOB_NAME: &str = "kubevirt.io/migrationJobName";
+/// When the guest ran at the target, on target pods (for the CNI).
+pub const ANNOTATION_MIGRATION_TARGET_READY: &str = "kubevirt.io/migration-target-ready-timestamp";
+/// The launcher migrates over unix sockets, on launcher pods.
+pub const ANNOTATION_MIGRATION_TRANSPORT_UNIX: &str = "kubevirt.io/migrationTransportUnix";
+/// The node that is being emptied, on VMIMs of an evacuation.
+pub const ANNOTATION_EVACUATION_MIGRATION: &str = "kubevirt.io/evacuationMigration";
+/// On VMIMs of a workload update.
+pub const ANNOTATION_WORKLOAD_UPDATE_MIGRATION: &str = "kubevirt.io/workloadUpdateMigration";
+/// Seconds for an unschedulable target pod, on VMIMs.
+pub const ANNOTATION_UNSCHEDULABLE_POD_TIMEOUT: &str = "kubevirt.io/migrationUnschedulablePodTimeoutSeconds";
+/// Seconds for a target pod that does not become ready, on VMIMs.
+pub const ANNOTATION_PENDING_POD_TIMEOUT: &str = "kubevirt.io/migrationPendingPodTimeoutSeconds";
+/// Seconds for utility volumes, on VMIMs.
+pub const ANNOTATION_UTILITY_VOLUMES_TIMEOUT: &str = "kubevirt.io/migrationUtilityVolumesTimeoutSeconds";
+/// The newest API version that the controller saw.
+pub const ANNOTATION_LATEST_OBSERVED_API_VERSION: &str = "kubevirt.io/latest-observed-api-version";
+/// The stored API version that the controller saw.
+pub const ANNOTATION_STORAGE_OBSERVED_API_VERSION: &str = "kubevirt.io/storage-observed-api-version";
+/// Allows live migration with bridge binding on the pod network, on VMIs.
+pub const ANNOTATION_ALLOW_POD_BRIDGE_MIGRATION: &str = "kubevirt.io/allow-pod-bridge-network-live-migration";
+/// `descheduler` when the descheduler asked for the eviction, on VMIs.
+pub const ANNOTATION_EVICTION_SOURCE: &str = "kubevirt.io/eviction-source";
+/// Ignition data, on VMIs (KubeVirt needs a gate for it).
+pub const ANNOTATION_IGNITION: &str = "kubevirt.io/ignitiondata";
+/// The handler's sign of life, on nodes (RFC 3339).
+pub const ANNOTATION_HEARTBEAT: &str = "kubevirt.io/heartbeat";
+/// The descheduler shall ask, not delete, on launcher pods.
+pub const ANNOTATION_DESCHEDULER_EVICT_ONLY: &str = "descheduler.alpha.kubernetes.io/request-evict-only";
+/// An eviction is under way, on launcher pods.
+pub const ANNOTATION_DESCHEDULER_EVICTION_IN_PROGRESS: &str = "descheduler.alpha.kubernetes.io/eviction-in-progress";
+/// The container that `kubectl logs` shows.
+pub const ANNOTATION_DEFAULT_CONTAINER: &str = "kubectl.kubernetes.io/default-container";
+/// KubeVirt's test hook: the migration fails at once, on VMIs.
+pub const ANNOTATION_TEST_FORCE_MIGRATION_FAILURE: &str = "kubevirt.io/func-test-force-launcher-migration-failure";
+/// KubeVirt's test hook: the target never becomes ready, on VMIs.
+pub const ANNOTATION_TEST_BLOCK_TARGET_PREPARATION: &str = "kubevirt.io/func-test-block-migration-target-preparation";
+/// KubeVirt's test hook: another image for the target pod, on VMIMs.
+pub const ANNOTATION_TEST_TARGET_IMAGE: &str = "kubevirt.io/func-test-migration-target-image-override";
+
+/// Holds a VMIM until it is final.
+pub const FINALIZER_MIGRATION: &str = "kubevirt.io/migrationJobFinalize";
+/// Holds a VMI until its guest is gone.
+pub const FINALIZER_VMI: &str = "kubevirt.io/foregroundDeleteVirtualMachine";
+/// Holds a VM until its VMI is gone.
+pub const FINALIZER_VM: &str = "kubevirt.io/virtualMachineControllerFinalize";
+/// KubeVirt's readiness gate of launcher pods.
+pub const READINESS_GATE_UNPAUSED: &str = "kubevirt.io/virtual-machine-unpaused";
+/// The taint that empties a node.
+pub const TAINT_DRAIN: &str = "kubevirt.io/drain";

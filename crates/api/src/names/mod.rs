@@ -1,0 +1,61 @@
+//! Every label, annotation, finalizer, condition, reason and event that clients match on, spelled once.
+
+pub mod conditions;
+pub mod events;
+pub mod keys;
+
+pub use keys::*;
+
+/// The API group.
+pub const GROUP: &str = "kubevirt.io";
+/// The namespace of godwit's own objects.
+pub const KUBEVIRT_NAMESPACE: &str = "kubevirt";
+/// The name of the KubeVirt object.
+pub const KUBEVIRT_NAME: &str = "kubevirt";
+/// The seeds' configuration ConfigMap, in [`KUBEVIRT_NAMESPACE`].
+pub const CONFIG_MAP_NAME: &str = "kubevirt-config";
+/// The controller's user.
+pub const CONTROLLER_USER: &str = "system:serviceaccount:kubevirt:kubevirt-controller";
+/// The handler's user.
+pub const HANDLER_USER: &str = "system:serviceaccount:kubevirt:kubevirt-handler";
+/// Users that begin with this are godwit's own and may write a VMI's status.
+pub const OWN_USERS_PREFIX: &str = "system:serviceaccount:kubevirt:";
+/// `generateName` of migrations that an evacuation makes.
+pub const EVACUATION_GENERATE_NAME: &str = "kubevirt-evacuation-";
+/// `generateName` of migrations that `virtualmachines/migrate` makes.
+pub const MIGRATE_VM_GENERATE_NAME: &str = "kubevirt-migrate-vm-";
+/// `generateName` of migrations that a workload update makes.
+pub const WORKLOAD_UPDATE_GENERATE_NAME: &str = "kubevirt-workload-update-";
+/// Launcher pods are named `virt-launcher-<vmi>-<5 random>`.
+pub const LAUNCHER_POD_PREFIX: &str = "virt-launcher-";
+/// The launcher's container.
+pub const COMPUTE_CONTAINER: &str = "compute";
+/// How many finished migrations of a VMI are kept.
+pub const FINISHED_MIGRATIONS_KEPT: usize = 5;
+/// Inner port of the control channel in `targetDirectMigrationNodePorts`.
+pub const MIGRATION_PORT_CONTROL: i32 = 0;
+/// Inner port of the memory stream.
+pub const MIGRATION_PORT_MEMORY: i32 = 49152;
+/// Inner port of the block stream.
+pub const MIGRATION_PORT_BLOCK: i32 = 49153;
+/// `migrationState.migrationNetworkType` when migrations use the nodes' own network.
+pub const MIGRATION_NETWORK_POD: &str = "Pod";
+/// `status.migrationTransport`.
+pub const MIGRATION_TRANSPORT_UNIX: &str = "Unix";
+/// `status.reason` of a VMI whose node does not answer.
+pub const REASON_NODE_UNRESPONSIVE: &str = "NodeUnresponsive";
+/// `failureReason` of a migration that was cancelled or timed out.
+pub const FAILURE_ABORTED: &str = "Live migration has been aborted";
+/// `failureReason` of a migration whose target pod died before the start.
+pub const FAILURE_TARGET_POD_DOWN: &str = "Target pod is down";
+/// An unschedulable target pod is given up after this many seconds.
+pub const UNSCHEDULABLE_POD_TIMEOUT_SECONDS: i64 = 300;
+/// A target pod that does not become ready is given up after this many seconds.
+pub const PENDING_POD_TIMEOUT_SECONDS: i64 = 900;
+
+/// The standalone mode's host image.
+pub const HOST_IMAGE: &str = "godwit.local/host";
+/// The annotation that asks for secondary networks (Multus).
+pub const NETWORKS_ANNOTATION: &str = "k8s.v1.cni.cncf.io/networks";
+/// The annotation in which the secondary networks' state is answered (Multus).
+pub const NETWORK_STATUS_ANNOTATION: &str = "k8s.v1.cni.cncf.io/network-status";
