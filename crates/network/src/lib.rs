@@ -11,6 +11,7 @@ mod mac;
 mod namespace;
 pub mod nat;
 pub mod pinger;
+pub mod segment;
 mod tap;
 
 pub use error::{Error, Result};
