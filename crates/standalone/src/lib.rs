@@ -1,1 +1,19 @@
-//! The one-machine cluster: fabric, certificates, processes, demo
+//! The one-machine cluster: its fabric of network namespaces, its certificates, its processes, and the demo.
+
+#![forbid(unsafe_code)]
+
+pub mod demo;
+mod down;
+mod error;
+pub mod fabric;
+mod layout;
+pub mod pki;
+mod process;
+mod status;
+mod up;
+
+pub use down::down;
+pub use error::Error;
+pub use layout::{CLIENT_ADDRESS, CONTROL_PLANE_ADDRESS, Cluster, FABRIC_API_PORT, FABRIC_PREFIX, Layout};
+pub use status::status;
+pub use up::{CONTROL_PLANE, Options, Up, admin_client, client, is_ready, up};

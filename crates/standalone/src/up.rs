@@ -1,0 +1,177 @@
+//! Bringing a cluster up, level by level: what already runs is left alone, what is missing is started.
+
+use crate::layout::{Cluster, Layout, MAX_NODES};
+use crate::{Error, fabric, pki, process};
+use k8s_openapi::api::core::v1::Node;
+use kube::{Api, Client};
+use std::net::{Ipv4Addr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// Name of the control plane's process.
+pub const CONTROL_PLANE: &str = "control-plane";
+/// How long a process may take to become ready before the start counts as failed.
+const READY_WITHIN: Duration = Duration::from_secs(60);
+const POLL: Duration = Duration::from_millis(15);
+
+/// What to bring up.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Where everything is kept.
+    pub data_dir: PathBuf,
+    /// Number of nodes; a cluster that has more keeps them.
+    pub nodes: usize,
+    /// Port on 127.0.0.1; `None`: the recorded one, else 6443, else any free one.
+    pub api_port: Option<u16>,
+}
+
+/// A cluster that is up.
+#[derive(Debug, Clone)]
+pub struct Up {
+    /// Paths.
+    pub layout: Layout,
+    /// Shape.
+    pub cluster: Cluster,
+    /// From the call to ready.
+    pub took: Duration,
+}
+
+/// Brings the cluster up and returns when every node is ready for VMs.
+///
+/// # Errors
+/// Not root, missing programs, or a process that ended or was not ready within a minute (with the end of its log).
+pub async fn up(options: &Options) -> Result<Up, Error> {
+    let started = Instant::now();
+    require_root()?;
+    require_programs()?;
+    let layout = Layout::open(&options.data_dir)?;
+    let cluster = shape(&layout, options)?;
+    pki::ensure(&layout, &cluster)?;
+    fabric::ensure(&cluster).await?;
+    let data_dir = layout.root().display().to_string();
+    if process::find(&layout, CONTROL_PLANE).is_none() {
+        process::start(&layout, CONTROL_PLANE, &["control-plane".into(), "--data-dir".into(), data_dir.clone()])?;
+    }
+    for node in &cluster.nodes {
+        if process::find(&layout, node).is_none() {
+            let arguments =
+                ["node".into(), "--data-dir".into(), data_dir.clone(), "--name".into(), node.to_owned()];
+            process::start(&layout, node, &arguments)?;
+        }
+    }
+    wait_until_ready(&layout, &cluster).await?;
+    Ok(Up { layout, cluster, took: started.elapsed() })
+}
+
+/// A client of the cluster as its administrator.
+///
+/// # Errors
+/// No kubeconfig, or one that cannot be used.
+pub async fn admin_client(layout: &Layout) -> Result<Client, Error> {
+    client(&layout.kubeconfig()).await
+}
+
+/// A client with the given kubeconfig.
+///
+/// # Errors
+/// No such kubeconfig, or one that cannot be used.
+pub async fn client(kubeconfig: &Path) -> Result<Client, Error> {
+    let failed = |error: kube::config::KubeconfigError| Error::io("use", kubeconfig, std::io::Error::other(error));
+    let file = kube::config::Kubeconfig::read_from(kubeconfig).map_err(failed)?;
+    let config =
+        kube::Config::from_custom_kubeconfig(file, &kube::config::KubeConfigOptions::default()).await.map_err(failed)?;
+    Ok(Client::try_from(config)?)
+}
+
+fn require_root() -> Result<(), Error> {
+    if nix::unistd::geteuid().is_root() { Ok(()) } else { Err(Error::NeedsRoot) }
+}
+
+/// Programs that the nodes run, and the Debian packages that carry them.
+const PROGRAMS: [(&str, &str); 3] =
+    [("qemu-system-x86_64", "qemu-system-x86"), ("qemu-img", "qemu-utils"), ("nft", "nftables")];
+
+fn require_programs() -> Result<(), Error> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let missing: Vec<_> = PROGRAMS
+        .iter()
+        .filter(|(program, _)| {
+            let found = std::env::split_paths(&path).any(|folder| folder.join(program).is_file());
+            !found && !["/usr/sbin", "/sbin"].iter().any(|folder| Path::new(folder).join(program).is_file())
+        })
+        .collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    Err(Error::MissingPrograms {
+        programs: missing.iter().map(|(program, _)| (*program).to_owned()).collect(),
+        packages: missing.iter().map(|(_, package)| (*package).to_owned()).collect(),
+    })
+}
+
+fn shape(layout: &Layout, options: &Options) -> Result<Cluster, Error> {
+    if options.nodes == 0 || options.nodes > MAX_NODES {
+        return Err(Error::Usage(format!("--nodes must be between 1 and {MAX_NODES}, not {}", options.nodes)));
+    }
+    let recorded = layout.load()?;
+    let running = process::find(layout, CONTROL_PLANE).is_some();
+    let mut cluster = match recorded {
+        Some(cluster) => cluster,
+        None => Cluster { id: layout.id(), nodes: Vec::new(), api_port: 0 },
+    };
+    if !running {
+        cluster.api_port = match options.api_port {
+            Some(port) if port != 0 => port,
+            Some(_) => free_port(0)?,
+            None if cluster.api_port != 0 => free_port(cluster.api_port)?,
+            None => free_port(6443)?,
+        };
+    }
+    while cluster.nodes.len() < options.nodes {
+        cluster.nodes.push(format!("node{}", cluster.nodes.len() + 1));
+    }
+    layout.save(&cluster)?;
+    Ok(cluster)
+}
+
+/// `wanted` if nobody has it, else any that is free.
+fn free_port(wanted: u16) -> Result<u16, Error> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, wanted))
+        .or_else(|_| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)))
+        .and_then(|listener| listener.local_addr());
+    listener.map(|address| address.port()).map_err(|e| Error::io("find a free port on", Path::new("127.0.0.1"), e))
+}
+
+async fn wait_until_ready(layout: &Layout, cluster: &Cluster) -> Result<(), Error> {
+    let deadline = Instant::now() + READY_WITHIN;
+    let client = admin_client(layout).await?;
+    let nodes: Api<Node> = Api::all(client.clone());
+    loop {
+        for name in std::iter::once(CONTROL_PLANE).chain(cluster.nodes.iter().map(String::as_str)) {
+            if process::find(layout, name).is_none() {
+                return Err(process::died(layout, name));
+            }
+        }
+        let waiting = match nodes.list(&Default::default()).await {
+            Err(_) => vec![CONTROL_PLANE.to_owned()],
+            Ok(list) => cluster
+                .nodes
+                .iter()
+                .filter(|name| !list.items.iter().any(|n| n.metadata.name.as_deref() == Some(name) && is_ready(n)))
+                .cloned()
+                .collect(),
+        };
+        let Some(first) = waiting.first() else { return Ok(()) };
+        if Instant::now() > deadline {
+            return Err(process::failed(layout, first, "was not ready within a minute"));
+        }
+        tokio::time::sleep(POLL).await;
+    }
+}
+
+/// Whether a node takes pods and its handler takes VMs.
+pub fn is_ready(node: &Node) -> bool {
+    let conditions = node.status.as_ref().and_then(|s| s.conditions.as_deref()).unwrap_or_default();
+    let schedulable = node.metadata.labels.as_ref().and_then(|l| l.get("kubevirt.io/schedulable"));
+    conditions.iter().any(|c| c.type_ == "Ready" && c.status == "True") && schedulable.is_some_and(|v| v == "true")
+}
