@@ -2,6 +2,11 @@
 
 use serde::{Deserialize, Serialize};
 
+mod build;
+mod causes;
+
+pub use build::{Attributes, PAGE_NOT_FOUND, success};
+
 /// An API failure as Kubernetes clients expect it (`kind: Status`, `apiVersion: v1`).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -13,8 +18,11 @@ pub struct Status {
     /// A sentence for a person.
     pub message: String,
     /// What it is about and why, if there is more to say.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub details: Option<Details>,
+    /// `metadata.continue`: with 410 Expired for a list, a token with which the rest can still be had, inconsistently.
+    #[serde(default, skip_serializing_if = "String::is_empty", rename = "continue")]
+    pub continue_token: String,
 }
 
 /// The object a [`Status`] is about.
