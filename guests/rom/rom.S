@@ -1,0 +1,310 @@
+# A guest in 64 KiB of firmware: it beats on the serial port, writes to its memory at a set rate and finds corruption by
+# itself. Up in 0.05 s, 16 MiB of memory are enough. For tests that need a guest but no operating system.
+#
+# What it says on COM1, a line each (numbers are eight hex digits):
+#   start TOKEN                      once; seen twice, the guest was started twice
+#   beat TOKEN COUNT PASS ERRORS     every `beat_ticks` ticks of 10 ms; COUNT rises by one and never falls
+#   X ADDRESS                        this page is not what was written to it
+#   off                              the power button was pressed; it powers itself off
+#
+# Memory check: each tick visits `pages_per_tick` pages of [first, last). A visited page carries its own address mixed with a
+# key and the number of the pass that wrote it, and must carry those of the pass before when it is visited again: a page that
+# a migration lost, sent too early or put in the wrong place is noticed within one pass.
+#
+# It also runs where KVM emulates every instruction: descriptors have their accessed bit set already (the table is in ROM),
+# interrupts return by `lret $4` instead of `iret` (so they stay disabled, and the one `sti` is right before the `hlt`),
+# and the local APIC is told to pass the old interrupt controller's line through.
+
+        .equ COM1, 0x3f8
+        .equ KEY, 0x5aa5c33c
+        .equ PM, 0x600                  # where the ACPI registers are put
+        .equ BUTTON, 0x100              # power button, in PM1 status and enable
+        .equ STACK, 0x8000
+        .equ ticks_left, 0x2000         # until the next beat
+        .equ beats, 0x2004
+        .equ pass, 0x2008
+        .equ cursor, 0x200c
+        .equ errors, 0x2010
+
+        .text
+        .globl start
+        .code16
+start:
+        cli
+        mov     $2, %al                 # the A20 gate
+        out     %al, $0x92
+        lgdtl   %cs:(gdt_pointer - start)
+        mov     %cr0, %eax
+        and     $0x9fffffff, %eax       # caches on
+        or      $1, %eax
+        mov     %eax, %cr0
+        ljmpl   $0x08, $protected
+
+        .code32
+protected:
+        mov     $0x10, %eax
+        mov     %eax, %ds
+        mov     %eax, %es
+        mov     %eax, %ss
+        mov     $STACK, %esp
+        lidt    idt_pointer
+
+        movl    $0x1ff, 0xfee000f0      # local APIC: on
+        movl    $0x700, 0xfee00350      # LINT0: external interrupt
+
+        mov     $0x11, %al              # interrupt controllers: vectors from 0x20, only the timer
+        out     %al, $0x20
+        out     %al, $0xa0
+        mov     $0x20, %al
+        out     %al, $0x21
+        mov     $0x28, %al
+        out     %al, $0xa1
+        mov     $4, %al
+        out     %al, $0x21
+        mov     $2, %al
+        out     %al, $0xa1
+        mov     $1, %al
+        out     %al, $0x21
+        out     %al, $0xa1
+        mov     $0xfe, %al
+        out     %al, $0x21
+        mov     $0xff, %al
+        out     %al, $0xa1
+
+        mov     $0x34, %al              # timer: 1193182 Hz / 11932 = 100 Hz
+        out     %al, $0x43
+        mov     $(11932 & 0xff), %al
+        out     %al, $0x40
+        mov     $(11932 >> 8), %al
+        out     %al, $0x40
+
+        call    power_setup
+
+        mov     beat_ticks, %eax
+        mov     %eax, ticks_left
+        mov     first, %eax
+        mov     %eax, cursor
+        xor     %eax, %eax
+        mov     %eax, beats
+        mov     %eax, pass
+        mov     %eax, errors
+
+        mov     $say_start, %esi
+        call    say
+        mov     token, %eax
+        call    say_number
+        call    say_end
+
+main:
+        sti
+        hlt
+        call    visit
+        call    beat
+        mov     $PM, %edx
+        in      %dx, %ax
+        test    $BUTTON, %eax
+        jz      main
+        mov     $say_off, %esi
+        call    say
+        mov     $(PM + 4), %edx         # sleep type 0 is S5 in QEMU's tables
+        mov     $0x2000, %eax
+        out     %ax, %dx
+        cli
+        hlt
+
+# The power button only shows when ACPI is there and it is enabled.
+power_setup:
+        mov     $0x8000f800, %eax       # q35: ICH9, 00:1f.0
+        call    pci_read
+        cmp     $0x29188086, %eax
+        jne     1f
+        mov     $0x8000f840, %eax
+        mov     $(PM | 1), %ecx
+        call    pci_write
+        mov     $0x8000f844, %eax
+        mov     $0x80, %ecx
+        call    pci_write
+        jmp     2f
+1:      mov     $0x80000b00, %eax       # pc: PIIX4 power management, 00:01.3
+        call    pci_read
+        cmp     $0x71138086, %eax
+        jne     2f
+        mov     $0x80000b40, %eax
+        mov     $(PM | 1), %ecx
+        call    pci_write
+        mov     $0x80000b80, %eax
+        mov     $1, %ecx
+        call    pci_write
+2:      mov     $(PM + 2), %edx
+        mov     $BUTTON, %eax
+        out     %ax, %dx
+        ret
+
+pci_read:
+        mov     $0xcf8, %edx
+        out     %eax, %dx
+        mov     $0xcfc, %edx
+        in      %dx, %eax
+        ret
+
+pci_write:
+        mov     $0xcf8, %edx
+        out     %eax, %dx
+        mov     $0xcfc, %edx
+        mov     %ecx, %eax
+        out     %eax, %dx
+        ret
+
+tick:
+        push    %eax
+        mov     $0x20, %al
+        out     %al, $0x20
+        pop     %eax
+        lret    $4
+spurious:
+        lret    $4
+
+        .org 0x400                      # patched by the crate guest-rom, which knows these places
+token:          .long 0
+beat_ticks:     .long 10
+pages_per_tick: .long 0
+first:          .long 0x100000
+last:           .long 0x200000
+        .org 0x440
+
+visit:
+        mov     pages_per_tick, %ecx
+        test    %ecx, %ecx
+        jz      9f
+        mov     cursor, %edi
+1:      mov     %edi, %eax
+        xor     $KEY, %eax
+        mov     pass, %edx
+        test    %edx, %edx
+        jz      3f                      # the first pass only fills
+        cmp     %eax, (%edi)
+        jne     2f
+        dec     %edx
+        cmp     %edx, 4(%edi)
+        je      3f
+2:      incl    errors
+        push    %eax
+        mov     $say_wrong, %esi
+        call    say
+        mov     %edi, %eax
+        call    say_number
+        call    say_end
+        pop     %eax
+3:      mov     %eax, (%edi)
+        mov     pass, %edx
+        mov     %edx, 4(%edi)
+        add     $0x1000, %edi
+        cmp     last, %edi
+        jb      4f
+        mov     first, %edi
+        incl    pass
+4:      dec     %ecx
+        jnz     1b
+        mov     %edi, cursor
+9:      ret
+
+beat:
+        decl    ticks_left
+        jnz     9f
+        mov     beat_ticks, %eax
+        mov     %eax, ticks_left
+        incl    beats
+        mov     $say_beat, %esi
+        call    say
+        mov     token, %eax
+        call    say_number
+        mov     $say_space, %esi
+        call    say
+        mov     beats, %eax
+        call    say_number
+        mov     $say_space, %esi
+        call    say
+        mov     pass, %eax
+        call    say_number
+        mov     $say_space, %esi
+        call    say
+        mov     errors, %eax
+        call    say_number
+        call    say_end
+9:      ret
+
+say:                                    # the text at %esi
+        mov     (%esi), %al
+        test    %al, %al
+        jz      9f
+        call    say_letter
+        inc     %esi
+        jmp     say
+9:      ret
+
+say_end:
+        mov     $'\n', %al
+say_letter:                             # %al; given up when the port does not take it, so that nothing can hang the guest
+        push    %ecx
+        push    %edx
+        mov     %al, %ah
+        mov     $100000, %ecx
+        mov     $(COM1 + 5), %edx
+1:      in      %dx, %al
+        test    $0x20, %al
+        jnz     2f
+        dec     %ecx
+        jnz     1b
+2:      mov     $COM1, %edx
+        mov     %ah, %al
+        out     %al, %dx
+        pop     %edx
+        pop     %ecx
+        ret
+
+say_number:                             # %eax, eight hex digits
+        push    %ecx
+        push    %ebx
+        mov     %eax, %ebx
+        mov     $8, %ecx
+1:      rol     $4, %ebx
+        mov     %ebx, %eax
+        and     $15, %eax
+        cmp     $10, %eax
+        jb      2f
+        add     $('a' - '0' - 10), %eax
+2:      add     $'0', %eax
+        call    say_letter
+        dec     %ecx
+        jnz     1b
+        pop     %ebx
+        pop     %ecx
+        ret
+
+say_start:      .asciz "start "
+say_beat:       .asciz "beat "
+say_wrong:      .asciz "X "
+say_off:        .asciz "off\n"
+say_space:      .asciz " "
+
+        .balign 16
+gdt:    .quad 0
+        .quad 0x00cf9b000000ffff        # flat code, accessed
+        .quad 0x00cf93000000ffff        # flat data, accessed
+gdt_pointer:
+        .word 23
+        .long gdt
+        .balign 8
+idt:    .fill 32, 8, 0
+        .word tick - start, 0x08, 0x8e00, 0xffff
+        .rept 15
+        .word spurious - start, 0x08, 0x8e00, 0xffff
+        .endr
+idt_pointer:
+        .word idt_pointer - idt - 1
+        .long idt
+
+        .org 0xfff0
+        .code16
+        jmp     start
+        .org 0x10000
