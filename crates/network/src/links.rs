@@ -159,10 +159,8 @@ impl Links {
         check(one.name)?;
         check(other.name)?;
         let end = |end: &VethEnd<'_>| {
-            let mut builder = LinkMessageBuilder::<LinkUnspec>::new()
-                .name(end.name)
-                .setns_by_fd(end.namespace.as_fd().as_raw_fd())
-                .up();
+            let mut builder =
+                LinkMessageBuilder::<LinkUnspec>::new().name(end.name).setns_by_fd(end.namespace.as_fd().as_raw_fd());
             if let Some(mac) = end.mac {
                 builder = builder.address(mac.0.to_vec());
             }
@@ -171,12 +169,14 @@ impl Links {
             }
             builder
         };
-        let mut message = end(one).build();
+        let mut message = end(one).up().build();
         message.attributes.push(LinkAttribute::LinkInfo(vec![
             InfoAttribute::Kind(InfoKind::Veth),
             InfoAttribute::Data(InfoData::Veth(InfoVeth::Peer(end(other).build()))),
         ]));
-        self.add(one.name, message).await
+        self.add(one.name, message).await?;
+        // The kernel cannot open the second end while it makes it: it has no peer yet.
+        other.namespace.links()?.set_up(other.name, true).await
     }
 
     /// Makes a bridge, up, without spanning tree and with no forwarding delay.
@@ -467,7 +467,8 @@ pub(crate) fn check(name: &str) -> Result<()> {
 
 fn address_of(message: &AddressMessage) -> Option<IpAddr> {
     // On point-to-point links `Address` is the peer; `Local` is ours wherever it is given.
-    let local = message.attributes.iter().find_map(|a| if let AddressAttribute::Local(ip) = a { Some(*ip) } else { None });
+    let local =
+        message.attributes.iter().find_map(|a| if let AddressAttribute::Local(ip) = a { Some(*ip) } else { None });
     local.or_else(|| {
         message.attributes.iter().find_map(|a| if let AddressAttribute::Address(ip) = a { Some(*ip) } else { None })
     })

@@ -80,7 +80,8 @@ mod tests {
     fn reads_what_it_writes_and_refuses_the_rest() {
         let mac: Mac = "02:00:5E-00:53:01".parse().unwrap();
         assert_eq!(mac.to_string(), "02:00:5e:00:53:01");
-        for bad in ["", "02:00:5e:00:53", "02:00:5e:00:53:01:02", "02:00:5e:00:53:0g", "2:0:5:0:5:1", "+2:00:5e:00:53:01"]
+        for bad in
+            ["", "02:00:5e:00:53", "02:00:5e:00:53:01:02", "02:00:5e:00:53:0g", "2:0:5:0:5:1", "+2:00:5e:00:53:01"]
         {
             assert!(bad.parse::<Mac>().is_err(), "{bad}");
         }

@@ -49,7 +49,11 @@ impl<'a> Masquerade<'a> {
     /// The rules as `nft -f` reads them. The table is replaced as a whole, so that setting it twice is the same as once.
     fn rules(&self) -> String {
         let Self { interface, bridge, gateway, guest, .. } = self;
-        let table = format!("godwit-{interface}");
+        // nft takes no quoted table names; what is no letter or digit becomes its code.
+        let table: String = interface
+            .chars()
+            .map(|c| if c.is_ascii_alphanumeric() { c.to_string() } else { format!("_{:x}", u32::from(c)) })
+            .collect();
         let mut inbound = String::new();
         for port in &self.reserved {
             inbound += &format!("    tcp dport {port} return\n");
@@ -65,9 +69,9 @@ impl<'a> Masquerade<'a> {
             inbound += &format!("    {protocol} dport {port} dnat to {guest}\n");
         }
         format!(
-            r#"table ip "{table}" {{}}
-delete table ip "{table}"
-table ip "{table}" {{
+            r#"table ip godwit_{table} {{}}
+delete table ip godwit_{table}
+table ip godwit_{table} {{
   chain inbound {{
 {inbound}  }}
   chain prerouting {{
@@ -93,13 +97,14 @@ table ip "{table}" {{
     /// # Errors
     /// [`Error::Nft`]; [`Error::Io`] when nft is not installed.
     pub fn apply(&self, namespace: &Namespace) -> Result<()> {
-        crate::links::check(self.interface)?;
-        crate::links::check(self.bridge)?;
+        for name in [self.interface, self.bridge] {
+            crate::links::check(name)?;
+            if name.contains(['"', '\\', '*']) {
+                return Err(Error::Invalid(format!("link name {name:?} cannot be written in nft's rules")));
+            }
+        }
         // route_localnet: connections to 127.0.0.1 in the pod may be led to the guest, as in KubeVirt.
-        namespace.sysctls(&[
-            ("net.ipv4.ip_forward", "1"),
-            ("net/ipv4/conf/all/route_localnet", "1"),
-        ])?;
+        namespace.sysctls(&[("net.ipv4.ip_forward", "1"), ("net/ipv4/conf/all/route_localnet", "1")])?;
         nft(namespace, &self.rules())
     }
 }
@@ -110,7 +115,8 @@ table ip "{table}" {{
 /// [`Error::Nft`] with what nft said; [`Error::Io`] when it is not installed.
 pub fn nft(namespace: &Namespace, rules: &str) -> Result<()> {
     // /usr/sbin is not in every service's PATH.
-    let program = ["/usr/sbin/nft", "/sbin/nft"].into_iter().find(|p| std::path::Path::new(p).exists()).unwrap_or("nft");
+    let program =
+        ["/usr/sbin/nft", "/sbin/nft"].into_iter().find(|p| std::path::Path::new(p).exists()).unwrap_or("nft");
     let output = namespace.run(|| {
         let mut child = Command::new(program)
             .args(["-f", "-"])
