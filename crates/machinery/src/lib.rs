@@ -2,6 +2,15 @@
 //!
 //! Objects are `serde_json::Value`s throughout, so that fields which this version does not know survive a round trip.
 
+pub mod body;
+pub mod builtin;
+pub mod crd;
+pub mod discovery;
+pub mod duration;
+pub mod meta;
+pub mod names;
+pub mod quantity;
 pub mod resource;
 pub mod schema;
+pub mod selector;
 pub mod status;

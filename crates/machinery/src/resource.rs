@@ -43,6 +43,44 @@ pub struct Resource {
     pub deprecation_warning: Option<String>,
     /// Built-ins take strategic merge patches, custom resources do not.
     pub builtin: bool,
+    /// Answers creation at once and stores nothing (access and token reviews); no other verb is served.
+    pub virtual_create_only: bool,
+    /// The version in which objects are stored, where several are served.
+    pub storage: bool,
+}
+
+impl GroupVersion {
+    /// `v1` or `group/v1`, as `apiVersion` has it.
+    pub fn api_version(&self) -> String {
+        if self.group.is_empty() { self.version.clone() } else { format!("{}/{}", self.group, self.version) }
+    }
+
+    /// `api/v1` or `apis/group/v1`: where it is served.
+    pub fn path(&self) -> String {
+        if self.group.is_empty() { format!("api/{}", self.version) } else { format!("apis/{}/{}", self.group, self.version) }
+    }
+
+    /// The inverse of [`GroupVersion::api_version`].
+    pub fn parse(api_version: &str) -> GroupVersion {
+        let (group, version) = api_version.split_once('/').unwrap_or(("", api_version));
+        GroupVersion { group: group.to_owned(), version: version.to_owned() }
+    }
+}
+
+impl Resource {
+    /// The verbs that discovery says, in alphabetical order.
+    pub fn verbs(&self) -> &'static [&'static str] {
+        if self.virtual_create_only {
+            &["create"]
+        } else {
+            &["create", "delete", "deletecollection", "get", "list", "patch", "update", "watch"]
+        }
+    }
+
+    /// `pods`, or `virtualmachines.kubevirt.io`: as messages name it.
+    pub fn qualified(&self) -> String {
+        if self.gv.group.is_empty() { self.plural.clone() } else { format!("{}.{}", self.plural, self.gv.group) }
+    }
 }
 
 /// How rows of a table are made.

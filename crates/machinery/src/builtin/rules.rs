@@ -1,0 +1,349 @@
+//! Rules of built-in kinds and of metadata that no schema says, in Kubernetes' words.
+
+use crate::resource::Resource;
+use crate::schema::{self, FieldError, Schema};
+use serde_json::Value;
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+const SUBDOMAIN: &str = "a lowercase RFC 1123 subdomain must consist of lower case alphanumeric characters, '-' or '.', and must start and end with an alphanumeric character (e.g. 'example.com', regex used for validation is '[a-z0-9]([-a-z0-9]*[a-z0-9])?(\\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*')";
+const LABEL: &str = "a lowercase RFC 1123 label must consist of lower case alphanumeric characters or '-', and must start and end with an alphanumeric character (e.g. 'my-name',  or '123-abc', regex used for validation is '[a-z0-9]([-a-z0-9]*[a-z0-9])?')";
+const DNS1035: &str = "a DNS-1035 label must consist of lower case alphanumeric characters or '-', start with an alphabetic character, and end with an alphanumeric character (e.g. 'my-name',  or 'abc-123', regex used for validation is '[a-z]([-a-z0-9]*[a-z0-9])?')";
+const QUALIFIED: &str = "name part must consist of alphanumeric characters, '-', '_' or '.', and must start and end with an alphanumeric character (e.g. 'MyName',  or 'my.name',  or '123-abc', regex used for validation is '([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9]')";
+const LABEL_VALUE: &str = "a valid label must be an empty string or consist of alphanumeric characters, '-', '_' or '.', and must start and end with an alphanumeric character (e.g. 'MyValue',  or 'my_value',  or '12345', regex used for validation is '(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?')";
+const CONFIG_KEY: &str = "a valid config key must consist of alphanumeric characters, '-', '_' or '.' (e.g. 'key.name',  or 'KEY_NAME',  or 'key-name', regex used for validation is '[-._a-zA-Z0-9]+')";
+
+/// Everything wrong with an object of any kind that is about to be stored: metadata, schema, and for built-in kinds the
+/// rules that their schemas do not say.
+pub fn validate(resource: &Resource, object: &Value) -> Vec<FieldError> {
+    let mut errors = metadata(resource, object);
+    if !resource.builtin {
+        errors.extend(schema::validate(&resource.schema, object));
+        return errors;
+    }
+    errors.extend(schema::validate(&without_status(&resource.schema), object));
+    match (resource.gv.group.as_str(), resource.kind.as_str()) {
+        ("", "Pod") => pod(object, &mut errors),
+        ("", "ConfigMap") => {
+            keys(object, "data", &mut errors);
+            keys(object, "binaryData", &mut errors);
+        }
+        ("", "Secret") => keys(object, "data", &mut errors),
+        ("", "PersistentVolumeClaim") => claim(object, &mut errors),
+        ("storage.k8s.io", "StorageClass") => needs(object, "provisioner", "provisioner", &mut errors),
+        ("rbac.authorization.k8s.io", "RoleBinding" | "ClusterRoleBinding") => role_ref(object, &mut errors),
+        ("apiextensions.k8s.io", "CustomResourceDefinition") => errors.extend(crate::crd::validate_crd(object)),
+        _ => {}
+    }
+    errors
+}
+
+/// What Kubernetes says to a name that this kind cannot have; `None`: the name is good.
+pub fn name_error(resource: &Resource, name: &str) -> Option<&'static str> {
+    let group = resource.gv.group.as_str();
+    match resource.kind.as_str() {
+        "Namespace" if group.is_empty() => label_error(name),
+        "Service" if group.is_empty() => {
+            let good = label_error(name).is_none() && name.starts_with(|c: char| c.is_ascii_lowercase());
+            (!good).then_some(DNS1035)
+        }
+        "Role" | "ClusterRole" | "RoleBinding" | "ClusterRoleBinding" if group == "rbac.authorization.k8s.io" => {
+            match name {
+                "." => Some("may not be '.'"),
+                ".." => Some("may not be '..'"),
+                _ if name.contains('/') => Some("may not contain '/'"),
+                _ if name.contains('%') => Some("may not contain '%'"),
+                _ => None,
+            }
+        }
+        _ => subdomain_error(name),
+    }
+}
+
+fn label_error(s: &str) -> Option<&'static str> {
+    if s.len() > 63 {
+        return Some("must be no more than 63 bytes");
+    }
+    (!is_label(s)).then_some(LABEL)
+}
+
+fn subdomain_error(s: &str) -> Option<&'static str> {
+    if s.len() > 253 {
+        return Some("must be no more than 253 bytes");
+    }
+    (!s.split('.').all(is_label)).then_some(SUBDOMAIN)
+}
+
+fn is_label(s: &str) -> bool {
+    let edge = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
+    s.starts_with(edge) && s.ends_with(edge) && s.chars().all(|c| edge(c) || c == '-')
+}
+
+fn is_name_part(s: &str) -> bool {
+    let edge = |c: char| c.is_ascii_alphanumeric();
+    s.starts_with(edge) && s.ends_with(edge) && s.chars().all(|c| edge(c) || "-_.".contains(c))
+}
+
+fn qualified_error(key: &str) -> Option<String> {
+    let (prefix, name) = match key.split_once('/') {
+        Some((prefix, name)) => (Some(prefix), name),
+        None => (None, key),
+    };
+    if let Some(prefix) = prefix {
+        if prefix.is_empty() {
+            return Some("prefix part must be non-empty".into());
+        }
+        if let Some(why) = subdomain_error(prefix) {
+            return Some(format!("prefix part {why}"));
+        }
+    }
+    if name.is_empty() {
+        Some("name part must be non-empty".into())
+    } else if name.len() > 63 {
+        Some("name part must be no more than 63 bytes".into())
+    } else {
+        (!is_name_part(name)).then(|| QUALIFIED.into())
+    }
+}
+
+/// The rules of `metadata`.
+fn metadata(resource: &Resource, object: &Value) -> Vec<FieldError> {
+    let mut errors = Vec::new();
+    let text = |field: &str| object.pointer(&format!("/metadata/{field}")).and_then(Value::as_str).unwrap_or_default();
+    let name = text("name");
+    if name.is_empty() {
+        required("metadata.name", "name or generateName is required", &mut errors);
+    } else if let Some(why) = name_error(resource, name) {
+        invalid("metadata.name", name, why, &mut errors);
+    }
+    let namespace = text("namespace");
+    if resource.namespaced && namespace.is_empty() {
+        required("metadata.namespace", "", &mut errors);
+    } else if !resource.namespaced && !namespace.is_empty() {
+        push("FieldValueForbidden", "metadata.namespace", "Forbidden: not allowed on this type".into(), &mut errors);
+    }
+    let map = |field: &str| object.pointer(&format!("/metadata/{field}")).and_then(Value::as_object);
+    for (key, value) in map("labels").into_iter().flatten() {
+        if let Some(why) = qualified_error(key) {
+            invalid("metadata.labels", key, &why, &mut errors);
+        }
+        let Some(value) = value.as_str() else { continue };
+        if value.len() > 63 {
+            invalid("metadata.labels", value, "must be no more than 63 bytes", &mut errors);
+        } else if !value.is_empty() && !is_name_part(value) {
+            invalid("metadata.labels", value, LABEL_VALUE, &mut errors);
+        }
+    }
+    let mut size = 0;
+    for (key, value) in map("annotations").into_iter().flatten() {
+        if let Some(why) = qualified_error(&key.to_lowercase()) {
+            invalid("metadata.annotations", key, &why, &mut errors);
+        }
+        size += key.len() + value.as_str().map_or(0, str::len);
+    }
+    const MOST: usize = 256 * 1024;
+    if size > MOST {
+        let message = format!("Too long: may not be more than {MOST} bytes");
+        push("FieldValueTooLong", "metadata.annotations", message, &mut errors);
+    }
+    let finalizers = object.pointer("/metadata/finalizers").and_then(Value::as_array);
+    for finalizer in finalizers.into_iter().flatten().filter_map(Value::as_str) {
+        if let Some(why) = qualified_error(finalizer) {
+            invalid("metadata.finalizers", finalizer, &why, &mut errors);
+        }
+    }
+    errors
+}
+
+/// The schema with an unconstrained status: writers of built-in statuses leave out members that Go would write as zero.
+fn without_status(schema: &Schema) -> Schema {
+    let mut schema = schema.clone();
+    if let Some(status) = schema.properties.get("status") {
+        let relaxed = Schema { ty: status.ty, preserve_unknown: true, ..Schema::default() };
+        schema.properties.insert("status".into(), Arc::new(relaxed));
+    }
+    schema
+}
+
+fn push(reason: &str, field: &str, message: String, errors: &mut Vec<FieldError>) {
+    errors.push(FieldError { reason: reason.into(), field: field.into(), message });
+}
+
+fn required(field: &str, detail: &str, errors: &mut Vec<FieldError>) {
+    let message = if detail.is_empty() { "Required value".into() } else { format!("Required value: {detail}") };
+    push("FieldValueRequired", field, message, errors);
+}
+
+fn invalid(field: &str, value: &str, why: &str, errors: &mut Vec<FieldError>) {
+    push("FieldValueInvalid", field, format!("Invalid value: {}: {why}", Value::from(value)), errors);
+}
+
+/// Complains of a text member that is absent or empty.
+fn needs(object: &Value, member: &str, field: &str, errors: &mut Vec<FieldError>) {
+    let absent = match object.get(member) {
+        None | Some(Value::Null) => true,
+        Some(Value::String(s)) => s.is_empty(),
+        Some(_) => false,
+    };
+    // Members that the schema calls required were reported by it.
+    if absent && !errors.iter().any(|e| e.field == field) {
+        required(field, "", errors);
+    }
+}
+
+fn one_of(object: &Value, member: &str, field: &str, supported: &[&str], errors: &mut Vec<FieldError>) {
+    let Some(value) = object.get(member).and_then(Value::as_str) else { return };
+    if !supported.contains(&value) {
+        let list: Vec<String> = supported.iter().map(|s| format!("{s:?}")).collect();
+        let message = format!("Unsupported value: {}: supported values: {}", Value::from(value), list.join(", "));
+        push("FieldValueNotSupported", field, message, errors);
+    }
+}
+
+fn list<'a>(object: &'a Value, member: &str) -> impl Iterator<Item = (usize, &'a Value)> {
+    object.get(member).and_then(Value::as_array).into_iter().flatten().enumerate()
+}
+
+fn pod(object: &Value, errors: &mut Vec<FieldError>) {
+    let Some(spec) = object.get("spec") else { return required("spec.containers", "", errors) };
+    if list(spec, "containers").next().is_none() && !errors.iter().any(|e| e.field == "spec.containers") {
+        required("spec.containers", "", errors);
+    }
+    one_of(spec, "restartPolicy", "spec.restartPolicy", &["Always", "OnFailure", "Never"], errors);
+    let policies = ["ClusterFirstWithHostNet", "ClusterFirst", "Default", "None"];
+    one_of(spec, "dnsPolicy", "spec.dnsPolicy", &policies, errors);
+    let mut volumes = BTreeSet::new();
+    for (index, volume) in list(spec, "volumes") {
+        let field = format!("spec.volumes[{index}].name");
+        named(volume, &field, &mut volumes, errors);
+    }
+    let mut names = BTreeSet::new();
+    for kind in ["containers", "initContainers"] {
+        for (index, container) in list(spec, kind) {
+            let path = format!("spec.{kind}[{index}]");
+            named(container, &format!("{path}.name"), &mut names, errors);
+            needs(container, "image", &format!("{path}.image"), errors);
+            let policies = ["Always", "IfNotPresent", "Never"];
+            one_of(container, "imagePullPolicy", &format!("{path}.imagePullPolicy"), &policies, errors);
+            for (at, mount) in list(container, "volumeMounts") {
+                let name = mount.get("name").and_then(Value::as_str).unwrap_or_default();
+                if !name.is_empty() && !volumes.contains(name) {
+                    let message = format!("Not found: {}", Value::from(name));
+                    push("FieldValueNotFound", &format!("{path}.volumeMounts[{at}].name"), message, errors);
+                }
+            }
+            requests_within_limits(container, &path, errors);
+        }
+    }
+}
+
+/// A name that must be a DNS label and unlike those before it.
+fn named(object: &Value, field: &str, seen: &mut BTreeSet<String>, errors: &mut Vec<FieldError>) {
+    needs(object, "name", field, errors);
+    let Some(name) = object.get("name").and_then(Value::as_str).filter(|n| !n.is_empty()) else { return };
+    if let Some(why) = label_error(name) {
+        invalid(field, name, why, errors);
+    }
+    if !seen.insert(name.to_owned()) {
+        push("FieldValueDuplicate", field, format!("Duplicate value: {}", Value::from(name)), errors);
+    }
+}
+
+fn requests_within_limits(container: &Value, path: &str, errors: &mut Vec<FieldError>) {
+    use crate::quantity::Quantity;
+    let Some(requests) = container.pointer("/resources/requests").and_then(Value::as_object) else { return };
+    for (name, request) in requests {
+        let limit = container.pointer("/resources/limits").and_then(|l| l.get(name));
+        if let (Some(request), Some(limit)) = (Quantity::of(request), limit.and_then(Quantity::of))
+            && request > limit
+        {
+            let why = format!("must be less than or equal to {name} limit of {limit}");
+            invalid(&format!("{path}.resources.requests"), &request.to_string(), &why, errors);
+        }
+    }
+}
+
+fn keys(object: &Value, member: &str, errors: &mut Vec<FieldError>) {
+    for key in object.get(member).and_then(Value::as_object).into_iter().flat_map(|m| m.keys()) {
+        let good = !key.is_empty() && key.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._".contains(&b));
+        let field = format!("{member}[{key}]");
+        if key.len() > 253 {
+            invalid(&field, key, "must be no more than 253 bytes", errors);
+        } else if !good {
+            invalid(&field, key, CONFIG_KEY, errors);
+        } else if key == "." || key == ".." {
+            invalid(&field, key, &format!("may not be '{key}'"), errors);
+        }
+    }
+}
+
+fn claim(object: &Value, errors: &mut Vec<FieldError>) {
+    let Some(spec) = object.get("spec") else { return required("spec", "", errors) };
+    if list(spec, "accessModes").next().is_none() {
+        required("spec.accessModes", "at least 1 access mode is required", errors);
+    }
+    let modes = ["ReadOnlyMany", "ReadWriteMany", "ReadWriteOnce", "ReadWriteOncePod"];
+    for (index, mode) in list(spec, "accessModes") {
+        let holder = serde_json::json!({"mode": mode});
+        one_of(&holder, "mode", &format!("spec.accessModes[{index}]"), &modes, errors);
+    }
+    if spec.pointer("/resources/requests/storage").is_none() {
+        required("spec.resources[storage]", "", errors);
+    }
+}
+
+fn role_ref(object: &Value, errors: &mut Vec<FieldError>) {
+    let Some(role) = object.get("roleRef") else { return };
+    one_of(role, "kind", "roleRef.kind", &["Role", "ClusterRole"], errors);
+    needs(role, "name", "roleRef.name", errors);
+    for (index, subject) in list(object, "subjects") {
+        one_of(subject, "kind", &format!("subjects[{index}].kind"), &["ServiceAccount", "User", "Group"], errors);
+        needs(subject, "name", &format!("subjects[{index}].name"), errors);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn check(kind: &str, object: Value) -> Vec<String> {
+        let resource = super::super::resources().into_iter().find(|r| r.kind == kind).unwrap();
+        validate(&resource, &object).into_iter().map(|e| format!("{}: {}", e.field, e.message)).collect()
+    }
+
+    #[test]
+    fn a_good_pod_passes() {
+        let pod = json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p", "namespace": "n"},
+            "spec": {"containers": [{"name": "c", "image": "i", "volumeMounts": [{"name": "v", "mountPath": "/v"}]}],
+                "volumes": [{"name": "v", "emptyDir": {}}]},
+            "status": {"containerStatuses": [{"name": "c"}]}});
+        assert_eq!(check("Pod", pod), Vec::<String>::new());
+    }
+
+    #[test]
+    fn a_bad_pod_is_told_everything() {
+        let pod = json!({"metadata": {"name": "P_", "namespace": "n", "labels": {"a b": "c"}},
+            "spec": {"restartPolicy": "Sometimes", "containers": [{"name": "c"}, {"name": "c", "image": "i",
+                "resources": {"requests": {"cpu": "2"}, "limits": {"cpu": "1"}},
+                "volumeMounts": [{"name": "nope", "mountPath": "/v"}]}]}});
+        let errors = check("Pod", pod);
+        let has = |start: &str| assert!(errors.iter().any(|e| e.starts_with(start)), "{start} not in {errors:#?}");
+        has("metadata.name: Invalid value: \"P_\": a lowercase RFC 1123 subdomain");
+        has("metadata.labels: Invalid value: \"a b\": name part must");
+        has("spec.restartPolicy: Unsupported value: \"Sometimes\": supported values: \"Always\", \"OnFailure\", \"Never\"");
+        has("spec.containers[0].image: Required value");
+        has("spec.containers[1].name: Duplicate value: \"c\"");
+        has("spec.containers[1].volumeMounts[0].name: Not found: \"nope\"");
+        has("spec.containers[1].resources.requests: Invalid value: \"2\": must be less than or equal to cpu limit of 1");
+    }
+
+    #[test]
+    fn scope_and_names_are_checked() {
+        assert!(check("Node", json!({"metadata": {"name": "n", "namespace": "x"}}))[0].contains("Forbidden"));
+        assert!(check("ConfigMap", json!({"metadata": {"name": "n"}}))[0].starts_with("metadata.namespace: Required"));
+        assert!(check("ConfigMap", json!({"metadata": {"name": "n", "namespace": "x"}, "data": {"a/b": "c"}}))[0]
+            .starts_with("data[a/b]: Invalid value"));
+        assert!(check("ClusterRole", json!({"metadata": {"name": "system:x"}, "rules": []})).is_empty());
+    }
+}
