@@ -3,8 +3,7 @@
 //! HTTP/1.1 with JSON bodies over the unix socket `launcher.sock` (docs/architecture.md, "Launcher RPC"). Unknown members
 //! are ignored and new ones are optional, so that a handler and a launcher of different builds understand each other.
 
-/// Becomes `godwit_api`'s VirtualMachineInstance as soon as that crate has it.
-pub type VirtualMachineInstance = serde_json::Value;
+use godwit_api::VirtualMachineInstance;
 pub use godwit_qemu::accelerator::Accelerator;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
