@@ -7,11 +7,13 @@
 mod macros;
 
 pub mod condition;
+pub mod crd;
 pub mod kubevirt;
 pub mod migration;
 pub mod nad;
 pub mod names;
 pub mod quantity;
+pub mod unimplemented;
 pub mod vm;
 pub mod vmi;
 

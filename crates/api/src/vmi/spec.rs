@@ -30,8 +30,6 @@ api_struct! {
         priority_class_name: Option<String>,
         /// What to do when the node is drained; unset is the cluster's default.
         eviction_strategy: Option<EvictionStrategy>,
-        /// `Paused` starts the guest paused.
-        start_strategy: Option<StartStrategy>,
         /// Seconds between the power button and the kill; 30 when unset.
         termination_grace_period_seconds: Option<i64>,
         /// The sources of the disks.
@@ -58,16 +56,6 @@ string_enum! {
         LiveMigrateIfPossible = "LiveMigrateIfPossible",
         /// Somebody else moves the guest.
         External = "External",
-    }
-}
-
-string_enum! {
-    /// How a guest starts.
-    StartStrategy default Running {
-        /// At once. KubeVirt has no word for it: the field is left out.
-        Running = "",
-        /// Paused.
-        Paused = "Paused",
     }
 }
 
@@ -116,8 +104,6 @@ api_struct! {
         threads: Option<u32>,
         /// A QEMU CPU model, `host-model` or `host-passthrough`.
         model: Option<String>,
-        /// Single CPU features.
-        features: Vec<CpuFeature>,
     }
 }
 
@@ -126,16 +112,6 @@ impl Cpu {
     pub fn count(&self) -> u32 {
         let part = |value: Option<u32>| value.unwrap_or(1).max(1);
         part(self.cores).saturating_mul(part(self.sockets)).saturating_mul(part(self.threads))
-    }
-}
-
-api_struct! {
-    /// One CPU feature.
-    CpuFeature {
-        /// The name in QEMU, as `vmx`.
-        name: String,
-        /// `force`, `require` (default), `optional`, `disable` or `forbid`.
-        policy: Option<String>,
     }
 }
 
@@ -180,10 +156,7 @@ api_struct! {
 
 api_struct! {
     /// SeaBIOS.
-    Bios {
-        /// Show the firmware on the serial console.
-        use_serial: Option<bool>,
-    }
+    Bios {}
 }
 
 api_struct! {
@@ -203,8 +176,6 @@ api_struct! {
         image: String,
         /// `Always`, `IfNotPresent` or `Never`.
         image_pull_policy: Option<String>,
-        /// The secret for the registry.
-        image_pull_secret: Option<String>,
         /// The kernel's absolute path in the image.
         kernel_path: Option<String>,
         /// The initial RAM disk's absolute path in the image.
@@ -215,18 +186,8 @@ api_struct! {
 api_struct! {
     /// The guest's clock.
     Clock {
-        /// The clock is in UTC, with an offset.
-        utc: Option<ClockUtc>,
-        /// The clock is in this time zone.
-        timezone: Option<String>,
-    }
-}
-
-api_struct! {
-    /// A clock in UTC.
-    ClockUtc {
-        /// Seconds off.
-        offset_seconds: Option<i64>,
+        /// The clock is in UTC, which it always is.
+        utc: Option<Empty>,
     }
 }
 
@@ -261,8 +222,6 @@ api_struct! {
         autoattach_pod_interface: Option<bool>,
         /// A serial console; true when unset.
         autoattach_serial_console: Option<bool>,
-        /// Write what the guest says on the serial console to the launcher pod's log.
-        log_serial_console: Option<bool>,
         /// A graphics device; true when unset.
         autoattach_graphics_device: Option<bool>,
         /// A memory balloon; true when unset.
@@ -334,8 +293,6 @@ api_struct! {
         bus: Option<String>,
         /// The guest cannot write; true when unset.
         readonly: Option<bool>,
-        /// `open` or `closed` (default).
-        tray: Option<String>,
     }
 }
 
@@ -393,18 +350,9 @@ api_struct! {
         /// The name that an interface refers to.
         name: String,
         /// The pod's own network.
-        pod: Option<PodNetwork>,
+        pod: Option<Empty>,
         /// A network described by a NetworkAttachmentDefinition.
         multus: Option<MultusNetwork>,
-    }
-}
-
-api_struct! {
-    /// The pod's own network.
-    PodNetwork {
-        /// The guest's IPv4 network behind masquerade; 10.0.2.0/24 when unset.
-        #[serde(rename = "vmNetworkCIDR")]
-        vm_network_cidr: Option<String>,
     }
 }
 
@@ -443,8 +391,6 @@ api_struct! {
     ContainerDiskSource {
         /// The image.
         image: String,
-        /// The secret for the registry.
-        image_pull_secret: Option<String>,
         /// The disk's path in the image; the one file under `/disk` when unset.
         path: Option<String>,
         /// `Always`, `IfNotPresent` or `Never`.
