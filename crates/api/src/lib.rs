@@ -7,8 +7,12 @@
 mod macros;
 
 pub mod condition;
+pub mod config;
 pub mod crd;
+pub mod derived;
+pub mod initial;
 pub mod kubevirt;
+pub mod migratability;
 pub mod migration;
 pub mod nad;
 pub mod names;
@@ -18,6 +22,9 @@ pub mod vm;
 pub mod vmi;
 
 pub use condition::Condition;
+pub use crd::crds;
+pub use derived::{derived_firmware_uuid, derived_mac, pod_interface_name};
+pub use initial::initial_objects;
 pub use kubevirt::{KubeVirt, MigrationConfiguration};
 pub use migration::{MigrationPhase, VirtualMachineInstanceMigration, Vmim};
 pub use nad::NetworkAttachmentDefinition;
