@@ -2,7 +2,8 @@ use super::*;
 use crate::schema::{apply_defaults, prune, unknown_fields, validate};
 
 fn crd() -> Value {
-    json!({
+    serde_json::from_str(
+        r#"{
         "apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition",
         "metadata": {"name": "birds.example.org"},
         "spec": {
@@ -32,7 +33,9 @@ fn crd() -> Value {
                  "schema": {"openAPIV3Schema": {"type": "object"}}}
             ]
         }
-    })
+    }"#,
+    )
+    .unwrap()
 }
 
 fn errors(object: &Value) -> Vec<String> {
