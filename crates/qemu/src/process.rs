@@ -4,8 +4,10 @@ use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, Command};
+use tokio::sync::{mpsc, watch};
 
 /// The QEMU for x86-64 guests: `$GODWIT_QEMU` if set, else the first in `$PATH` and the usual places.
 pub fn find_qemu() -> Option<PathBuf> {
@@ -38,17 +40,19 @@ pub(crate) fn die_with_parent(command: &mut Command) {
 /// How many of QEMU's last words are kept to explain its end.
 const KEPT_LINES: usize = 40;
 
-/// A running QEMU. Killed when dropped.
-#[derive(Debug)]
+/// A QEMU that was started. A task of its own waits for its end; when the last clone of this handle is dropped, it is killed.
+#[derive(Clone, Debug)]
 pub struct Process {
-    child: Child,
     pid: u32,
-    said: Arc<Mutex<VecDeque<String>>>,
-    readers: Vec<tokio::task::JoinHandle<()>>,
+    kill: mpsc::UnboundedSender<()>,
+    ended: watch::Receiver<Option<Ended>>,
+    said: Said,
 }
 
+type Said = Arc<Mutex<VecDeque<String>>>;
+
 /// How a QEMU ended.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Ended {
     /// The exit code; none when a signal ended it.
     pub code: Option<i32>,
@@ -93,7 +97,7 @@ impl Process {
         die_with_parent(&mut command);
         let mut child = command.spawn()?;
         let pid = child.id().unwrap_or_default();
-        let said = Arc::new(Mutex::new(VecDeque::new()));
+        let said = Said::default();
         let mut readers = Vec::new();
         if let Some(stderr) = child.stderr.take() {
             readers.push(tokio::spawn(keep(stderr, said.clone())));
@@ -101,7 +105,10 @@ impl Process {
         if let Some(stdout) = child.stdout.take() {
             readers.push(tokio::spawn(keep(stdout, said.clone())));
         }
-        Ok(Process { child, pid, said, readers })
+        let (tell, ended) = watch::channel(None);
+        let (kill, killed) = mpsc::unbounded_channel();
+        tokio::spawn(supervise(child, killed, readers, said.clone(), tell));
+        Ok(Process { pid, kill, ended, said })
     }
 
     /// Its process id.
@@ -109,35 +116,63 @@ impl Process {
         self.pid
     }
 
-    /// Waits for its end and reaps it. May be called again, and may be dropped half-way.
-    pub async fn wait(&mut self) -> Ended {
-        let status = match self.child.wait().await {
-            Ok(status) => status,
-            Err(error) => {
-                tracing::warn!(pid = self.pid, %error, "cannot wait for QEMU");
-                ExitStatus::default()
-            }
-        };
-        // The pipes end with the process; the last words may still be on their way.
-        for reader in self.readers.drain(..) {
-            let _ = tokio::time::timeout(std::time::Duration::from_millis(200), reader).await;
-        }
-        Ended::new(status, self.last_words())
+    /// How it ended, if it has.
+    pub fn ended(&self) -> Option<Ended> {
+        self.ended.borrow().clone()
     }
 
-    /// Ends it at once (SIGKILL) and reaps it.
-    pub async fn kill(&mut self) -> Ended {
-        let _ = self.child.start_kill();
+    /// Waits until it has ended and was reaped.
+    pub async fn wait(&self) -> Ended {
+        let mut ended = self.ended.clone();
+        match ended.wait_for(Option::is_some).await {
+            Ok(end) => end.clone().unwrap_or_default(),
+            // The supervising task is gone, and with it the process.
+            Err(_) => Ended::default(),
+        }
+    }
+
+    /// Ends it at once (SIGKILL) and waits until it was reaped.
+    pub async fn kill(&self) -> Ended {
+        let _ = self.kill.send(());
         self.wait().await
     }
 
     /// What it wrote last.
     pub fn last_words(&self) -> Vec<String> {
-        self.said.lock().map(|s| s.iter().cloned().collect()).unwrap_or_default()
+        words(&self.said)
     }
 }
 
-async fn keep(pipe: impl tokio::io::AsyncRead + Unpin, said: Arc<Mutex<VecDeque<String>>>) {
+async fn supervise(
+    mut child: Child,
+    mut killed: mpsc::UnboundedReceiver<()>,
+    readers: Vec<tokio::task::JoinHandle<()>>,
+    said: Said,
+    tell: watch::Sender<Option<Ended>>,
+) {
+    let status = tokio::select! {
+        status = child.wait() => status,
+        _ = killed.recv() => {
+            let _ = child.start_kill();
+            child.wait().await
+        }
+    };
+    let status = status.unwrap_or_else(|error| {
+        tracing::warn!(%error, "cannot wait for QEMU");
+        ExitStatus::default()
+    });
+    // The pipes end with the process; its last words may still be on their way.
+    for reader in readers {
+        let _ = tokio::time::timeout(Duration::from_millis(200), reader).await;
+    }
+    let _ = tell.send(Some(Ended::new(status, words(&said))));
+}
+
+fn words(said: &Said) -> Vec<String> {
+    said.lock().map(|s| s.iter().cloned().collect()).unwrap_or_default()
+}
+
+async fn keep(pipe: impl tokio::io::AsyncRead + Unpin, said: Said) {
     let mut lines = BufReader::new(pipe).split(b'\n');
     while let Ok(Some(line)) = lines.next_segment().await {
         let line = String::from_utf8_lossy(&line).trim_end().to_string();
@@ -158,7 +193,7 @@ mod tests {
     #[tokio::test]
     async fn the_end_is_told_with_the_last_words() {
         let arguments = ["-c".to_string(), "echo first; echo cannot find disk >&2; exit 3".to_string()];
-        let mut process = Process::spawn(Path::new("/bin/sh"), &arguments).unwrap();
+        let process = Process::spawn(Path::new("/bin/sh"), &arguments).unwrap();
         let ended = process.wait().await;
         assert_eq!(ended.code, Some(3));
         assert!(ended.said.contains(&"cannot find disk".to_string()), "{ended:?}");
@@ -167,7 +202,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_killed_process_is_reaped_and_says_so() {
-        let mut process = Process::spawn(Path::new("/bin/sleep"), &["60".to_string()]).unwrap();
+        let process = Process::spawn(Path::new("/bin/sleep"), &["60".to_string()]).unwrap();
         let ended = process.kill().await;
         assert_eq!(ended.signal, Some(9));
         assert!(ended.to_string().contains("killed"));

@@ -1,0 +1,480 @@
+//! A QEMU and what may be asked of it, by the state it is in.
+//!
+//! The states are types, so that what must never happen cannot be written down:
+//!
+//! ```text
+//! Prelaunch ──start──▶ Running ──migrate──▶ Outgoing ──settle──▶ Departed   only `quit` is left
+//!                         ▲                     └─────settle──▶ Running     failed or cancelled: it never left
+//! Incoming ──────go───────┘
+//! ```
+//!
+//! `cont` is sent by three functions only: [`Prelaunch::start`], [`Incoming::go`] and [`Running::unpause`]. A [`Departed`] QEMU
+//! (postmigrate) has none of them, since its guest may run elsewhere.
+
+use crate::machine::{self, Machine};
+use crate::migration::{DowntimeRamp, Facts, Options, Tracker};
+use crate::process::{Ended, Process};
+use crate::qmp::commands::{self, CapabilityState, MigrationStatus, RunState, VersionTriple};
+use crate::qmp::{self, Event, Events, Qmp};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// How long QEMU may take from its start to its monitor's answer.
+const START_LIMIT: Duration = Duration::from_secs(20);
+/// How long QEMU may take to reach the run state that follows from what it has announced.
+const SETTLE_LIMIT: Duration = Duration::from_secs(10);
+/// How long a target may take to say that it has loaded what the source knows it has.
+const LOAD_LIMIT: Duration = Duration::from_secs(2);
+/// "Unlimited": QEMU knows no such word, so more than any link carries.
+const UNLIMITED: u64 = 1 << 40;
+
+/// Why something was not done.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum Error {
+    /// The machine cannot be built.
+    #[error(transparent)]
+    Machine(#[from] machine::Error),
+    /// QEMU's program cannot be started.
+    #[error("QEMU ({program}) cannot be started: {message}. `make deps` installs it; $GODWIT_QEMU names another")]
+    Program {
+        /// The program.
+        program: PathBuf,
+        /// What the system said.
+        message: String,
+    },
+    /// QEMU ended before it was ready.
+    #[error("{0}")]
+    Ended(Ended),
+    /// QEMU refused or did not answer.
+    #[error(transparent)]
+    Qmp(#[from] qmp::Error),
+    /// QEMU is not in the state that this needs.
+    #[error("{wanted}, but QEMU's state is `{state}`")]
+    State {
+        /// What was wanted.
+        wanted: &'static str,
+        /// The state.
+        state: &'static str,
+    },
+}
+
+/// What may be done with any QEMU, whatever its state. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Qemu {
+    process: Process,
+    qmp: Qmp,
+    version: VersionTriple,
+    machine_type: String,
+    capabilities: Vec<String>,
+}
+
+impl Qemu {
+    async fn launch(program: &Path, machine: &Machine) -> Result<Qemu, Error> {
+        let arguments = machine.arguments(jiff::Timestamp::now().as_second())?;
+        tracing::debug!(?program, ?arguments, "starting QEMU");
+        let process = Process::spawn(program, &arguments)
+            .map_err(|e| Error::Program { program: program.into(), message: e.to_string() })?;
+        let connected = tokio::select! {
+            connected = Qmp::connect(&machine.monitor, START_LIMIT) => connected,
+            ended = process.wait() => return Err(Error::Ended(ended)),
+        };
+        let qmp = match connected {
+            Ok(qmp) => qmp,
+            // Mostly it has ended in this moment, and then that is the reason to tell.
+            Err(error) => match tokio::time::timeout(Duration::from_millis(500), process.wait()).await {
+                Ok(ended) => return Err(Error::Ended(ended)),
+                Err(_) => return Err(error.into()),
+            },
+        };
+        let version = qmp.execute(&commands::QueryVersion {}).await?.qemu;
+        let known = qmp.execute(&commands::QueryMigrateCapabilities {}).await?;
+        let capabilities = known.into_iter().map(|c| c.capability).collect();
+        // The versioned name behind an alias such as `q35`; both ends of a migration need the same.
+        let get = commands::QomGet { path: "/machine".into(), property: "type".into() };
+        let machine_type = qmp.execute(&get).await?;
+        let machine_type = machine_type.as_str().unwrap_or(&machine.machine_type);
+        let machine_type = machine_type.strip_suffix("-machine").unwrap_or(machine_type).to_string();
+        Ok(Qemu { process, qmp, version, machine_type, capabilities })
+    }
+
+    /// QEMU's version.
+    pub fn version(&self) -> VersionTriple {
+        self.version
+    }
+
+    /// The machine type with its version, for example `pc-q35-7.2`.
+    pub fn machine_type(&self) -> &str {
+        &self.machine_type
+    }
+
+    /// Whether this QEMU knows a migration capability.
+    pub fn knows(&self, capability: &str) -> bool {
+        self.capabilities.iter().any(|c| c == capability)
+    }
+
+    /// Its process.
+    pub fn process(&self) -> &Process {
+        &self.process
+    }
+
+    /// All its events, from the start on.
+    pub fn subscribe(&self) -> Events {
+        self.qmp.subscribe()
+    }
+
+    /// The last 1024 events.
+    pub fn events(&self) -> Vec<Event> {
+        self.qmp.events()
+    }
+
+    /// Whether the guest runs, or why not.
+    pub async fn status(&self) -> Result<RunState, qmp::Error> {
+        Ok(self.qmp.execute(&commands::QueryStatus {}).await?.status)
+    }
+
+    /// Presses the power button.
+    pub async fn power_button(&self) -> Result<(), qmp::Error> {
+        self.qmp.execute(&commands::SystemPowerdown {}).await.map(drop)
+    }
+
+    /// Ends it in order (disks are flushed), by force if it does not answer, and waits until it was reaped.
+    pub async fn quit(&self) -> Ended {
+        let asked = self.qmp.execute(&commands::Quit {}).await;
+        let patience = match asked {
+            Ok(_) | Err(qmp::Error::Closed { .. }) => Duration::from_secs(5),
+            Err(_) => Duration::ZERO,
+        };
+        match tokio::time::timeout(patience, self.process.wait()).await {
+            Ok(ended) => ended,
+            Err(_) => self.process.kill().await,
+        }
+    }
+
+    /// Switches on what every migration here needs, the same on both ends.
+    async fn set_capabilities(&self, auto_converge: bool) -> Result<(), qmp::Error> {
+        // Without `return-path` a source may report a success for a guest that the target could not load.
+        let wanted = [("events", true), ("return-path", true), ("auto-converge", auto_converge)];
+        let capabilities = wanted.map(|(name, state)| CapabilityState { capability: name.into(), state });
+        self.qmp.execute(&commands::MigrateSetCapabilities { capabilities: capabilities.into() }).await.map(drop)
+    }
+}
+
+/// Built, and stopped before its first instruction.
+#[derive(Debug)]
+pub struct Prelaunch {
+    qemu: Qemu,
+}
+
+impl Prelaunch {
+    /// Starts QEMU and waits for its monitor.
+    pub async fn launch(program: &Path, machine: &Machine) -> Result<Prelaunch, Error> {
+        let machine = Machine { incoming: false, ..machine.clone() };
+        Ok(Prelaunch { qemu: Qemu::launch(program, &machine).await? })
+    }
+
+    /// The QEMU.
+    pub fn qemu(&self) -> &Qemu {
+        &self.qemu
+    }
+
+    /// Runs the guest.
+    pub async fn start(self) -> Result<Running, Error> {
+        self.qemu.qmp.execute(&commands::Cont {}).await?;
+        Ok(Running { qemu: self.qemu, paused: false })
+    }
+
+    /// Leaves the guest stopped, to be unpaused later.
+    pub fn start_paused(self) -> Running {
+        Running { qemu: self.qemu, paused: true }
+    }
+}
+
+/// The guest is here: it runs, or is paused.
+#[derive(Debug)]
+pub struct Running {
+    qemu: Qemu,
+    paused: bool,
+}
+
+impl Running {
+    /// The QEMU.
+    pub fn qemu(&self) -> &Qemu {
+        &self.qemu
+    }
+
+    /// Whether it was paused.
+    pub fn is_paused(&self) -> bool {
+        self.paused
+    }
+
+    /// Stops the guest's CPUs.
+    pub async fn pause(&mut self) -> Result<(), qmp::Error> {
+        self.qemu.qmp.execute(&commands::Stop {}).await?;
+        self.paused = true;
+        Ok(())
+    }
+
+    /// Runs the guest's CPUs again.
+    pub async fn unpause(&mut self) -> Result<(), qmp::Error> {
+        self.qemu.qmp.execute(&commands::Cont {}).await?;
+        self.paused = false;
+        Ok(())
+    }
+
+    /// Begins to send the guest to the unix socket `socket`. On an error nothing was begun and the guest runs on.
+    pub async fn migrate(self, socket: &Path, options: &Options) -> Result<Outgoing, (Running, Error)> {
+        match self.prepare(options).await {
+            Ok(()) => {}
+            Err(error) => return Err((self, error.into())),
+        }
+        let ramp = DowntimeRamp::new(options.max_downtime_ms);
+        let mut tracker = Tracker::new(self.qemu.qmp.event_count());
+        tracker.limit(ramp.limit_ms());
+        let uri = format!("unix:{}", socket.display());
+        match self.qemu.qmp.execute(&commands::Migrate { uri }).await {
+            // No answer is no refusal: it may be on its way, so it is followed.
+            Ok(_) | Err(qmp::Error::Timeout { .. } | qmp::Error::Unreadable { .. }) => {
+                Ok(Outgoing { qemu: self.qemu, paused: self.paused, tracker, ramp })
+            }
+            Err(error) => Err((self, error.into())),
+        }
+    }
+
+    async fn prepare(&self, options: &Options) -> Result<(), qmp::Error> {
+        self.qemu.set_capabilities(options.auto_converge).await?;
+        let parameters = commands::MigrateSetParameters {
+            max_bandwidth: Some(options.bandwidth.filter(|b| *b > 0).unwrap_or(UNLIMITED)),
+            downtime_limit: Some(DowntimeRamp::new(options.max_downtime_ms).limit_ms()),
+        };
+        self.qemu.qmp.execute(&parameters).await.map(drop)
+    }
+}
+
+/// The guest is being sent; until it is settled, nobody knows where it will be.
+#[derive(Debug)]
+pub struct Outgoing {
+    qemu: Qemu,
+    paused: bool,
+    tracker: Tracker,
+    ramp: DowntimeRamp,
+}
+
+/// Where the guest is after a migration.
+#[derive(Debug)]
+pub enum Settled {
+    /// The target has all of it. This QEMU is stopped for good.
+    Departed(Departed),
+    /// It never left.
+    Stays(Running),
+    /// QEMU ended in the middle, or does not say.
+    Unclear(Outgoing, Error),
+}
+
+impl Outgoing {
+    /// The QEMU.
+    pub fn qemu(&self) -> &Qemu {
+        &self.qemu
+    }
+
+    /// What is known.
+    pub fn facts(&self) -> &Facts {
+        self.tracker.facts()
+    }
+
+    /// Takes an event of QEMU's.
+    pub fn event(&mut self, event: &Event) {
+        self.tracker.event(event);
+    }
+
+    /// Looks at the numbers, and allows a longer standstill if it no longer comes nearer the end.
+    pub async fn look(&mut self) -> Result<(), qmp::Error> {
+        let info = self.qemu.qmp.execute(&commands::QueryMigrate {}).await?;
+        self.tracker.look(&info, jiff::Timestamp::now().as_microsecond());
+        let facts = self.tracker.facts();
+        if facts.status == MigrationStatus::Active
+            && let Some(limit) = self.ramp.look(facts.passes, facts.remaining_bytes)
+        {
+            tracing::debug!(limit, passes = facts.passes, "allowing a longer standstill");
+            let parameters = commands::MigrateSetParameters { downtime_limit: Some(limit), max_bandwidth: None };
+            self.qemu.qmp.execute(&parameters).await?;
+            self.tracker.limit(limit);
+        }
+        Ok(())
+    }
+
+    /// Asks QEMU to cancel. It may be too late: only [`Outgoing::settle`] tells.
+    pub async fn cancel(&self) -> Result<(), qmp::Error> {
+        self.qemu.qmp.execute(&commands::MigrateCancel {}).await.map(drop)
+    }
+
+    /// After QEMU's last word (see [`Facts::is_final`]): where the guest is.
+    pub async fn settle(mut self) -> Settled {
+        let end = tokio::time::Instant::now() + SETTLE_LIMIT;
+        loop {
+            if let Err(error) = self.look().await {
+                return self.settle_without_answer(error);
+            }
+            let state = match self.qemu.status().await {
+                Ok(state) => state,
+                Err(error) => return self.settle_without_answer(error),
+            };
+            match (self.facts().status, state) {
+                (MigrationStatus::Completed, RunState::Postmigrate) => {
+                    return Settled::Departed(Departed { qemu: self.qemu, facts: self.tracker.facts().clone() });
+                }
+                // QEMU lets the guest run on by itself after it has announced the failure.
+                (MigrationStatus::Failed | MigrationStatus::Cancelled, state) if is_here(state, self.paused) => {
+                    return Settled::Stays(Running { qemu: self.qemu, paused: self.paused });
+                }
+                (_, state) if tokio::time::Instant::now() > end => {
+                    let error = Error::State { wanted: "the guest should have left or run on", state: state.as_str() };
+                    self.tracker.fail(error.to_string());
+                    return Settled::Unclear(self, error);
+                }
+                _ => tokio::time::sleep(Duration::from_millis(2)).await,
+            }
+        }
+    }
+
+    /// The monitor is gone, so QEMU is. If it had said `completed`, the target has everything and nothing runs here.
+    fn settle_without_answer(self, error: qmp::Error) -> Settled {
+        if self.facts().status == MigrationStatus::Completed && self.qemu.process.ended().is_some() {
+            let facts = self.tracker.facts().clone();
+            return Settled::Departed(Departed { qemu: self.qemu, facts });
+        }
+        Settled::Unclear(self, error.into())
+    }
+}
+
+fn is_here(state: RunState, paused: bool) -> bool {
+    match state {
+        RunState::Running => !paused,
+        RunState::Paused | RunState::Prelaunch => paused,
+        // Stopped for a reason of its own, which a migration neither made nor mends.
+        RunState::IoError
+        | RunState::InternalError
+        | RunState::GuestPanicked
+        | RunState::Shutdown
+        | RunState::Suspended => true,
+        RunState::Inmigrate | RunState::FinishMigrate | RunState::Postmigrate | RunState::Other => false,
+    }
+}
+
+/// The guest has left this QEMU for good. There is nothing to do but to end it.
+#[derive(Debug)]
+pub struct Departed {
+    qemu: Qemu,
+    facts: Facts,
+}
+
+impl Departed {
+    /// The QEMU.
+    pub fn qemu(&self) -> &Qemu {
+        &self.qemu
+    }
+
+    /// The flight.
+    pub fn facts(&self) -> &Facts {
+        &self.facts
+    }
+}
+
+/// A target: built, stopped, receiving. The guest has not run here.
+#[derive(Debug)]
+pub struct Incoming {
+    qemu: Qemu,
+    tracker: Tracker,
+}
+
+impl Incoming {
+    /// Starts QEMU and listens on the unix socket `socket`.
+    pub async fn launch(program: &Path, machine: &Machine, socket: &Path) -> Result<Incoming, Error> {
+        let machine = Machine { incoming: true, ..machine.clone() };
+        let qemu = Qemu::launch(program, &machine).await?;
+        qemu.set_capabilities(false).await?;
+        let tracker = Tracker::arriving();
+        // Older ones exit when they cannot load; their last words are the reason then.
+        let exit_on_error = (qemu.version >= VersionTriple { major: 9, minor: 1, micro: 0 }).then_some(false);
+        let uri = format!("unix:{}", socket.display());
+        qemu.qmp.execute(&commands::MigrateIncoming { uri, exit_on_error }).await?;
+        Ok(Incoming { qemu, tracker })
+    }
+
+    /// The QEMU.
+    pub fn qemu(&self) -> &Qemu {
+        &self.qemu
+    }
+
+    /// What is known.
+    pub fn facts(&self) -> &Facts {
+        self.tracker.facts()
+    }
+
+    /// Takes an event of QEMU's.
+    pub fn event(&mut self, event: &Event) {
+        self.tracker.event(event);
+    }
+
+    /// Looks at the numbers.
+    pub async fn look(&mut self) -> Result<(), qmp::Error> {
+        let info = self.qemu.qmp.execute(&commands::QueryMigrate {}).await?;
+        self.tracker.look(&info, jiff::Timestamp::now().as_microsecond());
+        Ok(())
+    }
+
+    /// Whether everything is loaded, which is what a go needs.
+    pub async fn is_loaded(&mut self) -> Result<bool, qmp::Error> {
+        self.look().await?;
+        Ok(self.facts().status == MigrationStatus::Completed && self.qemu.status().await? == RunState::Paused)
+    }
+
+    /// Runs the guest. Only for the one who knows that the source is stopped for good.
+    ///
+    /// Refused while not everything is loaded; a load that is under way is given [`LOAD_LIMIT`] to end, since the source can
+    /// know of its end a moment before this QEMU says so.
+    pub async fn go(mut self) -> Result<Running, GoError> {
+        let end = tokio::time::Instant::now() + LOAD_LIMIT;
+        loop {
+            match self.is_loaded().await {
+                Ok(true) => break,
+                Ok(false) => {}
+                Err(error) => return Err(GoError { incoming: self, may_run: false, error: error.into() }),
+            }
+            let status = self.facts().status;
+            let ending = matches!(status, MigrationStatus::Active | MigrationStatus::Completed);
+            if !ending || tokio::time::Instant::now() > end {
+                let wanted = "the guest's state must be loaded before it can run here";
+                let error = Error::State { wanted, state: status.as_str() };
+                return Err(GoError { incoming: self, may_run: false, error });
+            }
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        match self.qemu.qmp.execute(&commands::Cont {}).await {
+            Ok(_) => Ok(Running { qemu: self.qemu, paused: false }),
+            Err(error) => {
+                let may_run = !matches!(error, qmp::Error::Refused { .. });
+                Err(GoError { incoming: self, may_run, error: error.into() })
+            }
+        }
+    }
+
+    /// After a go that was not answered: the running guest, if it runs.
+    pub async fn running(self) -> Result<Running, Incoming> {
+        match self.qemu.status().await {
+            Ok(RunState::Running) => Ok(Running { qemu: self.qemu, paused: false }),
+            _ => Err(self),
+        }
+    }
+}
+
+/// A go that did not succeed.
+#[derive(Debug, thiserror::Error)]
+#[error("{error}")]
+pub struct GoError {
+    /// The target, as it was.
+    pub incoming: Incoming,
+    /// The guest may run nevertheless: QEMU got the command and did not answer.
+    pub may_run: bool,
+    /// Why.
+    pub error: Error,
+}

@@ -1,0 +1,322 @@
+//! One migration as one QEMU sees it: what its events and numbers add up to. Pure; [`crate::instance`] does the talking.
+//!
+//! ```text
+//! source:  setup → active ⟲ passes → (STOP) device → completed      the guest has left, this QEMU stays stopped for ever
+//!                    └→ cancelling → cancelled                      the guest runs on here
+//!                    └→ failed (RESUME)                             the guest runs on here
+//! target:  setup → active → completed                               loaded, stopped, waits for the go
+//!                    └→ failed, or QEMU exits                       nothing was run here
+//! ```
+
+use crate::qmp::Event;
+use crate::qmp::commands::{MigrationInfo, MigrationStatus};
+
+/// What an outgoing migration is told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// Most bytes a second; none is unlimited.
+    pub bandwidth: Option<u64>,
+    /// The longest standstill to accept, in milliseconds.
+    pub max_downtime_ms: u64,
+    /// Slow the guest down when it writes faster than the link carries.
+    pub auto_converge: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Options { bandwidth: None, max_downtime_ms: 300, auto_converge: false }
+    }
+}
+
+/// What is known of a migration. Times are microseconds since the Unix epoch, by this host's clock.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Facts {
+    /// QEMU's word.
+    pub status: MigrationStatus,
+    /// When it began.
+    pub start_us: Option<i64>,
+    /// When the guest's CPUs stopped for it.
+    pub stop_us: Option<i64>,
+    /// When the guest's CPUs ran (again).
+    pub resume_us: Option<i64>,
+    /// When it reached its end.
+    pub end_us: Option<i64>,
+    /// Bytes of guest memory.
+    pub total_bytes: u64,
+    /// Bytes sent.
+    pub sent_bytes: u64,
+    /// Bytes still to send.
+    pub remaining_bytes: u64,
+    /// Measured between the last two looks.
+    pub bytes_per_second: u64,
+    /// How fast the guest writes to its memory, as QEMU estimates it after each pass.
+    pub dirty_bytes_per_second: u64,
+    /// Passes over the memory.
+    pub passes: u64,
+    /// The standstill allowed at present, in milliseconds.
+    pub downtime_limit_ms: Option<u64>,
+    /// From start to end by QEMU's count, in milliseconds.
+    pub total_ms: Option<u64>,
+    /// The standstill as this QEMU counts it, in milliseconds. Only one side's view.
+    pub downtime_ms: Option<u64>,
+    /// Why it failed.
+    pub error: Option<String>,
+}
+
+impl Facts {
+    /// Whether QEMU has said its last word.
+    pub fn is_final(&self) -> bool {
+        is_final(self.status)
+    }
+}
+
+fn is_final(status: MigrationStatus) -> bool {
+    matches!(status, MigrationStatus::Completed | MigrationStatus::Failed | MigrationStatus::Cancelled)
+}
+
+/// Adds up events and numbers. Both ends use it.
+#[derive(Clone, Debug)]
+pub struct Tracker {
+    facts: Facts,
+    /// Events before this one belong to an earlier migration of the same QEMU (its own arrival, or a failed try).
+    from_event: u64,
+    /// Time and bytes sent at the last look.
+    last_look: Option<(i64, u64)>,
+    /// QEMU's answers can only be about this migration, since it has had no other.
+    only_one: bool,
+}
+
+impl Tracker {
+    /// Begins with the event of this number.
+    pub fn new(from_event: u64) -> Self {
+        Tracker { facts: Facts::default(), from_event, last_look: None, only_one: false }
+    }
+
+    /// For a QEMU that was started to receive.
+    pub fn arriving() -> Self {
+        Tracker { only_one: true, ..Tracker::new(0) }
+    }
+
+    /// What is known.
+    pub fn facts(&self) -> &Facts {
+        &self.facts
+    }
+
+    /// Takes an event of QEMU's.
+    pub fn event(&mut self, event: &Event) {
+        if event.number < self.from_event {
+            return;
+        }
+        match event.name.as_str() {
+            "MIGRATION" => {
+                let status = event.text("status").map_or(MigrationStatus::Other, MigrationStatus::from_name);
+                self.status(status, event.at_us);
+            }
+            "MIGRATION_PASS" => {
+                let pass = event.data.get("pass").and_then(serde_json::Value::as_u64).unwrap_or(0);
+                self.facts.passes = self.facts.passes.max(pass);
+            }
+            "STOP" if !self.facts.is_final() => self.facts.stop_us = Some(event.at_us),
+            "RESUME" => self.facts.resume_us = Some(event.at_us),
+            _ => {}
+        }
+    }
+
+    fn status(&mut self, status: MigrationStatus, at_us: i64) {
+        // The last word stands. (Post-copy and recovery are not used yet; they would not come after one either.)
+        if self.facts.is_final() {
+            return;
+        }
+        self.facts.status = status;
+        if status == MigrationStatus::Setup || status == MigrationStatus::Active {
+            self.facts.start_us.get_or_insert(at_us);
+        }
+        if is_final(status) {
+            self.facts.end_us = Some(at_us);
+        }
+    }
+
+    /// Takes the numbers that QEMU answers at this time.
+    pub fn look(&mut self, info: &MigrationInfo, now_us: i64) {
+        // Until the events of this migration come, QEMU still answers with the last one's end.
+        if self.facts.status == MigrationStatus::None {
+            if !self.only_one || info.status == MigrationStatus::None {
+                return;
+            }
+            self.status(info.status, now_us);
+        }
+        if let Some(ram) = &info.ram {
+            self.facts.total_bytes = ram.total;
+            self.facts.sent_bytes = ram.transferred;
+            self.facts.remaining_bytes = ram.remaining;
+            self.facts.passes = self.facts.passes.max(ram.dirty_sync_count);
+            self.facts.dirty_bytes_per_second = ram.dirty_pages_rate.saturating_mul(ram.page_size);
+            match self.last_look {
+                // Two looks that are close together measure the buffers, not the link.
+                Some((then, _)) if now_us.saturating_sub(then) < 50_000 => {}
+                Some((then, sent)) => {
+                    let elapsed = now_us.saturating_sub(then).unsigned_abs();
+                    let bytes = ram.transferred.saturating_sub(sent);
+                    self.facts.bytes_per_second = bytes.saturating_mul(1_000_000).checked_div(elapsed).unwrap_or(0);
+                    self.last_look = Some((now_us, ram.transferred));
+                }
+                None => self.last_look = Some((now_us, ram.transferred)),
+            }
+        }
+        if let Some(total) = info.total_time {
+            self.facts.total_ms = Some(total);
+        }
+        if let Some(downtime) = info.downtime {
+            self.facts.downtime_ms = Some(downtime);
+        }
+        if self.facts.is_final() {
+            self.facts.bytes_per_second = match self.facts.total_ms {
+                Some(ms) if ms > 0 => self.facts.sent_bytes.saturating_mul(1000) / ms,
+                _ => self.facts.bytes_per_second,
+            };
+        }
+        if let Some(error) = &info.error_desc {
+            self.facts.error = Some(error.clone());
+        }
+        // The answer may be ahead of the event on its way; the event brings the exact time.
+        if is_final(info.status) && !self.facts.is_final() {
+            self.status(info.status, now_us);
+        }
+    }
+
+    pub(crate) fn limit(&mut self, downtime_ms: u64) {
+        self.facts.downtime_limit_ms = Some(downtime_ms);
+    }
+
+    pub(crate) fn fail(&mut self, error: String) {
+        self.facts.error.get_or_insert(error);
+    }
+}
+
+/// The standstill that a source allows itself. QEMU spends the whole allowance on a real link, so it begins small and grows
+/// only when another pass no longer brings the end nearer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DowntimeRamp {
+    limit_ms: u64,
+    ceiling_ms: u64,
+    pass: u64,
+    least: Option<u64>,
+}
+
+/// Where the ramp begins, in milliseconds: as short as a busy host can switch over.
+const FIRST_LIMIT_MS: u64 = 25;
+
+impl DowntimeRamp {
+    /// Never more than this many milliseconds.
+    pub fn new(ceiling_ms: u64) -> Self {
+        let ceiling_ms = ceiling_ms.max(1);
+        DowntimeRamp { limit_ms: FIRST_LIMIT_MS.min(ceiling_ms), ceiling_ms, pass: 0, least: None }
+    }
+
+    /// The allowance now, in milliseconds.
+    pub fn limit_ms(&self) -> u64 {
+        self.limit_ms
+    }
+
+    /// Takes what remains to be sent in this pass; returns the new allowance when it has to grow.
+    pub fn look(&mut self, pass: u64, remaining: u64) -> Option<u64> {
+        // The first pass sends everything; what it leaves says nothing.
+        if pass <= 1 || pass == self.pass {
+            return None;
+        }
+        self.pass = pass;
+        let falls = self.least.is_none_or(|least| remaining < least - least / 10);
+        self.least = Some(self.least.map_or(remaining, |least| least.min(remaining)));
+        if falls || self.limit_ms >= self.ceiling_ms {
+            return None;
+        }
+        self.limit_ms = (self.limit_ms * 3).div_ceil(2).min(self.ceiling_ms);
+        Some(self.limit_ms)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::qmp::commands::RamInfo;
+    use serde_json::json;
+
+    fn event(number: u64, at_us: i64, name: &str, status: &str) -> Event {
+        Event { number, at_us, name: name.into(), data: json!({"status": status}) }
+    }
+
+    #[test]
+    fn a_flight_is_told_in_order() {
+        let mut tracker = Tracker::new(0);
+        for (n, (at, name, status)) in [
+            (10, "MIGRATION", "setup"),
+            (20, "MIGRATION", "active"),
+            (30, "STOP", ""),
+            (31, "MIGRATION", "device"),
+            (40, "MIGRATION", "completed"),
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            tracker.event(&event(n as u64, at, name, status));
+        }
+        let facts = tracker.facts();
+        assert_eq!((facts.start_us, facts.stop_us, facts.end_us), (Some(10), Some(30), Some(40)));
+        assert!(facts.is_final());
+        // The STOP of the QEMU that is told to quit is not the switchover's.
+        tracker.event(&event(9, 99, "STOP", ""));
+        assert_eq!(tracker.facts().stop_us, Some(30));
+    }
+
+    #[test]
+    fn an_earlier_migration_of_the_same_qemu_is_not_this_one() {
+        let mut tracker = Tracker::new(3);
+        tracker.event(&event(2, 5, "MIGRATION", "completed"));
+        let info = MigrationInfo { status: MigrationStatus::Completed, ..MigrationInfo::default() };
+        tracker.look(&info, 6);
+        assert_eq!(tracker.facts().status, MigrationStatus::None);
+        tracker.event(&event(3, 7, "MIGRATION", "setup"));
+        assert_eq!(tracker.facts().status, MigrationStatus::Setup);
+    }
+
+    #[test]
+    fn the_last_word_stands() {
+        let mut tracker = Tracker::new(0);
+        tracker.event(&event(0, 1, "MIGRATION", "active"));
+        tracker.event(&event(1, 2, "MIGRATION", "failed"));
+        tracker.event(&event(2, 3, "MIGRATION", "completed"));
+        assert_eq!((tracker.facts().status, tracker.facts().end_us), (MigrationStatus::Failed, Some(2)));
+    }
+
+    #[test]
+    fn the_rate_is_measured_between_looks() {
+        let mut tracker = Tracker::new(0);
+        tracker.event(&event(0, 1, "MIGRATION", "active"));
+        let info = |transferred| MigrationInfo {
+            status: MigrationStatus::Active,
+            ram: Some(RamInfo { total: 100_000, transferred, ..RamInfo::default() }),
+            ..MigrationInfo::default()
+        };
+        tracker.look(&info(1000), 1_000_000);
+        tracker.look(&info(2000), 1_010_000);
+        assert_eq!(tracker.facts().bytes_per_second, 0, "too close together");
+        tracker.look(&info(6000), 1_500_000);
+        assert_eq!(tracker.facts().bytes_per_second, 10_000);
+    }
+
+    #[test]
+    fn the_ramp_grows_only_when_passes_stop_helping_and_never_above_the_ceiling() {
+        let mut ramp = DowntimeRamp::new(100);
+        assert_eq!(ramp.limit_ms(), 25);
+        assert_eq!(ramp.look(1, 900), None);
+        assert_eq!(ramp.look(2, 500), None);
+        assert_eq!(ramp.look(2, 480), None, "the same pass");
+        assert_eq!(ramp.look(3, 300), None, "still falling");
+        assert_eq!(ramp.look(4, 290), Some(38));
+        assert_eq!(ramp.look(5, 310), Some(57));
+        assert_eq!(ramp.look(6, 310), Some(86));
+        assert_eq!(ramp.look(7, 310), Some(100));
+        assert_eq!(ramp.look(8, 310), None);
+        assert_eq!(DowntimeRamp::new(5).limit_ms(), 5);
+    }
+}

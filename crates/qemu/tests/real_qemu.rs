@@ -1,0 +1,338 @@
+//! Against a real QEMU, with the ROM guest.
+
+use godwit_guest_rom::{Parameters, Story};
+use godwit_qemu::accelerator::{self, Accelerator};
+use godwit_qemu::instance::{Error, Incoming, Outgoing, Prelaunch, Running, Settled};
+use godwit_qemu::machine::{Boot, Machine};
+use godwit_qemu::migration::Options;
+use godwit_qemu::process::find_qemu;
+use godwit_qemu::qmp::commands::{MigrationStatus, RunState};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::net::UnixStream;
+
+/// Generous: the machine is busy, and only a hang shall fail.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn qemu() -> PathBuf {
+    find_qemu().expect("these tests need qemu-system-x86_64: `make deps` installs it")
+}
+
+/// A folder for one guest; everything in it goes with it. QEMU goes with its handle.
+struct Place {
+    folder: tempfile::TempDir,
+}
+
+impl Place {
+    fn new(parameters: Parameters) -> Place {
+        let place = Place { folder: tempfile::tempdir().unwrap() };
+        std::fs::write(place.path("rom"), godwit_guest_rom::image(parameters)).unwrap();
+        place
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn machine(&self, end: &str) -> Machine {
+        let mut machine = Machine::new(self.path(&format!("{end}-qmp")), 16, Boot::Rom(self.path("rom")));
+        machine.serial = Some(self.path(&format!("{end}-serial")));
+        machine
+    }
+
+    async fn source(&self) -> (Running, Console) {
+        let prelaunch = Prelaunch::launch(&qemu(), &self.machine("source")).await.unwrap();
+        let console = Console::open(&self.path("source-serial")).await;
+        (prelaunch.start().await.unwrap(), console)
+    }
+
+    async fn target(&self) -> (Incoming, Console) {
+        let incoming = Incoming::launch(&qemu(), &self.machine("target"), &self.path("flight")).await.unwrap();
+        let console = Console::open(&self.path("target-serial")).await;
+        (incoming, console)
+    }
+}
+
+struct Console {
+    lines: tokio::io::Lines<BufReader<UnixStream>>,
+}
+
+impl Console {
+    async fn open(path: &Path) -> Console {
+        Console { lines: BufReader::new(UnixStream::connect(path).await.unwrap()).lines() }
+    }
+
+    /// Listens until `beats` more beats have been heard.
+    async fn hear(&mut self, story: &mut Story, beats: u32) {
+        let goal = story.beats() + beats;
+        let work = async {
+            while story.beats() < goal {
+                let line = self.lines.next_line().await.unwrap().expect("the console has ended");
+                story.hear(&line);
+            }
+        };
+        tokio::time::timeout(PATIENCE, work).await.expect("the guest does not beat");
+        assert_eq!(story.complaint(), None);
+    }
+
+    /// Takes what is there already, to its end (after QEMU's).
+    async fn drain(&mut self, story: &mut Story) {
+        while let Ok(Some(line)) = self.lines.next_line().await {
+            story.hear(&line);
+        }
+        assert_eq!(story.complaint(), None);
+    }
+}
+
+/// Follows the migration to QEMU's last word.
+async fn follow(outgoing: &mut Outgoing) {
+    let mut events = outgoing.qemu().subscribe();
+    let work = async {
+        while !outgoing.facts().is_final() {
+            tokio::select! {
+                event = events.next() => outgoing.event(&event.expect("QEMU has ended")),
+                () = tokio::time::sleep(Duration::from_millis(20)) => outgoing.look().await.unwrap(),
+            }
+        }
+    };
+    tokio::time::timeout(PATIENCE, work).await.expect("the migration does not end");
+}
+
+fn busy() -> Parameters {
+    Parameters { token: 0xfeed, pages_per_tick: 50, ..Parameters::default() }
+}
+
+#[tokio::test]
+async fn a_guest_flies_and_never_runs_twice() {
+    let place = Place::new(busy());
+    let (source, mut here) = place.source().await;
+    let mut story = Story::default();
+    here.hear(&mut story, 3).await;
+    let (mut target, mut there) = place.target().await;
+    assert!(!target.is_loaded().await.unwrap());
+    assert_eq!(source.qemu().machine_type(), target.qemu().machine_type());
+
+    let mut outgoing = source.migrate(&place.path("flight"), &Options::default()).await.map_err(|e| e.1).unwrap();
+    follow(&mut outgoing).await;
+    let Settled::Departed(departed) = outgoing.settle().await else { panic!("it did not leave") };
+    assert_eq!(departed.facts().status, MigrationStatus::Completed);
+    assert!(departed.facts().stop_us.unwrap() > departed.facts().start_us.unwrap());
+    assert!(departed.facts().sent_bytes > 0 && departed.facts().total_bytes >= 16 << 20);
+    // Between the source's last word and the go nobody runs it.
+    assert_eq!(departed.qemu().status().await.unwrap(), RunState::Postmigrate);
+    assert_eq!(target.qemu().status().await.unwrap(), RunState::Paused);
+
+    let mut events = target.qemu().subscribe();
+    let running = target.go().await.map_err(|e| e.error).unwrap();
+    let ended = departed.qemu().quit().await;
+    assert!(ended.is_clean(), "{ended}");
+    here.drain(&mut story).await;
+    there.hear(&mut story, 5).await;
+    let resumed = loop {
+        let event = events.next().await.expect("QEMU has ended");
+        if event.name == "RESUME" {
+            break event.at_us;
+        }
+    };
+    assert!(resumed > departed.facts().stop_us.unwrap());
+    assert_eq!(running.qemu().status().await.unwrap(), RunState::Running);
+    running.qemu().quit().await;
+}
+
+#[tokio::test]
+async fn the_guest_flies_on_and_on() {
+    let place = Place::new(busy());
+    let (mut running, mut here) = place.source().await;
+    let mut story = Story::default();
+    here.hear(&mut story, 1).await;
+    for round in 0..3 {
+        let name = format!("flight{round}");
+        let machine = place.machine(&format!("round{round}"));
+        let incoming = Incoming::launch(&qemu(), &machine, &place.path(&name)).await.unwrap();
+        let mut there = Console::open(&place.path(&format!("round{round}-serial"))).await;
+        let mut outgoing = running.migrate(&place.path(&name), &Options::default()).await.map_err(|e| e.1).unwrap();
+        follow(&mut outgoing).await;
+        let Settled::Departed(departed) = outgoing.settle().await else { panic!("it did not leave") };
+        running = incoming.go().await.map_err(|e| e.error).unwrap();
+        departed.qemu().quit().await;
+        here.drain(&mut story).await;
+        there.hear(&mut story, 2).await;
+        here = there;
+    }
+    running.qemu().quit().await;
+}
+
+#[tokio::test]
+async fn a_target_killed_in_flight_leaves_the_guest_running_at_the_source() {
+    let place = Place::new(busy());
+    let (source, mut here) = place.source().await;
+    let mut story = Story::default();
+    here.hear(&mut story, 2).await;
+    let (target, _there) = place.target().await;
+    // Slow enough that it cannot be over before the kill.
+    let options = Options { bandwidth: Some(100_000), ..Options::default() };
+    let mut outgoing = source.migrate(&place.path("flight"), &options).await.map_err(|e| e.1).unwrap();
+    let mut events = outgoing.qemu().subscribe();
+    while outgoing.facts().status != MigrationStatus::Active {
+        outgoing.event(&events.next().await.unwrap());
+    }
+    target.qemu().process().kill().await;
+    follow(&mut outgoing).await;
+    assert_eq!(outgoing.facts().status, MigrationStatus::Failed);
+    let Settled::Stays(source) = outgoing.settle().await else { panic!("it should have stayed") };
+    here.hear(&mut story, 5).await;
+
+    // And it can fly again, with a new target.
+    let machine = place.machine("second");
+    let second = Incoming::launch(&qemu(), &machine, &place.path("flight2")).await.unwrap();
+    let mut there = Console::open(&place.path("second-serial")).await;
+    let mut outgoing = source.migrate(&place.path("flight2"), &Options::default()).await.map_err(|e| e.1).unwrap();
+    follow(&mut outgoing).await;
+    let Settled::Departed(departed) = outgoing.settle().await else { panic!("it did not leave") };
+    let running = second.go().await.map_err(|e| e.error).unwrap();
+    departed.qemu().quit().await;
+    here.drain(&mut story).await;
+    there.hear(&mut story, 3).await;
+    running.qemu().quit().await;
+}
+
+#[tokio::test]
+async fn a_cancelled_flight_leaves_the_guest_running_at_the_source() {
+    let place = Place::new(busy());
+    let (source, mut here) = place.source().await;
+    let mut story = Story::default();
+    here.hear(&mut story, 2).await;
+    let (target, _there) = place.target().await;
+    let options = Options { bandwidth: Some(100_000), ..Options::default() };
+    let mut outgoing = source.migrate(&place.path("flight"), &options).await.map_err(|e| e.1).unwrap();
+    let mut events = outgoing.qemu().subscribe();
+    while outgoing.facts().status != MigrationStatus::Active {
+        outgoing.event(&events.next().await.unwrap());
+    }
+    outgoing.cancel().await.unwrap();
+    follow(&mut outgoing).await;
+    assert_eq!(outgoing.facts().status, MigrationStatus::Cancelled);
+    let Settled::Stays(source) = outgoing.settle().await else { panic!("it should have stayed") };
+    // The target refuses to run what it does not have.
+    let refused = target.go().await.unwrap_err();
+    assert!(!refused.may_run);
+    refused.incoming.qemu().process().kill().await;
+    here.hear(&mut story, 5).await;
+    source.qemu().quit().await;
+}
+
+#[tokio::test]
+async fn a_target_that_cannot_load_the_guest_leaves_it_running_at_the_source() {
+    let place = Place::new(busy());
+    let (source, mut here) = place.source().await;
+    let mut story = Story::default();
+    here.hear(&mut story, 2).await;
+    let mut machine = place.machine("target");
+    machine.rng = true; // a device that the source does not have is not in the stream
+    machine.memory_mib = 32;
+    let target = Incoming::launch(&qemu(), &machine, &place.path("flight")).await.unwrap();
+    let mut outgoing = source.migrate(&place.path("flight"), &Options::default()).await.map_err(|e| e.1).unwrap();
+    follow(&mut outgoing).await;
+    assert_eq!(outgoing.facts().status, MigrationStatus::Failed);
+    let Settled::Stays(source) = outgoing.settle().await else { panic!("it should have stayed") };
+    here.hear(&mut story, 5).await;
+    let ended = tokio::time::timeout(PATIENCE, target.qemu().process().wait()).await;
+    if target.qemu().version().major < 9 {
+        assert!(!ended.unwrap().is_clean());
+    }
+    source.qemu().quit().await;
+}
+
+#[tokio::test]
+async fn a_migration_to_nowhere_is_an_error_and_the_guest_runs_on() {
+    let place = Place::new(busy());
+    let (source, mut here) = place.source().await;
+    let mut story = Story::default();
+    match source.migrate(&place.path("nobody"), &Options::default()).await {
+        // This QEMU refuses at once; another may begin and fail.
+        Err((source, error)) => {
+            assert!(matches!(error, Error::Qmp(_)), "{error}");
+            here.hear(&mut story, 3).await;
+            source.qemu().quit().await;
+        }
+        Ok(mut outgoing) => {
+            follow(&mut outgoing).await;
+            let Settled::Stays(source) = outgoing.settle().await else { panic!("it should have stayed") };
+            here.hear(&mut story, 3).await;
+            source.qemu().quit().await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_machine_that_cannot_be_built_tells_qemus_reason() {
+    let place = Place::new(busy());
+    let mut machine = place.machine("source");
+    machine.machine_type = "abacus".into();
+    let error = Prelaunch::launch(&qemu(), &machine).await.unwrap_err();
+    assert!(error.to_string().contains("abacus") || error.to_string().contains("machine"), "{error}");
+    let error = Prelaunch::launch(Path::new("/nonexistent/qemu"), &machine).await.unwrap_err();
+    assert!(error.to_string().contains("make deps"), "{error}");
+}
+
+#[tokio::test]
+async fn the_power_button_ends_the_guest_in_order() {
+    let place = Place::new(busy());
+    for machine_type in ["q35", "pc"] {
+        let mut machine = place.machine(machine_type);
+        machine.machine_type = machine_type.into();
+        let prelaunch = Prelaunch::launch(&qemu(), &machine).await.unwrap();
+        let mut console = Console::open(&place.path(&format!("{machine_type}-serial"))).await;
+        let running = prelaunch.start().await.unwrap();
+        console.hear(&mut Story::default(), 1).await;
+        running.qemu().power_button().await.unwrap();
+        let ended = tokio::time::timeout(PATIENCE, running.qemu().process().wait()).await.unwrap();
+        assert!(ended.is_clean(), "{machine_type}: {ended}");
+    }
+}
+
+#[tokio::test]
+async fn the_probe_gives_an_answer_that_holds() {
+    let probe = accelerator::probe(&qemu()).await;
+    eprintln!("{}: {}", probe.accelerator, probe.reason);
+    assert!(!probe.reason.is_empty());
+    let place = Place::new(busy());
+    let mut machine = place.machine("probed");
+    machine.accelerator = probe.accelerator;
+    let prelaunch = Prelaunch::launch(&qemu(), &machine).await.unwrap();
+    let mut console = Console::open(&place.path("probed-serial")).await;
+    let running = prelaunch.start().await.unwrap();
+    console.hear(&mut Story::default(), 2).await;
+    running.qemu().quit().await;
+}
+
+#[tokio::test]
+async fn kvm_flies_where_it_opens() {
+    if std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm").is_err() {
+        eprintln!("not tested: /dev/kvm does not open on this machine");
+        return;
+    }
+    let place = Place::new(Parameters { pages_per_tick: 4, ..busy() });
+    let kvm = |end: &str| {
+        let mut machine = Machine { accelerator: Accelerator::Kvm, ..place.machine(end) };
+        // An emulating KVM lacks what `host` asks for.
+        machine.cpu.model = Some("qemu64".into());
+        machine
+    };
+    let prelaunch = Prelaunch::launch(&qemu(), &kvm("source")).await.unwrap();
+    let mut here = Console::open(&place.path("source-serial")).await;
+    let source = prelaunch.start().await.unwrap();
+    let mut story = Story::default();
+    here.hear(&mut story, 2).await;
+    let target = Incoming::launch(&qemu(), &kvm("target"), &place.path("flight")).await.unwrap();
+    let mut there = Console::open(&place.path("target-serial")).await;
+    let mut outgoing = source.migrate(&place.path("flight"), &Options::default()).await.map_err(|e| e.1).unwrap();
+    follow(&mut outgoing).await;
+    let Settled::Departed(departed) = outgoing.settle().await else { panic!("it did not leave") };
+    let running = target.go().await.map_err(|e| e.error).unwrap();
+    departed.qemu().quit().await;
+    here.drain(&mut story).await;
+    there.hear(&mut story, 3).await;
+    running.qemu().quit().await;
+}
