@@ -68,7 +68,7 @@ impl Account {
                 (longest_gap_us, longest_gap_at_us) = (after - before, *before);
             }
         }
-        let mean = if received == 0 { 0 } else { rtts.iter().sum::<u64>() / received };
+        let mean = rtts.iter().sum::<u64>().checked_div(received).unwrap_or(0);
         Report {
             sent,
             received,

@@ -1,6 +1,8 @@
 //! Real namespaces: two nodes on a fabric, one segment over both, a guest behind address translation.
 //! Needs root, like everything that uses this crate.
 
+#![allow(clippy::unwrap_used)] // a test fails by it
+
 use std::collections::BTreeSet;
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};

@@ -1,0 +1,205 @@
+//! Fetching images from registries.
+
+use std::str::FromStr;
+use std::time::Duration;
+
+use oci_client::client::{ClientConfig, ClientProtocol};
+use oci_client::errors::OciDistributionError;
+use oci_client::secrets::RegistryAuth;
+
+use crate::manifest::{DOCKER_INDEX, DOCKER_MANIFEST, Descriptor, INDEX, ImageManifest, Index, MANIFEST};
+use crate::store::{Store, choose_platform, digest_of};
+use crate::{Error, Result, Unpacked, normalize};
+
+/// When to ask the registry (Kubernetes' `imagePullPolicy`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PullPolicy {
+    /// Each time.
+    Always,
+    /// When the image is not in the store.
+    IfNotPresent,
+    /// Not at all.
+    Never,
+}
+
+impl PullPolicy {
+    /// Kubernetes' default: `Always` for the tag `latest` (or none), else `IfNotPresent`. A registry called `*.local` is
+    /// nobody's on the network (RFC 6762), so what is in the store under such a name is not asked for elsewhere.
+    pub fn of(policy: Option<&str>, reference: &str) -> Self {
+        let full = normalize(reference).unwrap_or_default();
+        let local = full.split('/').next().is_some_and(|registry| registry.ends_with(".local"));
+        match policy {
+            Some("Never") => Self::Never,
+            Some("IfNotPresent") => Self::IfNotPresent,
+            _ if local => Self::IfNotPresent,
+            Some("Always") => Self::Always,
+            _ => {
+                if full.ends_with(":latest") {
+                    Self::Always
+                } else {
+                    Self::IfNotPresent
+                }
+            }
+        }
+    }
+}
+
+/// How to identify to a registry.
+#[derive(Clone, Debug, Default)]
+pub enum Auth {
+    /// Not at all.
+    #[default]
+    Anonymous,
+    /// User and password.
+    Basic(String, String),
+}
+
+impl Store {
+    /// The image as a tree on disk, fetched as `policy` says. Unpacking runs on a blocking thread.
+    ///
+    /// # Errors
+    /// [`Error::Absent`], [`Error::Pull`] with the registry's words, and those of [`Store::unpack`].
+    pub async fn ensure(&self, reference: &str, policy: PullPolicy, auth: &Auth) -> Result<Unpacked> {
+        let present = self.resolve(reference)?;
+        let digest = match (present, policy) {
+            (Some(digest), PullPolicy::IfNotPresent | PullPolicy::Never) => digest,
+            (None, PullPolicy::Never) => return Err(Error::Absent(reference.into())),
+            (_, PullPolicy::Always) | (None, PullPolicy::IfNotPresent) => self.pull(reference, auth).await?,
+        };
+        let store = self.clone();
+        tokio::task::spawn_blocking(move || store.unpack_digest(&digest))
+            .await
+            .map_err(|e| Error::Pull { reference: reference.into(), reason: e.to_string() })?
+    }
+
+    /// Fetches an image from its registry into the store and returns its digest. Blobs that are here are not fetched again.
+    ///
+    /// # Errors
+    /// [`Error::Pull`] with the reason in a user's words; [`Error::Unsupported`] if there is none for this machine.
+    pub async fn pull(&self, reference: &str, auth: &Auth) -> Result<String> {
+        let full = normalize(reference)?;
+        let failed = |reason: String| Error::Pull { reference: full.clone(), reason };
+        let image = oci_client::Reference::from_str(&full).map_err(|e| failed(e.to_string()))?;
+        // Fails only if there is one already, which is as good.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let config = ClientConfig {
+            protocol: if is_here(image.registry()) { ClientProtocol::Http } else { ClientProtocol::Https },
+            connect_timeout: Some(Duration::from_secs(10)),
+            read_timeout: Some(Duration::from_secs(60)),
+            user_agent: "godwit",
+            ..ClientConfig::default()
+        };
+        let client = oci_client::Client::try_from(config).map_err(|e| failed(reason(&e)))?;
+        let auth = match auth {
+            Auth::Anonymous => RegistryAuth::Anonymous,
+            Auth::Basic(user, password) => RegistryAuth::Basic(user.clone(), password.clone()),
+        };
+        let accepted = [MANIFEST, DOCKER_MANIFEST, INDEX, DOCKER_INDEX];
+
+        let (mut bytes, _) =
+            client.pull_manifest_raw(&image, &auth, &accepted).await.map_err(|e| failed(reason(&e)))?;
+        if let Ok(index) = serde_json::from_slice::<Index>(&bytes)
+            && !index.manifests.is_empty()
+        {
+            let chosen = choose_platform(&full, index)?;
+            let chosen = image.clone_with_digest(chosen.digest);
+            (bytes, _) = client.pull_manifest_raw(&chosen, &auth, &accepted).await.map_err(|e| failed(reason(&e)))?;
+        }
+        let manifest: ImageManifest = serde_json::from_slice(&bytes).map_err(|e| failed(format!("manifest: {e}")))?;
+        for blob in manifest.layers.iter().chain([&manifest.config]) {
+            self.fetch(&client, &image, blob).await.map_err(|e| match e {
+                Error::Pull { reason, .. } => failed(reason),
+                other => other,
+            })?;
+        }
+        let media_type = manifest.media_type.clone().unwrap_or_else(|| MANIFEST.into());
+        let descriptor = self.put_document(&media_type, &bytes)?;
+        debug_assert_eq!(descriptor.digest, digest_of(&bytes));
+        let digest = descriptor.digest.clone();
+        self.name(&full, descriptor)?;
+        Ok(digest)
+    }
+
+    async fn fetch(&self, client: &oci_client::Client, image: &oci_client::Reference, blob: &Descriptor) -> Result<()> {
+        if self.blob(&blob.digest)?.exists() {
+            return Ok(());
+        }
+        let file = tempfile::NamedTempFile::new_in(self.root()).map_err(Error::io("write into", self.root()))?;
+        let write = tokio::fs::File::from_std(file.reopen().map_err(Error::io("open", file.path()))?);
+        client
+            .pull_blob(image, blob.digest.as_str(), write)
+            .await
+            .map_err(|e| Error::Pull { reference: image.whole(), reason: reason(&e) })?;
+        let (store, digest) = (self.clone(), blob.digest.clone());
+        let put = tokio::task::spawn_blocking(move || {
+            let mut reader = file.reopen().map_err(Error::io("open", file.path()))?;
+            store.put(&mut reader, Some(&digest)).map(|_| ())
+        });
+        put.await.map_err(|e| Error::Pull { reference: image.whole(), reason: e.to_string() })?
+    }
+}
+
+/// Whether a registry is on this machine; such ones are spoken to without TLS, as Docker does.
+fn is_here(registry: &str) -> bool {
+    let host = registry.rsplit_once(':').map_or(registry, |(host, _)| host);
+    host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
+}
+
+/// What went wrong, down to the last cause: `reqwest` hides the interesting part (no such host, connection refused).
+fn reason(error: &OciDistributionError) -> String {
+    match error {
+        OciDistributionError::ImageManifestNotFoundError(_) => "not found".into(),
+        OciDistributionError::RegistryError { envelope, .. } => {
+            let texts: Vec<String> = envelope.errors.iter().map(|e| format!("{:?}: {}", e.code, e.message)).collect();
+            texts.join("; ")
+        }
+        other => {
+            let mut text = other.to_string();
+            let mut cause = std::error::Error::source(other);
+            while let Some(next) = cause {
+                let more = next.to_string();
+                if !text.ends_with(&more) {
+                    text = format!("{text}: {more}");
+                }
+                cause = next.source();
+            }
+            text
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn policies_are_kubernetes_ones() {
+        assert_eq!(PullPolicy::of(None, "demo"), PullPolicy::Always);
+        assert_eq!(PullPolicy::of(None, "demo:latest"), PullPolicy::Always);
+        assert_eq!(PullPolicy::of(None, "demo:1"), PullPolicy::IfNotPresent);
+        assert_eq!(PullPolicy::of(Some("Never"), "demo"), PullPolicy::Never);
+        assert_eq!(PullPolicy::of(Some("Always"), "godwit.local/demo"), PullPolicy::IfNotPresent);
+    }
+
+    #[test]
+    fn only_own_registries_go_without_tls() {
+        assert!(is_here("localhost:5000") && is_here("127.0.0.1"));
+        assert!(!is_here("localhost.example.com") && !is_here("quay.io:443"));
+    }
+
+    #[tokio::test]
+    async fn a_registry_that_does_not_answer_is_named_with_the_reason() {
+        let place = tempfile::tempdir().unwrap();
+        let store = Store::open(place.path()).unwrap();
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        drop(listener);
+        let name = format!("127.0.0.1:{port}/demo:1");
+        let error = store.ensure(&name, PullPolicy::IfNotPresent, &Auth::Anonymous).await.unwrap_err();
+        let text = error.to_string();
+        assert!(text.contains(&name) && text.contains("refused"), "{text}");
+        assert_eq!(error.waiting_reason(), "ErrImagePull");
+        let never = store.ensure(&name, PullPolicy::Never, &Auth::Anonymous).await.unwrap_err();
+        assert_eq!(never.waiting_reason(), "ErrImageNeverPull");
+    }
+}
