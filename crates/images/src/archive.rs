@@ -192,7 +192,8 @@ mod tests {
         let (from, to) = (place.path().join("from"), place.path().join("to"));
         let from = Store::open(from).unwrap();
         fs::write(place.path().join("f"), "content").unwrap();
-        from.build("demo:1", &[(place.path().join("f"), "/disk/f".into(), 0o644)]).unwrap();
+        let entry = crate::FileEntry { source: place.path().join("f"), destination: "/disk/f".into(), mode: 0o644 };
+        from.build("demo:1", &[entry]).unwrap();
         let path = place.path().join("layout.tar");
         let mut tar = tar::Builder::new(File::create(&path).unwrap());
         tar.append_dir_all(".", from.root()).unwrap();

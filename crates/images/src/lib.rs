@@ -15,7 +15,7 @@ mod tree;
 pub use error::{Error, Result};
 pub use manifest::{Descriptor, ImageConfig, ImageManifest};
 pub use pull::{Auth, PullPolicy};
-pub use store::{ImageInfo, Store, Unpacked};
+pub use store::{FileEntry, ImageInfo, Store, Unpacked};
 pub use tree::find_disk;
 
 /// The full form of an image reference: `fedora` → `docker.io/library/fedora:latest`.

@@ -32,6 +32,17 @@ pub struct ImageInfo {
     pub size: u64,
 }
 
+/// A file to be put into an image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FileEntry {
+    /// Where it is here.
+    pub source: PathBuf,
+    /// Its absolute path in the image.
+    pub destination: String,
+    /// Its permissions there.
+    pub mode: u32,
+}
+
 /// An image that lies unpacked on disk.
 #[derive(Clone, Debug)]
 pub struct Unpacked {
@@ -175,22 +186,21 @@ impl Store {
         Ok(Descriptor { media_type: media_type.into(), digest, size, annotations: Default::default(), platform: None })
     }
 
-    /// Makes an image out of files: one layer, no program to run. `files` are (path here, absolute path in the image,
-    /// mode); they belong to root in the image, and equal files give an equal image.
+    /// Makes an image out of files: one layer, no program to run. The files belong to root in the image, and equal files
+    /// give an equal image.
     ///
     /// # Errors
     /// A file that cannot be read, a path that leads out of the image, a name that is no reference.
-    pub fn build(&self, name: &str, files: &[(PathBuf, PathBuf, u32)]) -> Result<ImageInfo> {
+    pub fn build(&self, name: &str, files: &[FileEntry]) -> Result<ImageInfo> {
         let reference = normalize(name)?;
         let mut archive = tempfile::tempfile_in(&self.root).map_err(Error::io("write into", &self.root))?;
         {
             let mut tar = tar::Builder::new(io::BufWriter::new(&mut archive));
-            for (source, target, mode) in files {
-                let path = crate::tree::clean(target).filter(|path| !path.as_os_str().is_empty()).ok_or_else(|| {
-                    Error::Layer {
-                        entry: target.display().to_string(),
-                        reason: "the path leads out of the image".into(),
-                    }
+            for FileEntry { source, destination, mode } in files {
+                let path = crate::tree::clean(Path::new(destination)).filter(|path| !path.as_os_str().is_empty());
+                let path = path.ok_or_else(|| Error::Layer {
+                    entry: destination.clone(),
+                    reason: "the path names no file in the image".into(),
                 })?;
                 let failed = |e: io::Error| Error::io("add to an image", source)(e);
                 let file = File::open(source).map_err(failed)?;
@@ -292,12 +302,12 @@ impl Store {
         Ok(file.config.unwrap_or_default())
     }
 
-    /// Takes a name away, and with it all that no other image needs. Trees that are mounted somewhere stay until the next
-    /// [`Self::remove`] or [`Self::prune`].
+    /// Takes a name away, and with it all that no other image needs; `false` if there was none. Trees that are mounted
+    /// somewhere stay until the next [`Self::remove`] or [`Self::prune`].
     ///
     /// # Errors
-    /// [`Error::Absent`].
-    pub fn remove(&self, reference: &str) -> Result<()> {
+    /// Not a reference; the store cannot be written.
+    pub fn remove(&self, reference: &str) -> Result<bool> {
         let full = normalize(reference)?;
         let mut found = false;
         self.change_index(|index| {
@@ -307,10 +317,10 @@ impl Store {
                 !this
             });
         })?;
-        if !found {
-            return Err(Error::Absent(full));
+        if found {
+            self.prune()?;
         }
-        self.prune()
+        Ok(found)
     }
 
     /// Deletes blobs and trees that no named image needs and nobody has mounted.
@@ -464,7 +474,8 @@ mod tests {
     fn build(place: &Path, store: &Store, name: &str, content: &str) -> ImageInfo {
         let file = place.join("file");
         fs::write(&file, content).unwrap();
-        store.build(name, &[(file, "/disk/disk.img".into(), 0o644)]).unwrap()
+        let entry = FileEntry { source: file, destination: "/disk/disk.img".into(), mode: 0o644 };
+        store.build(name, &[entry]).unwrap()
     }
 
     #[test]
@@ -484,8 +495,8 @@ mod tests {
         let other = build(place.path(), &store, "demo:1", "new content");
         assert_ne!(other.digest, built.digest);
         assert_eq!(store.list().unwrap(), [other]);
-        store.remove("demo:1").unwrap();
-        assert!(matches!(store.remove("demo:1"), Err(Error::Absent(_))));
+        assert!(store.remove("demo:1").unwrap());
+        assert!(!store.remove("demo:1").unwrap());
         assert!(matches!(store.unpack("demo:1"), Err(Error::Absent(_))));
         assert_eq!(fs::read_dir(store.root().join("blobs/sha256")).unwrap().count(), 0);
         assert!(!tree.exists());
@@ -512,7 +523,8 @@ mod tests {
         for bad in ["", "UPPER", "a b", "x:y:z", "../x"] {
             assert!(matches!(store.unpack(bad), Err(Error::Reference { .. })), "{bad}");
         }
-        assert!(matches!(store.build("x", &[("/etc/hostname".into(), "../x".into(), 0)]), Err(Error::Layer { .. })));
+        let entry = FileEntry { source: "/etc/hostname".into(), destination: "../x".into(), mode: 0 };
+        assert!(matches!(store.build("x", &[entry]), Err(Error::Layer { .. })));
     }
 
     #[test]
