@@ -16,15 +16,20 @@ runner() {
         cargo test --locked --no-fail-fast "$@"
     fi
 }
+make_guest() {
+    guests/build.sh target/demo-guest
+    export GODWIT_GUEST=$PWD/target/demo-guest
+}
 kubectls=$(ls /usr/lib/google-cloud-sdk/bin/kubectl.1.* 2>/dev/null || true)
 if [ -z "$kubectls" ] && ! command -v kubectl >/dev/null; then
     echo "test: no kubectl found; the tests that drive a real kubectl will say that they were skipped"
 fi
 case "$which" in
     unit) runner --workspace --exclude godwit ;;
-    e2e) runner -p godwit ;;
+    e2e) make_guest; runner -p godwit ;;
     all)
         runner --workspace --exclude godwit
+        make_guest
         runner -p godwit
         ;;
     *)

@@ -1,2 +1,94 @@
 //! The `godwit` binary: argument parsing and wiring, nothing else.
-fn main() {}
+
+mod args;
+mod control_plane;
+mod images;
+mod node;
+
+use anyhow::Context;
+use args::{Args, Command};
+use clap::Parser;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    // One TLS provider for the whole tree; the second call would only say that there is one.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    match run(args) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("godwit: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: Args) -> anyhow::Result<ExitCode> {
+    match args.command {
+        Command::Shim(shim) => return Ok(godwit_kubelet::shim::main(&shim.arguments)),
+        Command::Launcher(launcher) => {
+            log_to_stderr();
+            return one_thread()?.block_on(godwit_launcher::run(launcher.into())).map(|()| ExitCode::SUCCESS).context("launcher");
+        }
+        Command::Node(ref node) => {
+            log_to_stderr();
+            return node::run(node).map(|()| ExitCode::SUCCESS);
+        }
+        Command::ControlPlane(ref plane) => {
+            log_to_stderr();
+            return control_plane::run(plane).map(|()| ExitCode::SUCCESS);
+        }
+        _ => {}
+    }
+    let runtime = many_threads()?;
+    match args.command {
+        Command::Up(up) => runtime.block_on(cluster_up(&up))?,
+        Command::Down(down) => {
+            let was_up = godwit_standalone::down(&down.data_dir)?;
+            println!("{}", if was_up { "down; the data stays" } else { "nothing was up" });
+        }
+        Command::Status(status) => {
+            let report = runtime.block_on(godwit_standalone::status(&status.data_dir))?;
+            match status.output {
+                args::Output::Text => print!("{report}"),
+                args::Output::Json => println!("{}", serde_json::to_string_pretty(&report)?),
+            }
+        }
+        Command::Demo(demo) => runtime.block_on(godwit_standalone::demo::demo(&demo.into()))?,
+        Command::Image(image) => runtime.block_on(images::run(image))?,
+        Command::Shim(_) | Command::Launcher(_) | Command::Node(_) | Command::ControlPlane(_) => {}
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn cluster_up(up: &args::Up) -> anyhow::Result<()> {
+    let cluster = godwit_standalone::up(&up.into()).await?;
+    println!("ready after {:.2} s: {}", cluster.took.as_secs_f64(), cluster.cluster.nodes.join(" "));
+    println!("export KUBECONFIG={}", cluster.layout.kubeconfig().display());
+    if up.detach {
+        return Ok(());
+    }
+    println!("Ctrl-C takes it down (with --detach it stays)");
+    let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
+    tokio::select! {
+        result = tokio::signal::ctrl_c() => result?,
+        _ = terminate.recv() => {}
+    }
+    godwit_standalone::down(&up.data_dir)?;
+    println!("down; the data stays in {}", cluster.layout.root().display());
+    Ok(())
+}
+
+fn log_to_stderr() {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("GODWIT_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info,kube=warn,hyper=warn,tower=warn,rustls=warn"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
+}
+
+fn one_thread() -> anyhow::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")
+}
+
+fn many_threads() -> anyhow::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread().enable_all().build().context("start the runtime")
+}

@@ -56,7 +56,7 @@ pub enum Error {
         tail: String,
     },
     /// No cluster in the data directory.
-    #[error("no cluster in {}: start one with `godwit up --data-dir {0}`", .0.display())]
+    #[error("no cluster in {}: start one with `godwit up --data-dir {}`", .0.display(), .0.display())]
     NoCluster(PathBuf),
     /// Wrong use.
     #[error("{0}")]

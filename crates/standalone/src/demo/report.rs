@@ -30,7 +30,7 @@ pub fn print_and_judge(travelled: &Travelled, before: &Facts, after: Option<&Fac
         "pings      {} sent, {} lost, longest gap {:.0} ms",
         pings.sent,
         pings.lost,
-        pings.longest_gap.as_secs_f64() * 1e3
+        pings.longest_gap_us as f64 / 1e3
     );
     let mut wrong = Vec::new();
     if travelled.from == travelled.to || travelled.to.is_empty() {

@@ -1,0 +1,195 @@
+//! The command line.
+
+use clap::{Parser, Subcommand, ValueEnum};
+use std::path::PathBuf;
+
+const DEFAULT_DATA_DIR: &str = "/var/lib/godwit";
+
+/// Live migration of virtual machines on Kubernetes, compatible with the KubeVirt API.
+#[derive(Parser)]
+#[command(name = "godwit", version)]
+pub struct Args {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Subcommand)]
+pub enum Command {
+    /// Start a cluster on this machine: an API server and nodes, each in a network namespace
+    Up(Up),
+    /// End the cluster; its objects and volumes stay in the data directory
+    Down(Down),
+    /// Show processes, nodes, VMs and migrations
+    Status(Status),
+    /// Boot a guest, move it between two nodes while it is pinged, and report
+    Demo(Demo),
+    /// Build, import, list and remove images of the cluster's local store
+    #[command(subcommand)]
+    Image(Image),
+    /// The control plane's process (started by `up`)
+    #[command(hide = true)]
+    ControlPlane(ControlPlane),
+    /// One node's process (started by `up`)
+    #[command(hide = true)]
+    Node(Node),
+    /// The process of a VM's pod (started by its kubelet)
+    #[command(hide = true)]
+    Launcher(Launcher),
+    /// The supervisor of one container (started by a kubelet)
+    #[command(hide = true)]
+    Shim(Shim),
+}
+
+/// `godwit up`
+#[derive(clap::Args)]
+pub struct Up {
+    /// Number of nodes
+    #[arg(long, default_value_t = 3)]
+    pub nodes: usize,
+    /// Where the cluster keeps everything
+    #[arg(long, env = "GODWIT_DATA_DIR", default_value = DEFAULT_DATA_DIR)]
+    pub data_dir: PathBuf,
+    /// Return when the cluster is ready and leave it running
+    #[arg(long)]
+    pub detach: bool,
+    /// Port of the API server on 127.0.0.1 (0: any free one) [default: the last one, or 6443, or any free one]
+    #[arg(long)]
+    pub api_port: Option<u16>,
+}
+
+impl From<&Up> for godwit_standalone::Options {
+    fn from(up: &Up) -> Self {
+        Self { data_dir: up.data_dir.clone(), nodes: up.nodes, api_port: up.api_port }
+    }
+}
+
+/// `godwit down`
+#[derive(clap::Args)]
+pub struct Down {
+    /// Where the cluster keeps everything
+    #[arg(long, env = "GODWIT_DATA_DIR", default_value = DEFAULT_DATA_DIR)]
+    pub data_dir: PathBuf,
+}
+
+/// `godwit status`
+#[derive(clap::Args)]
+pub struct Status {
+    /// Where the cluster keeps everything
+    #[arg(long, env = "GODWIT_DATA_DIR", default_value = DEFAULT_DATA_DIR)]
+    pub data_dir: PathBuf,
+    /// Text for people or JSON for programs
+    #[arg(long, short, value_enum, default_value_t = Output::Text)]
+    pub output: Output,
+}
+
+/// Form of an answer.
+#[derive(Clone, Copy, ValueEnum)]
+pub enum Output {
+    /// For people
+    Text,
+    /// For programs
+    Json,
+}
+
+/// `godwit demo`
+#[derive(clap::Args)]
+pub struct Demo {
+    /// Folder with the demo guest's vmlinuz and initrd (made by `make guest`)
+    #[arg(long, default_value = "target/demo-guest")]
+    pub guest: PathBuf,
+    /// Leave the cluster up and print the KUBECONFIG line
+    #[arg(long)]
+    pub keep: bool,
+    /// Keep the cluster here instead of in a scratch folder
+    #[arg(long)]
+    pub data_dir: Option<PathBuf>,
+}
+
+impl From<Demo> for godwit_standalone::demo::DemoOptions {
+    fn from(demo: Demo) -> Self {
+        Self { guest: demo.guest, keep: demo.keep, data_dir: demo.data_dir }
+    }
+}
+
+/// `godwit image …`
+#[derive(Subcommand)]
+pub enum Image {
+    /// Make an image of files: `godwit image build NAME SOURCE:DESTINATION…`
+    Build {
+        /// Where the cluster keeps everything
+        #[arg(long, env = "GODWIT_DATA_DIR", default_value = DEFAULT_DATA_DIR)]
+        data_dir: PathBuf,
+        /// Reference, such as `registry.local/alpine:1`
+        name: String,
+        /// File here and its absolute path in the image, joined by a colon
+        #[arg(required = true)]
+        files: Vec<String>,
+    },
+    /// Take over an image from a `docker save` or OCI archive
+    Import {
+        /// Where the cluster keeps everything
+        #[arg(long, env = "GODWIT_DATA_DIR", default_value = DEFAULT_DATA_DIR)]
+        data_dir: PathBuf,
+        /// The tar file
+        archive: PathBuf,
+        /// Reference to store it under [default: the one in the archive]
+        name: Option<String>,
+    },
+    /// List images
+    List {
+        /// Where the cluster keeps everything
+        #[arg(long, env = "GODWIT_DATA_DIR", default_value = DEFAULT_DATA_DIR)]
+        data_dir: PathBuf,
+    },
+    /// Remove an image
+    Remove {
+        /// Where the cluster keeps everything
+        #[arg(long, env = "GODWIT_DATA_DIR", default_value = DEFAULT_DATA_DIR)]
+        data_dir: PathBuf,
+        /// Reference
+        name: String,
+    },
+}
+
+/// `godwit control-plane`
+#[derive(clap::Args)]
+pub struct ControlPlane {
+    /// The cluster's data directory
+    #[arg(long)]
+    pub data_dir: PathBuf,
+}
+
+/// `godwit node`
+#[derive(clap::Args)]
+pub struct Node {
+    /// The cluster's data directory
+    #[arg(long)]
+    pub data_dir: PathBuf,
+    /// Name of the node
+    #[arg(long)]
+    pub name: String,
+}
+
+/// `godwit launcher`
+#[derive(clap::Args)]
+pub struct Launcher {
+    /// Name of the VMI
+    #[arg(long)]
+    pub name: String,
+    /// Namespace of the VMI
+    #[arg(long)]
+    pub namespace: String,
+    /// UID of the VMI
+    #[arg(long)]
+    pub uid: String,
+}
+
+/// `godwit shim`
+#[derive(clap::Args)]
+pub struct Shim {
+    /// As the kubelet gives them
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    pub arguments: Vec<std::ffi::OsString>,
+}

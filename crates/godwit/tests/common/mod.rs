@@ -1,0 +1,283 @@
+//! A cluster for one test: started in a scratch folder, taken down also when the test fails.
+
+// Every test file uses another part of it.
+#![allow(dead_code, clippy::expect_used, clippy::unwrap_used)]
+
+use kube::api::{ApiResource, DynamicObject, GroupVersionKind, Patch, PatchParams};
+use kube::{Api, Client};
+use serde_json::{Value, json};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+pub const ROM_IMAGE: &str = "godwit.local/rom:latest";
+
+pub struct Cluster {
+    folder: tempfile::TempDir,
+    pub client: Client,
+}
+
+impl Cluster {
+    /// Starts a cluster and an image with the ROM guest in its store.
+    pub async fn start(nodes: usize) -> Self {
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let folder = tempfile::Builder::new().prefix("godwit-test-").tempdir_in("/var/tmp").expect("scratch folder");
+        // From here on the folder's cluster must go, whatever happens.
+        let guard = Down(folder.path().to_owned());
+        let nodes = nodes.to_string();
+        let output = godwit(folder.path(), &["up", "--nodes", &nodes, "--api-port", "0", "--detach"]);
+        assert!(output.status.success(), "godwit up: {}", text(&output.stderr));
+        let client = godwit_standalone::client(&folder.path().join("kubeconfig")).await.expect("client");
+        std::mem::forget(guard);
+        Self { folder, client }
+    }
+
+    pub fn data_dir(&self) -> &Path {
+        self.folder.path()
+    }
+
+    pub fn kubeconfig(&self) -> PathBuf {
+        self.folder.path().join("kubeconfig")
+    }
+
+    pub fn godwit(&self, arguments: &[&str]) -> Output {
+        godwit(self.folder.path(), arguments)
+    }
+
+    /// Runs `kubectl`, which must succeed; its output.
+    pub fn kubectl(&self, kubectl: &Path, arguments: &[&str]) -> String {
+        let output = self.try_kubectl(kubectl, arguments, None);
+        assert!(
+            output.status.success(),
+            "{} {}: {}{}",
+            kubectl.display(),
+            arguments.join(" "),
+            text(&output.stdout),
+            text(&output.stderr)
+        );
+        text(&output.stdout)
+    }
+
+    /// Runs `kubectl` with something on its standard input.
+    pub fn try_kubectl(&self, kubectl: &Path, arguments: &[&str], input: Option<&str>) -> Output {
+        let mut child = Command::new(kubectl)
+            .args(arguments)
+            .env("KUBECONFIG", self.kubeconfig())
+            // A discovery cache of another cluster on the same port would mislead it.
+            .env("HOME", self.folder.path())
+            .stdin(if input.is_some() { Stdio::piped() } else { Stdio::null() })
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("kubectl starts");
+        if let Some(input) = input {
+            use std::io::Write;
+            child.stdin.take().expect("stdin").write_all(input.as_bytes()).expect("write to kubectl");
+        }
+        child.wait_with_output().expect("kubectl ends")
+    }
+
+    /// An image whose `/boot/rom.bin` is the ROM guest.
+    pub fn build_rom_image(&self, parameters: godwit_guest_rom::Parameters) {
+        let file = self.folder.path().join("rom.bin");
+        std::fs::write(&file, godwit_guest_rom::image(parameters)).expect("write ROM");
+        let pair = format!("{}:/boot/rom.bin", file.display());
+        let output = self.godwit(&["image", "build", ROM_IMAGE, &pair]);
+        assert!(output.status.success(), "image build: {}", text(&output.stderr));
+    }
+
+    pub fn api(&self, group: &str, version: &str, kind: &str) -> Api<DynamicObject> {
+        let resource = ApiResource::from_gvk(&GroupVersionKind::gvk(group, version, kind));
+        Api::default_namespaced_with(self.client.clone(), &resource)
+    }
+
+    pub fn vmis(&self) -> Api<DynamicObject> {
+        self.api("kubevirt.io", "v1", "VirtualMachineInstance")
+    }
+
+    pub fn vms(&self) -> Api<DynamicObject> {
+        self.api("kubevirt.io", "v1", "VirtualMachine")
+    }
+
+    pub fn migrations(&self) -> Api<DynamicObject> {
+        self.api("kubevirt.io", "v1", "VirtualMachineInstanceMigration")
+    }
+
+    pub fn pods(&self) -> Api<DynamicObject> {
+        self.api("", "v1", "Pod")
+    }
+
+    /// Server-side apply of any object with apiVersion, kind and metadata.name.
+    pub async fn apply(&self, object: Value) -> Result<DynamicObject, kube::Error> {
+        let object: DynamicObject = serde_json::from_value(object).expect("an object");
+        let types = object.types.clone().expect("apiVersion and kind");
+        let gvk = GroupVersionKind::try_from(&types).expect("apiVersion");
+        let mut resource = ApiResource::from_gvk(&gvk);
+        if gvk.kind == "NetworkAttachmentDefinition" {
+            resource.plural = "network-attachment-definitions".to_owned();
+        }
+        let api: Api<DynamicObject> = Api::default_namespaced_with(self.client.clone(), &resource);
+        let name = object.metadata.name.clone().expect("a name");
+        api.patch(&name, &PatchParams::apply("test").force(), &Patch::Apply(&object)).await
+    }
+
+    /// A VMI that boots the ROM guest: up in a moment, 16 MiB, no network.
+    pub async fn start_rom_guest(&self, name: &str) {
+        self.apply(rom_vmi(name)).await.expect("apply VMI");
+        self.wait(&self.vmis(), name, "the VMI runs", |vmi| status(vmi, "phase") == "Running").await;
+    }
+
+    pub async fn migrate(&self, vmi: &str, name: &str) {
+        self.apply(json!({
+            "apiVersion": "kubevirt.io/v1", "kind": "VirtualMachineInstanceMigration",
+            "metadata": {"name": name}, "spec": {"vmiName": vmi},
+        }))
+        .await
+        .expect("apply VMIM");
+    }
+
+    /// Waits until the object is as wanted; panics with its last state after two minutes.
+    pub async fn wait(
+        &self,
+        api: &Api<DynamicObject>,
+        name: &str,
+        what: &str,
+        wanted: impl Fn(&DynamicObject) -> bool,
+    ) -> DynamicObject {
+        let deadline = Instant::now() + Duration::from_secs(120);
+        let mut last = None;
+        while Instant::now() < deadline {
+            last = api.get_opt(name).await.expect("get");
+            if let Some(object) = last.as_ref().filter(|object| wanted(object)) {
+                return object.clone();
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        panic!("waited two minutes for {name} until {what}; it is {}\n{}", json!(last), self.words());
+    }
+
+    /// Waits until the object is gone.
+    pub async fn wait_gone(&self, api: &Api<DynamicObject>, name: &str) {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while Instant::now() < deadline {
+            if api.get_opt(name).await.expect("get").is_none() {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        panic!("waited a minute for {name} to go\n{}", self.words());
+    }
+
+    /// The launcher pods of a VMI that are not over, as (name, node).
+    pub async fn launchers(&self, vmi: &str) -> Vec<(String, String)> {
+        let list = self.pods().list(&Default::default()).await.expect("list pods");
+        list.items
+            .iter()
+            .filter(|pod| pod.metadata.name.as_deref().is_some_and(|n| n.starts_with(&format!("virt-launcher-{vmi}-"))))
+            .filter(|pod| !["Succeeded", "Failed"].contains(&status(pod, "phase").as_str()))
+            .map(|pod| {
+                let node = pod.data.pointer("/spec/nodeName").and_then(Value::as_str).unwrap_or_default();
+                (pod.metadata.name.clone().unwrap_or_default(), node.to_owned())
+            })
+            .collect()
+    }
+
+    /// What the guest said on its console in this pod so far.
+    pub async fn console(&self, pod: &str) -> String {
+        let request = kube::core::Request::new("/api/v1/namespaces/default/pods")
+            .logs(pod, &kube::api::LogParams { container: Some("compute".into()), ..Default::default() })
+            .expect("request");
+        self.client.request_text(request).await.unwrap_or_default()
+    }
+
+    /// The guest's lines in a launcher's log.
+    pub async fn lines(&self, pod: &str) -> Vec<godwit_guest_rom::Line> {
+        self.console(pod).await.lines().filter_map(godwit_guest_rom::Line::parse).collect()
+    }
+
+    /// The ends of the cluster's logs, for messages.
+    pub fn words(&self) -> String {
+        let mut words = String::new();
+        for entry in std::fs::read_dir(self.folder.path().join("log")).into_iter().flatten().flatten() {
+            let log = std::fs::read_to_string(entry.path()).unwrap_or_default();
+            let lines: Vec<_> = log.lines().collect();
+            words += &format!("--- {}\n{}\n", entry.path().display(), lines[lines.len().saturating_sub(40)..].join("\n"));
+        }
+        words
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        drop(Down(self.folder.path().to_owned()));
+    }
+}
+
+struct Down(PathBuf);
+
+impl Drop for Down {
+    fn drop(&mut self) {
+        let output = godwit(&self.0, &["down"]);
+        if !output.status.success() {
+            eprintln!("godwit down: {}", text(&output.stderr));
+        }
+    }
+}
+
+pub fn rom_vmi(name: &str) -> Value {
+    json!({
+        "apiVersion": "kubevirt.io/v1", "kind": "VirtualMachineInstance",
+        "metadata": {"name": name},
+        "spec": {
+            "terminationGracePeriodSeconds": 0,
+            "domain": {
+                "memory": {"guest": "16Mi"},
+                "devices": {"autoattachPodInterface": false},
+                "firmware": {"kernelBoot": {"container": {"image": ROM_IMAGE, "kernelPath": "/boot/rom.bin"}}},
+            },
+        },
+    })
+}
+
+/// `godwit COMMAND … --data-dir FOLDER …`
+pub fn godwit(data_dir: &Path, arguments: &[&str]) -> Output {
+    let words = if arguments.first() == Some(&"image") { 2 } else { 1 };
+    let (command, rest) = arguments.split_at(words);
+    Command::new(env!("CARGO_BIN_EXE_godwit"))
+        .args(command)
+        .arg("--data-dir")
+        .arg(data_dir)
+        .args(rest)
+        .stdin(Stdio::null())
+        .output()
+        .expect("godwit starts")
+}
+
+pub fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// A string out of the object's status, by name or pointer.
+pub fn status(object: &DynamicObject, path: &str) -> String {
+    let pointer = format!("/status/{path}");
+    match object.data.pointer(&pointer) {
+        Some(Value::String(text)) => text.clone(),
+        Some(other) => other.to_string(),
+        None => String::new(),
+    }
+}
+
+/// Every kubectl between 1.27 and 1.33 on this machine; none is said, not hidden.
+pub fn kubectls() -> Vec<PathBuf> {
+    let mut found: Vec<PathBuf> = (27..=33)
+        .map(|minor| PathBuf::from(format!("/usr/lib/google-cloud-sdk/bin/kubectl.1.{minor}")))
+        .filter(|path| path.exists())
+        .collect();
+    if found.is_empty() {
+        found.extend(std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default()).map(|p| p.join("kubectl")).find(|p| p.exists()));
+    }
+    if found.is_empty() {
+        println!("SKIPPED: no kubectl on this machine (looked for kubectl.1.27 … 1.33 and kubectl in PATH)");
+    }
+    found
+}

@@ -1,0 +1,134 @@
+//! `godwit up`, `status`, `down`: what is there, what survives, what is left.
+
+#![allow(clippy::expect_used, clippy::unwrap_used)]
+
+mod common;
+
+use common::{Cluster, godwit, text};
+use serde_json::{Value, json};
+use std::process::Command;
+
+fn status_of(cluster: &Cluster) -> Value {
+    let output = cluster.godwit(&["status", "-o", "json"]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    serde_json::from_slice(&output.stdout).expect("JSON")
+}
+
+async fn config_map(cluster: &Cluster, name: &str) -> Option<Value> {
+    let found = cluster.api("", "v1", "ConfigMap").get_opt(name).await.expect("get");
+    found.map(|object| object.data["data"].clone())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn objects_survive_kill_and_down_and_up_again() {
+    let cluster = Cluster::start(2).await;
+    let make = |name: &str| json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}, "data": {"k": name}});
+    cluster.apply(make("one")).await.expect("apply");
+    let before = status_of(&cluster);
+    assert_eq!(before["nodes"].as_array().expect("nodes").len(), 2);
+    let pid = before["processes"][0]["pid"].as_i64().expect("pid of the control plane");
+    let nodes: Vec<Value> = before["processes"].as_array().expect("processes")[1..].to_vec();
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid.try_into().expect("pid")), nix::sys::signal::Signal::SIGKILL)
+        .expect("kill the control plane");
+    let output = cluster.godwit(&["up", "--nodes", "2", "--detach"]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let after = status_of(&cluster);
+    assert_ne!(after["processes"][0]["pid"].as_i64(), Some(pid));
+    assert_eq!(after["processes"].as_array().expect("processes")[1..], nodes, "the nodes were not disturbed");
+    let client = godwit_standalone::client(&cluster.kubeconfig()).await.expect("client");
+    let cluster = Reconnected { cluster, client };
+    assert_eq!(cluster.config_map("one").await, Some(json!({"k": "one"})));
+
+    let output = cluster.cluster.godwit(&["down"]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let output = cluster.cluster.godwit(&["up", "--nodes", "2", "--detach"]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let client = godwit_standalone::client(&cluster.cluster.kubeconfig()).await.expect("client");
+    let cluster = Reconnected { client, ..cluster };
+    assert_eq!(cluster.config_map("one").await, Some(json!({"k": "one"})));
+}
+
+/// A cluster whose API server may have another port by now.
+struct Reconnected {
+    cluster: Cluster,
+    client: kube::Client,
+}
+
+impl Reconnected {
+    async fn config_map(&self, name: &str) -> Option<Value> {
+        let api: kube::Api<k8s_openapi::api::core::v1::ConfigMap> = kube::Api::default_namespaced(self.client.clone());
+        api.get_opt(name).await.expect("get").map(|object| json!(object.data))
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn kubevirt_is_deployed_from_the_start() {
+    let cluster = Cluster::start(1).await;
+    let api: kube::Api<kube::api::DynamicObject> = kube::Api::namespaced_with(
+        cluster.client.clone(),
+        "kubevirt",
+        &kube::api::ApiResource::from_gvk(&kube::api::GroupVersionKind::gvk("kubevirt.io", "v1", "KubeVirt")),
+    );
+    cluster.wait(&api, "kubevirt", "it is deployed", |kubevirt| common::status(kubevirt, "phase") == "Deployed").await;
+    assert_eq!(config_map(&cluster, "nothing").await, None);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn down_leaves_nothing_behind() {
+    let cluster = Cluster::start(2).await;
+    cluster.build_rom_image(godwit_guest_rom::Parameters::default());
+    cluster.start_rom_guest("left").await;
+    let id = status_of(&cluster)["id"].as_str().expect("id").to_owned();
+    let prefix = format!("gw-{id}-");
+    let namespaces = || -> Vec<String> {
+        std::fs::read_dir("/run/netns")
+            .into_iter()
+            .flatten()
+            .flatten()
+            .map(|entry| entry.file_name().to_string_lossy().into_owned())
+            .filter(|name| name.starts_with(&prefix))
+            .collect()
+    };
+    assert!(!namespaces().is_empty());
+    let folder = cluster.data_dir().display().to_string();
+    let output = cluster.godwit(&["down"]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert_eq!(namespaces(), Vec::<String>::new());
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").expect("mounts");
+    assert!(!mounts.contains(&folder), "{mounts}");
+    // Every process of the cluster carries the data directory or one of its pods' paths in its arguments.
+    for entry in std::fs::read_dir("/proc").expect("/proc").flatten() {
+        let arguments = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        assert!(!text(&arguments).contains(&folder), "{} is left: {}", entry.path().display(), text(&arguments));
+    }
+    let again = cluster.godwit(&["down"]);
+    assert_eq!(text(&again.stdout).trim(), "nothing was up");
+}
+
+#[test]
+fn without_root_it_says_so_in_one_line() {
+    let folder = tempfile::tempdir().expect("folder");
+    // A copy that nobody may run: the build directory may be closed to others.
+    let program = folder.path().join("godwit");
+    std::fs::copy(env!("CARGO_BIN_EXE_godwit"), &program).expect("copy");
+    let open = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    std::fs::set_permissions(folder.path(), open).expect("chmod");
+    let output = Command::new("setpriv")
+        .args(["--reuid=65534", "--regid=65534", "--clear-groups"])
+        .arg(&program)
+        .args(["up", "--data-dir", "/tmp/godwit-nobody"])
+        .output()
+        .expect("setpriv (util-linux) starts");
+    assert!(!output.status.success());
+    let said = text(&output.stderr);
+    assert_eq!(said.lines().count(), 1, "{said}");
+    assert!(said.contains("needs root"), "{said}");
+}
+
+#[test]
+fn status_without_a_cluster_says_what_to_do() {
+    let folder = tempfile::tempdir().expect("folder");
+    let output = godwit(folder.path(), &["status"]);
+    assert!(!output.status.success());
+    assert!(text(&output.stderr).contains("godwit up"), "{}", text(&output.stderr));
+}
