@@ -112,8 +112,7 @@ async fn the_right_source_is_let_in_and_may_come_back_to_the_control_channel() {
     let stage = stage().await;
     let target = stage.target("uid-1", "node2");
     for _ in 0..2 {
-        let mut control =
-            Control::connect(&target, &stage.source, stage.channels.control_port, LIMIT).await.unwrap();
+        let mut control = Control::connect(&target, &stage.source, stage.channels.control_port, LIMIT).await.unwrap();
         assert_eq!(control.ask(Request::Go, LIMIT).await.unwrap(), Answer::Running { resume_us: 42 });
         let offset = control.clock_offset_us(LIMIT).await.unwrap();
         assert!((4_000_000..6_000_000).contains(&offset), "{offset}");

@@ -1,6 +1,112 @@
-//! One node: both ends of a migration, channels, VM networks, heartbeat
+//! One node: both ends of a migration, channels, VM networks, heartbeat.
+//!
+//! The handler of a node (KubeVirt's virt-handler) sees to it that the VMIs that the API places on its node run in their
+//! launcher pods, says in the API how they are, and moves them: it is the receiving half of migrations to its node and the
+//! sending half of those from it. It keeps no state of its own: whatever it knows, it can find out again from the API and the
+//! launchers, so it may be restarted at any moment.
+//!
+//! [`decide`] is the heart: facts in, actions out, pure. The rest gathers facts and carries out actions. What happens when
+//! guests change hands, and why there are never two, is in docs/hand-over.md.
 
 pub mod channel;
+mod context;
+pub mod decide;
+mod events;
+pub mod facts;
+mod follow;
+pub mod heartbeat;
+pub mod networks;
 pub mod pump;
 pub mod sockets;
+mod source_link;
+mod target_link;
 pub mod tls;
+pub mod view;
+mod watch;
+mod worker;
+mod write;
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use godwit_launcher::rpc::Accelerator;
+use kube::Client;
+
+use crate::context::Context;
+use crate::events::Events;
+use crate::heartbeat::Offer;
+pub use crate::tls::TlsPaths;
+
+/// What a handler needs to know.
+pub struct Options {
+    /// The API, as the handler's service account.
+    pub client: Client,
+    /// The name of this node.
+    pub node_name: String,
+    /// The address on which migrations are received; other nodes must reach it.
+    pub node_ip: IpAddr,
+    /// The kubelet's root folder (`/var/lib/kubelet`, or the node's folder in standalone mode).
+    pub kubelet_root: PathBuf,
+    /// The node's certificate for migrations.
+    pub tls: TlsPaths,
+    /// The cluster's id, for the log.
+    pub cluster_id: String,
+    /// What executes guests; found out at start when not given.
+    pub accelerator: Option<Accelerator>,
+}
+
+/// Why a handler could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The node's certificate cannot be used.
+    #[error("the handler cannot start: {0}")]
+    Tls(#[from] tls::TlsError),
+}
+
+/// Runs the handler until `shutdown` is done; then the node is marked as not schedulable. Guests run on.
+///
+/// # Errors
+/// Only at start, when the node's certificate cannot be used: everything else is tried again for as long as it takes.
+pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result<(), Error> {
+    // A handler that cannot receive should say so at once, not at the first migration.
+    tls::Identity::load(&options.tls)?.server()?;
+    tracing::info!(node = options.node_name, address = %options.node_ip, cluster = options.cluster_id, "handler starts");
+
+    let (accelerator, known) = tokio::sync::watch::channel(options.accelerator);
+    let (offer, offered) = tokio::sync::watch::channel(Offer::default());
+    let wanted = options.accelerator;
+    let probe = tokio::spawn(async move {
+        let found = find_offer(wanted).await;
+        accelerator.send_replace(found.0);
+        offer.send_replace(found.1);
+        // The receivers live as long as the handler; so must the senders.
+        std::future::pending::<()>().await;
+    });
+
+    let context = Arc::new(Context {
+        client: options.client.clone(),
+        node: options.node_name.clone(),
+        node_ip: options.node_ip,
+        kubelet_root: options.kubelet_root,
+        tls: options.tls,
+        accelerator: known,
+        events: Events::start(options.client.clone(), options.node_name.clone()),
+    });
+    let watching = tokio::spawn(watch::run(context));
+    heartbeat::run(options.client, options.node_name.clone(), offered, shutdown).await;
+    watching.abort();
+    probe.abort();
+    tracing::info!(node = options.node_name, "handler stopped");
+    Ok(())
+}
+
+/// What this node offers: the accelerator that was wished for, or else the one that its machine turns out to have.
+async fn find_offer(wanted: Option<Accelerator>) -> (Option<Accelerator>, Offer) {
+    let offer = Offer {
+        accelerator: wanted.map(|a| a.as_str().to_owned()),
+        reason: wanted.map(|_| "chosen by the handler's options".to_owned()),
+        qemu_version: None,
+    };
+    (wanted, offer)
+}

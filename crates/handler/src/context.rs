@@ -1,0 +1,29 @@
+//! What every worker of this handler shares.
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+
+use godwit_launcher::rpc::Accelerator;
+use kube::Client;
+use tokio::sync::watch;
+
+use crate::events::Events;
+use crate::tls::TlsPaths;
+
+/// The handler's surroundings.
+pub struct Context {
+    /// The API.
+    pub client: Client,
+    /// This node's name.
+    pub node: String,
+    /// Address on which targets listen.
+    pub node_ip: IpAddr,
+    /// The kubelet's root folder.
+    pub kubelet_root: PathBuf,
+    /// The node's certificate.
+    pub tls: TlsPaths,
+    /// What executes guests here, once known.
+    pub accelerator: watch::Receiver<Option<Accelerator>>,
+    /// Takes events.
+    pub events: Events,
+}

@@ -1,0 +1,84 @@
+//! A guest that belongs to this node: start it, say how it is, end it.
+
+use godwit_launcher::rpc::{DomainPhase, MigrationRole, State};
+
+use super::{Action, Change, Plan, end};
+use crate::facts::{Facts, Launcher, MigrationView, PodView, migration};
+
+/// The migration to here is over and went well; the API may not say so in full yet, if this handler restarted in between.
+pub(super) fn arrived(facts: &Facts, m: &MigrationView, plan: &mut Plan) {
+    if facts.vmi.node_name.as_deref() == Some(&facts.node) && m.target_ready {
+        return;
+    }
+    let Some(state) = facts.pods.get(&m.target_pod).and_then(|p| p.launcher.state()) else { return };
+    if let Some(f) = migration(state, &m.uid, MigrationRole::Target).filter(|f| f.gone) {
+        let resume_us = f.resume_us.unwrap_or_else(|| facts.now.as_microsecond());
+        plan.write(vec![Change::Arrived { resume_us }, Change::Report { pod: m.target_pod.clone() }]);
+    }
+}
+
+/// The guest's own life.
+pub(super) fn decide(facts: &Facts, pod: &PodView, plan: &mut Plan) {
+    let vmi = &facts.vmi;
+    if vmi.is_final() {
+        return;
+    }
+    let state = match &pod.launcher {
+        Launcher::Waiting => return,
+        Launcher::Answers(state) => state,
+        // How it ended may have been its last word; without one the pod's end tells the controller.
+        Launcher::Gone(state) => {
+            ended(vmi.phase.as_str(), state, plan);
+            return;
+        }
+    };
+    match state.phase {
+        DomainPhase::Undefined if vmi.deleting => end(pod, 0, plan),
+        DomainPhase::Undefined if vmi.phase == "Scheduled" => {
+            plan.act(Action::Wire { pod: pod.name.clone() });
+            plan.act(Action::Start { pod: pod.name.clone() });
+            plan.event("Created", "VirtualMachineInstance defined.");
+        }
+        // A running VMI is never started a second time: what ran here is gone.
+        DomainPhase::Undefined if vmi.phase == "Running" && pod.migration_uid.is_none() => {
+            plan.write(vec![Change::Phase("Failed")]);
+            plan.warn("Stopped", "The VirtualMachineInstance crashed.");
+        }
+        DomainPhase::Running | DomainPhase::Paused => {
+            plan.act(Action::Wire { pod: pod.name.clone() });
+            let begins = vmi.phase == "Scheduled";
+            let mut changes = Vec::new();
+            if begins {
+                changes.push(Change::Phase("Running"));
+            }
+            changes.push(Change::Report { pod: pod.name.clone() });
+            plan.write(changes);
+            if begins {
+                plan.event("Started", "VirtualMachineInstance started.");
+            }
+            if vmi.deleting {
+                end(pod, vmi.grace_seconds, plan);
+            }
+        }
+        _ => ended(vmi.phase.as_str(), state, plan),
+    }
+}
+
+/// The guest is over: say how.
+fn ended(phase: &str, state: &State, plan: &mut Plan) {
+    if !matches!(phase, "Scheduled" | "Running") {
+        return;
+    }
+    match state.phase {
+        DomainPhase::Shutdown => {
+            plan.write(vec![Change::Phase("Succeeded")]);
+            plan.event("Stopped", "The VirtualMachineInstance was shut down.");
+        }
+        DomainPhase::Crashed => {
+            plan.write(vec![Change::Phase("Failed")]);
+            let why = state.exit_reason.as_deref().map(|r| format!(" {r}")).unwrap_or_default();
+            plan.warn("Stopped", format!("The VirtualMachineInstance crashed.{why}"));
+        }
+        _ => {}
+    }
+}

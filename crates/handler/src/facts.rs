@@ -1,0 +1,196 @@
+//! What a handler knows when it decides about one VMI.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use godwit_launcher::rpc::{DomainPhase, MigrationFacts, MigrationRole, State};
+use jiff::Timestamp;
+
+/// Everything that counts for one VMI on this node, at one moment.
+#[derive(Clone, Debug)]
+pub struct Facts {
+    /// This node.
+    pub node: String,
+    /// The time of the look.
+    pub now: Timestamp,
+    /// The VMI, as the API has it.
+    pub vmi: VmiView,
+    /// The VMI's launcher pods on this node, by name.
+    pub pods: BTreeMap<String, PodView>,
+    /// The channels that this process holds open as a migration's target.
+    pub target: Option<TargetView>,
+    /// The channels that this process holds open as a migration's source.
+    pub source: Option<SourceView>,
+}
+
+/// The part of a VMI that decisions need.
+#[derive(Clone, Debug, Default)]
+pub struct VmiView {
+    /// `status.phase`.
+    pub phase: String,
+    /// Whether it is being deleted.
+    pub deleting: bool,
+    /// `spec.terminationGracePeriodSeconds`, by default 30.
+    pub grace_seconds: u64,
+    /// `status.nodeName`.
+    pub node_name: Option<String>,
+    /// Guest memory in bytes; 0 when the VMI does not say.
+    pub memory_bytes: u64,
+    /// `status.migrationState`.
+    pub migration: Option<MigrationView>,
+}
+
+impl VmiView {
+    /// Whether the VMI's life is over.
+    #[must_use]
+    pub fn is_final(&self) -> bool {
+        matches!(self.phase.as_str(), "Succeeded" | "Failed")
+    }
+}
+
+/// `status.migrationState`.
+#[derive(Clone, Debug, Default)]
+#[allow(missing_docs, reason = "the fields are the API's, name by name")]
+pub struct MigrationView {
+    pub uid: String,
+    pub source_node: String,
+    pub target_node: String,
+    pub source_pod: String,
+    pub target_pod: String,
+    pub target_address: Option<String>,
+    /// Published ports, TCP port → inner port.
+    pub ports: BTreeMap<String, i32>,
+    pub detected: bool,
+    pub target_ready: bool,
+    pub start: Option<Timestamp>,
+    pub completed: bool,
+    pub failed: bool,
+    pub abort_requested: bool,
+    pub abort_status: Option<String>,
+    /// `migrationConfiguration.bandwidthPerMigration` in bytes per second; 0 is unlimited.
+    pub bandwidth: u64,
+    /// `maxDowntimeMs`.
+    pub max_downtime_ms: Option<u64>,
+    /// `completionTimeoutPerGiB` in seconds; 0 is no limit.
+    pub completion_timeout_per_gib: u64,
+    /// `progressTimeout` in seconds; 0 is no limit.
+    pub progress_timeout: u64,
+    /// `allowAutoConverge`.
+    pub allow_auto_converge: bool,
+}
+
+impl MigrationView {
+    /// The published TCP port of inner port `inner`.
+    #[must_use]
+    pub fn port(&self, inner: i32) -> Option<u16> {
+        self.ports.iter().find(|(_, i)| **i == inner).and_then(|(port, _)| port.parse().ok())
+    }
+}
+
+/// A launcher pod on this node.
+#[derive(Clone, Debug)]
+pub struct PodView {
+    /// Its name.
+    pub name: String,
+    /// Label `kubevirt.io/migrationJobUID`: the migration that it was made for.
+    pub migration_uid: Option<String>,
+    /// Phase Succeeded or Failed: its processes are gone.
+    pub terminal: bool,
+    /// This process has ordered its guest's end, with at most this grace in seconds.
+    pub shutdown_ordered: Option<u64>,
+    /// What its launcher says.
+    pub launcher: Launcher,
+}
+
+/// A launcher as seen over its socket.
+#[derive(Clone, Debug)]
+pub enum Launcher {
+    /// Has not answered yet.
+    Waiting,
+    /// Answers now.
+    Answers(Box<State>),
+    /// Has answered and does no more; its last words.
+    Gone(Box<State>),
+}
+
+impl Launcher {
+    /// The state, if it answers now.
+    #[must_use]
+    pub fn state(&self) -> Option<&State> {
+        match self {
+            Self::Answers(state) => Some(state),
+            _ => None,
+        }
+    }
+
+    /// The last state that is known.
+    #[must_use]
+    pub fn last(&self) -> Option<&State> {
+        match self {
+            Self::Answers(state) | Self::Gone(state) => Some(state),
+            Self::Waiting => None,
+        }
+    }
+}
+
+/// The facts of migration `uid`, seen from its `role`; those of another migration (a launcher keeps its last one) do not count.
+#[must_use]
+pub fn migration<'a>(state: &'a State, uid: &str, role: MigrationRole) -> Option<&'a MigrationFacts> {
+    state.migration.as_ref().filter(|m| m.uid == uid && m.role == role)
+}
+
+/// Whether the guest is in this launcher's QEMU and is its only copy.
+#[must_use]
+pub fn is_alive(state: &State) -> bool {
+    matches!(state.phase, DomainPhase::Running | DomainPhase::Paused)
+}
+
+/// The listening half of a migration in this process.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TargetView {
+    /// UID of the migration.
+    pub uid: String,
+    /// Published address.
+    pub address: String,
+    /// TCP port → inner port.
+    pub ports: BTreeMap<String, i32>,
+}
+
+/// The dialling half of a migration in this process.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SourceView {
+    /// UID of the migration.
+    pub uid: String,
+    /// Both channels are open, the start can be ordered.
+    pub ready: bool,
+    /// Why it is not ready; `None` while it is being dialled.
+    pub error: Option<String>,
+    /// How long this half exists.
+    pub age: Duration,
+    /// Why the launcher refused to start the migration.
+    pub start_error: Option<String>,
+    /// Why this handler cancelled it (not asked for by the user).
+    pub cancelled: Option<String>,
+    /// How long no byte has moved, by the count of this process and of QEMU.
+    pub still: Duration,
+    /// How long `remaining` has not reached a new low.
+    pub stuck: Duration,
+    /// When progress was last written into the API.
+    pub reported: Option<Timestamp>,
+    /// How the go went.
+    pub go: Go,
+}
+
+/// How the go went.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Go {
+    /// It was not due.
+    #[default]
+    NotDue,
+    /// It is due and not confirmed yet; the last obstacle in words.
+    Trying(String),
+    /// The guest runs at the target since then (microseconds since the epoch, by this node's clock).
+    Running(i64),
+    /// What the target had received is gone for good.
+    Lost(String),
+}

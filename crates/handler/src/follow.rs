@@ -1,0 +1,134 @@
+//! Following one launcher over its socket.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use godwit_launcher::client::Client;
+use godwit_launcher::rpc::{DomainPhase, State};
+use tokio::net::UnixStream;
+use tokio::sync::{Notify, watch};
+use tokio::task::JoinHandle;
+
+use crate::facts::Launcher;
+use crate::sockets::SocketDir;
+
+/// Between two looks for the socket of a launcher that has just been started.
+const SOON: Duration = Duration::from_millis(15);
+/// The same when it is not that new any more, or has ended.
+const LATER: Duration = Duration::from_millis(250);
+/// How long a launcher counts as just started.
+const NEW: Duration = Duration::from_secs(20);
+
+/// A launcher, its latest state, and whoever is to be woken by a change of it.
+pub struct Follower {
+    /// For orders.
+    pub client: Client,
+    /// The folder of its sockets, as the node sees it.
+    pub folder: PathBuf,
+    states: watch::Sender<Launcher>,
+    pid: Arc<AtomicU32>,
+    task: JoinHandle<()>,
+}
+
+impl Drop for Follower {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Follower {
+    /// Begins to follow the launcher whose `sockets` volume is `folder`; `wake` is notified on each change.
+    #[must_use]
+    pub fn start(folder: PathBuf, wake: Arc<Notify>) -> Self {
+        let (states, _) = watch::channel(Launcher::Waiting);
+        let client = Client::new(folder.join("launcher.sock"));
+        let pid = Arc::new(AtomicU32::new(0));
+        let task = tokio::spawn(follow(folder.clone(), client.clone(), states.clone(), pid.clone(), wake));
+        Self { client, folder, states, pid, task }
+    }
+
+    /// The latest.
+    #[must_use]
+    pub fn now(&self) -> Launcher {
+        self.states.borrow().clone()
+    }
+
+    /// To wait for changes.
+    #[must_use]
+    pub fn subscribe(&self) -> watch::Receiver<Launcher> {
+        self.states.subscribe()
+    }
+
+    /// Takes a state that came as the answer to an order, so that the next decision knows that it was given. Where the
+    /// stream has told of it already, the stream is the newer one.
+    pub fn learn(&self, state: State) {
+        self.states.send_if_modified(|launcher| {
+            let known = launcher.last().is_some_and(|old| {
+                let migration = |s: &State| s.migration.as_ref().map(|m| (m.uid.clone(), m.role));
+                old.phase != DomainPhase::Undefined && migration(old) == migration(&state)
+            });
+            if known || matches!(launcher, Launcher::Gone(_)) {
+                return false;
+            }
+            *launcher = Launcher::Answers(Box::new(state));
+            true
+        });
+    }
+
+    /// The launcher's process id as this node counts, 0 before it answered.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.pid.load(Ordering::Acquire)
+    }
+}
+
+async fn follow(
+    folder: PathBuf,
+    client: Client,
+    states: watch::Sender<Launcher>,
+    pid: Arc<AtomicU32>,
+    wake: Arc<Notify>,
+) {
+    let began = Instant::now();
+    loop {
+        if let Some(peer) = peer(&folder).await
+            && let Ok(mut watch) = client.watch().await
+        {
+            pid.store(peer, Ordering::Release);
+            loop {
+                match watch.next().await {
+                    Ok(Some(state)) => {
+                        states.send_replace(Launcher::Answers(Box::new(state)));
+                        wake.notify_one();
+                    }
+                    Ok(None) => break,
+                    Err(error) => {
+                        tracing::info!(socket = %client.socket().display(), %error, "launcher's stream ended");
+                        break;
+                    }
+                }
+            }
+            let gone = states.send_if_modified(|launcher| match launcher {
+                Launcher::Answers(state) => {
+                    *launcher = Launcher::Gone(state.clone());
+                    true
+                }
+                _ => false,
+            });
+            if gone {
+                wake.notify_one();
+            }
+        }
+        let new = began.elapsed() < NEW && matches!(*states.borrow(), Launcher::Waiting);
+        tokio::time::sleep(if new { SOON } else { LATER }).await;
+    }
+}
+
+/// Who listens on the launcher's socket.
+async fn peer(folder: &std::path::Path) -> Option<u32> {
+    let dir = SocketDir::open(folder.to_owned()).ok()?;
+    let stream: UnixStream = dir.connect("launcher.sock").await.ok()?;
+    u32::try_from(stream.peer_cred().ok()?.pid()?).ok()
+}

@@ -1,0 +1,134 @@
+//! The node's sign of life and what it can do, as labels and annotations of the Node.
+
+use std::time::Duration;
+
+use godwit_api::names;
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::Node;
+use kube::Client;
+use kube::api::{Api, Patch, PatchParams};
+use serde_json::{Map, Value, json};
+
+/// Between two heartbeats (KubeVirt: about a minute).
+const EVERY: Duration = Duration::from_secs(60);
+/// Before the next attempt when the API does not answer.
+const RETRY: Duration = Duration::from_secs(2);
+/// How long the farewell may take.
+const FAREWELL: Duration = Duration::from_secs(2);
+
+/// Label and annotation that name what executes guests on this node: `kvm` or `tcg`.
+pub const ACCELERATOR: &str = "godwit.dev/accelerator";
+/// Annotation with the reason for that choice, in a sentence.
+pub const ACCELERATOR_REASON: &str = "godwit.dev/accelerator-reason";
+/// Annotation with QEMU's version.
+pub const QEMU_VERSION: &str = "godwit.dev/qemu-version";
+
+/// What this node offers to guests.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Offer {
+    /// `kvm` or `tcg`.
+    pub accelerator: Option<String>,
+    /// Why, in a sentence.
+    pub reason: Option<String>,
+    /// For example `7.2.22`.
+    pub qemu_version: Option<String>,
+}
+
+/// Beats until `shutdown` is done, then marks the node as not schedulable.
+pub async fn run(
+    client: Client,
+    node: String,
+    offer: tokio::sync::watch::Receiver<Offer>,
+    shutdown: impl Future<Output = ()>,
+) {
+    let api: Api<Node> = Api::all(client);
+    let mut shutdown = std::pin::pin!(shutdown);
+    let mut offer = offer;
+    loop {
+        let next = match beat(&api, &node, true, &offer.borrow_and_update().clone()).await {
+            Ok(()) => EVERY,
+            Err(error) => {
+                tracing::warn!(%error, node, "heartbeat not written; trying again");
+                RETRY
+            }
+        };
+        let changed = async {
+            if offer.changed().await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        };
+        tokio::select! {
+            () = &mut shutdown => break,
+            () = tokio::time::sleep(next) => {}
+            () = changed => {}
+        }
+    }
+    let nothing = Offer::default();
+    let farewell = beat(&api, &node, false, &nothing);
+    match tokio::time::timeout(FAREWELL, farewell).await {
+        Ok(Ok(())) => tracing::info!(node, "node marked as not schedulable"),
+        Ok(Err(error)) => tracing::warn!(%error, node, "node not marked as not schedulable"),
+        Err(_) => tracing::warn!(node, "node not marked as not schedulable: the API does not answer"),
+    }
+}
+
+async fn beat(api: &Api<Node>, node: &str, schedulable: bool, offer: &Offer) -> Result<(), kube::Error> {
+    let patch = patch(schedulable, offer, Timestamp::now());
+    api.patch_metadata(node, &PatchParams::default(), &Patch::Merge(patch)).await.map(drop)
+}
+
+fn patch(schedulable: bool, offer: &Offer, now: Timestamp) -> Value {
+    let whole = Timestamp::from_second(now.as_second()).unwrap_or(now);
+    let mut labels = Map::new();
+    labels.insert(names::LABEL_SCHEDULABLE.into(), json!(schedulable.to_string()));
+    let mut annotations = Map::new();
+    annotations.insert(names::ANNOTATION_HEARTBEAT.into(), json!(whole.to_string()));
+    if schedulable {
+        for machine in ["q35", "pc"] {
+            labels.insert(format!("{}{machine}", names::LABEL_PREFIX_MACHINE_TYPE), json!("true"));
+        }
+        if let Some(vendor) = cpu_vendor() {
+            labels.insert(format!("{}{vendor}", names::LABEL_PREFIX_CPU_VENDOR), json!("true"));
+        }
+    }
+    if let Some(accelerator) = &offer.accelerator {
+        labels.insert(ACCELERATOR.into(), json!(accelerator));
+        annotations.insert(ACCELERATOR.into(), json!(accelerator));
+    }
+    if let Some(reason) = &offer.reason {
+        annotations.insert(ACCELERATOR_REASON.into(), json!(reason));
+    }
+    if let Some(version) = &offer.qemu_version {
+        annotations.insert(QEMU_VERSION.into(), json!(version));
+    }
+    json!({ "metadata": { "labels": labels, "annotations": annotations } })
+}
+
+/// The processor's vendor as KubeVirt's labels name it.
+fn cpu_vendor() -> Option<String> {
+    let text = std::fs::read_to_string("/proc/cpuinfo").ok()?;
+    let line = text.lines().find(|l| l.starts_with("vendor_id"))?;
+    match line.split(':').nth(1)?.trim() {
+        "GenuineIntel" => Some("Intel".into()),
+        "AuthenticAMD" => Some("AMD".into()),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_beat_says_when_and_what() {
+        let offer = Offer { accelerator: Some("tcg".into()), reason: Some("no KVM".into()), qemu_version: None };
+        let now = "2026-11-20T20:00:00.123Z".parse().unwrap();
+        let beat = patch(true, &offer, now);
+        assert_eq!(beat["metadata"]["annotations"]["kubevirt.io/heartbeat"], "2026-11-20T20:00:00Z");
+        assert_eq!(beat["metadata"]["labels"]["kubevirt.io/schedulable"], "true");
+        assert_eq!(beat["metadata"]["labels"]["godwit.dev/accelerator"], "tcg");
+        assert_eq!(beat["metadata"]["labels"]["machine-type.node.kubevirt.io/q35"], "true");
+        let farewell = patch(false, &Offer::default(), now);
+        assert_eq!(farewell["metadata"]["labels"], json!({ "kubevirt.io/schedulable": "false" }));
+    }
+}

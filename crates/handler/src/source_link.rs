@@ -1,0 +1,305 @@
+//! The source's half of one migration's channels, from the first dial to the confirmed go.
+//!
+//! The go does not wait for the API: it is sent by this task, on the channel that is already open, as soon as the source's
+//! launcher says `completed` (which it says only after it has written that down). It is repeated until the target says
+//! that the guest runs, or that it never will.
+
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use godwit_launcher::rpc::MigrationRole;
+use tokio::net::UnixListener;
+use tokio::sync::{Notify, watch};
+use tokio::task::{AbortHandle, JoinHandle};
+
+use crate::channel::{Answer, ChannelError, Control, Request, Target};
+use crate::facts::{self, Go, Launcher};
+use crate::pump::{self, Carried};
+use crate::tls::{Identity, TlsPaths};
+
+/// How long a dial may take.
+const DIAL_LIMIT: Duration = Duration::from_secs(5);
+/// How long the target may take to run the guest after the go, before it is asked again.
+const GO_LIMIT: Duration = Duration::from_secs(10);
+/// The shortest and longest wait before the go is repeated.
+const RETRY: (Duration, Duration) = (Duration::from_millis(5), Duration::from_secs(1));
+
+/// Where the target listens, as published in the VMI; it changes when the target's handler restarts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Endpoint {
+    /// UID of the migration.
+    pub migration_uid: String,
+    /// The node that must answer.
+    pub node: String,
+    /// Its address.
+    pub address: IpAddr,
+    /// Port of the control channel.
+    pub control: u16,
+    /// Port of the memory stream; `None` when that is over.
+    pub memory: Option<u16>,
+}
+
+impl Endpoint {
+    fn target(&self) -> Target {
+        Target { migration_uid: self.migration_uid.clone(), node: self.node.clone(), address: self.address }
+    }
+}
+
+/// What the task has found out.
+#[derive(Clone, Debug, Default)]
+pub struct LinkState {
+    /// Both channels are open.
+    pub ready: bool,
+    /// Why they are not.
+    pub error: Option<String>,
+    /// How the go went.
+    pub go: Go,
+}
+
+/// The running half. Dropping it closes its channels.
+pub struct SourceLink {
+    /// UID of the migration.
+    pub uid: String,
+    /// Bytes of the memory stream so far.
+    pub carried: Arc<Carried>,
+    state: Arc<Mutex<LinkState>>,
+    endpoint: watch::Sender<Endpoint>,
+    task: JoinHandle<()>,
+    stream: Arc<Mutex<Option<AbortHandle>>>,
+}
+
+impl Drop for SourceLink {
+    fn drop(&mut self) {
+        self.task.abort();
+        if let Some(stream) = self.stream.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            stream.abort();
+        }
+    }
+}
+
+impl SourceLink {
+    /// Begins to dial. QEMU's stream is taken from `listener`; without one only the control channel is opened.
+    #[must_use]
+    pub fn start(
+        tls: TlsPaths,
+        endpoint: Endpoint,
+        listener: Option<UnixListener>,
+        launcher: watch::Receiver<Launcher>,
+        wake: Arc<Notify>,
+    ) -> Self {
+        let uid = endpoint.migration_uid.clone();
+        let state = Arc::new(Mutex::new(LinkState::default()));
+        let carried = Arc::new(Carried::default());
+        let (sender, receiver) = watch::channel(endpoint);
+        let stream = Arc::new(Mutex::new(None));
+        let run = Run {
+            uid: uid.clone(),
+            tls,
+            endpoint: receiver,
+            launcher,
+            state: state.clone(),
+            carried: carried.clone(),
+            wake,
+            stream: stream.clone(),
+            offset_us: 0,
+        };
+        let task = tokio::spawn(run.run(listener));
+        Self { uid, carried, state, endpoint: sender, task, stream }
+    }
+
+    /// What is known now.
+    #[must_use]
+    pub fn now(&self) -> LinkState {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The target has published another place.
+    pub fn moved(&self, endpoint: Endpoint) {
+        self.endpoint.send_if_modified(|old| {
+            let moved = *old != endpoint;
+            *old = endpoint;
+            moved
+        });
+    }
+}
+
+struct Run {
+    uid: String,
+    tls: TlsPaths,
+    endpoint: watch::Receiver<Endpoint>,
+    launcher: watch::Receiver<Launcher>,
+    state: Arc<Mutex<LinkState>>,
+    carried: Arc<Carried>,
+    wake: Arc<Notify>,
+    stream: Arc<Mutex<Option<AbortHandle>>>,
+    /// By how much the target's clock is ahead.
+    offset_us: i64,
+}
+
+/// What the source's launcher says of the migration.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Sent {
+    Open,
+    Completed,
+    Ended,
+}
+
+impl Run {
+    fn set(&self, change: impl FnOnce(&mut LinkState)) {
+        change(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner));
+        self.wake.notify_one();
+    }
+
+    fn sent(&mut self) -> Sent {
+        let launcher = self.launcher.borrow_and_update();
+        let facts = launcher.last().and_then(|s| facts::migration(s, &self.uid, MigrationRole::Source));
+        match facts.map(|f| f.status.as_str()) {
+            Some("completed") => Sent::Completed,
+            Some("failed" | "cancelled") => Sent::Ended,
+            _ => Sent::Open,
+        }
+    }
+
+    async fn run(mut self, listener: Option<UnixListener>) {
+        let began = Instant::now();
+        let mut control = match self.open(listener).await {
+            Ok(control) => Some(control),
+            Err(error) if self.sent() == Sent::Completed => {
+                self.set(|s| s.go = Go::Trying(error.to_string()));
+                None
+            }
+            Err(error) => {
+                tracing::warn!(migration = %self.uid, %error, "cannot open the channels to the target");
+                self.set(|s| s.error = Some(error.to_string()));
+                return;
+            }
+        };
+        tracing::info!(migration = %self.uid, ms = began.elapsed().as_millis() as u64, "channels to the target are open");
+        self.set(|s| s.ready = true);
+        loop {
+            match self.sent() {
+                Sent::Completed => return self.go(control).await,
+                Sent::Ended => return self.abandon(control).await,
+                Sent::Open => {}
+            }
+            let changed = match &mut control {
+                Some(open) => tokio::select! {
+                    changed = self.launcher.changed() => changed.is_ok(),
+                    () = open.closed() => {
+                        tracing::warn!(migration = %self.uid, "control channel to the target is lost; dialling again when needed");
+                        control = None;
+                        true
+                    }
+                },
+                None => self.launcher.changed().await.is_ok(),
+            };
+            if !changed {
+                return;
+            }
+        }
+    }
+
+    /// Opens what is needed for the start.
+    async fn open(&mut self, listener: Option<UnixListener>) -> Result<Control, ChannelError> {
+        let endpoint = self.endpoint.borrow_and_update().clone();
+        let identity = Identity::load(&self.tls)?;
+        let target = endpoint.target();
+        let control = Control::connect(&target, &identity, endpoint.control, DIAL_LIMIT);
+        let memory = async {
+            match (endpoint.memory, listener) {
+                (Some(port), Some(listener)) => Ok(Some((target.dial(&identity, port, DIAL_LIMIT).await?, listener))),
+                _ => Ok(None),
+            }
+        };
+        let (mut control, memory) = tokio::try_join!(control, memory)?;
+        self.offset_us = control.clock_offset_us(DIAL_LIMIT).await?;
+        if let Some((channel, listener)) = memory {
+            let (uid, carried) = (self.uid.clone(), self.carried.clone());
+            let stream = tokio::spawn(async move {
+                let result = async {
+                    let (local, _) = listener.accept().await?;
+                    drop(listener);
+                    pump::pump(local, channel, carried.clone()).await
+                };
+                match result.await {
+                    Ok(()) => tracing::info!(migration = %uid, bytes = carried.total(), "memory stream at its end"),
+                    Err(error) => {
+                        tracing::warn!(migration = %uid, bytes = carried.total(), %error, "memory stream broke");
+                    }
+                }
+            });
+            *self.stream.lock().unwrap_or_else(PoisonError::into_inner) = Some(stream.abort_handle());
+        }
+        Ok(control)
+    }
+
+    /// Dials the control channel at the place that is published now.
+    async fn redial(&mut self) -> Result<Control, ChannelError> {
+        let endpoint = self.endpoint.borrow_and_update().clone();
+        let identity = Identity::load(&self.tls)?;
+        let mut control = Control::connect(&endpoint.target(), &identity, endpoint.control, DIAL_LIMIT).await?;
+        self.offset_us = control.clock_offset_us(DIAL_LIMIT).await?;
+        Ok(control)
+    }
+
+    /// The source is stopped for good: the target has to run the guest, whatever it takes.
+    async fn go(mut self, mut control: Option<Control>) {
+        let began = Instant::now();
+        let mut wait = RETRY.0;
+        loop {
+            let answer = match control.as_mut() {
+                Some(open) => open.ask(Request::Go, GO_LIMIT).await,
+                None => match self.redial().await {
+                    Ok(mut open) => {
+                        let answer = open.ask(Request::Go, GO_LIMIT).await;
+                        control = Some(open);
+                        answer
+                    }
+                    Err(error) => Err(error),
+                },
+            };
+            let obstacle = match answer {
+                Ok(Answer::Running { resume_us }) => {
+                    let resume_us = resume_us.saturating_sub(self.offset_us);
+                    let ms = began.elapsed().as_millis() as u64;
+                    tracing::info!(migration = %self.uid, ms, "go confirmed: the guest runs at the target");
+                    self.set(|s| s.go = Go::Running(resume_us));
+                    return;
+                }
+                Ok(Answer::Lost { reason }) => {
+                    tracing::error!(migration = %self.uid, %reason, "the guest is lost at the target");
+                    self.set(|s| s.go = Go::Lost(reason));
+                    return;
+                }
+                Ok(Answer::NotYet { reason }) => reason,
+                Ok(other) => format!("unexpected answer {other:?}"),
+                Err(error) => {
+                    control = None;
+                    error.to_string()
+                }
+            };
+            tracing::warn!(migration = %self.uid, %obstacle, "the go is not confirmed yet; trying again");
+            self.set(|s| s.go = Go::Trying(obstacle));
+            tokio::select! {
+                () = tokio::time::sleep(wait) => {}
+                _ = self.endpoint.changed() => control = None,
+            }
+            wait = (wait * 2).min(RETRY.1);
+        }
+    }
+
+    /// The guest stays here; the waiting target may go. The API says so as well, so once is enough.
+    async fn abandon(mut self, control: Option<Control>) {
+        let mut control = match control {
+            Some(control) => control,
+            None => match self.redial().await {
+                Ok(control) => control,
+                Err(_) => return,
+            },
+        };
+        if let Err(error) = control.ask(Request::Abandon, DIAL_LIMIT).await {
+            tracing::info!(migration = %self.uid, %error, "the target could not be told that the guest stays");
+        }
+    }
+}

@@ -1,0 +1,116 @@
+//! A VMI and a pod of the API, reduced to what decisions need.
+
+use godwit_api::vmi::VirtualMachineInstance;
+use k8s_openapi::api::core::v1::Pod;
+
+use crate::facts::{MigrationView, VmiView};
+
+/// KubeVirt's default for `spec.terminationGracePeriodSeconds`.
+const DEFAULT_GRACE_SECONDS: u64 = 30;
+
+/// Reduces a VMI.
+#[must_use]
+pub fn vmi(vmi: &VirtualMachineInstance) -> VmiView {
+    let status = &vmi.status;
+    let grace = vmi.spec.termination_grace_period_seconds;
+    VmiView {
+        phase: status.phase.as_str().to_owned(),
+        deleting: vmi.is_deleting(),
+        grace_seconds: grace.map_or(DEFAULT_GRACE_SECONDS, |s| u64::try_from(s).unwrap_or(0)),
+        node_name: status.node_name.clone().filter(|n| !n.is_empty()),
+        memory_bytes: memory_bytes(vmi),
+        migration: migration(vmi),
+    }
+}
+
+/// Guest memory: what the guest sees, else the memory request; 0 when neither is given.
+#[must_use]
+pub fn memory_bytes(vmi: &VirtualMachineInstance) -> u64 {
+    let domain = &vmi.spec.domain;
+    domain
+        .memory
+        .as_ref()
+        .and_then(|m| m.guest.as_ref())
+        .or_else(|| domain.resources.requests.get("memory"))
+        .and_then(|q| q.bytes().ok())
+        .unwrap_or(0)
+}
+
+fn migration(vmi: &VirtualMachineInstance) -> Option<MigrationView> {
+    let state = vmi.status.migration_state.as_ref()?;
+    let uid = state.migration_uid.clone().filter(|u| !u.is_empty())?;
+    let text = |value: &Option<String>| value.clone().unwrap_or_default();
+    let config = state.migration_configuration.clone().unwrap_or_default();
+    let seconds = |value: Option<i64>| value.and_then(|v| u64::try_from(v).ok()).unwrap_or(0);
+    Some(MigrationView {
+        uid,
+        source_node: text(&state.source_node),
+        target_node: text(&state.target_node),
+        source_pod: text(&state.source_pod),
+        target_pod: text(&state.target_pod),
+        target_address: state.target_node_address.clone().filter(|a| !a.is_empty()),
+        ports: state.target_direct_migration_node_ports.clone(),
+        detected: state.target_node_domain_detected.unwrap_or(false),
+        target_ready: state.target_node_domain_ready_timestamp.is_some(),
+        start: state.start_timestamp.as_ref().map(|t| t.0),
+        completed: state.completed.unwrap_or(false),
+        failed: state.failed.unwrap_or(false),
+        abort_requested: state.abort_requested.unwrap_or(false),
+        abort_status: state.abort_status.as_ref().map(|s| s.as_str().to_owned()).filter(|s| !s.is_empty()),
+        bandwidth: config.bandwidth_per_migration.as_ref().and_then(|q| q.bytes().ok()).unwrap_or(0),
+        max_downtime_ms: config.max_downtime_ms,
+        completion_timeout_per_gib: seconds(config.completion_timeout_per_gib),
+        progress_timeout: seconds(config.progress_timeout),
+        allow_auto_converge: config.allow_auto_converge.unwrap_or(false),
+    })
+}
+
+/// A launcher pod, reduced.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LauncherPod {
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+    /// Its UID.
+    pub uid: String,
+    /// The VMI that it was made for.
+    pub vmi_uid: String,
+    /// That VMI's name.
+    pub vmi_name: String,
+    /// The migration that it was made for.
+    pub migration_uid: Option<String>,
+    /// Addresses of the pod, the first one first.
+    pub addresses: Vec<String>,
+    /// Phase Succeeded or Failed.
+    pub terminal: bool,
+}
+
+/// Reduces a pod; `None` when it is no launcher's.
+#[must_use]
+pub fn pod(pod: &Pod) -> Option<LauncherPod> {
+    use godwit_api::names as n;
+    let meta = &pod.metadata;
+    let labels = meta.labels.as_ref()?;
+    let label = |key: &str| labels.get(key).filter(|v| !v.is_empty()).cloned();
+    let annotation = |key: &str| meta.annotations.as_ref()?.get(key).cloned();
+    if label(n::LABEL_APP)? != n::APP_VIRT_LAUNCHER {
+        return None;
+    }
+    let status = pod.status.as_ref();
+    let mut addresses: Vec<String> =
+        status.and_then(|s| s.pod_ips.as_ref()).into_iter().flatten().map(|ip| ip.ip.clone()).collect();
+    if addresses.is_empty() {
+        addresses.extend(status.and_then(|s| s.pod_ip.clone()));
+    }
+    Some(LauncherPod {
+        namespace: meta.namespace.clone()?,
+        name: meta.name.clone()?,
+        uid: meta.uid.clone()?,
+        vmi_uid: label(n::LABEL_CREATED_BY)?,
+        vmi_name: annotation(n::ANNOTATION_DOMAIN).or_else(|| label(n::LABEL_DEPRECATED_VM_NAME))?,
+        migration_uid: label(n::LABEL_MIGRATION_JOB_UID),
+        addresses,
+        terminal: status.and_then(|s| s.phase.as_deref()).is_some_and(|p| p == "Succeeded" || p == "Failed"),
+    })
+}

@@ -1,0 +1,377 @@
+//! One VMI on this node: look, decide, act, and again whenever anything changes.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use godwit_api::vmi::VirtualMachineInstance;
+use godwit_launcher::rpc::{MigrationRole, State};
+use jiff::Timestamp;
+use kube::api::{Api, Patch, PatchParams};
+use tokio::sync::{Notify, mpsc};
+
+use crate::channel::TargetChannels;
+use crate::context::Context;
+use crate::decide::{self, Plan};
+use crate::facts::{self, Facts, Launcher, PodView, SourceView, TargetView};
+use crate::follow::Follower;
+use crate::networks::Wired;
+use crate::sockets::SocketDir;
+use crate::source_link::SourceLink;
+use crate::view::{self, LauncherPod};
+use crate::write;
+
+mod act;
+
+/// After an error, before the next attempt: doubled each time between these.
+const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
+/// Between two reads of a VMI that no watch of this node shows any more, while something is still to be done for it.
+const REREAD: Duration = Duration::from_secs(1);
+
+/// What a worker is told.
+#[derive(Debug)]
+pub enum Input {
+    /// The VMI as a watch shows it.
+    Vmi(Arc<VirtualMachineInstance>),
+    /// A watch does not show it any more: it is deleted, or has left this node.
+    VmiUnseen,
+    /// A launcher pod of it on this node.
+    Pod(LauncherPod),
+    /// That pod is deleted.
+    PodGone(String),
+}
+
+/// A pod in hand.
+struct Pod {
+    pod: LauncherPod,
+    follower: Follower,
+    wired: Option<Wired>,
+    shutdown_ordered: Option<u64>,
+}
+
+/// The listening half in hand.
+struct Target {
+    uid: String,
+    channels: TargetChannels,
+}
+
+/// The dialling half in hand.
+struct Source {
+    link: SourceLink,
+    socket: Option<(Arc<SocketDir>, String)>,
+    first_dialled: Instant,
+    start_error: Option<String>,
+    cancelled: Option<String>,
+    reported: Option<Timestamp>,
+    meter: Meter,
+}
+
+/// Notices when nothing moves.
+struct Meter {
+    moved: (u64, Instant),
+    low: (u64, Instant),
+}
+
+impl Meter {
+    fn new() -> Self {
+        Self { moved: (0, Instant::now()), low: (u64::MAX, Instant::now()) }
+    }
+
+    /// Takes a look: bytes moved so far, bytes that remain.
+    fn look(&mut self, moved: u64, remaining: u64) {
+        if moved != self.moved.0 {
+            self.moved = (moved, Instant::now());
+        }
+        if remaining < self.low.0 {
+            self.low = (remaining, Instant::now());
+        }
+    }
+}
+
+/// Looks after one VMI; ends when neither VMI nor pods are left.
+pub struct Worker {
+    context: Arc<Context>,
+    uid: String,
+    namespace: String,
+    name: String,
+    wake: Arc<Notify>,
+    inputs: mpsc::UnboundedReceiver<Input>,
+    vmi: Option<Arc<VirtualMachineInstance>>,
+    /// The VMI in hand may be outdated: no watch shows it.
+    unseen: bool,
+    pods: BTreeMap<String, Pod>,
+    target: Option<Target>,
+    source: Option<Source>,
+    migratable: (Option<Instant>, write::Migratable),
+    /// What was complained about last, so that a complaint is not repeated at each attempt.
+    complaint: Option<String>,
+}
+
+/// Why a round of actions ended early.
+enum Stop {
+    /// The VMI has changed meanwhile; `None`: read it anew.
+    Stale,
+    /// Something failed; try again after a while.
+    Failed(String),
+}
+
+impl Worker {
+    /// Starts a worker and returns the way to tell it things.
+    pub fn start(context: Arc<Context>, uid: String, namespace: String, name: String) -> mpsc::UnboundedSender<Input> {
+        let (sender, inputs) = mpsc::unbounded_channel();
+        let worker = Self {
+            context,
+            uid,
+            namespace,
+            name,
+            wake: Arc::new(Notify::new()),
+            inputs,
+            vmi: None,
+            unseen: true,
+            pods: BTreeMap::new(),
+            target: None,
+            source: None,
+            migratable: (None, write::Migratable::default()),
+            complaint: None,
+        };
+        tokio::spawn(worker.run());
+        sender
+    }
+
+    async fn run(mut self) {
+        let mut retry = RETRY.0;
+        let mut wake_after = Some(Duration::ZERO);
+        loop {
+            let sleep = async {
+                match wake_after {
+                    Some(after) => tokio::time::sleep(after).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                biased;
+                input = self.inputs.recv() => match input {
+                    Some(input) => self.take(input),
+                    None => break,
+                },
+                () = self.wake.notified() => {}
+                () = sleep => {}
+            }
+            while let Ok(input) = self.inputs.try_recv() {
+                self.take(input);
+            }
+            if self.unseen
+                && let Err(error) = self.read().await
+            {
+                tracing::warn!(vmi = self.name, %error, "cannot read the VMI");
+                wake_after = Some(retry);
+                retry = (retry * 2).min(RETRY.1);
+                continue;
+            }
+            if self.pods.is_empty() && (self.vmi.is_none() || self.unseen) {
+                // A new input for this uid starts a new worker.
+                self.inputs.close();
+                if self.inputs.is_empty() {
+                    break;
+                }
+            }
+            match self.round().await {
+                Ok(wake) => {
+                    retry = RETRY.0;
+                    wake_after = wake;
+                    if self.unseen && self.vmi.is_some() {
+                        wake_after = Some(wake.map_or(REREAD, |w| w.min(REREAD)));
+                    }
+                }
+                Err(Stop::Stale) => {
+                    self.unseen = true;
+                    wake_after = Some(Duration::ZERO);
+                }
+                Err(Stop::Failed(error)) => {
+                    tracing::warn!(vmi = self.name, %error, "trying again");
+                    wake_after = Some(retry);
+                    retry = (retry * 2).min(RETRY.1);
+                }
+            }
+        }
+        tracing::debug!(vmi = self.name, uid = self.uid, "nothing left to look after");
+    }
+
+    fn take(&mut self, input: Input) {
+        match input {
+            Input::Vmi(vmi) => {
+                let seen = |v: &VirtualMachineInstance| {
+                    v.metadata.resource_version.as_deref().and_then(|r| r.parse::<u64>().ok())
+                };
+                // A watch may lag behind our own writes.
+                let newer = match (self.vmi.as_deref().and_then(seen), seen(&vmi)) {
+                    (Some(old), Some(new)) => new >= old,
+                    _ => true,
+                };
+                if newer {
+                    self.vmi = Some(vmi);
+                }
+                self.unseen = false;
+            }
+            Input::VmiUnseen => self.unseen = true,
+            Input::Pod(pod) => match self.pods.get_mut(&pod.name) {
+                Some(known) if known.pod.uid == pod.uid => known.pod = pod,
+                _ => {
+                    let folder = SocketDir::path_of(&self.context.kubelet_root, &pod.uid);
+                    let follower = Follower::start(folder, self.wake.clone());
+                    let name = pod.name.clone();
+                    self.pods.insert(name, Pod { pod, follower, wired: None, shutdown_ordered: None });
+                }
+            },
+            Input::PodGone(name) => {
+                self.pods.remove(&name);
+            }
+        }
+    }
+
+    fn api(&self) -> Api<VirtualMachineInstance> {
+        Api::namespaced(self.context.client.clone(), &self.namespace)
+    }
+
+    /// Reads the VMI, which no watch shows at present.
+    async fn read(&mut self) -> Result<(), kube::Error> {
+        let found = self.api().get_opt(&self.name).await?;
+        // Another VMI of the same name is not ours.
+        self.vmi = found.filter(|vmi| vmi.uid() == self.uid).map(Arc::new);
+        Ok(())
+    }
+
+    /// One look, one decision, its actions.
+    async fn round(&mut self) -> Result<Option<Duration>, Stop> {
+        let Some(vmi) = self.vmi.clone() else { return Ok(None) };
+        let facts = self.look(&vmi);
+        let Plan { actions, wake } = decide::decide(&facts);
+        for action in actions {
+            // Logged by what it does; writes that change nothing are none.
+            tracing::debug!(vmi = self.name, ?action, "acting");
+            self.act(&vmi, &facts, action).await?;
+        }
+        Ok(wake)
+    }
+
+    fn look(&mut self, vmi: &VirtualMachineInstance) -> Facts {
+        let view = view::vmi(vmi);
+        let mut pods = BTreeMap::new();
+        for (name, pod) in &self.pods {
+            let view = PodView {
+                name: name.clone(),
+                migration_uid: pod.pod.migration_uid.clone(),
+                terminal: pod.pod.terminal,
+                shutdown_ordered: pod.shutdown_ordered,
+                launcher: pod.follower.now(),
+            };
+            pods.insert(name.clone(), view);
+        }
+        if let (Some(source), Some(m)) = (&mut self.source, &view.migration)
+            && let Some(sent) = pods
+                .get(&m.source_pod)
+                .and_then(|p| p.launcher.last())
+                .and_then(|s| facts::migration(s, &m.uid, MigrationRole::Source))
+        {
+            let carried = source.link.carried.total();
+            source.meter.look(carried.wrapping_add(sent.processed_bytes), sent.remaining_bytes);
+            if let Some(endpoint) = act::endpoint(m) {
+                source.link.moved(endpoint);
+            }
+        }
+        Facts {
+            node: self.context.node.clone(),
+            now: Timestamp::now(),
+            vmi: view,
+            pods,
+            target: self.target.as_ref().map(Target::view),
+            source: self.source.as_ref().map(Source::view),
+        }
+    }
+
+    /// Writes changes in one patch on the revision in hand.
+    async fn write(&mut self, vmi: &VirtualMachineInstance, changes: &[decide::Change]) -> Result<bool, Stop> {
+        if changes.iter().any(|c| matches!(c, decide::Change::Report { .. })) {
+            self.learn_migratability(vmi).await;
+        }
+        let mut launchers: BTreeMap<String, State> = BTreeMap::new();
+        let mut addresses = BTreeMap::new();
+        for (name, pod) in &self.pods {
+            match pod.follower.now() {
+                Launcher::Answers(state) | Launcher::Gone(state) => {
+                    launchers.insert(name.clone(), *state);
+                }
+                Launcher::Waiting => {}
+            }
+            addresses.insert(name.clone(), pod.pod.addresses.clone());
+        }
+        let target = self.target.as_ref().map(Target::view);
+        let sources = write::Sources {
+            node: &self.context.node,
+            now: Timestamp::now(),
+            launchers: &launchers,
+            addresses: &addresses,
+            target: target.as_ref(),
+            migratable: &self.migratable.1,
+        };
+        let Some(patch) = write::patch(vmi, changes, &sources) else { return Ok(false) };
+        let began = Instant::now();
+        match self.api().patch(&self.name, &PatchParams::default(), &Patch::Merge(&patch)).await {
+            Ok(written) => {
+                tracing::debug!(vmi = self.name, ms = began.elapsed().as_millis() as u64, %patch, "written");
+                self.vmi = Some(Arc::new(written));
+                Ok(true)
+            }
+            Err(kube::Error::Api(status)) if status.code == 409 || status.code == 404 => Err(Stop::Stale),
+            Err(error) => Err(Stop::Failed(format!("cannot write the VMI's status: {error}"))),
+        }
+    }
+}
+
+impl Target {
+    fn view(&self) -> TargetView {
+        let mut ports = BTreeMap::new();
+        ports.insert(self.channels.control_port.to_string(), crate::channel::CONTROL);
+        if let Some(port) = self.channels.memory_port {
+            ports.insert(port.to_string(), crate::channel::MEMORY);
+        }
+        TargetView { uid: self.uid.clone(), address: self.channels.address.to_string(), ports }
+    }
+}
+
+impl Source {
+    fn view(&self) -> SourceView {
+        let state = self.link.now();
+        SourceView {
+            uid: self.link.uid.clone(),
+            ready: state.ready,
+            error: state.error,
+            age: self.first_dialled.elapsed(),
+            start_error: self.start_error.clone(),
+            cancelled: self.cancelled.clone(),
+            still: self.meter.moved.1.elapsed(),
+            stuck: self.meter.low.1.elapsed(),
+            reported: self.reported,
+            go: state.go,
+        }
+    }
+
+    fn remove_socket(&self) {
+        if let Some((dir, name)) = &self.socket {
+            dir.remove(name);
+        }
+    }
+}
+
+/// Whether the listening half carried anything, for the log.
+impl Drop for Target {
+    fn drop(&mut self) {
+        tracing::info!(
+            migration = %self.uid,
+            bytes = self.channels.carried.total(),
+            refused = self.channels.refused.load(Ordering::Relaxed),
+            "target's channels closed"
+        );
+    }
+}

@@ -1,0 +1,404 @@
+//! Carrying out what was decided about one VMI.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use godwit_api::migratability::{self, ClaimAccess};
+use godwit_api::vmi::VirtualMachineInstance;
+use godwit_launcher::client::Error as LauncherError;
+use godwit_launcher::rpc::{Refusal, SourceOrder, TargetOrder, VmOrder, VolumeFacts};
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::PersistentVolumeClaim;
+use kube::api::Api;
+
+use super::{Meter, Pod, Source, Stop, Target, Worker};
+use crate::channel::{CONTROL, MEMORY, TargetChannels, TargetOptions};
+use crate::decide::{Action, Change};
+use crate::facts::{Facts, MigrationView};
+use crate::networks;
+use crate::sockets::SocketDir;
+use crate::source_link::{Endpoint, SourceLink};
+use crate::target_link::TargetAnswers;
+use crate::tls::Identity;
+use crate::write::Migratable;
+
+/// How long what is known of claims stays good.
+const CLAIMS_GOOD_FOR: Duration = Duration::from_secs(30);
+
+/// Where the target of `m` listens, if that is published whole.
+pub(super) fn endpoint(m: &MigrationView) -> Option<Endpoint> {
+    Some(Endpoint {
+        migration_uid: m.uid.clone(),
+        node: m.target_node.clone(),
+        address: m.target_address.as_deref()?.parse().ok()?,
+        control: m.port(CONTROL)?,
+        memory: m.port(MEMORY),
+    })
+}
+
+impl Worker {
+    pub(super) async fn act(
+        &mut self,
+        vmi: &Arc<VirtualMachineInstance>,
+        facts: &Facts,
+        action: Action,
+    ) -> Result<(), Stop> {
+        let m = facts.vmi.migration.as_ref();
+        match action {
+            Action::Wire { pod } => self.wire(vmi, &pod).await,
+            Action::Start { pod } => self.start_vm(vmi, &pod).await,
+            Action::PrepareTarget { pod, uid } => self.prepare_target(vmi, &pod, &uid, m).await,
+            Action::OpenControl { pod, uid } => self.open_channels(&pod, &uid, m, None).await,
+            Action::CloseTarget => {
+                self.target = None;
+                Ok(())
+            }
+            Action::Abandon { pod, uid } => {
+                tracing::info!(vmi = self.name, migration = uid, pod, "target abandoned: the guest stays elsewhere");
+                let result = self.pod(&pod)?.follower.client.abandon(&uid).await;
+                result.map(drop).map_err(|e| failed("abandon the target", &e))
+            }
+            Action::Dial { pod, memory } => self.dial(&pod, memory, m),
+            Action::Migrate { pod } => self.migrate(vmi, &pod, m).await,
+            Action::Cancel { pod, uid, why } => self.cancel(&pod, &uid, why).await,
+            Action::CloseSource => {
+                if let Some(source) = self.source.take() {
+                    source.remove_socket();
+                }
+                Ok(())
+            }
+            Action::Shutdown { pod, grace_seconds } => {
+                tracing::info!(vmi = self.name, pod, grace_seconds, "ordering the guest's end");
+                let result = self.pod(&pod)?.follower.client.shutdown(Duration::from_secs(grace_seconds)).await;
+                result.map_err(|e| failed("shut the guest down", &e))?;
+                self.pod(&pod)?.shutdown_ordered = Some(grace_seconds);
+                Ok(())
+            }
+            Action::Write(changes) => {
+                let current = self.vmi.clone().unwrap_or_else(|| vmi.clone());
+                let written = self.write(&current, &changes).await?;
+                if let Some(source) = &mut self.source
+                    && changes.iter().any(|c| matches!(c, Change::Progress { .. }))
+                {
+                    source.reported = Some(Timestamp::now());
+                }
+                if written {
+                    // Our own write may be all that there was to wait for.
+                    self.wake.notify_one();
+                }
+                Ok(())
+            }
+            Action::Event { warning, reason, message } => {
+                self.context.events.record(vmi, warning, reason, message);
+                Ok(())
+            }
+        }
+    }
+
+    fn pod(&mut self, name: &str) -> Result<&mut Pod, Stop> {
+        self.pods.get_mut(name).ok_or_else(|| Stop::Failed(format!("pod {name} is gone")))
+    }
+
+    /// Says once, as an event, what does not work.
+    fn complain(&mut self, vmi: &VirtualMachineInstance, what: String) -> Stop {
+        if self.complaint.as_ref() != Some(&what) {
+            self.context.events.record(vmi, true, "SyncFailed", what.clone());
+            self.complaint = Some(what.clone());
+        }
+        Stop::Failed(what)
+    }
+
+    async fn wire(&mut self, vmi: &VirtualMachineInstance, name: &str) -> Result<(), Stop> {
+        let pod = self.pod(name)?;
+        if pod.wired.is_some() {
+            return Ok(());
+        }
+        let began = Instant::now();
+        match networks::wire(pod.follower.pid(), vmi).await {
+            Ok(wired) => {
+                pod.wired = Some(wired);
+                let ms = began.elapsed().as_millis() as u64;
+                tracing::info!(vmi = self.name, pod = name, ms, "networks are wired");
+                Ok(())
+            }
+            Err(error) => Err(self.complain(vmi, format!("cannot set up the networks of pod {name}: {error}"))),
+        }
+    }
+
+    async fn start_vm(&mut self, vmi: &VirtualMachineInstance, name: &str) -> Result<(), Stop> {
+        let began = Instant::now();
+        let volumes = self.volumes(vmi).await?;
+        let accelerator = *self.context.accelerator.borrow();
+        let pod = self.pod(name)?;
+        let interfaces = pod.wired.as_ref().map(|w| w.interfaces.clone()).unwrap_or_default();
+        let order = VmOrder { vmi: vmi.clone(), interfaces, volumes, accelerator };
+        match pod.follower.client.start(&order).await {
+            Ok(state) => {
+                pod.follower.learn(state);
+                self.complaint = None;
+                let ms = began.elapsed().as_millis() as u64;
+                tracing::info!(vmi = self.name, pod = name, ms, "VM defined and started");
+                self.wake.notify_one();
+                Ok(())
+            }
+            Err(error) => Err(self.complain(vmi, format!("cannot start the VM: {error}"))),
+        }
+    }
+
+    async fn prepare_target(
+        &mut self,
+        vmi: &VirtualMachineInstance,
+        name: &str,
+        uid: &str,
+        m: Option<&MigrationView>,
+    ) -> Result<(), Stop> {
+        let began = Instant::now();
+        let volumes = self.volumes(vmi).await?;
+        let node_accelerator = *self.context.accelerator.borrow();
+        let pod = self.pod(name)?;
+        let order = TargetOrder {
+            migration_uid: uid.to_owned(),
+            vmi: vmi.clone(),
+            interfaces: pod.wired.as_ref().map(|w| w.interfaces.clone()).unwrap_or_default(),
+            volumes,
+            accelerator: vmi.status.accelerator.as_deref().and_then(accelerator).or(node_accelerator),
+            machine_type: None,
+        };
+        match pod.follower.client.prepare_target(&order).await {
+            Ok(ready) => {
+                self.complaint = None;
+                let ms = began.elapsed().as_millis() as u64;
+                tracing::info!(vmi = self.name, migration = uid, pod = name, ms, "target's QEMU waits");
+                self.open_channels(name, uid, m, Some(ready.socket)).await
+            }
+            Err(error) => {
+                let permanent = matches!(error.refusal(), Some(Refusal::Invalid | Refusal::Failed));
+                let client = pod.follower.client.clone();
+                let stop = self.complain(vmi, format!("cannot prepare the migration target: {error}"));
+                if permanent {
+                    // It will not get better here: with the pod's end the migration fails and says why in the event.
+                    let _ = client.shutdown(Duration::ZERO).await;
+                }
+                Err(stop)
+            }
+        }
+    }
+
+    async fn open_channels(
+        &mut self,
+        name: &str,
+        uid: &str,
+        m: Option<&MigrationView>,
+        memory: Option<String>,
+    ) -> Result<(), Stop> {
+        let Some(m) = m.filter(|m| m.uid == uid) else { return Err(Stop::Stale) };
+        let context = self.context.clone();
+        let pod = self.pod(name)?;
+        let control = TargetAnswers {
+            uid: uid.to_owned(),
+            client: pod.follower.client.clone(),
+            launcher: pod.follower.subscribe(),
+        };
+        let memory = match memory {
+            Some(socket) if SocketDir::is_name(&socket) => {
+                let dir = SocketDir::open(pod.follower.folder.clone())
+                    .map_err(|e| Stop::Failed(format!("cannot open {}: {e}", pod.follower.folder.display())))?;
+                Some((Arc::new(dir), socket))
+            }
+            Some(socket) => {
+                return Err(Stop::Failed(format!(
+                    "the launcher names {socket:?} as its socket, which is no file name"
+                )));
+            }
+            None => None,
+        };
+        let identity = Identity::load(&context.tls).map_err(|e| Stop::Failed(e.to_string()))?;
+        let options = TargetOptions {
+            migration_uid: uid.to_owned(),
+            source_node: m.source_node.clone(),
+            address: context.node_ip,
+            memory,
+            control: Arc::new(control),
+        };
+        let channels = TargetChannels::open(&identity, options).await.map_err(|e| Stop::Failed(e.to_string()))?;
+        tracing::info!(
+            vmi = self.name,
+            migration = uid,
+            address = %channels.address,
+            control = channels.control_port,
+            memory = channels.memory_port,
+            "target listens"
+        );
+        self.target = Some(Target { uid: uid.to_owned(), channels });
+        self.wake.notify_one();
+        Ok(())
+    }
+
+    fn dial(&mut self, name: &str, memory: bool, m: Option<&MigrationView>) -> Result<(), Stop> {
+        let Some(m) = m else { return Err(Stop::Stale) };
+        let Some(mut endpoint) = endpoint(m) else {
+            return Err(Stop::Failed("the target's address or ports cannot be read".into()));
+        };
+        let context = self.context.clone();
+        let first_dialled = self.source.as_ref().filter(|s| s.link.uid == m.uid).map(|s| s.first_dialled);
+        if let Some(old) = self.source.take() {
+            old.remove_socket();
+        }
+        let wake = self.wake.clone();
+        let pod = self.pod(name)?;
+        let mut listener = None;
+        let mut socket = None;
+        if memory {
+            let folder = pod.follower.folder.clone();
+            let dir =
+                SocketDir::open(folder).map_err(|e| Stop::Failed(format!("cannot open the sockets folder: {e}")))?;
+            let file = format!("migration-{}.sock", m.uid.get(..8).unwrap_or(&m.uid));
+            if !SocketDir::is_name(&file) {
+                return Err(Stop::Failed(format!("migration uid {:?} is no uid", m.uid)));
+            }
+            listener =
+                Some(dir.listen(&file).map_err(|e| {
+                    Stop::Failed(format!("cannot listen on {} in {}: {e}", file, dir.path().display()))
+                })?);
+            socket = Some((Arc::new(dir), file));
+        } else {
+            endpoint.memory = None;
+        }
+        let link = SourceLink::start(context.tls.clone(), endpoint, listener, pod.follower.subscribe(), wake);
+        self.source = Some(Source {
+            link,
+            socket,
+            first_dialled: first_dialled.unwrap_or_else(Instant::now),
+            start_error: None,
+            cancelled: None,
+            reported: None,
+            meter: Meter::new(),
+        });
+        Ok(())
+    }
+
+    async fn migrate(
+        &mut self,
+        vmi: &VirtualMachineInstance,
+        name: &str,
+        m: Option<&MigrationView>,
+    ) -> Result<(), Stop> {
+        let (Some(m), Some(source)) = (m, &mut self.source) else { return Err(Stop::Stale) };
+        let Some((_, socket)) = &source.socket else { return Err(Stop::Stale) };
+        let order = SourceOrder {
+            migration_uid: m.uid.clone(),
+            socket: socket.clone(),
+            blocks_socket: None,
+            bandwidth_bytes_per_second: Some(m.bandwidth).filter(|b| *b > 0),
+            max_downtime_ms: m.max_downtime_ms,
+            allow_auto_converge: m.allow_auto_converge,
+        };
+        let began = Instant::now();
+        source.meter = Meter::new();
+        let pod = self.pods.get_mut(name).ok_or_else(|| Stop::Failed(format!("pod {name} is gone")))?;
+        match pod.follower.client.migrate(&order).await {
+            Ok(state) => {
+                pod.follower.learn(state);
+                let ms = began.elapsed().as_millis() as u64;
+                tracing::info!(vmi = self.name, migration = m.uid, ms, "outgoing migration started");
+                self.wake.notify_one();
+                Ok(())
+            }
+            // Refused for good: the migration fails with these words. Anything else may have begun: look again.
+            Err(LauncherError::Refused { message, .. }) => {
+                source.start_error = Some(message);
+                self.wake.notify_one();
+                Ok(())
+            }
+            Err(error) => Err(self.complain(vmi, format!("cannot start the migration: {error}"))),
+        }
+    }
+
+    async fn cancel(&mut self, name: &str, uid: &str, why: Option<String>) -> Result<(), Stop> {
+        tracing::info!(vmi = self.name, migration = uid, why, "cancelling the migration");
+        if let (Some(source), Some(why)) = (&mut self.source, why) {
+            source.cancelled = Some(why);
+        }
+        match self.pod(name)?.follower.client.cancel(uid).await {
+            Ok(_) => Ok(()),
+            Err(error) => {
+                // Not cancelled: it can be tried again.
+                if let Some(source) = &mut self.source {
+                    source.cancelled = None;
+                }
+                Err(failed("cancel the migration", &error))
+            }
+        }
+    }
+
+    /// What the launcher has to know about claims.
+    async fn volumes(&self, vmi: &VirtualMachineInstance) -> Result<BTreeMap<String, VolumeFacts>, Stop> {
+        let mut volumes = BTreeMap::new();
+        for volume in &vmi.spec.volumes {
+            let Some(source) = &volume.persistent_volume_claim else { continue };
+            let claim =
+                self.claims().get_opt(&source.claim_name).await.map_err(|e| {
+                    Stop::Failed(format!("cannot read PersistentVolumeClaim {}: {e}", source.claim_name))
+                })?;
+            let capacity_bytes = claim.as_ref().and_then(|claim| {
+                let bound = claim.status.as_ref().and_then(|s| s.capacity.as_ref()).and_then(|c| c.get("storage"));
+                let asked = claim.spec.as_ref().and_then(|s| s.resources.as_ref()).and_then(|r| r.requests.as_ref());
+                let quantity = bound.or_else(|| asked.and_then(|r| r.get("storage")))?;
+                godwit_api::Quantity(quantity.0.clone()).bytes().ok()
+            });
+            volumes.insert(volume.name.clone(), VolumeFacts { capacity_bytes });
+        }
+        Ok(volumes)
+    }
+
+    fn claims(&self) -> Api<PersistentVolumeClaim> {
+        Api::namespaced(self.context.client.clone(), &self.namespace)
+    }
+
+    /// Looks up, now and then, whether the VM could be migrated.
+    pub(super) async fn learn_migratability(&mut self, vmi: &VirtualMachineInstance) {
+        if self.migratable.0.is_some_and(|at| at.elapsed() < CLAIMS_GOOD_FOR) {
+            return;
+        }
+        let mut claims = BTreeMap::new();
+        for volume in &vmi.spec.volumes {
+            let Some(source) = &volume.persistent_volume_claim else { continue };
+            let access = match self.claims().get_opt(&source.claim_name).await {
+                Ok(Some(claim)) => ClaimAccess::Modes(claim.spec.and_then(|s| s.access_modes).unwrap_or_default()),
+                _ => ClaimAccess::Unknown,
+            };
+            claims.insert(source.claim_name.clone(), access);
+        }
+        let claim = |name: &str| claims.get(name).cloned().unwrap_or(ClaimAccess::Unknown);
+        let blockers = migratability::migratability(vmi, CAN_MIRROR, &claim);
+        let method = migratability::migration_method(vmi);
+        let known = Migratable {
+            conditions: migratability::conditions(&blockers).into(),
+            method: Some(method.as_str().to_owned()),
+        };
+        if let Some(blocker) = blockers.first()
+            && known != self.migratable.1
+            && wants_migration(vmi)
+        {
+            let message = godwit_api::names::events::not_migratable(&blocker.message);
+            self.context.events.record(vmi, true, "Migrated", message);
+        }
+        self.migratable = (Some(Instant::now()), known);
+    }
+}
+
+/// Whether disks that are local to a node can be copied while the guest runs.
+const CAN_MIRROR: bool = false;
+
+fn wants_migration(vmi: &VirtualMachineInstance) -> bool {
+    serde_json::to_value(&vmi.spec.eviction_strategy).is_ok_and(|s| s == "LiveMigrate")
+}
+
+fn accelerator(name: &str) -> Option<godwit_launcher::rpc::Accelerator> {
+    serde_json::from_value(serde_json::Value::String(name.to_owned())).ok()
+}
+
+fn failed(what: &str, error: &LauncherError) -> Stop {
+    Stop::Failed(format!("cannot {what}: {error}"))
+}

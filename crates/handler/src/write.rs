@@ -1,0 +1,317 @@
+//! Changes of a VMI as one merge patch, containing only what differs and only what is the handler's to write.
+
+use std::collections::BTreeMap;
+
+use godwit_api::names::{self, conditions as c};
+use godwit_api::vmi::{VirtualMachineInstance, VmiNetworkInterface};
+use godwit_api::{Condition, condition};
+use godwit_launcher::rpc::{DomainPhase, MigrationFacts, State};
+use jiff::Timestamp;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use serde_json::{Map, Value, json};
+
+use crate::decide::Change;
+use crate::facts::TargetView;
+use crate::networks;
+
+/// What a patch is made from, beside the VMI.
+pub struct Sources<'a> {
+    /// This node.
+    pub node: &'a str,
+    /// The time.
+    pub now: Timestamp,
+    /// The last words of the launchers, by pod.
+    pub launchers: &'a BTreeMap<String, State>,
+    /// The pods' addresses.
+    pub addresses: &'a BTreeMap<String, Vec<String>>,
+    /// The listening half.
+    pub target: Option<&'a TargetView>,
+    /// LiveMigratable and StorageLiveMigratable as they should be, and the migration method.
+    pub migratable: &'a Migratable,
+}
+
+/// What follows from spec and claims about moving the VM.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Migratable {
+    /// Conditions LiveMigratable and StorageLiveMigratable.
+    pub conditions: Vec<Condition>,
+    /// `status.migrationMethod`.
+    pub method: Option<String>,
+}
+
+/// The patch, or `None` when nothing would change. It carries the revision that it was made from.
+#[must_use]
+pub fn patch(vmi: &VirtualMachineInstance, changes: &[Change], from: &Sources<'_>) -> Option<Value> {
+    let mut status = Map::new();
+    let mut migration = Map::new();
+    let mut labels = Map::new();
+    let now = Time(from.now);
+    for change in changes {
+        match change {
+            Change::Phase(phase) => {
+                if vmi.status.phase.as_str() != *phase {
+                    status.insert("phase".into(), json!(phase));
+                    let mut stamps = serde_json::to_value(&vmi.status.phase_transition_timestamps)
+                        .ok()
+                        .and_then(|v| if let Value::Array(a) = v { Some(a) } else { None })
+                        .unwrap_or_default();
+                    if !stamps.iter().any(|s| s.get("phase").and_then(Value::as_str) == Some(phase)) {
+                        stamps.push(json!({ "phase": phase, "phaseTransitionTimestamp": seconds(from.now) }));
+                        status.insert("phaseTransitionTimestamps".into(), Value::Array(stamps));
+                    }
+                }
+            }
+            Change::Report { pod } => {
+                if let Some(state) = from.launchers.get(pod) {
+                    report(vmi, state, from.addresses.get(pod), from.migratable, &now, &mut status);
+                }
+            }
+            Change::Arrived { resume_us } => {
+                let at = time_of(*resume_us, from.now);
+                labels.insert(names::LABEL_NODE_NAME.into(), json!(from.node));
+                status.insert("nodeName".into(), json!(from.node));
+                if vmi.status.evacuation_node_name.is_some() {
+                    status.insert("evacuationNodeName".into(), Value::Null);
+                }
+                migration.insert("targetNodeDomainDetected".into(), json!(true));
+                migration.insert("targetNodeDomainReadyTimestamp".into(), at.clone());
+                merge(&mut migration, "targetState", json!({ "domainDetected": true, "domainReadyTimestamp": at }));
+            }
+            Change::Published => {
+                let Some(target) = from.target else { continue };
+                let mut ports = Map::new();
+                // A merge patch adds to a map: what was published before has to be taken out.
+                for old in vmi.status.migration_state.iter().flat_map(|m| m.target_direct_migration_node_ports.keys()) {
+                    ports.insert(old.clone(), Value::Null);
+                }
+                for (port, inner) in &target.ports {
+                    ports.insert(port.clone(), json!(inner));
+                }
+                migration.insert("targetNodeAddress".into(), json!(target.address));
+                migration.insert("targetDirectMigrationNodePorts".into(), Value::Object(ports.clone()));
+                migration.insert("migrationNetworkType".into(), json!(names::MIGRATION_NETWORK_POD));
+                migration.insert("targetNodeDomainDetected".into(), json!(true));
+                merge(
+                    &mut migration,
+                    "targetState",
+                    json!({
+                        "nodeAddress": target.address,
+                        "directMigrationNodePorts": ports,
+                        "domainDetected": true,
+                    }),
+                );
+            }
+            Change::Started(start_us) => {
+                migration.insert("startTimestamp".into(), time_of(*start_us, from.now));
+                migration.insert("mode".into(), json!("PreCopy"));
+            }
+            Change::Progress { pod } => {
+                if let Some(facts) = from.launchers.get(pod).and_then(|s| s.migration.as_ref()) {
+                    merge(&mut migration, "progress", progress(facts, from.now));
+                }
+            }
+            Change::Abort(abort) => {
+                migration.insert("abortStatus".into(), json!(abort));
+            }
+            Change::Completed { downtime_us } => {
+                migration.insert("completed".into(), json!(true));
+                migration.insert("endTimestamp".into(), seconds(from.now));
+                if let Some(us) = downtime_us {
+                    let ms = u64::try_from(us.saturating_add(500) / 1000).unwrap_or(0);
+                    merge(&mut migration, "progress", json!({ "downtimeMilliseconds": ms }));
+                }
+            }
+            Change::Failed(reason) => {
+                migration.insert("completed".into(), json!(true));
+                migration.insert("failed".into(), json!(true));
+                migration.insert("failureReason".into(), json!(reason));
+                migration.insert("endTimestamp".into(), seconds(from.now));
+            }
+        }
+    }
+    if !migration.is_empty() {
+        status.insert("migrationState".into(), Value::Object(migration));
+    }
+    if status.is_empty() && labels.is_empty() {
+        return None;
+    }
+    let mut metadata = json!({ "resourceVersion": vmi.metadata.resource_version });
+    if let (false, Some(metadata)) = (labels.is_empty(), metadata.as_object_mut()) {
+        metadata.insert("labels".into(), Value::Object(labels));
+    }
+    let mut patch = json!({ "metadata": metadata });
+    if let (false, Some(patch)) = (status.is_empty(), patch.as_object_mut()) {
+        patch.insert("status".into(), Value::Object(status));
+    }
+    Some(patch)
+}
+
+/// Puts members into an object that is a member of `map`.
+fn merge(map: &mut Map<String, Value>, key: &str, more: Value) {
+    let entry = map.entry(key).or_insert_with(|| json!({}));
+    if let (Some(entry), Value::Object(more)) = (entry.as_object_mut(), more) {
+        entry.extend(more);
+    }
+}
+
+/// Kubernetes' times have whole seconds.
+fn seconds(at: Timestamp) -> Value {
+    let whole = Timestamp::from_second(at.as_second()).unwrap_or(at);
+    json!(whole.to_string())
+}
+
+fn time_of(us: i64, fallback: Timestamp) -> Value {
+    seconds(Timestamp::from_microsecond(us).unwrap_or(fallback))
+}
+
+fn progress(f: &MigrationFacts, now: Timestamp) -> Value {
+    let sent = f.total_bytes.saturating_sub(f.remaining_bytes);
+    let percent = match (f.status.as_str(), f.total_bytes) {
+        ("completed", _) => 100,
+        (_, 0) => 0,
+        // The last percent is the switchover's.
+        (_, total) => (sent.saturating_mul(100) / total).min(99),
+    };
+    let elapsed = f.start_us.map(|s| f.end_us.unwrap_or_else(|| now.as_microsecond()).saturating_sub(s).max(0) / 1000);
+    json!({
+        "percent": percent,
+        "bytesTotal": f.total_bytes,
+        "bytesProcessed": f.processed_bytes,
+        "bytesRemaining": f.remaining_bytes,
+        "bytesPerSecond": f.bytes_per_second,
+        "dirtyBytesPerSecond": f.dirty_bytes_per_second,
+        "iteration": f.iteration,
+        "totalMilliseconds": elapsed.or_else(|| f.total_ms.and_then(|ms| i64::try_from(ms).ok())),
+        "qemuDowntimeMilliseconds": f.qemu_downtime_ms,
+    })
+}
+
+/// What the launcher says about the guest, where the VMI says something else.
+fn report(
+    vmi: &VirtualMachineInstance,
+    state: &State,
+    addresses: Option<&Vec<String>>,
+    migratable: &Migratable,
+    now: &Time,
+    status: &mut Map<String, Value>,
+) {
+    let old = &vmi.status;
+    let mut conditions = old.conditions.clone();
+    let mut changed = false;
+    for condition in &migratable.conditions {
+        changed |= condition::set(&mut conditions, condition.clone(), now);
+    }
+    changed |= match state.guest_agent.connected {
+        true => condition::set(&mut conditions, Condition::new(c::AGENT_CONNECTED, true), now),
+        false => condition::remove(&mut conditions, c::AGENT_CONNECTED),
+    };
+    changed |= match state.phase {
+        DomainPhase::Paused => {
+            let (reason, message) = match state.qemu_status.as_deref() {
+                Some("io-error") => c::paused::IO_ERROR,
+                _ => c::paused::BY_USER,
+            };
+            condition::set(&mut conditions, Condition::new(c::PAUSED, true).because(reason, message), now)
+        }
+        _ => condition::remove(&mut conditions, c::PAUSED),
+    };
+    if changed {
+        set(status, "conditions", json!(conditions));
+    }
+
+    let interfaces = interfaces(vmi, state, addresses);
+    if interfaces != old.interfaces {
+        set(status, "interfaces", json!(interfaces));
+    }
+    if let Some(method) = &migratable.method
+        && old.migration_method.as_ref().map(|m| m.as_str()) != Some(method.as_str())
+    {
+        set(status, "migrationMethod", json!(method));
+    }
+    if old.migration_transport.as_deref() != Some(names::MIGRATION_TRANSPORT_UNIX) {
+        set(status, "migrationTransport", json!(names::MIGRATION_TRANSPORT_UNIX));
+    }
+    let accelerator = state.accelerator.map(|a| a.as_str().to_owned());
+    if accelerator.is_some() && accelerator != old.accelerator {
+        set(status, "accelerator", json!(accelerator));
+    }
+    if state.qemu_version.is_some() && state.qemu_version != old.qemu_version {
+        set(status, "qemuVersion", json!(state.qemu_version));
+    }
+    let machine = old.machine.as_ref().map(|m| json!(m)).and_then(|m| m.get("type").cloned());
+    if let Some(real) = &state.machine_type
+        && machine.as_ref().and_then(Value::as_str) != Some(real)
+    {
+        set(status, "machine", json!({ "type": real }));
+    }
+    if old.current_cpu_topology.is_none() {
+        let cpu = vmi.spec.domain.cpu.clone().unwrap_or_default();
+        let at_least_one = |n: Option<u32>| n.filter(|n| *n > 0).unwrap_or(1);
+        set(
+            status,
+            "currentCPUTopology",
+            json!({
+                "cores": at_least_one(cpu.cores),
+                "sockets": at_least_one(cpu.sockets),
+                "threads": at_least_one(cpu.threads),
+            }),
+        );
+    }
+    if let Some(os) = &state.guest_agent.os {
+        let os = json!({
+            "name": os.name, "kernelRelease": os.kernel_release, "version": os.version, "prettyName": os.pretty_name,
+            "versionId": os.version_id, "kernelVersion": os.kernel_version, "machine": os.machine, "id": os.id,
+        });
+        if old.guest_os_info.as_ref().map(|o| json!(o)).as_ref() != Some(&os) {
+            set(status, "guestOSInfo", os);
+        }
+    }
+}
+
+fn set(status: &mut Map<String, Value>, key: &str, value: Value) {
+    status.insert(key.to_owned(), value);
+}
+
+/// The interfaces in the order of the spec. Behind masquerade the pod's addresses are the guest's; on a segment only the
+/// guest knows, so what its agent said last stays until it says something else.
+fn interfaces(vmi: &VirtualMachineInstance, state: &State, pod: Option<&Vec<String>>) -> Vec<VmiNetworkInterface> {
+    let Ok(plans) = networks::plan(vmi) else { return vmi.status.interfaces.clone() };
+    plans
+        .into_iter()
+        .map(|plan| {
+            let mac = plan.mac.to_string();
+            let old = vmi.status.interfaces.iter().find(|i| i.name.as_deref() == Some(&plan.name));
+            let agent = state.guest_agent.interfaces.iter().find(|i| {
+                state.guest_agent.connected && i.mac.as_deref().is_some_and(|m| m.eq_ignore_ascii_case(&mac))
+            });
+            let said = agent.map(|a| a.addresses.clone()).filter(|a| !a.is_empty());
+            let kept = || old.map(|o| o.ip_addresses.clone()).unwrap_or_default();
+            let addresses = match plan.binding {
+                networks::Binding::Masquerade { .. } => pod.cloned().filter(|a| !a.is_empty()).unwrap_or_else(kept),
+                networks::Binding::Bridge => said.unwrap_or_else(kept),
+            };
+            let interface_name = agent.map(|a| a.name.clone()).or_else(|| old.and_then(|o| o.interface_name.clone()));
+            VmiNetworkInterface {
+                ip_address: preferred(&addresses),
+                ip_addresses: addresses,
+                mac: Some(mac),
+                name: Some(plan.name),
+                info_source: Some(if interface_name.is_some() { "domain, guest-agent" } else { "domain" }.into()),
+                interface_name,
+                pod_interface_name: Some(plan.pod_interface),
+                queue_count: Some(1),
+                link_state: Some("up".into()),
+            }
+        })
+        .collect()
+}
+
+/// The address to show in one column: IPv4 first, link-local last.
+fn preferred(addresses: &[String]) -> Option<String> {
+    let rank = |a: &&String| match a.parse::<std::net::IpAddr>() {
+        Ok(std::net::IpAddr::V4(v4)) if !v4.is_link_local() => 0,
+        Ok(std::net::IpAddr::V6(v6)) if !v6.is_unicast_link_local() => 1,
+        _ => 2,
+    };
+    addresses.iter().min_by_key(rank).cloned()
+}
