@@ -1,0 +1,270 @@
+//! Admission: what becomes of an object on its way in, and whether it may come in.
+//!
+//! These are KubeVirt's webhooks as functions on values (`reference/kubevirt-contract.md`, section 2). The embedded API server
+//! calls them directly; a webhook server in a cluster would call them with the same request. Texts that clients compare are
+//! KubeVirt's, the webhooks' names included.
+
+mod kubevirt;
+mod migration;
+mod spec;
+mod vm;
+mod vmi;
+
+use serde_json::Value;
+
+use crate::names::OWN_USERS_PREFIX;
+
+/// What is being done to the object.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Operation {
+    /// It is being made.
+    Create,
+    /// It is being changed.
+    Update,
+    /// It is being deleted.
+    Delete,
+}
+
+/// Who does it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct User {
+    /// The user's name.
+    pub name: String,
+    /// The user's groups.
+    pub groups: Vec<String>,
+}
+
+impl User {
+    /// Whether this is one of godwit's own accounts.
+    pub fn is_own(&self) -> bool {
+        self.name.starts_with(OWN_USERS_PREFIX)
+    }
+}
+
+/// Other objects, as they are now.
+pub trait Lookup {
+    /// One object of `kubevirt.io`, or none.
+    fn get(&self, kind: &str, namespace: &str, name: &str) -> Option<Value>;
+    /// The objects of a kind in a namespace (all namespaces when empty) that carry the label, or all without one.
+    fn list(&self, kind: &str, namespace: &str, label: Option<(&str, &str)>) -> Vec<Value>;
+}
+
+/// A [`Lookup`] that finds nothing.
+pub struct Nothing;
+
+impl Lookup for Nothing {
+    fn get(&self, _: &str, _: &str, _: &str) -> Option<Value> {
+        None
+    }
+
+    fn list(&self, _: &str, _: &str, _: Option<(&str, &str)>) -> Vec<Value> {
+        Vec::new()
+    }
+}
+
+/// One request. `object` is missing on deletion, `old_object` on creation.
+#[derive(Clone, Copy)]
+pub struct Request<'a> {
+    /// What is being done.
+    pub operation: Operation,
+    /// The API group.
+    pub group: &'a str,
+    /// The version of the request.
+    pub version: &'a str,
+    /// The kind.
+    pub kind: &'a str,
+    /// The plural.
+    pub resource: &'a str,
+    /// The subresource, empty for the object itself.
+    pub subresource: &'a str,
+    /// The namespace.
+    pub namespace: &'a str,
+    /// The name, empty while `generateName` has not been resolved.
+    pub name: &'a str,
+    /// The object as it shall be.
+    pub object: Option<&'a Value>,
+    /// The object as it is.
+    pub old_object: Option<&'a Value>,
+    /// Who asks.
+    pub user: &'a User,
+    /// Nothing will be written.
+    pub dry_run: bool,
+    /// Other objects.
+    pub lookup: &'a dyn Lookup,
+}
+
+/// What a mutation makes of the object.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Mutation {
+    /// The object to go on with; null on deletion.
+    pub object: Value,
+    /// Texts for `Warning:` headers.
+    pub warnings: Vec<String>,
+}
+
+/// A refusal, with what a Kubernetes Status needs.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct Denial {
+    /// The webhook that refuses, as KubeVirt names it.
+    pub webhook: String,
+    /// The HTTP status.
+    pub code: u16,
+    /// The Status reason: `BadRequest` or `Invalid`.
+    pub reason: String,
+    /// The complete message, beginning with `admission webhook "…" denied the request: `.
+    pub message: String,
+    /// What is wrong, field by field; empty for a plain refusal.
+    pub causes: Vec<Cause>,
+    /// Texts for `Warning:` headers.
+    pub warnings: Vec<String>,
+}
+
+/// One thing that is wrong.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Cause {
+    /// The Status cause's reason, as `FieldValueInvalid`.
+    pub reason: String,
+    /// The sentence.
+    pub message: String,
+    /// The field's path.
+    pub field: String,
+}
+
+impl Cause {
+    /// A value that cannot be.
+    pub(crate) fn invalid(field: impl Into<String>, message: impl Into<String>) -> Self {
+        Self { reason: "FieldValueInvalid".to_owned(), message: message.into(), field: field.into() }
+    }
+
+    /// A value that is missing.
+    pub(crate) fn required(field: impl Into<String>, message: impl Into<String>) -> Self {
+        Self { reason: "FieldValueRequired".to_owned(), message: message.into(), field: field.into() }
+    }
+
+    /// A value that appears twice.
+    pub(crate) fn duplicate(field: impl Into<String>, message: impl Into<String>) -> Self {
+        Self { reason: "FieldValueDuplicate".to_owned(), message: message.into(), field: field.into() }
+    }
+
+    /// A value that is not supported.
+    pub(crate) fn unsupported(field: impl Into<String>, message: impl Into<String>) -> Self {
+        Self { reason: "FieldValueNotSupported".to_owned(), message: message.into(), field: field.into() }
+    }
+}
+
+impl Denial {
+    /// KubeVirt's plain refusal: 400.
+    fn plain(webhook: &str, message: impl AsRef<str>) -> Self {
+        Self {
+            webhook: webhook.to_owned(),
+            code: 400,
+            reason: "BadRequest".to_owned(),
+            message: format!("admission webhook \"{webhook}\" denied the request: {}", message.as_ref()),
+            causes: Vec::new(),
+            warnings: Vec::new(),
+        }
+    }
+
+    /// KubeVirt's refusal with causes: 422. The message is that of all causes.
+    fn causes(webhook: &str, causes: Vec<Cause>) -> Self {
+        let messages: Vec<&str> = causes.iter().map(|cause| cause.message.as_str()).collect();
+        let message = format!("admission webhook \"{webhook}\" denied the request: {}", messages.join(", "));
+        Self {
+            webhook: webhook.to_owned(),
+            code: 422,
+            reason: "Invalid".to_owned(),
+            message,
+            causes,
+            warnings: Vec::new(),
+        }
+    }
+}
+
+/// The result of a validation: warnings or a refusal.
+pub type Verdict = Result<Vec<String>, Box<Denial>>;
+
+/// Changes the object on its way in: defaults, finalizers, labels. Kinds that godwit does not know pass unchanged.
+///
+/// # Errors
+/// Nothing is refused here today; what is wrong is left to [`validate`], which sees it in full.
+pub fn mutate(request: &Request<'_>) -> Result<Mutation, Box<Denial>> {
+    let mut object = request.object.cloned().unwrap_or(Value::Null);
+    if request.group == crate::names::GROUP && object.is_object() {
+        match (request.kind, request.subresource) {
+            ("VirtualMachineInstance", "") => vmi::mutate(request, &mut object),
+            ("VirtualMachineInstanceMigration", "") => migration::mutate(request, &mut object),
+            ("VirtualMachine", "") => vm::mutate(request, &mut object),
+            _ => {}
+        }
+    }
+    Ok(Mutation { object, warnings: Vec::new() })
+}
+
+/// Says whether the object may come in. Kinds that godwit does not know may.
+///
+/// # Errors
+/// The refusal, as KubeVirt's webhooks word it.
+pub fn validate(request: &Request<'_>) -> Verdict {
+    // deletion is never refused: deleting a VMIM cancels it
+    if request.group != crate::names::GROUP || !request.subresource.is_empty() || request.operation == Operation::Delete
+    {
+        return Ok(Vec::new());
+    }
+    match request.kind {
+        "VirtualMachineInstance" => vmi::validate(request),
+        "VirtualMachineInstanceMigration" => migration::validate(request),
+        "VirtualMachine" => vm::validate(request),
+        "KubeVirt" => kubevirt::validate(request),
+        _ => Ok(Vec::new()),
+    }
+}
+
+/// Reads the object as its type; a failure names the place.
+fn read<T: serde::de::DeserializeOwned>(webhook: &str, object: &Value) -> Result<T, Box<Denial>> {
+    serde_json::from_value(object.clone())
+        .map_err(|error| Box::new(Denial::plain(webhook, format!("the object cannot be read: {error}"))))
+}
+
+/// A member of an object as an object, made where it is missing; none where something else is in its place.
+fn object_at<'a>(value: &'a mut Value, key: &str) -> Option<&'a mut Value> {
+    let entry = value.as_object_mut()?.entry(key).or_insert(Value::Null);
+    if entry.is_null() {
+        *entry = Value::Object(serde_json::Map::new());
+    }
+    entry.is_object().then_some(entry)
+}
+
+/// Sets a member where it is missing, null or an empty string.
+fn set_default(value: &mut Value, key: &str, default: Value) {
+    if let Some(object) = value.as_object_mut() {
+        let unset = object.get(key).is_none_or(|old| old.is_null() || old == "");
+        if unset {
+            object.insert(key.to_owned(), default);
+        }
+    }
+}
+
+/// Adds a finalizer where it is missing.
+fn add_finalizer(object: &mut Value, finalizer: &str) {
+    let Some(metadata) = object_at(object, "metadata").and_then(Value::as_object_mut) else { return };
+    let list = metadata.entry("finalizers").or_insert(Value::Null);
+    if list.is_null() {
+        *list = Value::Array(Vec::new());
+    }
+    if let Some(list) = list.as_array_mut()
+        && !list.iter().any(|one| one == finalizer)
+    {
+        list.push(Value::from(finalizer));
+    }
+}
+
+/// A label's value.
+fn label<'a>(object: &'a Value, key: &str) -> Option<&'a str> {
+    object.get("metadata")?.get("labels")?.get(key)?.as_str()
+}
+
+#[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
+mod tests;
