@@ -2,7 +2,7 @@
 
 use crate::args::Image;
 use anyhow::Context;
-use godwit_images::Store;
+use godwit_images::{FileEntry, Store};
 use godwit_standalone::Layout;
 use std::path::{Path, PathBuf};
 
@@ -36,10 +36,10 @@ fn store(data_dir: &Path) -> anyhow::Result<Store> {
     Ok(Store::open(Layout::open(data_dir)?.images())?)
 }
 
-fn entry(pair: &str) -> anyhow::Result<(PathBuf, PathBuf, u32)> {
+fn entry(pair: &str) -> anyhow::Result<FileEntry> {
     let (source, destination) =
         pair.split_once(':').with_context(|| format!("{pair:?} is not SOURCE:DESTINATION"))?;
     let mode = std::fs::metadata(source).map(|m| std::os::unix::fs::PermissionsExt::mode(&m.permissions()) & 0o7777);
     let mode = mode.with_context(|| format!("cannot read {source}"))?;
-    Ok((PathBuf::from(source), PathBuf::from(destination), mode))
+    Ok(FileEntry { source: PathBuf::from(source), destination: destination.to_owned(), mode })
 }

@@ -1,5 +1,6 @@
 //! The `godwit` binary: argument parsing and wiring, nothing else.
 
+mod admission;
 mod args;
 mod control_plane;
 mod images;

@@ -9,7 +9,7 @@ use kube::api::DynamicObject;
 use serde::Deserialize;
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// Reference of the demo guest's image.
@@ -44,10 +44,14 @@ pub struct Guest {
 
 /// Puts the guest's kernel and initramfs into the cluster's image store.
 pub fn build_image(layout: &Layout, folder: &Path) -> Result<(), Error> {
-    let files = ["vmlinuz", "initrd"].map(|name| (folder.join(name), PathBuf::from(format!("/boot/{name}")), 0o644));
-    for (source, _, _) in &files {
-        if !source.exists() {
-            return Err(Error::Usage(format!("{} is missing: run `make guest` first", source.display())));
+    let files = ["vmlinuz", "initrd"].map(|name| godwit_images::FileEntry {
+        source: folder.join(name),
+        destination: format!("/boot/{name}"),
+        mode: 0o644,
+    });
+    for file in &files {
+        if !file.source.exists() {
+            return Err(Error::Usage(format!("{} is missing: run `make guest` first", file.source.display())));
         }
     }
     let failed = |error: godwit_images::Error| Error::Image(error.to_string());

@@ -1,0 +1,92 @@
+//! KubeVirt's admission rules (functions of `api`) as a plugin of the embedded API server.
+
+use godwit_api::admission as rules;
+use godwit_apiserver::{Admission, AdmissionRequest, Lookup, MutateOutcome, Operation};
+use godwit_machinery::status::{Cause, Details, Status};
+use serde_json::Value;
+
+const GROUP: &str = "kubevirt.io";
+
+/// The plugin.
+pub struct KubeVirtAdmission;
+
+impl Admission for KubeVirtAdmission {
+    fn mutate(&self, request: &AdmissionRequest<'_>) -> Result<MutateOutcome, Status> {
+        with(request, |rules_request| {
+            let mutation = rules::mutate(rules_request).map_err(|denial| status(*denial, request))?;
+            Ok(MutateOutcome { object: (!mutation.object.is_null()).then_some(mutation.object), warnings: mutation.warnings })
+        })
+    }
+
+    fn validate(&self, request: &AdmissionRequest<'_>) -> Result<Vec<String>, Status> {
+        with(request, |rules_request| rules::validate(rules_request).map_err(|denial| status(*denial, request)))
+    }
+}
+
+fn with<T: Default>(
+    request: &AdmissionRequest<'_>,
+    rule: impl FnOnce(&rules::Request<'_>) -> Result<T, Status>,
+) -> Result<T, Status> {
+    let operation = match request.operation {
+        Operation::Create => rules::Operation::Create,
+        Operation::Update => rules::Operation::Update,
+        Operation::Delete => rules::Operation::Delete,
+        Operation::Connect => return Ok(T::default()),
+    };
+    if request.resource.gv.group != GROUP {
+        return Ok(T::default());
+    }
+    let user = rules::User { name: request.user.name.clone(), groups: request.user.groups.clone() };
+    rule(&rules::Request {
+        operation,
+        group: &request.resource.gv.group,
+        version: &request.resource.gv.version,
+        kind: &request.resource.kind,
+        resource: &request.resource.plural,
+        subresource: request.subresource,
+        namespace: request.namespace,
+        name: request.name,
+        object: request.object,
+        old_object: request.old_object,
+        user: &user,
+        dry_run: request.dry_run,
+        lookup: &ByKind(request.lookup),
+    })
+}
+
+fn status(denial: rules::Denial, request: &AdmissionRequest<'_>) -> Status {
+    let causes: Vec<Cause> = denial
+        .causes
+        .into_iter()
+        .map(|cause| Cause { reason: cause.reason, message: cause.message, field: cause.field })
+        .collect();
+    let details = (!causes.is_empty()).then(|| Details {
+        name: request.name.to_owned(),
+        group: GROUP.to_owned(),
+        kind: request.resource.kind.clone(),
+        causes,
+        ..Details::default()
+    });
+    Status { code: denial.code, reason: denial.reason, message: denial.message, details }
+}
+
+/// The rules name kinds, the store plurals.
+struct ByKind<'a>(&'a dyn Lookup);
+
+fn plural(kind: &str) -> String {
+    format!("{}s", kind.to_lowercase())
+}
+
+impl rules::Lookup for ByKind<'_> {
+    fn get(&self, kind: &str, namespace: &str, name: &str) -> Option<Value> {
+        self.0.get(GROUP, &plural(kind), namespace, name).map(|object| (*object).clone())
+    }
+
+    fn list(&self, kind: &str, namespace: &str, label: Option<(&str, &str)>) -> Vec<Value> {
+        let carries = |object: &Value| {
+            label.is_none_or(|(key, value)| object["metadata"]["labels"][key].as_str() == Some(value))
+        };
+        let all = self.0.list(GROUP, &plural(kind), namespace);
+        all.iter().filter(|object| carries(object)).map(|object| (**object).clone()).collect()
+    }
+}
