@@ -5,4 +5,7 @@
 //! could decide; what it does guard, alone, is that no guest is run twice (see [`rpc`] and docs/architecture.md, "Hand-over").
 
 pub mod client;
+pub mod iso;
+pub mod plan;
 pub mod rpc;
+pub mod volumes;

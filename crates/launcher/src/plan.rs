@@ -1,0 +1,361 @@
+//! From a VMI to the machine that QEMU is told to build. The same VMI gives the same machine at the source and at the target.
+
+use crate::rpc::{InterfaceOrder, Paths, VolumeFacts};
+use crate::volumes::{self, Image, Preparer};
+use godwit_api::VirtualMachineInstance;
+use godwit_api::vmi::Disk as DiskSpec;
+use godwit_qemu::accelerator::Accelerator;
+use godwit_qemu::machine::{Boot, Bus, Cache, Cpu, Disk, DiskKind, Machine, Nic, boot_of_kernel};
+use std::collections::BTreeMap;
+
+/// Name of the monitor's socket.
+pub const MONITOR: &str = "qmp";
+/// Name of the socket on which QEMU offers the serial port to the launcher.
+pub const SERIAL: &str = "qemu-serial0";
+/// Name of the guest agent's socket.
+pub const AGENT: &str = "qga";
+
+/// Why no machine can be made of a VMI.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The VMI asks for something that is not possible.
+    #[error("{0}")]
+    Invalid(String),
+    /// A volume.
+    #[error(transparent)]
+    Volume(#[from] volumes::Error),
+}
+
+/// What the plan is made from, besides the VMI.
+pub struct Inputs<'a> {
+    /// The VMI.
+    pub vmi: &'a VirtualMachineInstance,
+    /// The interfaces as they were wired.
+    pub interfaces: &'a [InterfaceOrder],
+    /// What is known of volumes.
+    pub volumes: &'a BTreeMap<String, VolumeFacts>,
+    /// Where things are.
+    pub paths: &'a Paths,
+    /// What executes the guest.
+    pub accelerator: Accelerator,
+    /// The machine type of the source.
+    pub machine_type: Option<&'a str>,
+    /// Whether this is a target.
+    pub arriving: bool,
+}
+
+/// A machine, and which of its disks have to be copied when it moves.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Plan {
+    /// The machine.
+    pub machine: Machine,
+    /// Numbers (places in `machine.disks`) and volume names of the writable disks that the other end does not see.
+    pub local_disks: Vec<(usize, String)>,
+}
+
+/// Makes the plan, and the files that it needs.
+pub async fn plan(inputs: &Inputs<'_>) -> Result<Plan, Error> {
+    let vmi = inputs.vmi;
+    let domain = &vmi.spec.domain;
+    let (_, name) = vmi.namespaced_name();
+    let mut machine = Machine::new(inputs.paths.sockets.join(MONITOR), memory_mib(vmi)?, boot(inputs)?);
+    machine.name = name.into();
+    machine.accelerator = inputs.accelerator;
+    machine.machine_type = machine_type(inputs);
+    machine.cpu = cpu(vmi)?;
+    machine.incoming = inputs.arriving;
+    machine.rng = domain.devices.rng.is_some();
+    machine.balloon = domain.devices.autoattach_mem_balloon.unwrap_or(true);
+    if domain.devices.autoattach_serial_console.unwrap_or(true) {
+        machine.serial = Some(inputs.paths.sockets.join(SERIAL));
+    }
+    machine.guest_agent = Some(inputs.paths.sockets.join(AGENT));
+    machine.acpi = domain.features.as_ref().and_then(|f| f.acpi.as_ref()).is_none_or(|a| a.enabled.unwrap_or(true));
+    let firmware = domain.firmware.as_ref();
+    // A VMI's own UID is as good as any when none is asked for, and the same at both ends.
+    machine.uuid =
+        firmware.and_then(|f| f.uuid.clone()).or_else(|| Some(vmi.uid().to_string()).filter(|u| !u.is_empty()));
+    machine.serial_number = firmware.and_then(|f| f.serial.clone());
+    let local_disks = disks(inputs, &mut machine).await?;
+    machine.nics = nics(inputs)?;
+    boot_order(&mut machine);
+    Ok(Plan { machine, local_disks })
+}
+
+fn invalid(message: impl Into<String>) -> Error {
+    Error::Invalid(message.into())
+}
+
+fn machine_type(inputs: &Inputs<'_>) -> String {
+    let status = inputs.vmi.status.machine.as_ref().and_then(|m| m.type_.as_deref());
+    let spec = inputs.vmi.spec.domain.machine.as_ref().and_then(|m| m.type_.as_deref());
+    // The versioned name in the status is what a running guest has; a fresh one takes what is asked for.
+    let running = if inputs.arriving { status } else { None };
+    inputs.machine_type.or(running).or(spec).filter(|t| !t.is_empty()).unwrap_or("q35").to_string()
+}
+
+fn memory_mib(vmi: &VirtualMachineInstance) -> Result<u64, Error> {
+    let domain = &vmi.spec.domain;
+    let guest = domain.memory.as_ref().and_then(|m| m.guest.as_ref());
+    let quantity = guest
+        .or_else(|| domain.resources.requests.get("memory"))
+        .or_else(|| domain.resources.limits.get("memory"))
+        .ok_or_else(|| invalid("spec.domain.memory.guest is missing"))?;
+    let bytes = quantity.bytes().map_err(|e| invalid(format!("spec.domain.memory.guest: {e}")))?;
+    match bytes.div_ceil(1 << 20) {
+        0 => Err(invalid("spec.domain.memory.guest is 0")),
+        mib => Ok(mib),
+    }
+}
+
+fn cpu(vmi: &VirtualMachineInstance) -> Result<Cpu, Error> {
+    let domain = &vmi.spec.domain;
+    let mut cpu = Cpu::default();
+    let topology = domain.cpu.as_ref();
+    cpu.sockets = topology.and_then(|c| c.sockets).unwrap_or(1).max(1);
+    cpu.cores = topology.and_then(|c| c.cores).unwrap_or(1).max(1);
+    cpu.threads = topology.and_then(|c| c.threads).unwrap_or(1).max(1);
+    if topology.is_none_or(|c| c.sockets.is_none() && c.cores.is_none() && c.threads.is_none()) {
+        // As KubeVirt: without a topology, whole CPUs of the request (or limit) become sockets.
+        let resources = &domain.resources;
+        if let Some(quantity) = resources.requests.get("cpu").or_else(|| resources.limits.get("cpu")) {
+            let milli = quantity.milli().map_err(|e| invalid(format!("spec.domain.resources cpu: {e}")))?;
+            cpu.sockets = u32::try_from((milli + 999) / 1000).unwrap_or(1).max(1);
+        }
+    }
+    if let Some(topology) = topology {
+        cpu.model = topology.model.clone().filter(|m| !m.is_empty());
+    }
+    Ok(cpu)
+}
+
+fn boot(inputs: &Inputs<'_>) -> Result<Boot, Error> {
+    let Some(boot) = inputs.vmi.spec.domain.firmware.as_ref().and_then(|f| f.kernel_boot.as_ref()) else {
+        return Ok(Boot::Firmware);
+    };
+    let arguments = boot.kernel_args.clone().unwrap_or_default();
+    let Some(container) = &boot.container else {
+        return Err(invalid("spec.domain.firmware.kernelBoot.container is missing"));
+    };
+    let root = &inputs.paths.kernel_boot;
+    let file = |field: &str, path: &Option<String>| match path.as_deref().filter(|p| !p.is_empty()) {
+        None => Ok(None),
+        Some(path) => volumes::within(root, path).map(Some).map_err(|e| {
+            invalid(format!("kernelBoot.container.{field} {path} is not in the image {}: {e}", container.image))
+        }),
+    };
+    let kernel = file("kernelPath", &container.kernel_path)?;
+    let initrd = file("initrdPath", &container.initrd_path)?;
+    let Some(kernel) = kernel else { return Err(invalid("kernelBoot.container.kernelPath is missing")) };
+    boot_of_kernel(kernel.clone(), initrd, arguments).map_err(|e| invalid(format!("{}: {e}", kernel.display())))
+}
+
+async fn disks(inputs: &Inputs<'_>, machine: &mut Machine) -> Result<Vec<(usize, String)>, Error> {
+    let preparer = Preparer { paths: inputs.paths, vmi: inputs.vmi, arriving: inputs.arriving };
+    let unknown = VolumeFacts::default();
+    let mut local = Vec::new();
+    for spec in &inputs.vmi.spec.domain.devices.disks {
+        let Some(volume) = inputs.vmi.spec.volumes.iter().find(|v| v.name == spec.name) else {
+            return Err(invalid(format!("disk {} has no volume of its name", spec.name)));
+        };
+        let facts = inputs.volumes.get(&volume.name).unwrap_or(&unknown);
+        let image = preparer.prepare(volume, spec.is_read_only(), facts).await?;
+        let disk = disk(spec, &image)?;
+        if !disk.read_only && !image.same_everywhere {
+            local.push((machine.disks.len(), volume.name.clone()));
+        }
+        machine.disks.push(disk);
+    }
+    Ok(local)
+}
+
+fn disk(spec: &DiskSpec, image: &Image) -> Result<Disk, Error> {
+    let kind = if spec.cdrom.is_some() { DiskKind::CdRom } else { DiskKind::Disk };
+    let bus = match spec.bus() {
+        Some("virtio") if kind == DiskKind::Disk => Bus::Virtio,
+        Some("scsi") => Bus::Scsi,
+        // KubeVirt's default.
+        Some("sata") | None => Bus::Sata,
+        Some(other) => return Err(invalid(format!("disk {}: bus {other} is not possible here", spec.name))),
+    };
+    let cache = match spec.cache.as_deref() {
+        Some("none") => Cache::None,
+        Some("writethrough") => Cache::Writethrough,
+        Some("writeback") | None => Cache::Writeback,
+        Some(other) => return Err(invalid(format!("disk {}: cache {other} is not possible", spec.name))),
+    };
+    Ok(Disk {
+        name: spec.name.clone(),
+        path: image.path.clone(),
+        format: image.format,
+        bus,
+        kind,
+        // A hard disk on AHCI knows no write protection; its content is made anew at each place, so nothing is lost.
+        read_only: kind == DiskKind::CdRom || ((image.read_only || spec.is_read_only()) && bus != Bus::Sata),
+        serial: spec.serial.clone().filter(|s| !s.is_empty()),
+        cache,
+        boot_index: spec.boot_order,
+    })
+}
+
+fn nics(inputs: &Inputs<'_>) -> Result<Vec<Nic>, Error> {
+    let nic = |order: &InterfaceOrder, model: Option<&str>, boot_index: Option<u32>| Nic {
+        tap: order.tap.clone(),
+        mac: order.mac.clone(),
+        model: model.unwrap_or("virtio").into(),
+        mtu: order.mtu,
+        boot_index,
+    };
+    let specs = &inputs.vmi.spec.domain.devices.interfaces;
+    if specs.is_empty() {
+        return Ok(inputs.interfaces.iter().map(|order| nic(order, None, None)).collect());
+    }
+    let wired = |name: &str| inputs.interfaces.iter().find(|order| order.name == name);
+    specs
+        .iter()
+        .map(|spec| match wired(&spec.name) {
+            Some(order) => Ok(nic(order, spec.model.as_deref(), spec.boot_order)),
+            None => Err(invalid(format!("interface {} was not wired by the handler", spec.name))),
+        })
+        .collect()
+}
+
+/// Without any order asked for, disks boot in the order of their definition.
+fn boot_order(machine: &mut Machine) {
+    let asked =
+        machine.disks.iter().any(|d| d.boot_index.is_some()) || machine.nics.iter().any(|n| n.boot_index.is_some());
+    if !asked && machine.boot == Boot::Firmware {
+        for (number, disk) in machine.disks.iter_mut().enumerate() {
+            disk.boot_index = u32::try_from(number + 1).ok();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    async fn try_plan(vmi: Value, interfaces: &[InterfaceOrder], arriving: bool) -> Result<Plan, Error> {
+        let folder = tempfile::tempdir().unwrap();
+        let paths = Paths::under(folder.path());
+        for place in [&paths.sockets, &paths.ephemeral_disks, &paths.kernel_boot] {
+            std::fs::create_dir_all(place).unwrap();
+        }
+        std::fs::write(paths.kernel_boot.join("rom.bin"), vec![0u8; 65536]).unwrap();
+        let vmi: VirtualMachineInstance = serde_json::from_value(vmi).unwrap();
+        let inputs = Inputs {
+            vmi: &vmi,
+            interfaces,
+            volumes: &BTreeMap::new(),
+            paths: &paths,
+            accelerator: Accelerator::Tcg,
+            machine_type: None,
+            arriving,
+        };
+        let mut plan = plan(&inputs).await?;
+        // The only thing that may differ between two places.
+        for disk in &mut plan.machine.disks {
+            disk.path = disk.path.strip_prefix(folder.path()).unwrap().to_path_buf();
+        }
+        Ok(plan)
+    }
+
+    fn vmi() -> Value {
+        json!({
+            "metadata": {"name": "vm", "namespace": "default", "uid": "5cd0a2f1-0000-4000-8000-000000000001"},
+            "spec": {
+                "domain": {
+                    "cpu": {"cores": 2, "model": "Nehalem"},
+                    "memory": {"guest": "100M"},
+                    "devices": {
+                        "disks": [
+                            {"name": "seed", "disk": {"bus": "virtio"}},
+                            {"name": "work", "disk": {"bus": "scsi"}, "serial": "W1"},
+                            {"name": "cd", "cdrom": {"bus": "sata"}},
+                        ],
+                        "interfaces": [{"name": "default", "masquerade": {}}],
+                        "rng": {}
+                    }
+                },
+                "volumes": [
+                    {"name": "cd", "cloudInitNoCloud": {"userData": "b"}},
+                    {"name": "work", "emptyDisk": {"capacity": "1Mi"}},
+                    {"name": "seed", "cloudInitNoCloud": {"userData": "a"}},
+                ]
+            }
+        })
+    }
+
+    fn wired() -> Vec<InterfaceOrder> {
+        vec![InterfaceOrder {
+            name: "default".into(),
+            tap: "tapeth0".into(),
+            mac: "02:00:00:00:00:01".into(),
+            mtu: None,
+        }]
+    }
+
+    #[tokio::test]
+    async fn a_vmi_becomes_a_machine() {
+        let plan = try_plan(vmi(), &wired(), false).await.unwrap();
+        let machine = &plan.machine;
+        assert_eq!((machine.memory_mib, machine.cpu.count(), machine.machine_type.as_str()), (96, 2, "q35"));
+        assert_eq!(machine.cpu.model.as_deref(), Some("Nehalem"));
+        assert_eq!(machine.uuid.as_deref(), Some("5cd0a2f1-0000-4000-8000-000000000001"));
+        let disks: Vec<_> = machine.disks.iter().map(|d| (d.bus, d.kind, d.read_only, d.boot_index)).collect();
+        assert_eq!(
+            disks,
+            [
+                (Bus::Virtio, DiskKind::Disk, true, Some(1)),
+                (Bus::Scsi, DiskKind::Disk, false, Some(2)),
+                (Bus::Sata, DiskKind::CdRom, true, Some(3))
+            ]
+        );
+        assert_eq!(plan.local_disks, [(1, "work".to_string())]);
+        machine.arguments(0).unwrap();
+    }
+
+    #[tokio::test]
+    async fn both_ends_of_a_migration_plan_the_same_machine() {
+        let source = try_plan(vmi(), &wired(), false).await.unwrap();
+        let mut target = try_plan(vmi(), &wired(), true).await.unwrap();
+        target.machine.incoming = false;
+        for (a, b) in [(&mut target.machine, &source.machine)] {
+            a.monitor = b.monitor.clone();
+            a.serial = b.serial.clone();
+            a.guest_agent = b.guest_agent.clone();
+        }
+        assert_eq!(source, target);
+    }
+
+    #[tokio::test]
+    async fn a_target_takes_the_machine_type_that_the_guest_runs_on() {
+        let mut vmi = vmi();
+        vmi["status"] = json!({"machine": {"type": "pc-q35-7.2"}});
+        assert_eq!(try_plan(vmi.clone(), &wired(), true).await.unwrap().machine.machine_type, "pc-q35-7.2");
+        assert_eq!(try_plan(vmi, &wired(), false).await.unwrap().machine.machine_type, "q35");
+    }
+
+    #[tokio::test]
+    async fn a_flat_kernel_image_is_the_firmware() {
+        let mut vmi = vmi();
+        vmi["spec"]["domain"]["firmware"] =
+            json!({"kernelBoot": {"container": {"image": "rom", "kernelPath": "/rom.bin"}}});
+        assert!(matches!(try_plan(vmi.clone(), &wired(), false).await.unwrap().machine.boot, Boot::Rom(_)));
+        vmi["spec"]["domain"]["firmware"]["kernelBoot"]["container"]["kernelPath"] = json!("/../../etc/passwd");
+        assert!(try_plan(vmi, &wired(), false).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn what_does_not_fit_together_is_named() {
+        let error = try_plan(vmi(), &[], false).await.unwrap_err();
+        assert!(error.to_string().contains("interface default"), "{error}");
+        let mut bad = vmi();
+        bad["spec"]["volumes"] = json!([]);
+        assert!(try_plan(bad, &wired(), false).await.unwrap_err().to_string().contains("disk seed"));
+        let mut bad = vmi();
+        bad["spec"]["domain"]["memory"] = json!({});
+        assert!(try_plan(bad, &wired(), false).await.unwrap_err().to_string().contains("memory"));
+    }
+}
