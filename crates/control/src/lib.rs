@@ -1,1 +1,76 @@
-//! What to do: every controller's decisions as pure functions
+//! What to do: every controller's decisions as pure functions.
+//!
+//! Facts in, plan out: a [`View`] holds the time and all that is known of the cluster ([`World`]); [`Key::decide`] gives a
+//! [`Plan`] of effects as data. The runtime carries them out and feeds the answers back; nothing here does IO, reads a
+//! clock or rolls dice.
+
+mod key;
+pub mod kubevirt;
+pub mod launcher_pod;
+pub mod migration;
+pub mod names;
+pub mod node;
+pub mod object;
+pub mod placement;
+mod plan;
+pub mod quantity;
+pub mod selector;
+#[cfg(test)]
+mod testing;
+pub mod vm;
+pub mod vmi;
+pub mod volumes;
+mod world;
+
+pub use key::{Key, Lane, Noun, kinds_for};
+pub use object::{Kind, Name, Object, Ref, Stored};
+pub use plan::{
+    Effect, EventRecord, EventType, NODE_CONTROLLER, Plan, SCHEDULER, VM_CONTROLLER, VOLUME_CONTROLLER, View,
+    has_status_subresource, merge_difference,
+};
+pub use world::{Change, Source, Table, World, claims_of};
+
+/// How an installation is set up: what decisions need to know that no object says.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Image of the launcher's container.
+    pub launcher_image: String,
+    /// Pull policy of the launcher's image; `None` leaves it to Kubernetes.
+    pub launcher_pull_policy: Option<String>,
+    /// The command that starts a launcher, e.g. `["/usr/bin/godwit", "launcher"]`.
+    pub launcher_command: Vec<String>,
+    /// Folder that all nodes see; volumes of StorageClass `shared` are folders in it.
+    pub shared_root: String,
+    /// Folder of one node for volumes of StorageClass `local`; `{node}` stands for the node's name.
+    pub local_root: String,
+    /// Pods of this `schedulerName` (or of none) are placed by us.
+    pub scheduler_name: String,
+    /// The version to report.
+    pub version: String,
+}
+
+impl Settings {
+    /// Settings of the standalone mode for a data directory.
+    pub fn standalone(data_dir: &str) -> Self {
+        let data_dir = data_dir.trim_end_matches('/');
+        Self {
+            launcher_image: names::HOST_IMAGE.to_owned(),
+            launcher_pull_policy: None,
+            launcher_command: vec!["/usr/bin/godwit".to_owned(), "launcher".to_owned()],
+            shared_root: format!("{data_dir}/shared"),
+            local_root: format!("{data_dir}/nodes/{{node}}/local"),
+            scheduler_name: "default-scheduler".to_owned(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+        }
+    }
+
+    /// The folder of a volume that all nodes see.
+    pub fn shared_path(&self, volume: &str) -> String {
+        format!("{}/{volume}", self.shared_root)
+    }
+
+    /// The folder of a volume on one node.
+    pub fn local_path(&self, node: &str, volume: &str) -> String {
+        format!("{}/{volume}", self.local_root.replace("{node}", node))
+    }
+}

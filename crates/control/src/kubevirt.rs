@@ -1,0 +1,44 @@
+//! The installation's own object: says that it is deployed, and which version.
+
+use godwit_api::condition;
+use godwit_api::kubevirt::KubeVirtPhase;
+use godwit_api::{Condition, KubeVirt, MigrationConfiguration};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+
+use crate::names;
+use crate::object::Name;
+use crate::plan::{Plan, View};
+use crate::world::World;
+
+/// Decides about the KubeVirt object.
+pub fn decide(name: &Name, view: &View<'_>) -> Plan {
+    let mut plan = Plan::nothing();
+    let Some(kubevirt) = view.world.kubevirts.get(name).filter(|kubevirt| !kubevirt.is_deleting()) else { return plan };
+    let mut after: KubeVirt = kubevirt.as_ref().clone();
+    let status = &mut after.status;
+    status.phase = KubeVirtPhase::Deployed;
+    let version = Some(view.settings.version.clone());
+    status.operator_version = version.clone();
+    status.target_kube_virt_version = version.clone();
+    status.observed_kube_virt_version = version;
+    status.observed_generation = kubevirt.metadata.generation;
+    status.default_architecture = Some("amd64".to_owned());
+    let now = Time(view.now);
+    for (type_, holds, reason, message) in [
+        ("Created", true, "AllResourcesCreated", "All resources were created."),
+        ("Available", true, "AllComponentsReady", "All components are ready."),
+        ("Progressing", false, "AllComponentsReady", "All components are ready."),
+        ("Degraded", false, "AllComponentsReady", "All components are ready."),
+    ] {
+        condition::set(&mut status.conditions, Condition::new(type_, holds).because(reason, message), &now);
+    }
+    plan.update(kubevirt.as_ref(), &after);
+    plan
+}
+
+/// The migration configuration in force in the cluster, every field with a default set.
+pub fn migration_configuration(world: &World) -> MigrationConfiguration {
+    let kubevirt = world.kubevirts.get(&Name::new(names::KUBEVIRT_NAMESPACE, names::KUBEVIRT_NAME));
+    let config_map = world.config_maps.get(&Name::new(names::KUBEVIRT_NAMESPACE, names::CONFIG_MAP_NAME));
+    godwit_api::config::effective(kubevirt.map(AsRef::as_ref), config_map.and_then(|map| map.data.as_ref()))
+}

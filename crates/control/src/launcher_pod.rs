@@ -1,0 +1,410 @@
+//! The launcher pod of a VMI, as docs/architecture.md lays it out.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use godwit_api::vmi::{CloudInitNoCloudSource, ResourceList, VirtualMachineInstanceSpec, Volume as VmiVolume};
+use godwit_api::{VirtualMachineInstance, VirtualMachineInstanceMigration};
+use k8s_openapi::api::core::v1::{
+    Affinity, Capabilities, ConfigMapVolumeSource, Container, EmptyDirVolumeSource, EnvVar, ImageVolumeSource,
+    PersistentVolumeClaimVolumeSource, Pod, PodAffinityTerm, PodAntiAffinity, PodSpec, ProjectedVolumeSource,
+    ResourceRequirements, SecretProjection, SecretVolumeSource, SecurityContext, Volume, VolumeMount, VolumeProjection,
+};
+use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta, OwnerReference};
+use serde_json::json;
+
+use crate::names;
+use crate::object::{Stored, labels};
+use crate::plan::View;
+use crate::quantity;
+
+const MEBI: i128 = 1 << 20;
+/// Seconds between the power button and the kill when the VMI does not say (KubeVirt's default).
+const DEFAULT_GRACE_SECONDS: i64 = 30;
+/// Seconds that the pod gets on top, so that the launcher and not the kubelet ends a guest that ignores the button.
+const GRACE_MARGIN_SECONDS: i64 = 15;
+/// How many virtual CPUs share one CPU of a node (KubeVirt's `cpuAllocationRatio`).
+const CPU_ALLOCATION_RATIO: i128 = 10;
+
+/// What a launcher pod is made for.
+#[derive(Clone, Copy)]
+pub enum Role<'a> {
+    /// To start the guest.
+    Start,
+    /// To receive the guest.
+    Receive(&'a VirtualMachineInstanceMigration),
+}
+
+/// The name of the launcher pod for a role; always the same, so that making it twice is refused by the server.
+pub fn name(vmi: &VirtualMachineInstance, role: Role<'_>) -> String {
+    let seed = match role {
+        Role::Start => vmi.uid(),
+        Role::Receive(migration) => migration.uid(),
+    };
+    names::launcher_pod(Stored::name(vmi), seed)
+}
+
+/// Memory that a launcher pod needs beyond the guest's: page tables (guest/512), 16 MiB for the launcher, 48 MiB for QEMU
+/// and 8 MiB for each virtual CPU.
+pub fn overhead(guest_bytes: i128, vcpus: u32) -> i128 {
+    guest_bytes / 512 / MEBI * MEBI + (16 + 48 + 8 * i128::from(vcpus)) * MEBI
+}
+
+/// The guest's memory in bytes: `memory.guest`, else the memory request, else the memory limit.
+pub fn guest_memory(spec: &VirtualMachineInstanceSpec) -> i128 {
+    let resources = &spec.domain.resources;
+    let guest = spec.domain.memory.as_ref().and_then(|memory| memory.guest.as_ref());
+    let amount = guest.or_else(|| resources.requests.get("memory")).or_else(|| resources.limits.get("memory"));
+    amount.and_then(|amount| amount.bytes().ok()).map_or(0, i128::from)
+}
+
+/// The number of virtual CPUs.
+pub fn vcpus(spec: &VirtualMachineInstanceSpec) -> u32 {
+    spec.domain.cpu.as_ref().map_or(1, |cpu| cpu.count())
+}
+
+/// Makes the launcher pod.
+pub fn build(vmi: &VirtualMachineInstance, role: Role<'_>, view: &View<'_>) -> Pod {
+    let spec = &vmi.spec;
+    let mut volumes = Volumes::default();
+    volumes.empty_dir("sockets", "/var/run/kubevirt/sockets");
+    volumes.empty_dir("ephemeral-disks", "/var/run/kubevirt-ephemeral-disks");
+    volumes.add_all(spec);
+
+    let settings = view.settings;
+    let mut command = settings.launcher_command.clone();
+    for (flag, value) in [("--name", Stored::name(vmi)), ("--namespace", vmi.namespace()), ("--uid", vmi.uid())] {
+        command.extend([flag.to_owned(), value.to_owned()]);
+    }
+    let compute = Container {
+        name: names::COMPUTE_CONTAINER.to_owned(),
+        image: Some(settings.launcher_image.clone()),
+        image_pull_policy: settings.launcher_pull_policy.clone(),
+        command: Some(command),
+        env: Some(vec![EnvVar { name: "POD_NAME".to_owned(), value: Some(name(vmi, role)), value_from: None }]),
+        resources: Some(resources(spec)),
+        security_context: Some(SecurityContext {
+            allow_privilege_escalation: Some(false),
+            run_as_user: Some(0),
+            capabilities: Some(Capabilities { add: Some(vec!["NET_BIND_SERVICE".to_owned()]), drop: None }),
+            ..SecurityContext::default()
+        }),
+        volume_mounts: Some(volumes.mounts),
+        ..Container::default()
+    };
+    let grace = spec.termination_grace_period_seconds.unwrap_or(DEFAULT_GRACE_SECONDS).max(0);
+    Pod {
+        metadata: metadata(vmi, role),
+        spec: Some(PodSpec {
+            containers: vec![compute],
+            volumes: Some(volumes.volumes),
+            restart_policy: Some("Never".to_owned()),
+            termination_grace_period_seconds: Some(grace.saturating_add(GRACE_MARGIN_SECONDS)),
+            node_selector: Some(node_selector(spec, role)),
+            affinity: affinity(vmi, role),
+            tolerations: (!spec.tolerations.is_empty()).then(|| spec.tolerations.clone()),
+            topology_spread_constraints: (!spec.topology_spread_constraints.is_empty())
+                .then(|| spec.topology_spread_constraints.clone()),
+            scheduler_name: spec.scheduler_name.clone(),
+            priority_class_name: spec.priority_class_name.clone(),
+            hostname: spec.hostname.clone(),
+            subdomain: spec.subdomain.clone(),
+            automount_service_account_token: Some(false),
+            enable_service_links: Some(false),
+            ..PodSpec::default()
+        }),
+        status: None,
+    }
+}
+
+fn metadata(vmi: &VirtualMachineInstance, role: Role<'_>) -> ObjectMeta {
+    let own = |key: &str, value: &str| (key.to_owned(), value.to_owned());
+    // Labels of the VMI are the pod's too, as selectors of services expect; but for those that speak of the VMI itself.
+    let reserved = [names::LABEL_NODE_NAME, names::LABEL_MIGRATION_TARGET_NODE_NAME];
+    let mut labels: BTreeMap<String, String> = labels(&vmi.metadata)
+        .iter()
+        .filter(|(key, _)| !reserved.contains(&key.as_str()))
+        .map(|(key, value)| (key.clone(), value.clone()))
+        .collect();
+    labels.extend([
+        own(names::LABEL_APP, names::APP_VIRT_LAUNCHER),
+        own(names::LABEL_CREATED_BY, vmi.uid()),
+        own(names::LABEL_DEPRECATED_VM_NAME, Stored::name(vmi)),
+    ]);
+    let mut annotations = BTreeMap::from([
+        own(names::ANNOTATION_DOMAIN, Stored::name(vmi)),
+        own(names::ANNOTATION_DEFAULT_CONTAINER, names::COMPUTE_CONTAINER),
+        own(names::ANNOTATION_MIGRATION_TRANSPORT_UNIX, "true"),
+    ]);
+    if let Some(networks) = networks(vmi) {
+        annotations.insert(names::NETWORKS_ANNOTATION.to_owned(), networks);
+    }
+    if let Role::Receive(migration) = role {
+        labels.extend([own(names::LABEL_MIGRATION_JOB_UID, migration.uid())]);
+        annotations.extend([own(names::ANNOTATION_MIGRATION_JOB_NAME, Stored::name(migration))]);
+    }
+    ObjectMeta {
+        name: Some(name(vmi, role)),
+        namespace: vmi.metadata.namespace.clone(),
+        labels: Some(labels),
+        annotations: Some(annotations),
+        owner_references: Some(vec![owner(vmi)]),
+        ..ObjectMeta::default()
+    }
+}
+
+/// The owner reference to a kubevirt.io object that controls what it owns.
+pub fn owner<T: Stored>(object: &T) -> OwnerReference {
+    OwnerReference {
+        api_version: T::KIND.api_version(),
+        kind: T::KIND.kind().to_owned(),
+        name: object.name().to_owned(),
+        uid: object.uid().to_owned(),
+        controller: Some(true),
+        block_owner_deletion: Some(true),
+    }
+}
+
+/// The annotation that asks for the secondary networks.
+fn networks(vmi: &VirtualMachineInstance) -> Option<String> {
+    let wanted: Vec<_> = vmi
+        .spec
+        .networks
+        .iter()
+        .filter_map(|network| {
+            let multus = network.multus.as_ref()?;
+            let (namespace, name) =
+                multus.network_name.split_once('/').unwrap_or((vmi.namespace(), multus.network_name.as_str()));
+            let interface = godwit_api::derived::pod_interface_name(&network.name);
+            Some(json!({"name": name, "namespace": namespace, "interface": interface}))
+        })
+        .collect();
+    (!wanted.is_empty()).then(|| serde_json::Value::Array(wanted).to_string())
+}
+
+fn node_selector(spec: &VirtualMachineInstanceSpec, role: Role<'_>) -> BTreeMap<String, String> {
+    let mut selector = match role {
+        Role::Start => BTreeMap::new(),
+        Role::Receive(migration) => migration.spec.added_node_selector.clone(),
+    };
+    // The VM's own keys win: a migration can only restrict.
+    selector.extend(spec.node_selector.clone());
+    selector.insert(names::LABEL_SCHEDULABLE.to_owned(), "true".to_owned());
+    selector
+}
+
+fn affinity(vmi: &VirtualMachineInstance, role: Role<'_>) -> Option<Affinity> {
+    let mut affinity = vmi.spec.affinity.clone();
+    if let Role::Receive(_) = role {
+        // Never where another pod of this VMI is: the source node among them.
+        let anti: &mut PodAntiAffinity = affinity.get_or_insert_default().pod_anti_affinity.get_or_insert_default();
+        anti.required_during_scheduling_ignored_during_execution.get_or_insert_default().push(PodAffinityTerm {
+            label_selector: Some(LabelSelector {
+                match_labels: Some(BTreeMap::from([(names::LABEL_CREATED_BY.to_owned(), vmi.uid().to_owned())])),
+                match_expressions: None,
+            }),
+            topology_key: names::HOSTNAME.to_owned(),
+            ..PodAffinityTerm::default()
+        });
+    }
+    affinity
+}
+
+fn resources(spec: &VirtualMachineInstanceSpec) -> ResourceRequirements {
+    let asked = &spec.domain.resources;
+    let copy = |list: &ResourceList| -> BTreeMap<String, Quantity> {
+        list.iter().map(|(name, amount)| (name.clone(), Quantity(amount.0.clone()))).collect()
+    };
+    let (mut requests, mut limits) = (copy(&asked.requests), copy(&asked.limits));
+    let guest = guest_memory(spec);
+    let overhead = overhead(guest, vcpus(spec));
+    let bytes_in = |list: &ResourceList| list.get("memory").and_then(|amount| amount.bytes().ok()).map(i128::from);
+    let extra = if asked.overcommit_guest_overhead.unwrap_or(false) { 0 } else { overhead };
+    // The guest is never promised less than it asks for, unless the VMI asks for exactly that (overcommitment).
+    let memory = bytes_in(&asked.requests).unwrap_or(guest) + extra;
+    requests.insert("memory".to_owned(), quantity::bytes(memory));
+    if let Some(limit) = bytes_in(&asked.limits) {
+        limits.insert("memory".to_owned(), quantity::bytes(limit + overhead));
+    }
+    if !requests.contains_key("cpu") {
+        let request = match limits.get("cpu") {
+            Some(limit) => limit.clone(),
+            None => Quantity(format!("{}m", i128::from(vcpus(spec)) * 1_000 / CPU_ALLOCATION_RATIO)),
+        };
+        requests.insert("cpu".to_owned(), request);
+    }
+    ResourceRequirements {
+        requests: Some(requests),
+        limits: (!limits.is_empty()).then_some(limits),
+        ..ResourceRequirements::default()
+    }
+}
+
+/// The pod's volumes and where the launcher finds them.
+#[derive(Default)]
+struct Volumes {
+    volumes: Vec<Volume>,
+    mounts: Vec<VolumeMount>,
+}
+
+/// Volume names of the pod that are not the VMI's to use.
+const RESERVED: [&str; 3] = ["sockets", "ephemeral-disks", "kernel-boot"];
+
+/// The pod's volume for a volume of the VMI: the same name, unless the pod has one of that name for itself.
+pub fn volume_name(name: &str) -> String {
+    if RESERVED.contains(&name) { format!("vmi-{name}") } else { name.to_owned() }
+}
+
+impl Volumes {
+    fn push(&mut self, volume: Volume, path: String, read_only: bool) {
+        self.mounts.push(VolumeMount {
+            name: volume.name.clone(),
+            mount_path: path,
+            read_only: read_only.then_some(true),
+            ..VolumeMount::default()
+        });
+        self.volumes.push(volume);
+    }
+
+    fn empty_dir(&mut self, name: &str, path: &str) {
+        let volume =
+            Volume { name: name.to_owned(), empty_dir: Some(EmptyDirVolumeSource::default()), ..Volume::default() };
+        self.push(volume, path.to_owned(), false);
+    }
+
+    fn image(&mut self, name: String, image: &str, policy: Option<String>, path: String) {
+        let source = ImageVolumeSource { reference: Some(image.to_owned()), pull_policy: policy };
+        self.push(Volume { name, image: Some(source), ..Volume::default() }, path, true);
+    }
+
+    fn add_all(&mut self, spec: &VirtualMachineInstanceSpec) {
+        let boot = spec.domain.firmware.as_ref().and_then(|firmware| firmware.kernel_boot.as_ref());
+        if let Some(container) = boot.and_then(|boot| boot.container.as_ref()) {
+            let path = "/var/run/kubevirt/kernel-boot".to_owned();
+            self.image("kernel-boot".to_owned(), &container.image, container.image_pull_policy.clone(), path);
+        }
+        for volume in &spec.volumes {
+            self.add(volume);
+        }
+    }
+
+    fn add(&mut self, volume: &VmiVolume) {
+        let given = &volume.name;
+        let name = volume_name(given);
+        if let Some(disk) = &volume.container_disk {
+            let path = format!("/var/run/kubevirt/container-disks/{given}");
+            self.image(name, &disk.image, disk.image_pull_policy.clone(), path);
+        } else if let Some(claim) = &volume.persistent_volume_claim {
+            let source =
+                PersistentVolumeClaimVolumeSource { claim_name: claim.claim_name.clone(), read_only: claim.read_only };
+            let path = format!("/var/run/kubevirt-private/vmi-disks/{given}");
+            let volume = Volume { name, persistent_volume_claim: Some(source), ..Volume::default() };
+            self.push(volume, path, claim.read_only.unwrap_or(false));
+        } else if let Some(config_map) = &volume.config_map {
+            let source = ConfigMapVolumeSource {
+                name: config_map.name.clone(),
+                optional: config_map.optional,
+                ..ConfigMapVolumeSource::default()
+            };
+            let path = format!("/var/run/kubevirt-private/config-map/{given}");
+            self.push(Volume { name, config_map: Some(source), ..Volume::default() }, path, true);
+        } else if let Some(secret) = &volume.secret {
+            let source = SecretVolumeSource {
+                secret_name: Some(secret.secret_name.clone()),
+                optional: secret.optional,
+                ..SecretVolumeSource::default()
+            };
+            let path = format!("/var/run/kubevirt-private/secret/{given}");
+            self.push(Volume { name, secret: Some(source), ..Volume::default() }, path, true);
+        } else if let Some(cloud_init) = &volume.cloud_init_no_cloud {
+            self.cloud_init(name, given, cloud_init);
+        }
+    }
+
+    /// Secrets with cloud-init data: keys `userdata` and `networkdata` side by side in one folder.
+    fn cloud_init(&mut self, name: String, given: &str, source: &CloudInitNoCloudSource) {
+        let secrets: BTreeSet<&str> = [&source.secret_ref, &source.network_data_secret_ref]
+            .into_iter()
+            .filter_map(|reference| reference.as_ref())
+            .map(|reference| reference.name.as_str())
+            .collect();
+        let secrets: Vec<&str> = secrets.into_iter().collect();
+        let mut volume = Volume { name, ..Volume::default() };
+        match secrets.as_slice() {
+            [] => return,
+            [one] => {
+                volume.secret =
+                    Some(SecretVolumeSource { secret_name: Some((*one).to_owned()), ..SecretVolumeSource::default() });
+            }
+            several => {
+                let sources = several.iter().map(|one| VolumeProjection {
+                    secret: Some(SecretProjection { name: (*one).to_owned(), ..SecretProjection::default() }),
+                    ..VolumeProjection::default()
+                });
+                volume.projected = Some(ProjectedVolumeSource {
+                    sources: Some(sources.collect()),
+                    ..ProjectedVolumeSource::default()
+                });
+            }
+        }
+        self.push(volume, format!("/var/run/kubevirt-private/cloud-init/{given}"), true);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing;
+
+    #[test]
+    fn pod_follows_the_architecture() {
+        let vmi: VirtualMachineInstance = serde_json::from_value(json!({
+            "metadata": {"name": "demo", "namespace": "default", "uid": "u1", "labels": {"app": "web", "kubevirt.io/nodeName": "n"}},
+            "spec": {
+                "domain": {
+                    "cpu": {"cores": 2}, "memory": {"guest": "512Mi"},
+                    "firmware": {"kernelBoot": {"container": {"image": "boot:1", "kernelPath": "/k"}}},
+                },
+                "nodeSelector": {"zone": "a"},
+                "networks": [{"name": "default", "pod": {}}, {"name": "lan", "multus": {"networkName": "br"}}],
+                "volumes": [
+                    {"name": "root", "containerDisk": {"image": "disk:1"}},
+                    {"name": "data", "persistentVolumeClaim": {"claimName": "claim"}},
+                    {"name": "sockets", "configMap": {"name": "cm"}},
+                    {"name": "seed", "cloudInitNoCloud": {"secretRef": {"name": "a"}, "networkDataSecretRef": {"name": "b"}}},
+                    {"name": "scratch", "emptyDisk": {"capacity": "1Gi"}},
+                ],
+            },
+        }))
+        .unwrap();
+        let migration: VirtualMachineInstanceMigration = serde_json::from_value(json!({
+            "metadata": {"name": "job", "namespace": "default", "uid": "m1"},
+            "spec": {"vmiName": "demo", "addedNodeSelector": {"zone": "b", "disk": "fast"}},
+        }))
+        .unwrap();
+        let (world, settings) = (crate::World::default(), testing::settings());
+        let view = testing::view(&world, &settings);
+        let pod = build(&vmi, Role::Receive(&migration), &view);
+        let value = serde_json::to_value(&pod).unwrap();
+        let labels = &value["metadata"]["labels"];
+        assert_eq!(labels["kubevirt.io/created-by"], "u1");
+        assert_eq!(labels["kubevirt.io/migrationJobUID"], "m1");
+        assert_eq!(labels["app"], "web");
+        assert!(labels.get("kubevirt.io/nodeName").is_none());
+        let spec = &value["spec"];
+        assert_eq!(spec["nodeSelector"], json!({"zone": "a", "disk": "fast", "kubevirt.io/schedulable": "true"}));
+        let term = &spec["affinity"]["podAntiAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"][0];
+        assert_eq!(term["labelSelector"]["matchLabels"]["kubevirt.io/created-by"], "u1");
+        let names: Vec<_> = spec["volumes"].as_array().unwrap().iter().map(|volume| volume["name"].clone()).collect();
+        assert_eq!(names, ["sockets", "ephemeral-disks", "kernel-boot", "root", "data", "vmi-sockets", "seed"]);
+        let requests = &spec["containers"][0]["resources"]["requests"];
+        assert_eq!(requests["memory"], "593Mi");
+        assert_eq!(requests["cpu"], "200m");
+        let wanted = value["metadata"]["annotations"]["k8s.v1.cni.cncf.io/networks"].as_str().unwrap();
+        assert!(wanted.contains("\"name\":\"br\"") && wanted.contains("\"namespace\":\"default\""), "{wanted}");
+        // The pod that starts the guest differs in name and knows nothing of a migration.
+        let first = build(&vmi, Role::Start, &view);
+        assert_ne!(first.metadata.name, pod.metadata.name);
+        assert!(first.spec.unwrap().affinity.is_none());
+    }
+}

@@ -1,0 +1,287 @@
+//! Carries out the actions of the table.
+
+use godwit_api::migration::VirtualMachineInstanceMigration;
+use godwit_api::names::FINISHED_MIGRATIONS_KEPT;
+use godwit_api::names::events::{self, reason};
+use godwit_api::vmi::{
+    AbortStatus, MigrationSourceState, MigrationTargetState, VirtualMachineInstanceMigrationState as State,
+};
+use godwit_api::{MigrationPhase as Phase, Quantity, VirtualMachineInstance};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+
+use super::observe::Situation;
+use super::table::{Action, Fact};
+use crate::launcher_pod::{self, Role};
+use crate::object::{Name, Stored};
+use crate::plan::{EventType, Plan, VM_CONTROLLER};
+use crate::{names, vmi};
+
+/// Carries out one action: writes to other objects go into `plan`, to the migration itself into `after`, events (which
+/// come last, when everything has been written) into `tell`.
+pub fn carry_out(
+    action: Action,
+    fact: Fact,
+    situation: &Situation<'_>,
+    after: &mut VirtualMachineInstanceMigration,
+    plan: &mut Plan,
+    tell: &mut Plan,
+) {
+    let migration = situation.migration.as_ref();
+    let normal = EventType::Normal;
+    match action {
+        Action::NoteSourcePod => {
+            let pod = situation.vmi.and_then(|vmi| vmi::current_pod(vmi, situation.view.world));
+            let source_pod = pod.map(|pod| pod.name().to_owned());
+            after.status.migration_state = Some(State { source_pod, ..State::default() });
+        }
+        Action::CreateTargetPod => {
+            let Some(vmi) = situation.vmi else { return };
+            let pod = launcher_pod::build(vmi, Role::Receive(migration), &situation.view);
+            tell.record(
+                migration,
+                VM_CONTROLLER,
+                normal,
+                reason::SUCCESSFUL_CREATE,
+                events::created_target_pod(pod.name()),
+            );
+            plan.create(pod);
+        }
+        Action::DeleteTargetPod | Action::GiveUpTargetPod => {
+            let Some(pod) = situation.pod.filter(|pod| !pod.deleting()) else { return };
+            plan.delete(pod.as_ref());
+            let text = match fact {
+                Fact::Cancelled => events::deleted_canceled_pod(pod.namespace(), pod.name()),
+                Fact::TargetPodUnschedulableTooLong => events::deleted_unschedulable_pod(pod.namespace(), pod.name()),
+                Fact::TargetPodPendingTooLong => events::deleted_pending_pod(pod.namespace(), pod.name()),
+                _ => return,
+            };
+            tell.record(migration, VM_CONTROLLER, normal, reason::SUCCESSFUL_DELETE, text);
+        }
+        Action::HandOver => hand_over(situation, plan),
+        Action::FailOnVmi => fail_on_vmi(fact, situation, plan, tell),
+        Action::RequestAbort => {
+            let Some(vmi) = situation.vmi else { return };
+            let mut told = vmi.as_ref().clone();
+            told.status.migration_state.get_or_insert_default().abort_requested = Some(true);
+            plan.update(vmi.as_ref(), &told);
+        }
+        Action::WarnUnschedulable => {
+            if migration.status.reason.as_deref() != Some(fact.word().as_str()) {
+                let text = events::target_pod_unschedulable(migration.namespace(), migration.vmi_name());
+                let reason = reason::MIGRATION_TARGET_POD_UNSCHEDULABLE;
+                tell.record(migration, VM_CONTROLLER, EventType::Warning, reason, text);
+            }
+        }
+        Action::Tell(type_, reason, text) => tell.record(migration, VM_CONTROLLER, type_, reason, text),
+    }
+}
+
+fn hand_over(situation: &Situation<'_>, plan: &mut Plan) {
+    let (Some(vmi), Some(pod)) = (situation.vmi, situation.pod) else { return };
+    let uid = Some(situation.migration.uid().to_owned());
+    let source_node = vmi.status.node_name.clone();
+    let source_pod = vmi::current_pod(vmi, situation.view.world).map(|pod| pod.name().to_owned());
+    let target_node = pod.spec.as_ref().and_then(|spec| spec.node_name.clone());
+    let target_pod = Some(pod.name().to_owned());
+    let (domain_name, domain_namespace) = (Some(Stored::name(vmi.as_ref()).to_owned()), vmi.metadata.namespace.clone());
+    let overhead = launcher_pod::overhead(launcher_pod::guest_memory(&vmi.spec), launcher_pod::vcpus(&vmi.spec));
+    let mut told = vmi.as_ref().clone();
+    told.status.migration_state = Some(State {
+        migration_uid: uid.clone(),
+        source_node: source_node.clone(),
+        source_pod: source_pod.clone(),
+        target_node: target_node.clone(),
+        target_pod: target_pod.clone(),
+        migration_configuration: Some(situation.configuration.clone()),
+        source_state: Some(MigrationSourceState {
+            node: source_node,
+            pod: source_pod,
+            migration_uid: uid.clone(),
+            domain_name: domain_name.clone(),
+            domain_namespace: domain_namespace.clone(),
+            virtual_machine_instance_uid: vmi.metadata.uid.clone(),
+            ..MigrationSourceState::default()
+        }),
+        target_state: Some(MigrationTargetState {
+            node: target_node.clone(),
+            pod: target_pod,
+            migration_uid: uid,
+            domain_name,
+            domain_namespace,
+            virtual_machine_instance_uid: vmi.metadata.uid.clone(),
+            ..MigrationTargetState::default()
+        }),
+        target_memory_overhead: u64::try_from(overhead).ok().map(Quantity::from_bytes),
+        ..State::default()
+    });
+    let labels = told.metadata.labels.get_or_insert_default();
+    labels.insert(names::LABEL_MIGRATION_TARGET_NODE_NAME.to_owned(), target_node.unwrap_or_default());
+    plan.update(vmi.as_ref(), &told);
+}
+
+/// The source has not started (the write is refused if it has since): the migration can be failed from here.
+fn fail_on_vmi(fact: Fact, situation: &Situation<'_>, plan: &mut Plan, tell: &mut Plan) {
+    let Some(vmi) = situation.vmi else { return };
+    let mut told = vmi.as_ref().clone();
+    let state = told.status.migration_state.get_or_insert_default();
+    state.failed = Some(true);
+    state.completed = Some(true);
+    state.end_timestamp = Some(Time(situation.view.now));
+    let reason = match fact {
+        Fact::TargetPodDown => names::FAILURE_TARGET_POD_DOWN.to_owned(),
+        Fact::AbortBeforeStartUnanswered => {
+            state.abort_status = Some(AbortStatus::Succeeded);
+            names::FAILURE_ABORTED.to_owned()
+        }
+        other => sentence(other, situation),
+    };
+    let text = if fact == Fact::TargetPodDown {
+        events::migration_failed_target_pod_down(situation.migration.uid())
+    } else {
+        format!("VirtualMachineInstance migration uid {} failed. reason: {reason}", situation.migration.uid())
+    };
+    state.failure_reason = Some(reason);
+    plan.update(vmi.as_ref(), &told);
+    tell.record(vmi.as_ref(), VM_CONTROLLER, EventType::Warning, reason::FAILED_MIGRATION, text);
+}
+
+/// What is left to do when a migration is over.
+pub fn finish(situation: &Situation<'_>, plan: &mut Plan) {
+    let migration = situation.migration.as_ref();
+    let mut after = migration.clone();
+
+    if let Some(state) = situation.own_state() {
+        after.status.migration_state = Some(state.clone());
+        if let Some(vmi) = situation.vmi {
+            unlabel(vmi, state, plan);
+        }
+    }
+    if migration.status.phase == Phase::Failed
+        && let Some(pod) = situation.pod.filter(|pod| !pod.deleting())
+        && may_drop(situation, pod.spec.as_ref().and_then(|spec| spec.node_name.as_deref()))
+    {
+        plan.delete(pod.as_ref());
+    }
+    if let Some(finalizers) = &mut after.metadata.finalizers {
+        finalizers.retain(|finalizer| finalizer != names::FINALIZER_MIGRATION);
+        if finalizers.is_empty() {
+            after.metadata.finalizers = None;
+        }
+    }
+    plan.update(migration, &after);
+    if !migration.is_deleting() {
+        if situation.vmi.is_none() {
+            plan.delete(migration);
+        } else {
+            collect_garbage(situation, plan);
+        }
+    }
+}
+
+/// Whether the target pod of a failed migration surely does not run the guest.
+fn may_drop(situation: &Situation<'_>, pod_node: Option<&str>) -> bool {
+    let Some(vmi) = situation.vmi else { return true };
+    let lives_there = pod_node.is_some() && vmi.status.node_name.as_deref() == pod_node;
+    let unresolved = situation.own_state().is_some_and(|state| state.failed != Some(true));
+    vmi.is_final() || !(lives_there || unresolved)
+}
+
+/// The VMI is not on its way any more.
+fn unlabel(vmi: &VirtualMachineInstance, state: &State, plan: &mut Plan) {
+    let arrived = state.failed == Some(true) || vmi.status.node_name == state.target_node;
+    if state.completed == Some(true) && arrived && vmi.label(names::LABEL_MIGRATION_TARGET_NODE_NAME).is_some() {
+        let mut after = vmi.clone();
+        if let Some(labels) = &mut after.metadata.labels {
+            labels.remove(names::LABEL_MIGRATION_TARGET_NODE_NAME);
+        }
+        plan.update(vmi, &after);
+    }
+}
+
+/// Keeps the newest few finished migrations of a VMI.
+fn collect_garbage(situation: &Situation<'_>, plan: &mut Plan) {
+    let migration = situation.migration.as_ref();
+    let name = Name::new(migration.namespace(), migration.vmi_name());
+    let mut finished: Vec<_> = situation.view.world.migrations_of(&name).filter(|other| other.is_final()).collect();
+    finished.sort_by_key(|other| (other.metadata.creation_timestamp.clone(), other.key()));
+    let surplus = finished.len().saturating_sub(FINISHED_MIGRATIONS_KEPT);
+    // Each migration drops itself: the decision about one never fights with the decision about another.
+    if finished.iter().take(surplus).any(|other| other.uid() == migration.uid()) {
+        plan.delete(migration);
+    }
+}
+
+/// The fact as a sentence for people, with what to do where there is something to do.
+pub fn sentence(fact: Fact, situation: &Situation<'_>) -> String {
+    let configuration = &situation.configuration;
+    let vmi = situation.migration.vmi_name();
+    match fact {
+        Fact::VmiGone => format!("The VMI {vmi:?} does not exist."),
+        Fact::VmiFinal => format!("The VMI {vmi:?} has ended or is being deleted."),
+        Fact::Cancelled => "The migration was deleted before it was handed over; the guest was not touched.".to_owned(),
+        Fact::OtherMigration => "Another migration of the same VMI is in progress; wait for it or delete it.".to_owned(),
+        Fact::NotMigratable => {
+            let condition = situation.vmi.and_then(|vmi| vmi.condition(names::conditions::LIVE_MIGRATABLE));
+            let (reason, message) = condition.map_or((None, None), |c| (c.reason.as_deref(), c.message.as_deref()));
+            let (reason, message) = (reason.unwrap_or("unknown"), message.unwrap_or("none given"));
+            format!("Cannot migrate VMI, Reason: {reason}, Message: {message}")
+        }
+        Fact::GuestNotRunning => "Waits until the guest runs.".to_owned(),
+        Fact::EarlierUnresolved => {
+            "Waits until the handler of the source node reports the end of an earlier migration of this VMI; check that \
+             the handler on that node runs."
+                .to_owned()
+        }
+        Fact::OldPodRemains => "Waits until another launcher pod of the VMI has ended.".to_owned(),
+        Fact::ClusterLimit => format!(
+            "Waits for its turn: {} migrations run in the cluster, which is the limit (parallelMigrationsPerCluster).",
+            configuration.parallel_migrations_per_cluster.unwrap_or_default()
+        ),
+        Fact::NodeLimit => format!(
+            "Waits for its turn: {} migrations leave the source node, which is the limit \
+             (parallelOutboundMigrationsPerNode).",
+            configuration.parallel_outbound_migrations_per_node.unwrap_or_default()
+        ),
+        Fact::WaitedTooLong => match &situation.migration.status.message {
+            Some(last) => format!("Waited for its turn for more than a day. Last: {last}"),
+            None => "Waited for its turn for more than a day.".to_owned(),
+        },
+        Fact::Eligible | Fact::MayStart => "Makes the target pod when it is its turn.".to_owned(),
+        Fact::TargetPodCreated | Fact::TargetPodStarting => "Waits until the target pod is ready.".to_owned(),
+        Fact::TargetPodUnschedulable | Fact::TargetPodUnschedulableTooLong => {
+            let conditions = situation.pod.and_then(|pod| pod.status.as_ref()).and_then(|s| s.conditions.as_ref());
+            let scheduled = conditions.into_iter().flatten().find(|condition| condition.type_ == "PodScheduled");
+            let why = scheduled.and_then(|condition| condition.message.as_deref()).unwrap_or("the scheduler does not say why");
+            format!("No node takes the target pod: {why}")
+        }
+        Fact::TargetPodPendingTooLong => {
+            "The target pod did not become ready in time; see the events of the pod.".to_owned()
+        }
+        Fact::TargetPodReady | Fact::ReadyToHandOver => "Tells the VMI of the migration.".to_owned(),
+        Fact::TargetPodDown => "The target pod has ended.".to_owned(),
+        Fact::TargetPodGone => "The target pod was removed.".to_owned(),
+        Fact::HandOverTooLong => "The VMI could not be told of the migration in time.".to_owned(),
+        Fact::HandedOver | Fact::Preparing => "Waits until the handler of the target node is ready to receive.".to_owned(),
+        Fact::PreparingTooLong => {
+            "The handler of the target node did not become ready in time; check that it runs.".to_owned()
+        }
+        Fact::StateCleared => "The VMI does not carry the migration any more.".to_owned(),
+        Fact::StateTakenOver => "The VMI carries another migration.".to_owned(),
+        Fact::TargetListening | Fact::Starting => "Waits until the handler of the source node starts to send.".to_owned(),
+        Fact::StartTooLong => {
+            "The handler of the source node did not start to send in time; check that it runs.".to_owned()
+        }
+        Fact::Started | Fact::InFlight => "The guest's memory is being sent.".to_owned(),
+        Fact::RunningTooLong => "The migration runs far beyond its time limit.".to_owned(),
+        Fact::Arriving => "Waits until the handler of the target node reports the guest.".to_owned(),
+        Fact::Completed | Fact::Over => "The migration is over.".to_owned(),
+        Fact::SourceFailed => {
+            let reason = situation.own_state().and_then(|state| state.failure_reason.as_deref());
+            format!("{}; the guest stays where it was.", reason.unwrap_or("The source reported a failure"))
+        }
+        Fact::Aborting => "Waits until the handler of the source node has aborted.".to_owned(),
+        Fact::AbortBeforeStartUnanswered | Fact::AbortUnanswered => {
+            "The handler of the source node did not answer the request to abort; check that it runs.".to_owned()
+        }
+    }
+}

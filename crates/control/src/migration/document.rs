@@ -1,0 +1,50 @@
+//! The table as a page for people.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+
+use godwit_api::MigrationPhase as Phase;
+
+use super::table::{Action, Row, TABLE, rank};
+
+fn phase(phase: &Phase) -> &str {
+    match phase {
+        Phase::Unset => "New",
+        other => other.as_str(),
+    }
+}
+
+fn action(action: &Action) -> String {
+    match action {
+        Action::Tell(type_, reason, text) => format!("event {} `{reason}`: {text}", type_.as_str()),
+        other => format!("**{other:?}**"),
+    }
+}
+
+/// Renders `docs/migration-states.md`.
+pub fn render() -> String {
+    let mut page = String::from(
+        "# The life of a migration\n\n\
+         Rendered from the transition table in `crates/control/src/migration/table.rs` by a test of the crate \
+         `godwit-control`;\nafter a change of the table run \
+         `GODWIT_BLESS=1 cargo test -p godwit-control states_page` to write it anew.\n\n\
+         In a phase, the fact that counts leads to the next phase. Facts marked with ⏱ are brought about by time alone: \
+         no\nphase that is not final can last for ever.\n\n```mermaid\nstateDiagram-v2\n    [*] --> New\n",
+    );
+    let mut arrows: BTreeMap<(u8, u8), (&Row, Vec<String>)> = BTreeMap::new();
+    for row in TABLE.iter().filter(|row| row.from != row.to) {
+        let key = (rank(&row.from), if row.to == Phase::Failed { u8::MAX } else { rank(&row.to) });
+        arrows.entry(key).or_insert_with(|| (row, Vec::new())).1.push(format!("{:?}", row.fact));
+    }
+    for (row, facts) in arrows.values() {
+        let _ = writeln!(page, "    {} --> {}: {}", phase(&row.from), phase(&row.to), facts.join(", "));
+    }
+    page.push_str("    Succeeded --> [*]\n    Failed --> [*]\n```\n\n| in | fact | to | does |\n|---|---|---|---|\n");
+    for row in TABLE {
+        let actions: Vec<String> = row.actions.iter().map(action).collect();
+        let clock = if row.fact.is_timeout() { " ⏱" } else { "" };
+        let to = if row.to == row.from { "stays" } else { phase(&row.to) };
+        let _ = writeln!(page, "| {} | {:?}{clock} | {to} | {} |", phase(&row.from), row.fact, actions.join("; "));
+    }
+    page
+}

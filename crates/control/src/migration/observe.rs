@@ -1,0 +1,316 @@
+//! Which fact about a migration counts now, and when time alone will change that.
+
+use std::sync::Arc;
+
+use godwit_api::MigrationPhase as Phase;
+use godwit_api::vmi::VirtualMachineInstanceMigrationState as State;
+use godwit_api::{MigrationConfiguration, VirtualMachineInstance, VirtualMachineInstanceMigration, VmiPhase};
+use jiff::{SignedDuration, Timestamp};
+use k8s_openapi::api::core::v1::Pod;
+
+use super::limits;
+use super::table::Fact;
+use crate::object::{Name, Stored};
+use crate::plan::View;
+use crate::{kubevirt, launcher_pod, names, placement};
+
+/// A migration may wait for its turn this long.
+const QUEUE_LIMIT: SignedDuration = SignedDuration::from_hours(24);
+/// The hand-over is one write; it is given up after this long.
+const HAND_OVER_LIMIT: SignedDuration = SignedDuration::from_mins(5);
+/// The target's handler has this long to listen, the source's to start.
+const PREPARE_LIMIT: SignedDuration = SignedDuration::from_mins(5);
+/// A handler has this long to answer a request to abort.
+const ABORT_LIMIT: SignedDuration = SignedDuration::from_mins(2);
+/// The target has this long to report the guest after the source is done.
+const ARRIVAL_LIMIT: SignedDuration = SignedDuration::from_secs(60);
+/// The handler keeps the time limits of a running migration; the controller steps in this much later.
+const HANDLER_MARGIN: SignedDuration = SignedDuration::from_mins(10);
+/// For running migrations without a time limit.
+const RUN_LIMIT: SignedDuration = SignedDuration::from_hours(24);
+
+/// What counts about a migration, gathered once.
+pub struct Situation<'a> {
+    /// The migration.
+    pub migration: &'a Arc<VirtualMachineInstanceMigration>,
+    /// Its VMI.
+    pub vmi: Option<&'a Arc<VirtualMachineInstance>>,
+    /// Its target pod.
+    pub pod: Option<&'a Arc<Pod>>,
+    /// The configuration in force.
+    pub configuration: MigrationConfiguration,
+    /// The view it was gathered from.
+    pub view: View<'a>,
+}
+
+/// A fact, and when to look again although nothing changes.
+pub struct Observation {
+    /// The fact.
+    pub fact: Fact,
+    /// When time alone may bring another.
+    pub until: Option<Timestamp>,
+}
+
+impl From<Fact> for Observation {
+    fn from(fact: Fact) -> Self {
+        Self { fact, until: None }
+    }
+}
+
+impl<'a> Situation<'a> {
+    /// Gathers what counts.
+    pub fn of(migration: &'a Arc<VirtualMachineInstanceMigration>, view: &View<'a>) -> Self {
+        let vmi = view.world.vmis.get(&Name::new(migration.namespace(), migration.vmi_name()));
+        let pod = view.world.pods_of_migration(migration.uid()).next();
+        let configuration = kubevirt::migration_configuration(view.world);
+        Self { migration, vmi, pod, configuration, view: *view }
+    }
+
+    /// The migration that the VMI carries.
+    pub fn state(&self) -> Option<&'a State> {
+        self.vmi.and_then(|vmi| vmi.status.migration_state.as_ref())
+    }
+
+    /// The migration that the VMI carries, if it is this one.
+    pub fn own_state(&self) -> Option<&'a State> {
+        let uid = self.migration.uid();
+        self.state().filter(|state| !uid.is_empty() && state.migration_uid.as_deref() == Some(uid))
+    }
+
+    /// Since when the migration has been in its phase.
+    fn since(&self) -> Timestamp {
+        let status = &self.migration.status;
+        let entered = status.phase_transition_timestamps.iter().find(|entry| entry.phase == status.phase);
+        let entered = entered.and_then(|entry| entry.phase_transition_timestamp.as_ref());
+        entered.or(self.migration.metadata.creation_timestamp.as_ref()).map_or(self.view.now, |time| time.0)
+    }
+
+    /// `late` once `limit` after `from` has passed, else `otherwise` until then.
+    fn within(&self, from: Timestamp, limit: SignedDuration, otherwise: Fact, late: Fact) -> Observation {
+        // A limit beyond the end of time never passes.
+        let Ok(end) = from.checked_add(limit) else { return otherwise.into() };
+        if self.view.now >= end { late.into() } else { Observation { fact: otherwise, until: Some(end) } }
+    }
+
+    /// Which fact counts now.
+    pub fn observe(&self) -> Observation {
+        match self.migration.status.phase {
+            Phase::Unset => self.new(),
+            Phase::Pending => self.pending(),
+            Phase::Scheduling => self.scheduling(),
+            Phase::Scheduled => self.scheduled(),
+            Phase::PreparingTarget | Phase::TargetReady => self.handed_over(),
+            Phase::Running => self.running(),
+            _ => Fact::Over.into(),
+        }
+    }
+
+    /// What ends a migration as long as the guest has not been touched.
+    fn before_hand_over(&self) -> Option<Fact> {
+        match self.vmi {
+            None => Some(Fact::VmiGone),
+            Some(vmi) if vmi.is_final() || vmi.is_deleting() => Some(Fact::VmiFinal),
+            _ if self.migration.is_deleting() => Some(Fact::Cancelled),
+            _ => None,
+        }
+    }
+
+    fn new(&self) -> Observation {
+        if let Some(fact) = self.before_hand_over() {
+            return fact.into();
+        }
+        if self.rival().is_some() { Fact::OtherMigration.into() } else { Fact::Eligible.into() }
+    }
+
+    /// Another unfinished migration of the same VMI that goes first: one that is past its first phase, or an older one.
+    fn rival(&self) -> Option<&'a Arc<VirtualMachineInstanceMigration>> {
+        let age = |migration: &VirtualMachineInstanceMigration| {
+            (migration.metadata.creation_timestamp.clone(), migration.uid().to_owned())
+        };
+        let name = Name::new(self.migration.namespace(), self.migration.vmi_name());
+        self.view.world.migrations_of(&name).find(|other| {
+            other.uid() != self.migration.uid()
+                && !other.is_final()
+                && (other.status.phase != Phase::Unset || age(other) < age(self.migration))
+        })
+    }
+
+    fn pending(&self) -> Observation {
+        if let Some(fact) = self.before_hand_over() {
+            return fact.into();
+        }
+        if self.pod.is_some() {
+            return Fact::TargetPodCreated.into();
+        }
+        let Some(vmi) = self.vmi else { return Fact::VmiGone.into() };
+        let wait = if vmi.condition("LiveMigratable").is_some_and(|condition| condition.is_false()) {
+            return Fact::NotMigratable.into();
+        } else if vmi.status.phase != VmiPhase::Running || vmi.status.node_name.as_deref().unwrap_or("").is_empty() {
+            Fact::GuestNotRunning
+        } else if self.state().is_some_and(is_unresolved) {
+            Fact::EarlierUnresolved
+        } else if self.view.world.pods_of_vmi(vmi.uid()).filter(|pod| !placement::is_finished(pod)).count() > 1 {
+            Fact::OldPodRemains
+        } else {
+            match limits::admit(self.migration, &self.configuration, self.view.world) {
+                Ok(()) => return Fact::MayStart.into(),
+                Err(limit) => limit,
+            }
+        };
+        self.within(self.since(), QUEUE_LIMIT, wait, Fact::WaitedTooLong)
+    }
+
+    fn scheduling(&self) -> Observation {
+        if let Some(fact) = self.before_hand_over() {
+            return fact.into();
+        }
+        let Some(pod) = self.pod.filter(|pod| !pod.deleting()) else { return Fact::TargetPodGone.into() };
+        if placement::is_finished(pod) {
+            return Fact::TargetPodDown.into();
+        }
+        if is_ready(pod) {
+            return Fact::TargetPodReady.into();
+        }
+        let created = pod.metadata.creation_timestamp.as_ref().map_or_else(|| self.since(), |time| time.0);
+        let unplaced = is_unschedulable(pod);
+        let fact = if unplaced { Fact::TargetPodUnschedulable } else { Fact::TargetPodStarting };
+        let (annotation, default, late) = if unplaced {
+            let late = Fact::TargetPodUnschedulableTooLong;
+            (names::ANNOTATION_UNSCHEDULABLE_POD_TIMEOUT, names::UNSCHEDULABLE_POD_TIMEOUT_SECONDS, late)
+        } else {
+            let late = Fact::TargetPodPendingTooLong;
+            (names::ANNOTATION_PENDING_POD_TIMEOUT, names::PENDING_POD_TIMEOUT_SECONDS, late)
+        };
+        let seconds = self.migration.annotation(annotation).and_then(|text| text.trim().parse::<i64>().ok());
+        let seconds = seconds.filter(|seconds| (0..=i64::from(i32::MAX)).contains(seconds)).unwrap_or(default);
+        self.within(created, SignedDuration::from_secs(seconds), fact, late)
+    }
+
+    fn scheduled(&self) -> Observation {
+        // Once the VMI carries it, it is handed over, whatever else is true.
+        if self.own_state().is_some_and(|state| state.target_node.is_some()) {
+            return Fact::HandedOver.into();
+        }
+        if let Some(fact) = self.before_hand_over() {
+            return fact.into();
+        }
+        let Some(pod) = self.pod.filter(|pod| !pod.deleting()) else { return Fact::TargetPodGone.into() };
+        if placement::is_finished(pod) {
+            return Fact::TargetPodDown.into();
+        }
+        if self.state().is_some_and(is_unresolved) {
+            return Fact::OtherMigration.into();
+        }
+        self.within(self.since(), HAND_OVER_LIMIT, Fact::ReadyToHandOver, Fact::HandOverTooLong)
+    }
+
+    /// What can have happened to a handed-over migration in any phase.
+    fn ended(&self) -> Result<&'a State, Fact> {
+        let Some(vmi) = self.vmi else { return Err(Fact::VmiGone) };
+        let Some(state) = self.own_state() else {
+            let other = self.state().and_then(|state| state.migration_uid.as_deref()).unwrap_or("");
+            return Err(if other.is_empty() { Fact::StateCleared } else { Fact::StateTakenOver });
+        };
+        if state.failed == Some(true) {
+            return Err(Fact::SourceFailed);
+        }
+        // The end of the guest after a completed migration is the guest's own affair.
+        if vmi.is_final() && state.completed != Some(true) {
+            return Err(Fact::VmiFinal);
+        }
+        Ok(state)
+    }
+
+    fn handed_over(&self) -> Observation {
+        let state = match self.ended() {
+            Ok(state) => state,
+            Err(fact) => return fact.into(),
+        };
+        let preparing = self.migration.status.phase == Phase::PreparingTarget;
+        if preparing && state.target_node_address.as_deref().is_some_and(|address| !address.is_empty()) {
+            return Fact::TargetListening.into();
+        }
+        if state.start_timestamp.is_some() || state.completed == Some(true) {
+            return if preparing { Fact::TargetListening } else { Fact::Started }.into();
+        }
+        if self.pod.is_none_or(|pod| pod.deleting() || placement::is_finished(pod)) {
+            return Fact::TargetPodDown.into();
+        }
+        if let Some(observation) = self.abort(state, Fact::AbortBeforeStartUnanswered) {
+            return observation;
+        }
+        let (waiting, late) =
+            if preparing { (Fact::Preparing, Fact::PreparingTooLong) } else { (Fact::Starting, Fact::StartTooLong) };
+        self.within(self.since(), PREPARE_LIMIT, waiting, late)
+    }
+
+    /// What an abort that was asked for, or is to be, makes of the migration.
+    fn abort(&self, state: &State, unanswered: Fact) -> Option<Observation> {
+        if state.abort_requested == Some(true) {
+            let asked = self.migration.condition(names::conditions::MIGRATION_ABORT_REQUESTED);
+            let asked = asked.and_then(|condition| condition.last_transition_time.as_ref());
+            let asked = asked.map_or_else(|| self.since(), |time| time.0);
+            return Some(self.within(asked, ABORT_LIMIT, Fact::Aborting, unanswered));
+        }
+        self.migration.is_deleting().then(|| Fact::Cancelled.into())
+    }
+
+    fn running(&self) -> Observation {
+        let state = match self.ended() {
+            Ok(state) => state,
+            Err(fact) => return fact.into(),
+        };
+        if state.completed == Some(true) {
+            let arrived = self.vmi.is_some_and(|vmi| vmi.status.node_name == state.target_node || vmi.is_final());
+            if arrived {
+                return Fact::Completed.into();
+            }
+            let end = state.end_timestamp.as_ref().map_or_else(|| self.since(), |time| time.0);
+            return self.within(end, ARRIVAL_LIMIT, Fact::Arriving, Fact::Completed);
+        }
+        if let Some(observation) = self.abort(state, Fact::AbortUnanswered) {
+            return observation;
+        }
+        self.within(self.since(), self.budget(), Fact::InFlight, Fact::RunningTooLong)
+    }
+
+    /// How long the migration may run before the controller steps in.
+    fn budget(&self) -> SignedDuration {
+        let per_gib = self.configuration.completion_timeout_per_gib.unwrap_or(0);
+        let guest = self.vmi.map_or(0, |vmi| launcher_pod::guest_memory(&vmi.spec));
+        let gigabytes = i64::try_from(guest / 1_000_000_000 + 1).unwrap_or(i64::MAX);
+        match per_gib.saturating_mul(gigabytes) {
+            0 => RUN_LIMIT,
+            // Twice: the budget is doubled when the guest is paused to let the migration end.
+            seconds => {
+                SignedDuration::from_secs(seconds.clamp(0, 1 << 32).saturating_mul(2)).saturating_add(HANDLER_MARGIN)
+            }
+        }
+    }
+}
+
+/// Whether a handed-over migration has not reported its end.
+pub fn is_unresolved(state: &State) -> bool {
+    state.migration_uid.as_deref().is_some_and(|uid| !uid.is_empty()) && state.completed != Some(true)
+}
+
+/// Whether the launcher in the pod can take orders.
+pub fn is_ready(pod: &Pod) -> bool {
+    let Some(status) = &pod.status else { return false };
+    let bound = pod.spec.as_ref().and_then(|spec| spec.node_name.as_deref()).is_some_and(|node| !node.is_empty());
+    let conditions = status.conditions.iter().flatten();
+    let ready = conditions.into_iter().any(|condition| condition.type_ == "Ready" && condition.status == "True");
+    let containers = status.container_statuses.as_deref().unwrap_or_default();
+    let compute = containers.iter().any(|container| container.name == names::COMPUTE_CONTAINER && container.ready);
+    bound && status.phase.as_deref() == Some("Running") && (ready || compute)
+}
+
+/// Whether the scheduler says that no node takes the pod.
+pub fn is_unschedulable(pod: &Pod) -> bool {
+    let conditions = pod.status.as_ref().and_then(|status| status.conditions.as_ref());
+    conditions.into_iter().flatten().any(|condition| {
+        condition.type_ == "PodScheduled"
+            && condition.status == "False"
+            && condition.reason.as_deref() == Some(placement::UNSCHEDULABLE)
+    })
+}

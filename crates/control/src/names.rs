@@ -1,0 +1,52 @@
+//! Names that objects carry: KubeVirt's (from `godwit_api`), a few of Kubernetes', and names that are made here.
+
+pub use godwit_api::names::*;
+use sha2::{Digest, Sha256};
+
+/// Label of nodes with their host name; the domain of "not on the same node".
+pub const HOSTNAME: &str = "kubernetes.io/hostname";
+/// The node that a claim of `WaitForFirstConsumer` shall be bound for.
+pub const SELECTED_NODE: &str = "volume.kubernetes.io/selected-node";
+/// Taint of cordoned nodes.
+pub const TAINT_UNSCHEDULABLE: &str = "node.kubernetes.io/unschedulable";
+/// Taint of nodes that have gone quiet.
+pub const TAINT_UNREACHABLE: &str = "node.kubernetes.io/unreachable";
+
+/// Letters of generated names: Kubernetes' own choice, which spells no words.
+const LETTERS: &[u8; 27] = b"bcdfghjklmnpqrstvwxz2456789";
+
+/// Five letters that look random and are always the same for the same `seed` (a UID). Making something twice then makes
+/// the same thing, and the second attempt is refused by the server: the last guard against two of it.
+pub fn suffix(seed: &str) -> String {
+    let digest = Sha256::digest(seed.as_bytes());
+    digest
+        .iter()
+        .take(5)
+        .filter_map(|byte| LETTERS.get(usize::from(*byte) % LETTERS.len()))
+        .map(|b| *b as char)
+        .collect()
+}
+
+/// The name of a launcher pod of `vmi`; `seed` is the VMI's UID for its first pod, the migration's UID for a target.
+pub fn launcher_pod(vmi: &str, seed: &str) -> String {
+    // A pod's name is its host name as well: at most 63 characters.
+    let room = 63 - LAUNCHER_POD_PREFIX.len() - 6;
+    let end = (0..=vmi.len().min(room)).rev().find(|end| vmi.is_char_boundary(*end)).unwrap_or(0);
+    let vmi = vmi.get(..end).unwrap_or_default().trim_end_matches(['-', '.']);
+    format!("{LAUNCHER_POD_PREFIX}{vmi}-{}", suffix(seed))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_stable_and_short_enough() {
+        assert_eq!(suffix("a"), suffix("a"));
+        assert_ne!(suffix("a"), suffix("b"));
+        assert_eq!(suffix("a").len(), 5);
+        let long = "x".repeat(60);
+        assert!(launcher_pod(&long, "uid").len() <= 63);
+        assert!(launcher_pod("demo", "uid").starts_with("virt-launcher-demo-"));
+    }
+}

@@ -1,0 +1,119 @@
+//! Nodes that have gone quiet.
+//!
+//! A node whose lease is not renewed becomes `Ready=Unknown` and gets Kubernetes' `unreachable` taints; a node whose
+//! handler is silent takes no new VMs. Both are taken back when the node speaks again.
+
+use jiff::{SignedDuration, Timestamp};
+use k8s_openapi::api::core::v1::{Node, NodeCondition, Taint};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+
+use crate::names;
+use crate::object::{Name, Stored};
+use crate::plan::{EventType, NODE_CONTROLLER, Plan, View};
+
+/// How long a node may be silent when its lease does not say (Kubernetes' node-monitor-grace-period).
+const GRACE: SignedDuration = SignedDuration::from_secs(40);
+/// How long a handler may be silent (KubeVirt's virt-handler timeout).
+const HANDLER_GRACE: SignedDuration = SignedDuration::from_mins(5);
+/// Namespace of the nodes' leases.
+pub const LEASES: &str = "kube-node-lease";
+
+/// Decides about one node.
+pub fn decide(name: &str, view: &View<'_>) -> Plan {
+    let mut plan = Plan::nothing();
+    let Some(node) = view.world.nodes.get(&Name::cluster(name)).filter(|node| !node.deleting()) else { return plan };
+    let mut after = node.as_ref().clone();
+
+    if let Some(silent_from) = silence(node, view) {
+        if view.now >= silent_from {
+            mark_unreachable(&mut after, view.now);
+        } else {
+            plan.wake(silent_from);
+            unmark_unreachable(&mut after);
+        }
+    }
+    let mut handler_silent = false;
+    if let Some(heartbeat) =
+        node.annotation(names::ANNOTATION_HEARTBEAT).and_then(|text| text.parse::<Timestamp>().ok())
+    {
+        let silent_from = heartbeat + HANDLER_GRACE;
+        if view.now < silent_from {
+            plan.wake(silent_from);
+        } else if node.label(names::LABEL_SCHEDULABLE) != Some("false") {
+            handler_silent = true;
+            let labels = after.metadata.labels.get_or_insert_default();
+            labels.insert(names::LABEL_SCHEDULABLE.to_owned(), "false".to_owned());
+        }
+    }
+    plan.update(node.as_ref(), &after);
+    if handler_silent {
+        let message = "virt-handler is not responsive, marking node as unresponsive";
+        plan.record(node.as_ref(), NODE_CONTROLLER, EventType::Normal, "NodeUnresponsive", message);
+    }
+    plan
+}
+
+/// From when on the node counts as silent; `None` when it has never said anything.
+fn silence(node: &Node, view: &View<'_>) -> Option<Timestamp> {
+    let lease = view.world.leases.get(&Name::new(LEASES, node.name())).and_then(|lease| lease.spec.as_ref());
+    let renewed = lease.and_then(|spec| spec.renew_time.as_ref()).map(|time| time.0);
+    let allowed = lease
+        .and_then(|spec| spec.lease_duration_seconds)
+        .filter(|seconds| *seconds > 0)
+        .map_or(GRACE, |seconds| SignedDuration::from_secs(i64::from(seconds)));
+    let posted = ready_condition(node).and_then(|condition| condition.last_heartbeat_time.as_ref()).map(|time| time.0);
+    [renewed.map(|time| time + allowed), posted.map(|time| time + GRACE)].into_iter().flatten().max()
+}
+
+fn ready_condition(node: &Node) -> Option<&NodeCondition> {
+    let conditions = node.status.as_ref()?.conditions.as_ref()?;
+    conditions.iter().find(|condition| condition.type_ == "Ready")
+}
+
+fn mark_unreachable(node: &mut Node, now: Timestamp) {
+    let conditions = node.status.get_or_insert_default().conditions.get_or_insert_default();
+    if let Some(ready) = conditions.iter_mut().find(|condition| condition.type_ == "Ready")
+        && ready.status != "Unknown"
+    {
+        ready.status = "Unknown".to_owned();
+        ready.reason = Some("NodeStatusUnknown".to_owned());
+        ready.message = Some("Kubelet stopped posting node status.".to_owned());
+        ready.last_transition_time = Some(Time(now));
+    }
+    let taints = node.spec.get_or_insert_default().taints.get_or_insert_default();
+    for effect in ["NoSchedule", "NoExecute"] {
+        if !taints.iter().any(|taint| taint.key == names::TAINT_UNREACHABLE && taint.effect == effect) {
+            taints.push(Taint {
+                key: names::TAINT_UNREACHABLE.to_owned(),
+                effect: effect.to_owned(),
+                time_added: Some(Time(now)),
+                value: None,
+            });
+        }
+    }
+}
+
+fn unmark_unreachable(node: &mut Node) {
+    // Only when the kubelet has said that it is ready again; a renewed lease alone is not the node's status.
+    if ready_condition(node).is_some_and(|condition| condition.status == "Unknown") {
+        return;
+    }
+    if let Some(taints) = node.spec.as_mut().and_then(|spec| spec.taints.as_mut()) {
+        taints.retain(|taint| taint.key != names::TAINT_UNREACHABLE);
+        if taints.is_empty()
+            && let Some(spec) = node.spec.as_mut()
+        {
+            spec.taints = None;
+        }
+    }
+}
+
+/// Whether the node is known to be out of reach, or is gone.
+pub fn is_lost(name: &str, view: &View<'_>) -> bool {
+    view.world.nodes.get(&Name::cluster(name)).is_none_or(|node| is_silent(node))
+}
+
+/// Whether the node is known to be out of reach.
+pub fn is_silent(node: &Node) -> bool {
+    ready_condition(node).is_some_and(|condition| condition.status == "Unknown")
+}

@@ -1,0 +1,263 @@
+//! The objects that decisions read, and how they are named.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+
+use godwit_api::{
+    KubeVirt, NetworkAttachmentDefinition, VirtualMachine, VirtualMachineInstance, VirtualMachineInstanceMigration,
+};
+use k8s_openapi::api::coordination::v1::Lease;
+use k8s_openapi::api::core::v1::{ConfigMap, Node, PersistentVolume, PersistentVolumeClaim, Pod};
+use k8s_openapi::api::storage::v1::StorageClass;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use serde_json::Value;
+
+/// Namespace and name of an object; the namespace is empty for cluster-scoped kinds.
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Name {
+    /// Namespace, empty for cluster-scoped objects.
+    pub namespace: String,
+    /// Name within the namespace.
+    pub name: String,
+}
+
+impl Name {
+    /// A name in a namespace (empty for cluster scope).
+    pub fn new(namespace: impl Into<String>, name: impl Into<String>) -> Self {
+        Self { namespace: namespace.into(), name: name.into() }
+    }
+
+    /// A cluster-scoped name.
+    pub fn cluster(name: impl Into<String>) -> Self {
+        Self { namespace: String::new(), name: name.into() }
+    }
+
+    /// The name that an object's metadata carries; missing parts are empty.
+    pub fn of(meta: &ObjectMeta) -> Self {
+        Self { namespace: meta.namespace.clone().unwrap_or_default(), name: meta.name.clone().unwrap_or_default() }
+    }
+}
+
+impl fmt::Display for Name {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.namespace.is_empty() { f.write_str(&self.name) } else { write!(f, "{}/{}", self.namespace, self.name) }
+    }
+}
+
+/// One object of the cluster, named well enough to write to it.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Ref {
+    /// What it is.
+    pub kind: Kind,
+    /// Which one.
+    pub name: Name,
+}
+
+impl Ref {
+    /// Reference to `name` of `kind`.
+    pub fn new(kind: Kind, name: Name) -> Self {
+        Self { kind, name }
+    }
+}
+
+impl fmt::Display for Ref {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.kind.kind(), self.name)
+    }
+}
+
+macro_rules! kinds {
+    ($($variant:ident($ty:ty): $group:literal $version:literal $kind:literal $plural:literal $namespaced:literal;)*) => {
+        /// The kinds that controllers watch and write.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        pub enum Kind {
+            $(#[doc = $kind] $variant,)*
+        }
+
+        impl Kind {
+            /// Every kind, in a fixed order.
+            pub const ALL: &'static [Kind] = &[$(Kind::$variant),*];
+
+            /// API group, empty for the core group.
+            pub fn group(self) -> &'static str {
+                match self { $(Kind::$variant => $group,)* }
+            }
+
+            /// API version within the group.
+            pub fn version(self) -> &'static str {
+                match self { $(Kind::$variant => $version,)* }
+            }
+
+            /// The kind as manifests spell it.
+            pub fn kind(self) -> &'static str {
+                match self { $(Kind::$variant => $kind,)* }
+            }
+
+            /// The resource name in URLs.
+            pub fn plural(self) -> &'static str {
+                match self { $(Kind::$variant => $plural,)* }
+            }
+
+            /// Whether objects of this kind live in a namespace.
+            pub fn namespaced(self) -> bool {
+                match self { $(Kind::$variant => $namespaced,)* }
+            }
+        }
+
+        /// An object of a known kind; cheap to clone.
+        #[derive(Clone, Debug)]
+        pub enum Object {
+            $(#[doc = $kind] $variant(Arc<$ty>),)*
+        }
+
+        impl Object {
+            /// What it is.
+            pub fn kind(&self) -> Kind {
+                match self { $(Object::$variant(_) => Kind::$variant,)* }
+            }
+
+            /// Its metadata.
+            pub fn metadata(&self) -> &ObjectMeta {
+                match self { $(Object::$variant(object) => &object.metadata,)* }
+            }
+
+            /// Reads an object of `kind` from its JSON form.
+            pub fn from_value(kind: Kind, value: Value) -> Result<Object, serde_json::Error> {
+                Ok(match kind {
+                    $(Kind::$variant => Object::$variant(Arc::new(serde_json::from_value::<$ty>(value)?)),)*
+                })
+            }
+
+            /// The JSON form, with `apiVersion` and `kind` set.
+            pub fn to_value(&self) -> Result<Value, serde_json::Error> {
+                let mut value = match self { $(Object::$variant(object) => serde_json::to_value(object.as_ref())?,)* };
+                if let Value::Object(map) = &mut value {
+                    map.insert("apiVersion".into(), self.kind().api_version().into());
+                    map.insert("kind".into(), self.kind().kind().into());
+                }
+                Ok(value)
+            }
+        }
+
+        $(impl From<$ty> for Object {
+            fn from(object: $ty) -> Object {
+                Object::$variant(Arc::new(object))
+            }
+        })*
+
+        $(impl Stored for $ty {
+            const KIND: Kind = Kind::$variant;
+            fn meta(&self) -> &ObjectMeta {
+                &self.metadata
+            }
+            fn wrap(object: Arc<Self>) -> Object {
+                Object::$variant(object)
+            }
+        })*
+    };
+}
+
+kinds! {
+    VirtualMachine(VirtualMachine): "kubevirt.io" "v1" "VirtualMachine" "virtualmachines" true;
+    VirtualMachineInstance(VirtualMachineInstance):
+        "kubevirt.io" "v1" "VirtualMachineInstance" "virtualmachineinstances" true;
+    Migration(VirtualMachineInstanceMigration):
+        "kubevirt.io" "v1" "VirtualMachineInstanceMigration" "virtualmachineinstancemigrations" true;
+    KubeVirt(KubeVirt): "kubevirt.io" "v1" "KubeVirt" "kubevirts" true;
+    NetworkAttachmentDefinition(NetworkAttachmentDefinition):
+        "k8s.cni.cncf.io" "v1" "NetworkAttachmentDefinition" "network-attachment-definitions" true;
+    Pod(Pod): "" "v1" "Pod" "pods" true;
+    Node(Node): "" "v1" "Node" "nodes" false;
+    PersistentVolumeClaim(PersistentVolumeClaim): "" "v1" "PersistentVolumeClaim" "persistentvolumeclaims" true;
+    PersistentVolume(PersistentVolume): "" "v1" "PersistentVolume" "persistentvolumes" false;
+    StorageClass(StorageClass): "storage.k8s.io" "v1" "StorageClass" "storageclasses" false;
+    ConfigMap(ConfigMap): "" "v1" "ConfigMap" "configmaps" true;
+    Lease(Lease): "coordination.k8s.io" "v1" "Lease" "leases" true;
+}
+
+impl Kind {
+    /// `group/version`, or the version alone for the core group.
+    pub fn api_version(self) -> String {
+        match self.group() {
+            "" => self.version().to_owned(),
+            group => format!("{group}/{}", self.version()),
+        }
+    }
+}
+
+impl Object {
+    /// Namespace and name.
+    pub fn name(&self) -> Name {
+        Name::of(self.metadata())
+    }
+
+    /// Kind, namespace and name.
+    pub fn reference(&self) -> Ref {
+        Ref::new(self.kind(), self.name())
+    }
+
+    /// The revision as a number; 0 when missing or opaque. Kubernetes promises comparable revisions since 1.35, and every
+    /// server that we meet (etcd, ours) has always counted.
+    pub fn revision(&self) -> u64 {
+        revision(self.metadata())
+    }
+}
+
+/// A typed object that the [`World`](crate::World) keeps.
+pub trait Stored: Sized {
+    /// Its kind.
+    const KIND: Kind;
+    /// Its metadata.
+    fn meta(&self) -> &ObjectMeta;
+    /// The untyped form.
+    fn wrap(object: Arc<Self>) -> Object;
+
+    /// Namespace and name.
+    fn key(&self) -> Name {
+        Name::of(self.meta())
+    }
+    /// Kind, namespace and name.
+    fn reference(&self) -> Ref {
+        Ref::new(Self::KIND, self.key())
+    }
+    /// The UID, empty when missing.
+    fn uid(&self) -> &str {
+        self.meta().uid.as_deref().unwrap_or_default()
+    }
+    /// The name, empty when missing.
+    fn name(&self) -> &str {
+        self.meta().name.as_deref().unwrap_or_default()
+    }
+    /// The namespace, empty when missing.
+    fn namespace(&self) -> &str {
+        self.meta().namespace.as_deref().unwrap_or_default()
+    }
+    /// The value of a label.
+    fn label(&self, key: &str) -> Option<&str> {
+        self.meta().labels.as_ref().and_then(|labels| labels.get(key)).map(String::as_str)
+    }
+    /// The value of an annotation.
+    fn annotation(&self, key: &str) -> Option<&str> {
+        self.meta().annotations.as_ref().and_then(|map| map.get(key)).map(String::as_str)
+    }
+    /// Whether deletion has been asked for.
+    fn deleting(&self) -> bool {
+        self.meta().deletion_timestamp.is_some()
+    }
+    /// Whether the object carries this finalizer.
+    fn has_finalizer(&self, finalizer: &str) -> bool {
+        self.meta().finalizers.as_ref().is_some_and(|all| all.iter().any(|one| one == finalizer))
+    }
+}
+
+/// The revision in some metadata as a number; 0 when missing or opaque.
+pub fn revision(meta: &ObjectMeta) -> u64 {
+    meta.resource_version.as_deref().and_then(|text| text.parse().ok()).unwrap_or(0)
+}
+
+/// Labels as a map, empty when missing.
+pub fn labels(meta: &ObjectMeta) -> &BTreeMap<String, String> {
+    static EMPTY: BTreeMap<String, String> = BTreeMap::new();
+    meta.labels.as_ref().unwrap_or(&EMPTY)
+}

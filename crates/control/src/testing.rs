@@ -1,0 +1,188 @@
+//! A small cluster for tests: carries out plans on a world the way an API server would.
+
+use jiff::{SignedDuration, Timestamp};
+use serde_json::{Value, json};
+
+use crate::plan::{Effect, EventRecord, Plan};
+use crate::{Key, Kind, Name, Object, Ref, Settings, Source, View, World};
+
+pub fn settings() -> Settings {
+    Settings::standalone("/data")
+}
+
+pub fn view<'a>(world: &'a World, settings: &'a Settings) -> View<'a> {
+    View { now: Timestamp::UNIX_EPOCH, world, settings }
+}
+
+/// A world that plans are carried out on.
+pub struct Cluster {
+    pub world: World,
+    pub settings: Settings,
+    pub now: Timestamp,
+    pub events: Vec<EventRecord>,
+    revision: u64,
+}
+
+impl Cluster {
+    pub fn new() -> Self {
+        Self {
+            world: World::default(),
+            settings: settings(),
+            now: Timestamp::from_second(1_000_000).unwrap(),
+            events: Vec::new(),
+            revision: 0,
+        }
+    }
+
+    pub fn pass(&mut self, seconds: i64) {
+        self.now += SignedDuration::from_secs(seconds);
+    }
+
+    pub fn get(&self, kind: Kind, name: &Name) -> Option<Value> {
+        self.world.get(kind, name).map(|object| object.to_value().unwrap())
+    }
+
+    /// Stores an object as a server would: with a UID, a creation time and a new revision.
+    pub fn put(&mut self, kind: Kind, mut value: Value) {
+        self.revision += 1;
+        let revision = self.revision;
+        let metadata = &mut value["metadata"];
+        if metadata.get("uid").is_none() {
+            metadata["uid"] = json!(format!("uid-{revision}"));
+        }
+        if metadata.get("creationTimestamp").is_none() {
+            metadata["creationTimestamp"] = json!(self.now.to_string());
+        }
+        metadata["resourceVersion"] = json!(revision.to_string());
+        let gone = metadata.get("deletionTimestamp").is_some_and(|at| !at.is_null())
+            && metadata.get("finalizers").is_none_or(|all| all.as_array().is_none_or(Vec::is_empty));
+        let object = Object::from_value(kind, value).unwrap();
+        if gone && kind != Kind::Pod {
+            self.world.delete(&object, Source::Watch);
+        } else {
+            self.world.apply(object, Source::Watch);
+        }
+    }
+
+    /// Changes an object in place with a merge patch.
+    pub fn patch(&mut self, kind: Kind, name: &Name, patch: Value) {
+        let mut value = self.get(kind, name).unwrap();
+        merge(&mut value, &patch);
+        self.put(kind, value);
+    }
+
+    pub fn remove(&mut self, kind: Kind, name: &Name) {
+        self.world.forget(kind, name);
+    }
+
+    /// Asks for deletion as a user would.
+    pub fn delete(&mut self, target: &Ref) {
+        let Some(mut value) = self.get(target.kind, &target.name) else { return };
+        if value["metadata"].get("deletionTimestamp").is_none_or(Value::is_null) {
+            value["metadata"]["deletionTimestamp"] = json!(self.now.to_string());
+        }
+        self.put(target.kind, value);
+    }
+
+    pub fn decide(&self, key: &Key) -> Plan {
+        key.decide(&View { now: self.now, world: &self.world, settings: &self.settings })
+    }
+
+    /// Decides about a key and carries the plan out. Says whether anything was written.
+    pub fn step(&mut self, key: &Key) -> bool {
+        let plan = self.decide(key);
+        let quiet = plan.is_quiet();
+        self.carry_out(plan);
+        !quiet
+    }
+
+    /// Decides about everything until nothing is written any more.
+    pub fn settle(&mut self) {
+        for _ in 0..200 {
+            let mut wrote = false;
+            for key in Key::all(&self.world) {
+                wrote |= self.step(&key);
+            }
+            if !wrote {
+                return;
+            }
+        }
+        panic!(
+            "decisions never come to rest: {:#?}",
+            Key::all(&self.world).iter().map(|k| self.decide(k).effects).collect::<Vec<_>>()
+        );
+    }
+
+    pub fn carry_out(&mut self, plan: Plan) {
+        for effect in plan.effects {
+            match effect {
+                Effect::Create(object) => {
+                    if self.world.get(object.kind(), &object.name()).is_none() {
+                        self.put(object.kind(), object.to_value().unwrap());
+                    }
+                }
+                Effect::Patch(target, patch) | Effect::PatchStatus(target, patch) => {
+                    let Some(mut value) = self.get(target.kind, &target.name) else { continue };
+                    let wanted = patch.pointer("/metadata/resourceVersion");
+                    if wanted.is_some() && wanted != value.pointer("/metadata/resourceVersion") {
+                        return; // conflict: the plan ends here
+                    }
+                    merge(&mut value, &patch);
+                    self.put(target.kind, value);
+                }
+                Effect::Delete { target, .. } => self.delete(&target),
+                Effect::Bind { pod, node, .. } => self.patch(Kind::Pod, &pod.name, json!({"spec": {"nodeName": node}})),
+                Effect::Evict { pod, .. } => self.delete(&pod),
+                Effect::Record(event) => self.events.push(event),
+            }
+        }
+    }
+
+    pub fn has_event(&self, reason: &str, text: &str) -> bool {
+        self.events.iter().any(|event| event.reason == reason && event.message.contains(text))
+    }
+
+    /// Plays the kubelet: starts pods that have a node, removes pods that are being deleted.
+    pub fn run_kubelets(&mut self) {
+        for name in self.world.names_of(Kind::Pod) {
+            let pod = self.get(Kind::Pod, &name).unwrap();
+            if pod["metadata"].get("deletionTimestamp").is_some_and(|at| !at.is_null()) {
+                self.remove(Kind::Pod, &name);
+            } else if pod["spec"]["nodeName"].is_string() && pod["status"]["phase"].is_null() {
+                self.patch(Kind::Pod, &name, json!({"status": {
+                    "phase": "Running",
+                    "conditions": [{"type": "Ready", "status": "True"}, {"type": "PodScheduled", "status": "True"}],
+                    "containerStatuses": [{"name": "compute", "ready": true, "image": "i", "imageID": "i", "restartCount": 0}],
+                }}));
+            }
+        }
+    }
+
+    pub fn add_node(&mut self, name: &str) {
+        self.put(Kind::Node, json!({
+            "metadata": {"name": name, "labels": {"kubernetes.io/hostname": name, "kubevirt.io/schedulable": "true"}},
+            "status": {
+                "allocatable": {"cpu": "4", "memory": "8Gi", "pods": "110"},
+                "conditions": [{"type": "Ready", "status": "True"}],
+            },
+        }));
+    }
+}
+
+fn merge(target: &mut Value, patch: &Value) {
+    let Value::Object(patch) = patch else {
+        *target = patch.clone();
+        return;
+    };
+    if !target.is_object() {
+        *target = json!({});
+    }
+    let map = target.as_object_mut().unwrap();
+    for (key, value) in patch {
+        if value.is_null() {
+            map.remove(key);
+        } else {
+            merge(map.entry(key.clone()).or_insert(Value::Null), value);
+        }
+    }
+}

@@ -1,0 +1,344 @@
+//! VMIs: from the wish for a running guest to its launcher pod, and what the pod's life means for the VMI.
+//!
+//! The controller drives a VMI up to `Scheduled`; from then on the handler of its node says what the guest does. What the
+//! controller still does later: it notices that the launcher pod is gone, keeps conditions in step with the pod, removes
+//! pods that a migration has left behind, and takes everything away when the VMI is deleted.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use godwit_api::names::conditions::{self, ready};
+use godwit_api::names::events::{self, reason};
+use godwit_api::vmi::VmiPhaseTransitionTimestamp;
+use godwit_api::{Condition, VirtualMachineInstance, VmiPhase, condition};
+use jiff::{SignedDuration, Timestamp};
+use k8s_openapi::api::core::v1::{Pod, PodCondition};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+
+use crate::launcher_pod::{self, Role};
+use crate::migration;
+use crate::names;
+use crate::object::{Name, Stored};
+use crate::placement;
+use crate::plan::{EventType, Plan, VM_CONTROLLER, View};
+use crate::world::World;
+
+/// When the source pod of a handed-over migration ends, its guest may already run at the target: the handlers have this
+/// long to say so before the VMI counts as lost.
+const HAND_OVER_GRACE: SignedDuration = SignedDuration::from_secs(60);
+/// `Ready` is `False` with this reason when the launcher pod has ended.
+const POD_ENDED: (&str, &str) = ("PodCompleted", "virt-launcher pod has terminated");
+
+/// The pod that holds the guest, or shall hold it: the target pod of the last migration when the VMI says that it lives on
+/// the target node, else the pod it came from, else the pod that it started in.
+pub fn current_pod<'a>(vmi: &VirtualMachineInstance, world: &'a World) -> Option<&'a Arc<Pod>> {
+    let pod = |name: &str| {
+        let pod = world.pods.get(&Name::new(vmi.namespace(), name))?;
+        (pod.label(names::LABEL_CREATED_BY) == Some(vmi.uid())).then_some(pod)
+    };
+    let node = vmi.status.node_name.as_deref().filter(|node| !node.is_empty());
+    if let (Some(state), Some(node)) = (&vmi.status.migration_state, node) {
+        let known = if state.target_node.as_deref() == Some(node) && state.failed != Some(true) {
+            &state.target_pod
+        } else {
+            &state.source_pod
+        };
+        if let Some(name) = known {
+            return pod(name);
+        }
+    }
+    pod(&launcher_pod::name(vmi, Role::Start))
+}
+
+/// Decides about one VMI.
+pub fn decide(name: &Name, view: &View<'_>) -> Plan {
+    let mut plan = Plan::nothing();
+    let Some(vmi) = view.world.vmis.get(name) else {
+        remove_orphans(name, view.world, &mut plan);
+        return plan;
+    };
+    let mut after = vmi.as_ref().clone();
+    let mut events = Plan::nothing();
+    if vmi.is_deleting() {
+        take_down(vmi, &mut after, view, &mut plan);
+    } else if vmi.is_final() {
+        end_pods(vmi, view.world, &mut plan);
+    } else {
+        drive(vmi, &mut after, view, &mut plan, &mut events);
+        sweep(vmi, view, &mut plan);
+    }
+    mirror(&mut after, view);
+    if after.status.phase != vmi.status.phase {
+        note_phase(&mut after, view.now);
+    }
+    plan.update(vmi.as_ref(), &after);
+    plan.effects.append(&mut events.effects);
+    plan
+}
+
+fn note_phase(vmi: &mut VirtualMachineInstance, now: Timestamp) {
+    let status = &mut vmi.status;
+    if !status.phase_transition_timestamps.iter().any(|entry| entry.phase == status.phase) {
+        status.phase_transition_timestamps.push(VmiPhaseTransitionTimestamp {
+            phase: status.phase.clone(),
+            phase_transition_timestamp: Some(Time(now)),
+        });
+    }
+}
+
+/// Moves the phase on.
+fn drive(
+    vmi: &Arc<VirtualMachineInstance>,
+    after: &mut VirtualMachineInstance,
+    view: &View<'_>,
+    plan: &mut Plan,
+    events: &mut Plan,
+) {
+    let now = Time(view.now);
+    let pod = current_pod(vmi, view.world);
+    match (&vmi.status.phase, pod) {
+        (VmiPhase::Unset | VmiPhase::Pending, None) => {
+            after.status.phase = VmiPhase::Pending;
+            start(vmi, after, view, plan, events);
+        }
+        (VmiPhase::Unset | VmiPhase::Pending, Some(_)) => after.status.phase = VmiPhase::Scheduling,
+        (VmiPhase::Scheduling | VmiPhase::Scheduled | VmiPhase::Running | VmiPhase::Unknown, None) => {
+            lose(vmi, after, VmiPhase::Failed, ready::POD_NOT_EXISTS, view, plan, events);
+        }
+        (_, Some(pod)) if placement::is_finished(pod) => {
+            let ended_well = pod.status.as_ref().and_then(|status| status.phase.as_deref()) == Some("Succeeded");
+            let ran = vmi.status.phase == VmiPhase::Running;
+            let phase = if ended_well && ran { VmiPhase::Succeeded } else { VmiPhase::Failed };
+            lose(vmi, after, phase, POD_ENDED, view, plan, events);
+        }
+        (VmiPhase::Scheduling, Some(pod)) => {
+            if migration::is_ready(pod)
+                && let Some(node) = pod.spec.as_ref().and_then(|spec| spec.node_name.clone())
+            {
+                after.metadata.labels.get_or_insert_default().insert(names::LABEL_NODE_NAME.to_owned(), node.clone());
+                after.status.node_name = Some(node);
+                after.status.phase = VmiPhase::Scheduled;
+            }
+            match trouble(pod) {
+                Some((reason, message)) => {
+                    let told = Condition::new(conditions::SYNCHRONIZED, false).because(&reason, message.clone());
+                    if condition::set(&mut after.status.conditions, told, &now) {
+                        events.record(vmi.as_ref(), VM_CONTROLLER, EventType::Warning, reason, message);
+                    }
+                }
+                None => {
+                    condition::remove(&mut after.status.conditions, conditions::SYNCHRONIZED);
+                }
+            }
+        }
+        _ => {}
+    }
+}
+
+/// Makes the launcher pod, unless something stands in the way.
+fn start(
+    vmi: &Arc<VirtualMachineInstance>,
+    after: &mut VirtualMachineInstance,
+    view: &View<'_>,
+    plan: &mut Plan,
+    events: &mut Plan,
+) {
+    // Never a second pod that starts the guest while a migration may be bringing it somewhere.
+    let migrating = vmi.status.migration_state.as_ref().is_some_and(migration::is_unresolved);
+    if migrating || view.world.pods_of_vmi(vmi.uid()).any(|pod| !placement::is_finished(pod)) {
+        return;
+    }
+    let claims = vmi.spec.volumes.iter().filter_map(|volume| volume.persistent_volume_claim.as_ref());
+    let missing = claims
+        .map(|claim| Name::new(vmi.namespace(), claim.claim_name.as_str()))
+        .find(|claim| view.world.claims.get(claim).is_none());
+    if let Some(claim) = missing {
+        let message = format!("PVC {claim} does not exist, waiting for it to appear");
+        let told = Condition::new(conditions::SYNCHRONIZED, false).because("FailedPvcNotFound", message.clone());
+        if condition::set(&mut after.status.conditions, told, &Time(view.now)) {
+            events.record(vmi.as_ref(), VM_CONTROLLER, EventType::Warning, "FailedPvcNotFound", message);
+        }
+        return;
+    }
+    condition::remove(&mut after.status.conditions, conditions::SYNCHRONIZED);
+    let pod = launcher_pod::build(vmi, Role::Start, view);
+    events.record(
+        vmi.as_ref(),
+        VM_CONTROLLER,
+        EventType::Normal,
+        reason::SUCCESSFUL_CREATE,
+        events::created_pod(pod.name()),
+    );
+    plan.create(pod);
+}
+
+/// The launcher pod is gone or has ended, and the handler has not said that the guest has ended.
+fn lose(
+    vmi: &Arc<VirtualMachineInstance>,
+    after: &mut VirtualMachineInstance,
+    phase: VmiPhase,
+    why: (&str, &str),
+    view: &View<'_>,
+    plan: &mut Plan,
+    events: &mut Plan,
+) {
+    // The guest may be on its way, or have arrived without the target's handler having said so yet.
+    let in_hand_over = vmi.status.migration_state.as_ref().is_some_and(|state| {
+        let left = state.completed == Some(true) && state.failed != Some(true);
+        let target = state.target_pod.as_deref().and_then(|pod| view.world.pods.get(&Name::new(vmi.namespace(), pod)));
+        let alive = target.is_some_and(|pod| !pod.deleting() && !placement::is_finished(pod));
+        (migration::is_unresolved(state) || left) && state.target_node != vmi.status.node_name && alive
+    });
+    if in_hand_over {
+        let told = vmi.condition(conditions::READY).filter(|told| told.reason.as_deref() == Some(why.0));
+        let since = told.and_then(|told| told.last_transition_time.as_ref()).map_or(view.now, |time| time.0);
+        let end = since + HAND_OVER_GRACE;
+        if view.now < end {
+            plan.wake(end);
+            let mut told = Condition::new(conditions::READY, false).because(why.0, why.1);
+            // This time is the beginning of the grace period: it counts from now, not from an earlier "not ready".
+            told.last_transition_time = Some(Time(since));
+            condition::remove(&mut after.status.conditions, conditions::READY);
+            after.status.conditions.push(told);
+            return;
+        }
+    }
+    let node = vmi.status.node_name.as_deref().unwrap_or_default();
+    if !node.is_empty() && phase == VmiPhase::Failed && crate::node::is_lost(node, view) {
+        after.status.reason = Some(names::REASON_NODE_UNRESPONSIVE.to_owned());
+        let text = events::vmi_node_unresponsive(node);
+        events.record(vmi.as_ref(), crate::NODE_CONTROLLER, EventType::Normal, reason::NODE_UNRESPONSIVE, text);
+    }
+    after.status.phase = phase;
+}
+
+/// What keeps the pod from starting, as the kubelet says it.
+fn trouble(pod: &Pod) -> Option<(String, String)> {
+    let status = pod.status.as_ref()?;
+    let containers = status.init_container_statuses.iter().chain(status.container_statuses.iter()).flatten();
+    let waiting = containers
+        .filter_map(|container| container.state.as_ref()?.waiting.as_ref())
+        .find(|waiting| !matches!(waiting.reason.as_deref(), None | Some("ContainerCreating" | "PodInitializing")))?;
+    Some((waiting.reason.clone().unwrap_or_default(), waiting.message.clone().unwrap_or_default()))
+}
+
+/// The VMI is being deleted: end its pods, and let it go when they are gone.
+fn take_down(vmi: &Arc<VirtualMachineInstance>, after: &mut VirtualMachineInstance, view: &View<'_>, plan: &mut Plan) {
+    let mut remaining = 0;
+    for pod in view.world.pods_of_vmi(vmi.uid()) {
+        remaining += 1;
+        if !pod.deleting() {
+            plan.delete(pod.as_ref());
+        }
+    }
+    if remaining > 0 {
+        return;
+    }
+    if !vmi.is_final() {
+        after.status.phase = VmiPhase::Succeeded;
+    }
+    if let Some(finalizers) = &mut after.metadata.finalizers {
+        finalizers.retain(|finalizer| finalizer != names::FINALIZER_VMI);
+        if finalizers.is_empty() {
+            after.metadata.finalizers = None;
+        }
+    }
+}
+
+/// The guest has ended: so do pods that still run.
+fn end_pods(vmi: &VirtualMachineInstance, world: &World, plan: &mut Plan) {
+    for pod in world.pods_of_vmi(vmi.uid()).filter(|pod| !pod.deleting() && !placement::is_finished(pod)) {
+        plan.delete(pod.as_ref());
+    }
+}
+
+/// Removes the pods that finished migrations have left behind: where the guest came from, where it never went.
+fn sweep(vmi: &VirtualMachineInstance, view: &View<'_>, plan: &mut Plan) {
+    let Some(state) = &vmi.status.migration_state else { return };
+    let succeeded = state.failed != Some(true);
+    // As long as it is not plain where the guest lives, nothing is removed.
+    if migration::is_unresolved(state) || (succeeded && vmi.status.node_name != state.target_node) {
+        return;
+    }
+    let Some(current) = current_pod(vmi, view.world).map(|pod| pod.uid().to_owned()) else { return };
+    let name = vmi.key();
+    for pod in view.world.pods_of_vmi(vmi.uid()) {
+        let awaited = pod.label(names::LABEL_MIGRATION_JOB_UID).is_some_and(|uid| {
+            view.world.migrations_of(&name).any(|migration| migration.uid() == uid && !migration.is_final())
+        });
+        if !pod.deleting() && !awaited && pod.uid() != current {
+            plan.delete(pod.as_ref());
+        }
+    }
+}
+
+/// Launcher pods whose VMI is gone for good.
+fn remove_orphans(name: &Name, world: &World, plan: &mut Plan) {
+    let launchers = world.pods.iter().filter(|pod| {
+        pod.namespace() == name.namespace
+            && pod.label(names::LABEL_APP) == Some(names::APP_VIRT_LAUNCHER)
+            && pod.annotation(names::ANNOTATION_DOMAIN) == Some(name.name.as_str())
+    });
+    for pod in launchers.filter(|pod| !pod.deleting()) {
+        plan.delete(pod.as_ref());
+    }
+}
+
+/// Keeps `activePods`, `Ready` and `PodScheduled` in step with the pods.
+fn mirror(vmi: &mut VirtualMachineInstance, view: &View<'_>) {
+    let now = Time(view.now);
+    let active: BTreeMap<String, String> = view
+        .world
+        .pods_of_vmi(vmi.uid())
+        .filter(|pod| !placement::is_finished(pod))
+        .map(|pod| {
+            let node = pod.spec.as_ref().and_then(|spec| spec.node_name.clone()).unwrap_or_default();
+            (pod.uid().to_owned(), node)
+        })
+        .collect();
+    vmi.status.active_pods = active;
+
+    let pod = current_pod(vmi, view.world);
+    if let Some(pod) = pod {
+        let status = pod.status.as_ref();
+        vmi.status.qos_class = status.and_then(|status| status.qos_class.clone()).or(vmi.status.qos_class.take());
+        let image = pod.spec.as_ref().and_then(|spec| spec.containers.first()).and_then(|one| one.image.clone());
+        vmi.status.launcher_container_image_version = image;
+        match pod_condition(pod, conditions::POD_SCHEDULED).filter(|scheduled| scheduled.status != "True") {
+            Some(scheduled) => {
+                let told = copy(conditions::POD_SCHEDULED, scheduled);
+                condition::set(&mut vmi.status.conditions, told, &now);
+            }
+            None => {
+                condition::remove(&mut vmi.status.conditions, conditions::POD_SCHEDULED);
+            }
+        }
+    }
+    let not = |why: (&str, &str)| Condition::new(conditions::READY, false).because(why.0, why.1);
+    let told = match pod {
+        None => not(ready::POD_NOT_EXISTS),
+        Some(pod) if placement::is_finished(pod) => not(POD_ENDED),
+        Some(pod) if pod.deleting() => not(ready::POD_TERMINATING),
+        Some(_) if vmi.status.phase != VmiPhase::Running => not(ready::GUEST_NOT_RUNNING),
+        Some(pod) => match pod_condition(pod, conditions::READY) {
+            Some(ready) => copy(conditions::READY, ready),
+            None => not(ready::POD_CONDITION_MISSING),
+        },
+    };
+    condition::set(&mut vmi.status.conditions, told, &now);
+}
+
+fn pod_condition<'a>(pod: &'a Pod, type_: &str) -> Option<&'a PodCondition> {
+    let conditions = pod.status.as_ref()?.conditions.as_ref()?;
+    conditions.iter().find(|condition| condition.type_ == type_)
+}
+
+fn copy(type_: &str, from: &PodCondition) -> Condition {
+    Condition {
+        type_: type_.to_owned(),
+        status: from.status.clone(),
+        reason: from.reason.clone(),
+        message: from.message.clone(),
+        ..Condition::default()
+    }
+}
