@@ -135,7 +135,11 @@ pub fn aggregated(resources: &[Resource], legacy: bool, version: &str) -> Value 
                     json!({"version": version, "resources": list, "freshness": "Current"})
                 })
                 .collect();
-            let metadata = if legacy { json!({"creationTimestamp": null}) } else { json!({"name": group, "creationTimestamp": null}) };
+            let metadata = if legacy {
+                json!({"creationTimestamp": null})
+            } else {
+                json!({"name": group, "creationTimestamp": null})
+            };
             json!({"metadata": metadata, "versions": versions})
         })
         .collect();
@@ -327,11 +331,16 @@ mod tests {
         let doc = aggregated(&all(), false, "v2");
         assert_eq!(doc["items"].as_array().unwrap().len(), names.len());
         let legacy = aggregated(&all(), true, "v2");
-        let pods = &legacy["items"][0]["versions"][0]["resources"].as_array().unwrap().iter()
-            .find(|r| r["resource"] == "pods").unwrap().clone();
+        let pods = &legacy["items"][0]["versions"][0]["resources"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .find(|r| r["resource"] == "pods")
+            .unwrap()
+            .clone();
         assert_eq!(pods["responseKind"]["kind"], "Pod");
-        let names: Vec<&str> = pods["subresources"].as_array().unwrap().iter()
-            .map(|s| s["subresource"].as_str().unwrap()).collect();
+        let names: Vec<&str> =
+            pods["subresources"].as_array().unwrap().iter().map(|s| s["subresource"].as_str().unwrap()).collect();
         assert_eq!(names, ["binding", "eviction", "log", "status"]);
     }
 }

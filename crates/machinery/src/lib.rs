@@ -2,6 +2,7 @@
 //!
 //! Objects are `serde_json::Value`s throughout, so that fields which this version does not know survive a round trip.
 
+pub mod apply;
 pub mod body;
 pub mod builtin;
 pub mod crd;

@@ -57,7 +57,11 @@ impl GroupVersion {
 
     /// `api/v1` or `apis/group/v1`: where it is served.
     pub fn path(&self) -> String {
-        if self.group.is_empty() { format!("api/{}", self.version) } else { format!("apis/{}/{}", self.group, self.version) }
+        if self.group.is_empty() {
+            format!("api/{}", self.version)
+        } else {
+            format!("apis/{}/{}", self.group, self.version)
+        }
     }
 
     /// The inverse of [`GroupVersion::api_version`].

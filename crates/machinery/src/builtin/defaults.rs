@@ -16,10 +16,9 @@ pub fn set_defaults(resource: &Resource, object: &mut Value) {
         ("", "Namespace") => namespace(object),
         ("", "Secret") => secret(object),
         ("", "PersistentVolumeClaim") => in_spec(object, &[("volumeMode", json!("Filesystem"))]),
-        ("", "PersistentVolume") => in_spec(
-            object,
-            &[("volumeMode", json!("Filesystem")), ("persistentVolumeReclaimPolicy", json!("Retain"))],
-        ),
+        ("", "PersistentVolume") => {
+            in_spec(object, &[("volumeMode", json!("Filesystem")), ("persistentVolumeReclaimPolicy", json!("Retain"))])
+        }
         ("", "Service") => service(object),
         ("storage.k8s.io", "StorageClass") => {
             put(object, "reclaimPolicy", || json!("Delete"));
@@ -255,9 +254,7 @@ fn secret(object: &mut Value) {
     }
     let coded: Vec<(String, Value)> = plain
         .iter()
-        .filter_map(|(k, v)| {
-            Some((k.clone(), json!(base64::engine::general_purpose::STANDARD.encode(v.as_str()?))))
-        })
+        .filter_map(|(k, v)| Some((k.clone(), json!(base64::engine::general_purpose::STANDARD.encode(v.as_str()?)))))
         .collect();
     map.remove("stringData");
     if let Value::Object(data) = map.entry("data").or_insert_with(|| json!({})) {
@@ -268,7 +265,11 @@ fn secret(object: &mut Value) {
 fn service(object: &mut Value) {
     in_spec(
         object,
-        &[("type", json!("ClusterIP")), ("sessionAffinity", json!("None")), ("internalTrafficPolicy", json!("Cluster"))],
+        &[
+            ("type", json!("ClusterIP")),
+            ("sessionAffinity", json!("None")),
+            ("internalTrafficPolicy", json!("Cluster")),
+        ],
     );
     for port in object.get_mut("spec").into_iter().flat_map(|spec| each(spec, "ports")) {
         put(port, "protocol", || json!("TCP"));

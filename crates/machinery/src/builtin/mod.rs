@@ -6,7 +6,7 @@ mod merge;
 mod rules;
 
 pub use defaults::{initial_status, qos_class, set_defaults};
-pub use rules::{name_error, validate};
+pub use rules::validate;
 
 use crate::resource::{Columns, GroupVersion, Resource};
 use crate::schema::Schema;

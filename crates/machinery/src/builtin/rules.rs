@@ -1,22 +1,25 @@
 //! Rules of built-in kinds and of metadata that no schema says, in Kubernetes' words.
 
+use crate::names;
 use crate::resource::Resource;
 use crate::schema::{self, FieldError, Schema};
 use serde_json::Value;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-const SUBDOMAIN: &str = "a lowercase RFC 1123 subdomain must consist of lower case alphanumeric characters, '-' or '.', and must start and end with an alphanumeric character (e.g. 'example.com', regex used for validation is '[a-z0-9]([-a-z0-9]*[a-z0-9])?(\\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*')";
-const LABEL: &str = "a lowercase RFC 1123 label must consist of lower case alphanumeric characters or '-', and must start and end with an alphanumeric character (e.g. 'my-name',  or '123-abc', regex used for validation is '[a-z0-9]([-a-z0-9]*[a-z0-9])?')";
-const DNS1035: &str = "a DNS-1035 label must consist of lower case alphanumeric characters or '-', start with an alphabetic character, and end with an alphanumeric character (e.g. 'my-name',  or 'abc-123', regex used for validation is '[a-z]([-a-z0-9]*[a-z0-9])?')";
-const QUALIFIED: &str = "name part must consist of alphanumeric characters, '-', '_' or '.', and must start and end with an alphanumeric character (e.g. 'MyName',  or 'my.name',  or '123-abc', regex used for validation is '([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9]')";
-const LABEL_VALUE: &str = "a valid label must be an empty string or consist of alphanumeric characters, '-', '_' or '.', and must start and end with an alphanumeric character (e.g. 'MyValue',  or 'my_value',  or '12345', regex used for validation is '(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?')";
-const CONFIG_KEY: &str = "a valid config key must consist of alphanumeric characters, '-', '_' or '.' (e.g. 'key.name',  or 'KEY_NAME',  or 'key-name', regex used for validation is '[-._a-zA-Z0-9]+')";
+const CONFIG_KEY: &str = "a valid config key must consist of alphanumeric characters, '-', '_' or '.' (e.g. 'key.name', \
+                          or 'KEY_NAME',  or 'key-name', regex used for validation is '[-._a-zA-Z0-9]+')";
 
 /// Everything wrong with an object of any kind that is about to be stored: metadata, schema, and for built-in kinds the
 /// rules that their schemas do not say.
 pub fn validate(resource: &Resource, object: &Value) -> Vec<FieldError> {
-    let mut errors = metadata(resource, object);
+    // Reviews are asked, not stored, and have no name.
+    let mut errors = if resource.virtual_create_only {
+        Vec::new()
+    } else {
+        let rule = names::Rule::of(&resource.gv.group, &resource.plural);
+        names::validate(object, rule, resource.namespaced)
+    };
     if !resource.builtin {
         errors.extend(schema::validate(&resource.schema, object));
         return errors;
@@ -34,123 +37,6 @@ pub fn validate(resource: &Resource, object: &Value) -> Vec<FieldError> {
         ("rbac.authorization.k8s.io", "RoleBinding" | "ClusterRoleBinding") => role_ref(object, &mut errors),
         ("apiextensions.k8s.io", "CustomResourceDefinition") => errors.extend(crate::crd::validate_crd(object)),
         _ => {}
-    }
-    errors
-}
-
-/// What Kubernetes says to a name that this kind cannot have; `None`: the name is good.
-pub fn name_error(resource: &Resource, name: &str) -> Option<&'static str> {
-    let group = resource.gv.group.as_str();
-    match resource.kind.as_str() {
-        "Namespace" if group.is_empty() => label_error(name),
-        "Service" if group.is_empty() => {
-            let good = label_error(name).is_none() && name.starts_with(|c: char| c.is_ascii_lowercase());
-            (!good).then_some(DNS1035)
-        }
-        "Role" | "ClusterRole" | "RoleBinding" | "ClusterRoleBinding" if group == "rbac.authorization.k8s.io" => {
-            match name {
-                "." => Some("may not be '.'"),
-                ".." => Some("may not be '..'"),
-                _ if name.contains('/') => Some("may not contain '/'"),
-                _ if name.contains('%') => Some("may not contain '%'"),
-                _ => None,
-            }
-        }
-        _ => subdomain_error(name),
-    }
-}
-
-fn label_error(s: &str) -> Option<&'static str> {
-    if s.len() > 63 {
-        return Some("must be no more than 63 bytes");
-    }
-    (!is_label(s)).then_some(LABEL)
-}
-
-fn subdomain_error(s: &str) -> Option<&'static str> {
-    if s.len() > 253 {
-        return Some("must be no more than 253 bytes");
-    }
-    (!s.split('.').all(is_label)).then_some(SUBDOMAIN)
-}
-
-fn is_label(s: &str) -> bool {
-    let edge = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
-    s.starts_with(edge) && s.ends_with(edge) && s.chars().all(|c| edge(c) || c == '-')
-}
-
-fn is_name_part(s: &str) -> bool {
-    let edge = |c: char| c.is_ascii_alphanumeric();
-    s.starts_with(edge) && s.ends_with(edge) && s.chars().all(|c| edge(c) || "-_.".contains(c))
-}
-
-fn qualified_error(key: &str) -> Option<String> {
-    let (prefix, name) = match key.split_once('/') {
-        Some((prefix, name)) => (Some(prefix), name),
-        None => (None, key),
-    };
-    if let Some(prefix) = prefix {
-        if prefix.is_empty() {
-            return Some("prefix part must be non-empty".into());
-        }
-        if let Some(why) = subdomain_error(prefix) {
-            return Some(format!("prefix part {why}"));
-        }
-    }
-    if name.is_empty() {
-        Some("name part must be non-empty".into())
-    } else if name.len() > 63 {
-        Some("name part must be no more than 63 bytes".into())
-    } else {
-        (!is_name_part(name)).then(|| QUALIFIED.into())
-    }
-}
-
-/// The rules of `metadata`.
-fn metadata(resource: &Resource, object: &Value) -> Vec<FieldError> {
-    let mut errors = Vec::new();
-    let text = |field: &str| object.pointer(&format!("/metadata/{field}")).and_then(Value::as_str).unwrap_or_default();
-    let name = text("name");
-    if name.is_empty() {
-        required("metadata.name", "name or generateName is required", &mut errors);
-    } else if let Some(why) = name_error(resource, name) {
-        invalid("metadata.name", name, why, &mut errors);
-    }
-    let namespace = text("namespace");
-    if resource.namespaced && namespace.is_empty() {
-        required("metadata.namespace", "", &mut errors);
-    } else if !resource.namespaced && !namespace.is_empty() {
-        push("FieldValueForbidden", "metadata.namespace", "Forbidden: not allowed on this type".into(), &mut errors);
-    }
-    let map = |field: &str| object.pointer(&format!("/metadata/{field}")).and_then(Value::as_object);
-    for (key, value) in map("labels").into_iter().flatten() {
-        if let Some(why) = qualified_error(key) {
-            invalid("metadata.labels", key, &why, &mut errors);
-        }
-        let Some(value) = value.as_str() else { continue };
-        if value.len() > 63 {
-            invalid("metadata.labels", value, "must be no more than 63 bytes", &mut errors);
-        } else if !value.is_empty() && !is_name_part(value) {
-            invalid("metadata.labels", value, LABEL_VALUE, &mut errors);
-        }
-    }
-    let mut size = 0;
-    for (key, value) in map("annotations").into_iter().flatten() {
-        if let Some(why) = qualified_error(&key.to_lowercase()) {
-            invalid("metadata.annotations", key, &why, &mut errors);
-        }
-        size += key.len() + value.as_str().map_or(0, str::len);
-    }
-    const MOST: usize = 256 * 1024;
-    if size > MOST {
-        let message = format!("Too long: may not be more than {MOST} bytes");
-        push("FieldValueTooLong", "metadata.annotations", message, &mut errors);
-    }
-    let finalizers = object.pointer("/metadata/finalizers").and_then(Value::as_array);
-    for finalizer in finalizers.into_iter().flatten().filter_map(Value::as_str) {
-        if let Some(why) = qualified_error(finalizer) {
-            invalid("metadata.finalizers", finalizer, &why, &mut errors);
-        }
     }
     errors
 }
@@ -241,9 +127,7 @@ fn pod(object: &Value, errors: &mut Vec<FieldError>) {
 fn named(object: &Value, field: &str, seen: &mut BTreeSet<String>, errors: &mut Vec<FieldError>) {
     needs(object, "name", field, errors);
     let Some(name) = object.get("name").and_then(Value::as_str).filter(|n| !n.is_empty()) else { return };
-    if let Some(why) = label_error(name) {
-        invalid(field, name, why, errors);
-    }
+    names::label(name).iter().for_each(|why| invalid(field, name, why, errors));
     if !seen.insert(name.to_owned()) {
         push("FieldValueDuplicate", field, format!("Duplicate value: {}", Value::from(name)), errors);
     }
@@ -331,19 +215,25 @@ mod tests {
         let has = |start: &str| assert!(errors.iter().any(|e| e.starts_with(start)), "{start} not in {errors:#?}");
         has("metadata.name: Invalid value: \"P_\": a lowercase RFC 1123 subdomain");
         has("metadata.labels: Invalid value: \"a b\": name part must");
-        has("spec.restartPolicy: Unsupported value: \"Sometimes\": supported values: \"Always\", \"OnFailure\", \"Never\"");
+        has(
+            "spec.restartPolicy: Unsupported value: \"Sometimes\": supported values: \"Always\", \"OnFailure\", \"Never\"",
+        );
         has("spec.containers[0].image: Required value");
         has("spec.containers[1].name: Duplicate value: \"c\"");
         has("spec.containers[1].volumeMounts[0].name: Not found: \"nope\"");
-        has("spec.containers[1].resources.requests: Invalid value: \"2\": must be less than or equal to cpu limit of 1");
+        has(
+            "spec.containers[1].resources.requests: Invalid value: \"2\": must be less than or equal to cpu limit of 1",
+        );
     }
 
     #[test]
     fn scope_and_names_are_checked() {
-        assert!(check("Node", json!({"metadata": {"name": "n", "namespace": "x"}}))[0].contains("Forbidden"));
+        assert!(check("Node", json!({"metadata": {"name": "n", "namespace": "x"}}))[0].contains("orbidden"));
         assert!(check("ConfigMap", json!({"metadata": {"name": "n"}}))[0].starts_with("metadata.namespace: Required"));
-        assert!(check("ConfigMap", json!({"metadata": {"name": "n", "namespace": "x"}, "data": {"a/b": "c"}}))[0]
-            .starts_with("data[a/b]: Invalid value"));
+        assert!(
+            check("ConfigMap", json!({"metadata": {"name": "n", "namespace": "x"}, "data": {"a/b": "c"}}))[0]
+                .starts_with("data[a/b]: Invalid value")
+        );
         assert!(check("ClusterRole", json!({"metadata": {"name": "system:x"}, "rules": []})).is_empty());
     }
 }

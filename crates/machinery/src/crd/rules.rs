@@ -143,7 +143,10 @@ impl Check {
             }
         }
         if has("properties") && has("additionalProperties") {
-            self.forbidden(&format!("{path}.additionalProperties"), "additionalProperties and properties are mutual exclusive");
+            self.forbidden(
+                &format!("{path}.additionalProperties"),
+                "additionalProperties and properties are mutual exclusive",
+            );
         }
         if schema.get("additionalProperties") == Some(&Value::Bool(false)) {
             self.forbidden(&format!("{path}.additionalProperties"), "additionalProperties cannot be set to false");

@@ -122,15 +122,21 @@ fn bad_definitions_are_refused_with_the_field() {
         with("/metadata/name", json!("x")),
         ["metadata.name: Invalid value: \"x\": must be spec.names.plural+\".\"+spec.group"]
     );
-    assert_eq!(with("/spec/versions/0/schema", json!(null)), [
-        "spec.versions[0].schema.openAPIV3Schema: Required value: schemas are required"
-    ]);
-    assert!(with("/spec/versions/0/storage", json!(false))[0].ends_with("exactly one version marked as storage version"));
+    assert_eq!(
+        with("/spec/versions/0/schema", json!(null)),
+        ["spec.versions[0].schema.openAPIV3Schema: Required value: schemas are required"]
+    );
+    assert!(
+        with("/spec/versions/0/storage", json!(false))[0].ends_with("exactly one version marked as storage version")
+    );
     assert!(with("/spec/scope", json!("Galaxy"))[0].starts_with("spec.scope: Unsupported value: \"Galaxy\""));
     let spec = "/spec/versions/0/schema/openAPIV3Schema/properties/spec";
-    assert_eq!(with(spec, json!({"properties": {}})), [
-        "spec.versions[0].schema.openAPIV3Schema.properties[spec].type: Required value: must not be empty for specified object fields"
-    ]);
+    assert_eq!(
+        with(spec, json!({"properties": {}})),
+        [
+            "spec.versions[0].schema.openAPIV3Schema.properties[spec].type: Required value: must not be empty for specified object fields"
+        ]
+    );
     assert!(with(spec, json!({"type": "array"}))[0].contains("properties[spec].items: Required value"));
     let status = resources_from_crd(&json!({"metadata": {"name": "x"}})).unwrap_err();
     assert_eq!((status.code, status.reason.as_str()), (422, "Invalid"));

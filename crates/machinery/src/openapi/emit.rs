@@ -40,7 +40,9 @@ impl Emitter {
     pub(super) fn resource(&mut self, resource: &Resource) {
         let name = definition_name(resource);
         let mut value = self.body(&resource.schema);
-        if let Some(description) = resource.schema.definition_description.as_ref().or(resource.schema.description.as_ref()) {
+        if let Some(description) =
+            resource.schema.definition_description.as_ref().or(resource.schema.description.as_ref())
+        {
             value["description"] = json!(description);
         }
         value["x-kubernetes-group-version-kind"] = json!([gvk(&resource.gv, &resource.kind)]);

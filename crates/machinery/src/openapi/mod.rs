@@ -13,8 +13,11 @@ use serde_json::{Map, Value, json};
 use sha2::{Digest as _, Sha256};
 use std::collections::BTreeSet;
 
-/// Content type of [`v2_protobuf`].
-pub const V2_PROTOBUF: &str = "application/com.github.proto-openapi.spec.v2@v1.0+protobuf";
+/// What clients put into `Accept` for [`v2_protobuf`].
+pub const V2_PROTOBUF_ACCEPT: &str = "application/com.github.proto-openapi.spec.v2@v1.0+protobuf";
+/// `Content-Type` of [`v2_protobuf`]: with a dot, since the `@` of what was asked for is not allowed in a media type
+/// and clients refuse to read it.
+pub const V2_PROTOBUF: &str = "application/com.github.proto-openapi.spec.v2.v1.0+protobuf";
 
 /// Every group version that has resources.
 fn group_versions(resources: &[Resource]) -> BTreeSet<GroupVersion> {

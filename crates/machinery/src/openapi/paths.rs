@@ -78,8 +78,7 @@ struct Target<'a> {
 fn operation(resource: &Resource, verb: &str, target: &Target<'_>, flavour: Flavour) -> Value {
     let writes = matches!(verb, "post" | "put" | "patch");
     let mut parameters: Vec<Value> = Vec::new();
-    let mut query =
-        |name: &str, ty: &str, about: &str| parameters.push(parameter("query", name, ty, about, flavour));
+    let mut query = |name: &str, ty: &str, about: &str| parameters.push(parameter("query", name, ty, about, flavour));
     if writes || verb == "delete" {
         query("dryRun", "string", "When present, indicates that modifications should not be persisted. Valid: All");
     }
@@ -103,9 +102,12 @@ fn operation(resource: &Resource, verb: &str, target: &Target<'_>, flavour: Flav
         }
     }
     if verb == "list" {
-        for (name, ty) in
-            [("watch", "boolean"), ("allowWatchBookmarks", "boolean"), ("sendInitialEvents", "boolean"), ("timeoutSeconds", "integer")]
-        {
+        for (name, ty) in [
+            ("watch", "boolean"),
+            ("allowWatchBookmarks", "boolean"),
+            ("sendInitialEvents", "boolean"),
+            ("timeoutSeconds", "integer"),
+        ] {
             query(name, ty, "");
         }
     }

@@ -17,7 +17,8 @@ fn references(value: &Value, out: &mut BTreeSet<String>) {
 #[test]
 fn every_reference_leads_somewhere() {
     let resources = crate::builtin::resources();
-    let mut documents = vec![("v2".to_owned(), v2_document(&resources)["definitions"].clone(), v2_document(&resources))];
+    let mut documents =
+        vec![("v2".to_owned(), v2_document(&resources)["definitions"].clone(), v2_document(&resources))];
     for gv in group_versions(&resources) {
         let document = v3_document(&resources, &gv).unwrap();
         documents.push((gv.path(), document["components"]["schemas"].clone(), document));

@@ -114,7 +114,8 @@ fn message(group: &str, name: &str) -> Option<(&'static str, &'static Message)> 
 /// 400 BadRequest if the bytes are not such a body or use a field that this server does not know; 415
 /// UnsupportedMediaType if the kind can only be sent as JSON here. Both say which.
 pub fn decode_body(bytes: &[u8]) -> Result<Value, Status> {
-    let bad = |why: String| Status::bad_request(format!("the request body is not a Kubernetes protobuf message: {why}"));
+    let bad =
+        |why: String| Status::bad_request(format!("the request body is not a Kubernetes protobuf message: {why}"));
     let envelope = bytes.strip_prefix(MAGIC).ok_or_else(|| bad("it does not begin with \"k8s\\0\"".into()))?;
     let envelope = Envelope::read(envelope).map_err(|e| bad(e.to_string()))?;
     let (api_version, kind) = (envelope.api_version, envelope.kind);
@@ -196,7 +197,13 @@ struct Decoder {
 }
 
 impl Decoder {
-    fn message(&mut self, group: &str, table: &Message, bytes: &[u8], out: &mut Map<String, Value>) -> Result<(), Trouble> {
+    fn message(
+        &mut self,
+        group: &str,
+        table: &Message,
+        bytes: &[u8],
+        out: &mut Map<String, Value>,
+    ) -> Result<(), Trouble> {
         let mut fields = Fields::of(bytes);
         while let Some((number, wire)) = fields.next()? {
             let field = table.get(&number).ok_or(Trouble::Unknown(number))?;
@@ -216,7 +223,13 @@ impl Decoder {
         Ok(())
     }
 
-    fn field(&mut self, group: &str, field: &Field, wire: Wire<'_>, out: &mut Map<String, Value>) -> Result<(), Trouble> {
+    fn field(
+        &mut self,
+        group: &str,
+        field: &Field,
+        wire: Wire<'_>,
+        out: &mut Map<String, Value>,
+    ) -> Result<(), Trouble> {
         match field.shape {
             Shape::Plain => {
                 if let Some(value) = self.value(group, &field.kind, wire)?.filter(|v| !is_zero(&field.kind, v)) {

@@ -1,4 +1,8 @@
 use super::*;
+
+#[path = "vectors.rs"]
+mod vectors;
+
 use proptest::prelude::*;
 
 #[test]
@@ -18,7 +22,36 @@ fn the_tables_are_whole() {
             assert!(MESSAGES[group].contains_key(name));
         }
     }
-    assert_eq!(fields, MESSAGES.values().flat_map(|m| m.values()).map(BTreeMap::len).sum::<usize>(), "two fields of one number");
+    assert_eq!(
+        fields,
+        MESSAGES.values().flat_map(|m| m.values()).map(BTreeMap::len).sum::<usize>(),
+        "two fields of one number"
+    );
+}
+
+#[test]
+fn bodies_of_kubectl_mean_what_they_say() {
+    for (body, object) in vectors::VECTORS {
+        let body = base64::engine::general_purpose::STANDARD.decode(body).unwrap();
+        let wanted: Value = serde_json::from_str(object).unwrap();
+        assert_eq!(decode_body(&body).unwrap(), wanted);
+    }
+}
+
+#[test]
+fn fields_that_nobody_here_knows_are_refused_by_number() {
+    // ConfigMap with a field 9.
+    let status = decode_body(b"k8s\0\x0a\x0f\x0a\x02v1\x12\x09ConfigMap\x12\x02\x48\x01").unwrap_err();
+    assert_eq!(status.code, 400);
+    assert!(status.message.contains("field 9 of ConfigMap"), "{}", status.message);
+}
+
+#[test]
+fn times_are_written_as_go_writes_them() {
+    assert_eq!(time(b"", 0), Ok(None));
+    assert_eq!(time(b"\x08\x01\x10\x98\x8c\xeb\xdc\x03", 6), Ok(Some(json!("1970-01-01T00:00:01.999999Z"))));
+    assert_eq!(time(b"\x08\x00", 0), Ok(Some(json!("1970-01-01T00:00:00Z"))));
+    assert_eq!(time(b"\x08\xff\xff\xff\xff\xff\xff\xff\xff\x7f", 0), Err(Malformed::Time));
 }
 
 #[test]

@@ -31,8 +31,7 @@ fn cidr(s: &str) -> bool {
 fn mac(s: &str) -> bool {
     let separator = if s.contains('-') { '-' } else { ':' };
     let parts: Vec<&str> = s.split(separator).collect();
-    matches!(parts.len(), 6 | 8 | 20)
-        && parts.iter().all(|p| p.len() == 2 && p.bytes().all(|b| b.is_ascii_hexdigit()))
+    matches!(parts.len(), 6 | 8 | 20) && parts.iter().all(|p| p.len() == 2 && p.bytes().all(|b| b.is_ascii_hexdigit()))
 }
 
 fn uuid(s: &str) -> bool {

@@ -175,7 +175,8 @@ impl Schema {
     /// Schema at a path of member names; list items are entered by any number or `*`.
     pub fn at<'a>(&'a self, path: &[&str]) -> Option<&'a Schema> {
         path.iter().try_fold(self, |node, step| {
-            node.member(step).or(if step.parse::<usize>().is_ok() || *step == "*" { node.items.as_ref() } else { None })
+            node.member(step)
+                .or(if step.parse::<usize>().is_ok() || *step == "*" { node.items.as_ref() } else { None })
                 .map(Arc::as_ref)
         })
     }
