@@ -104,7 +104,10 @@ pub fn decode(content_type: &str, bytes: &[u8], limit: usize) -> Result<Decoded,
     let media = media_type(content_type);
     if media.is_empty() || media == "application/json" || media == "text/json" || media.ends_with("+json") {
         json(bytes)
-    } else if media == "application/yaml" || media == "text/yaml" || media == "application/x-yaml" || media.ends_with("+yaml")
+    } else if media == "application/yaml"
+        || media == "text/yaml"
+        || media == "application/x-yaml"
+        || media.ends_with("+yaml")
     {
         yaml(bytes)
     } else {
@@ -136,7 +139,8 @@ fn yaml(bytes: &[u8]) -> Result<Decoded, Status> {
     {
         return Ok(decoded);
     }
-    let malformed = |error: &dyn fmt::Display| Status::bad_request(format!("error converting YAML to JSON: yaml: {error}"));
+    let malformed =
+        |error: &dyn fmt::Display| Status::bad_request(format!("error converting YAML to JSON: yaml: {error}"));
     let text = std::str::from_utf8(bytes).map_err(|e| malformed(&e))?;
     let read = |policy: serde_saphyr::DuplicateKeyPolicy| {
         let found = Found::default();
@@ -150,15 +154,16 @@ fn yaml(bytes: &[u8]) -> Result<Decoded, Status> {
         serde_saphyr::with_deserializer_from_str_with_options(text, options, |deserializer| {
             Node { found: &found, depth: 0 }.deserialize(deserializer)
         })
-        .map_err(|error| (error, found.path.borrow().join(".")))
+        .map_err(|error| Box::new((error, found.path.borrow().join("."))))
     };
     match read(serde_saphyr::DuplicateKeyPolicy::Error) {
         Ok(value) => Ok(Decoded { value, duplicate_fields: Vec::new() }),
-        Err((error, path)) => match error.without_snippet() {
+        Err(failed) => match failed.0.without_snippet() {
             serde_saphyr::Error::DuplicateMappingKey { key, .. } => {
                 let key = key.clone().unwrap_or_default();
+                let path = &failed.1;
                 let field = if path.is_empty() { key } else { format!("{path}.{key}") };
-                let value = read(serde_saphyr::DuplicateKeyPolicy::LastWins).map_err(|(e, _)| malformed(&e))?;
+                let value = read(serde_saphyr::DuplicateKeyPolicy::LastWins).map_err(|failed| malformed(&failed.0))?;
                 Ok(Decoded { value, duplicate_fields: vec![field] })
             }
             other => Err(malformed(other)),
@@ -370,7 +375,10 @@ mod tests {
 
     #[test]
     fn finds_duplicates() {
-        let decoded = read("application/json; charset=utf-8", r#"{"a":1,"s":{"c":[{"n":1},{"n":1,"n":2}],"d":[[{"x":1,"x":2}]]},"a":2}"#);
+        let decoded = read(
+            "application/json; charset=utf-8",
+            r#"{"a":1,"s":{"c":[{"n":1},{"n":1,"n":2}],"d":[[{"x":1,"x":2}]]},"a":2}"#,
+        );
         assert_eq!(decoded.value, json!({"a": 2, "s": {"c": [{"n": 1}, {"n": 2}], "d": [[{"x": 2}]]}}));
         assert_eq!(decoded.duplicate_fields, ["s.c[1].n", "s.d[0][0].x", "a"]);
         let decoded = read("application/yaml", "a: 1\nm:\n  b: 1\n  b: 2\n");

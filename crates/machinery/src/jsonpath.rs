@@ -340,7 +340,8 @@ mod tests {
 
     #[test]
     fn refuses_what_it_cannot_follow() {
-        for path in [".a[", ".a[?(@.b==", ".a['b", "a.b", ".a..b", ".a.", ".a[x]", ".a[?(@.b==c)]", ".a[?(@[?(@.b)])]"] {
+        for path in [".a[", ".a[?(@.b==", ".a['b", "a.b", ".a..b", ".a.", ".a[x]", ".a[?(@.b==c)]", ".a[?(@[?(@.b)])]"]
+        {
             assert!(JsonPath::parse(path).is_err(), "{path}");
         }
     }

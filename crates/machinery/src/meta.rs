@@ -228,8 +228,11 @@ pub fn prepare_update(old: &Value, new: &mut Value, door: Door, counts_generatio
 /// Anything but metadata (and, if it is separate, status) differs.
 pub fn specification_differs(old: &Value, new: &Value, status_separate: bool) -> bool {
     let (Some(old), Some(new)) = (old.as_object(), new.as_object()) else { return old != new };
-    let counts =
-        |key: &&String| !matches!(key.as_str(), "metadata" | "apiVersion" | "kind") && !(status_separate && *key == "status");
+    let counts = |key: &&String| match key.as_str() {
+        "metadata" | "apiVersion" | "kind" => false,
+        "status" => !status_separate,
+        _ => true,
+    };
     old.keys().chain(new.keys()).filter(counts).any(|key| old.get(key) != new.get(key))
 }
 

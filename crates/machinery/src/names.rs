@@ -381,7 +381,8 @@ mod tests {
 
     #[test]
     fn refuses_new_finalizers_while_deleting() {
-        let old = json!({"metadata": {"name": "a", "deletionTimestamp": "2026-01-01T00:00:00Z", "finalizers": ["a/b"]}});
+        let old =
+            json!({"metadata": {"name": "a", "deletionTimestamp": "2026-01-01T00:00:00Z", "finalizers": ["a/b"]}});
         let mut new = old.clone();
         new["metadata"]["finalizers"] = json!(["c/d"]);
         new["metadata"]["name"] = json!("b");

@@ -146,7 +146,7 @@ fn object_patch(patch: &Value) -> Result<(), Status> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use proptest::prelude::*;
     use serde_json::json;
@@ -176,11 +176,11 @@ mod tests {
         assert_eq!(code(json!([{"op": "remove", "path": "/b"}])), 422);
         assert_eq!(code(json!([{"op": "test", "path": "/a", "value": 2}])), 422);
         assert_eq!(code(Value::Array(vec![json!({"op": "test", "path": "/a", "value": 1}); MAX_OPERATIONS + 1])), 413);
-        let nest: Vec<Value> = (1..200)
-            .map(|i| json!({"op": "add", "path": format!("/l{}", "/x".repeat(i)), "value": {}}))
-            .collect();
+        let nest: Vec<Value> =
+            (1..200).map(|i| json!({"op": "add", "path": format!("/l{}", "/x".repeat(i)), "value": {}})).collect();
         assert_eq!(code(Value::Array(nest)), 422);
-        let double: Vec<Value> = (0..60).map(|i| json!({"op": "copy", "from": "", "path": format!("/l/{i}")})).collect();
+        let double: Vec<Value> =
+            (0..60).map(|i| json!({"op": "copy", "from": "", "path": format!("/l/{i}")})).collect();
         assert!(matches!(code(Value::Array(double)), 413 | 422));
     }
 
@@ -207,7 +207,7 @@ mod tests {
         );
     }
 
-    pub(super) fn any_json() -> impl Strategy<Value = Value> {
+    pub(crate) fn any_json() -> impl Strategy<Value = Value> {
         let leaf = prop_oneof![
             Just(Value::Null),
             any::<bool>().prop_map(Value::from),

@@ -19,7 +19,7 @@ pub struct Status {
     pub message: String,
     /// What it is about and why, if there is more to say.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub details: Option<Details>,
+    pub details: Option<Box<Details>>,
     /// `metadata.continue`: with 410 Expired for a list, a token with which the rest can still be had, inconsistently.
     #[serde(default, skip_serializing_if = "String::is_empty", rename = "continue")]
     pub continue_token: String,

@@ -89,7 +89,11 @@ fn merge_map(
                     Some(Value::Array(list)) if merges(below) => list,
                     _ => Vec::new(),
                 };
-                if merges(below) { Value::Array(merge_list(key, below, before, change)?) } else { change.clone().into() }
+                if merges(below) {
+                    Value::Array(merge_list(key, below, before, change)?)
+                } else {
+                    change.clone().into()
+                }
             }
             (_, scalar) => scalar.clone(),
         };
@@ -115,19 +119,15 @@ fn retain(result: &mut Map<String, Value>, keys: &Value, patch: &Map<String, Val
         .as_array()
         .ok_or_else(|| malformed("invalid patch format of retainKeys: it must be a list of strings".to_owned()))?;
     let named = |key: &str| keys.iter().any(|k| k.as_str() == Some(key));
-    if let Some((stray, _)) = patch.iter().find(|(key, value)| !key.starts_with('$') && !value.is_null() && !named(key)) {
+    if let Some((stray, _)) = patch.iter().find(|(key, value)| !key.starts_with('$') && !value.is_null() && !named(key))
+    {
         return Err(malformed(format!("invalid patch format of retainKeys: {stray:?} is set but not retained")));
     }
     result.retain(|key, _| named(key));
     Ok(())
 }
 
-fn merge_list(
-    name: &str,
-    schema: Option<&Schema>,
-    before: Vec<Value>,
-    patch: &[Value],
-) -> Result<Vec<Value>, Status> {
+fn merge_list(name: &str, schema: Option<&Schema>, before: Vec<Value>, patch: &[Value]) -> Result<Vec<Value>, Status> {
     if patch.iter().any(Value::is_array) || before.iter().any(Value::is_array) {
         return Err(Status::unprocessable("lists of lists are not supported"));
     }

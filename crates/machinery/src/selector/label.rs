@@ -373,8 +373,24 @@ mod tests {
     fn matches_what_it_says() {
         let labels = json!({"a": "b", "e": "x", "n": "5", "empty": "", "in": "notin"});
         for yes in [
-            "", "a=b", "a==b", "a = b", "c!=d", "a!=c", "e in (x,y)", "f notin (z)", "a,e", "!h", "n>4", "n<6", "empty=",
-            "a=b,empty=,e", "in in (notin)", "empty in ()", "e in (x, y ),a", " ",
+            "",
+            "a=b",
+            "a==b",
+            "a = b",
+            "c!=d",
+            "a!=c",
+            "e in (x,y)",
+            "f notin (z)",
+            "a,e",
+            "!h",
+            "n>4",
+            "n<6",
+            "empty=",
+            "a=b,empty=,e",
+            "in in (notin)",
+            "empty in ()",
+            "e in (x, y ),a",
+            " ",
         ] {
             assert!(matches(yes, labels.clone()), "{yes}");
         }

@@ -51,7 +51,7 @@ impl Status {
     /// The same answer with details.
     #[must_use]
     pub fn with_details(mut self, details: Details) -> Status {
-        self.details = Some(details);
+        self.details = Some(Box::new(details));
         self
     }
 
@@ -93,13 +93,7 @@ impl Status {
     }
 
     /// 409: the resourceVersion asked for is not the one that lives.
-    pub fn precondition_resource_version(
-        group: &str,
-        plural: &str,
-        name: &str,
-        wanted: &str,
-        found: &str,
-    ) -> Status {
+    pub fn precondition_resource_version(group: &str, plural: &str, name: &str, wanted: &str, found: &str) -> Status {
         let why = format!(
             "Precondition failed: ResourceVersion in precondition: {wanted}, ResourceVersion in object meta: {found}"
         );
@@ -258,10 +252,8 @@ impl Status {
     /// 500: `Internal error occurred: why`.
     pub fn internal_error(why: impl std::fmt::Display) -> Status {
         let why = why.to_string();
-        Status::new(500, "InternalError", format!("Internal error occurred: {why}")).with_details(Details {
-            causes: vec![Cause { message: why, ..Cause::default() }],
-            ..Details::default()
-        })
+        Status::new(500, "InternalError", format!("Internal error occurred: {why}"))
+            .with_details(Details { causes: vec![Cause { message: why, ..Cause::default() }], ..Details::default() })
     }
 
     /// 503: `why`, for a server that is starting or stopping.
@@ -367,7 +359,14 @@ mod tests {
             Status::forbidden_user(&a).message,
             "pods \"x\" is forbidden: User \"u\" cannot get resource \"pods\" in API group \"\" in the namespace \"ns\""
         );
-        a = Attributes { user: "u", verb: "list", group: "g", resource: "r", subresource: "s", ..Attributes::default() };
+        a = Attributes {
+            user: "u",
+            verb: "list",
+            group: "g",
+            resource: "r",
+            subresource: "s",
+            ..Attributes::default()
+        };
         assert_eq!(
             Status::forbidden_user(&a).message,
             "r.g is forbidden: User \"u\" cannot list resource \"r/s\" in API group \"g\" at the cluster scope"

@@ -244,7 +244,11 @@ fn amount(object: &Value, path: &str) -> Value {
 }
 
 fn phase(object: &Value) -> Value {
-    if meta::is_deleting(object) { "Terminating".into() } else { text(object, "status.phase").unwrap_or_default().into() }
+    if meta::is_deleting(object) {
+        "Terminating".into()
+    } else {
+        text(object, "status.phase").unwrap_or_default().into()
+    }
 }
 
 fn node_status(node: &Value) -> String {
@@ -314,11 +318,8 @@ fn claim(o: &Value, name: Value, age: Value) -> Vec<Value> {
 }
 
 fn binding(o: &Value, name: Value, age: Value) -> Vec<Value> {
-    let role = format!(
-        "{}/{}",
-        text(o, "roleRef.kind").unwrap_or_default(),
-        text(o, "roleRef.name").unwrap_or_default()
-    );
+    let role =
+        format!("{}/{}", text(o, "roleRef.kind").unwrap_or_default(), text(o, "roleRef.name").unwrap_or_default());
     let subjects = |kind: &str| -> Value {
         let names: Vec<String> = items(o, "subjects")
             .iter()

@@ -90,8 +90,18 @@ fn shows_nodes() {
             "addresses": [{"type": "InternalIP", "address": "10.0.0.1"}]}});
     assert_eq!(
         cells("", "Node", &node),
-        *json!(["n", "Ready,SchedulingDisabled", "control-plane,worker", "60m", "v1", "10.0.0.1", "<none>",
-            "<unknown>", "<unknown>", "<unknown>"])
+        *json!([
+            "n",
+            "Ready,SchedulingDisabled",
+            "control-plane,worker",
+            "60m",
+            "v1",
+            "10.0.0.1",
+            "<none>",
+            "<unknown>",
+            "<unknown>",
+            "<unknown>"
+        ])
         .as_array()
         .unwrap()
     );
@@ -115,8 +125,10 @@ fn triple(a: &str, b: &str, c: &str) -> (String, String, String) {
 #[test]
 fn shows_pods() {
     assert_eq!(pod_status(json!({"phase": "Pending"})), triple("0/2", "Pending", "0"));
-    let container = |state: Value| json!({"name": "c", "restartCount": 1, "ready": true, "state": state,
-        "lastState": {"terminated": {"finishedAt": "2026-01-01T00:59:00Z"}}});
+    let container = |state: Value| {
+        json!({"name": "c", "restartCount": 1, "ready": true, "state": state,
+        "lastState": {"terminated": {"finishedAt": "2026-01-01T00:59:00Z"}}})
+    };
     let running = container(json!({"running": {}}));
     assert_eq!(
         pod_status(json!({"phase": "Running", "containerStatuses": [running, running]})),
@@ -129,10 +141,7 @@ fn shows_pods() {
     );
     let done = json!({"state": {"terminated": {"reason": "Completed", "exitCode": 0}}});
     assert_eq!(pod_status(json!({"phase": "Succeeded", "containerStatuses": [done]})), triple("0/2", "Completed", "0"));
-    assert_eq!(
-        pod_status(json!({"phase": "Running", "containerStatuses": [done, running]})).1,
-        "NotReady"
-    );
+    assert_eq!(pod_status(json!({"phase": "Running", "containerStatuses": [done, running]})).1, "NotReady");
     let failed = json!({"state": {"terminated": {"exitCode": 3}}});
     assert_eq!(pod_status(json!({"phase": "Failed", "containerStatuses": [failed]})).1, "ExitCode:3");
     let signalled = json!({"state": {"terminated": {"signal": 9}}});
