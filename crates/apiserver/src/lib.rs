@@ -1,1 +1,196 @@
-//! The front door: TLS, authn, authz, admission, generic REST and watch streams
+//! The front door: TLS, authentication, authorisation, admission, generic REST and watch streams.
+//!
+//! One set of handlers serves every kind, driven by the table of [`godwit_machinery::resource::Resource`]s: the built-in
+//! ones and those of CustomResourceDefinitions, which are served as soon as they are stored. Objects are JSON values
+//! throughout; what each kind does beyond the common rules is in `strategy`.
+
+mod admission;
+mod bootstrap;
+mod collector;
+mod create;
+mod delete;
+mod events;
+mod expire;
+mod intake;
+mod kinds;
+mod list;
+mod listen;
+mod managed;
+mod paths;
+mod pods;
+mod rbac;
+mod read;
+mod render;
+mod request;
+mod respond;
+mod reviews;
+mod server;
+mod strategy;
+mod update;
+mod user;
+mod watch;
+
+pub use admission::{Admission, AdmissionRequest, Lookup, MutateOutcome, Operation};
+pub use respond::Body;
+pub use server::Service;
+pub use user::User;
+
+use futures::future::BoxFuture;
+use godwit_store::Store;
+use server::Inner;
+use std::future::Future;
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+use std::path::PathBuf;
+use std::sync::Arc;
+use tokio::net::TcpStream;
+use tokio::task::JoinSet;
+
+/// Why the server could not start or go on.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A certificate or key could not be read.
+    #[error("cannot use {path}: {why}")]
+    Pem {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// Certificate and key do not fit.
+    #[error("TLS configuration: {0}")]
+    Tls(#[from] rustls::Error),
+    /// The verifier of client certificates could not be built.
+    #[error("client certificates cannot be verified: {0}")]
+    Verifier(#[from] rustls::server::VerifierBuilderError),
+    /// A listener failed.
+    #[error("listener: {0}")]
+    Listener(#[from] io::Error),
+    /// The objects that must exist from the start could not be made.
+    #[error("cannot create {what}: {status}")]
+    Bootstrap {
+        /// Which object.
+        what: String,
+        /// Why not.
+        status: Box<godwit_machinery::status::Status>,
+    },
+}
+
+/// PEM files of one identity and of the authority that it and its peers are checked against.
+#[derive(Debug, Clone)]
+pub struct TlsFiles {
+    /// Certificate authority.
+    pub ca: PathBuf,
+    /// Certificate (chain).
+    pub cert: PathBuf,
+    /// Private key.
+    pub key: PathBuf,
+}
+
+/// How the server reaches kubelets, which live in other network namespaces.
+pub trait Dialer: Send + Sync {
+    /// Opens a TCP connection.
+    fn dial(&self, address: SocketAddr) -> BoxFuture<'static, io::Result<TcpStream>>;
+}
+
+/// Dials from where this process is.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct DirectDialer;
+
+impl Dialer for DirectDialer {
+    fn dial(&self, address: SocketAddr) -> BoxFuture<'static, io::Result<TcpStream>> {
+        Box::pin(TcpStream::connect(address))
+    }
+}
+
+/// What a server with sockets needs.
+pub struct Options {
+    /// Where objects live.
+    pub store: Store,
+    /// Sockets to accept on, from whatever namespace they were made in.
+    pub listeners: Vec<TcpListener>,
+    /// The serving identity; clients are checked against its authority.
+    pub tls: TlsFiles,
+    /// The identity towards kubelets; without one there are no logs.
+    pub kubelet_client: Option<TlsFiles>,
+    /// Plugins in the order in which they are asked.
+    pub admission: Vec<Arc<dyn Admission>>,
+    /// Way to the kubelets.
+    pub dialer: Arc<dyn Dialer>,
+}
+
+/// What a server without sockets needs.
+pub struct Parts {
+    /// Where objects live.
+    pub store: Store,
+    /// Plugins in the order in which they are asked.
+    pub admission: Vec<Arc<dyn Admission>>,
+    /// Way to the kubelets.
+    pub dialer: Arc<dyn Dialer>,
+    /// The identity towards kubelets.
+    pub kubelet_client: Option<TlsFiles>,
+    /// PEM of the cluster's authority, published in every namespace as `kube-root-ca.crt`; empty: not published.
+    pub ca: String,
+}
+
+impl Parts {
+    /// The least: no plugins, no kubelets.
+    pub fn new(store: Store) -> Self {
+        Self { store, admission: Vec::new(), dialer: Arc::new(DirectDialer), kubelet_client: None, ca: String::new() }
+    }
+}
+
+/// A running server without sockets: objects that must exist do, and its housekeeping (garbage, namespaces, expiry)
+/// runs until the last clone is gone.
+#[derive(Clone)]
+pub struct Server {
+    inner: Arc<Inner>,
+    _housekeeping: Arc<Housekeeping>,
+}
+
+struct Housekeeping {
+    // Aborts its tasks when dropped.
+    _tasks: JoinSet<()>,
+}
+
+impl Server {
+    /// Starts it. Must be called within a tokio runtime.
+    pub async fn start(parts: Parts) -> Result<Self, Error> {
+        let kubelet = parts.kubelet_client.as_ref().map(listen::client_config).transpose()?;
+        let inner = Arc::new(Inner {
+            registry: kinds::Registry::new(parts.store.clone()),
+            rbac: rbac::Rbac::new(parts.store.clone()),
+            store: parts.store,
+            admission: parts.admission,
+            dialer: parts.dialer,
+            kubelet: kubelet.map(Arc::new),
+            documents: paths::Documents::default(),
+            stopping: tokio::sync::watch::Sender::new(false),
+        });
+        bootstrap::objects(&inner, &parts.ca).await?;
+        let mut tasks = JoinSet::new();
+        tasks.spawn(collector::run(inner.clone(), parts.ca));
+        tasks.spawn(expire::run(inner.clone()));
+        Ok(Self { inner, _housekeeping: Arc::new(Housekeeping { _tasks: tasks }) })
+    }
+
+    /// A `tower::Service` for requests of this user, such as `kube::Client::new` takes.
+    pub fn service(&self, user: User) -> Service {
+        Service { inner: self.inner.clone(), user: Arc::new(user) }
+    }
+
+    /// Ends watches and says on `/readyz` that the server is going.
+    pub fn stop(&self) {
+        self.inner.stopping.send_replace(true);
+    }
+}
+
+/// Serves until `shutdown` is done, then ends watches, lets other requests finish for a moment, and returns.
+pub async fn serve(options: Options, shutdown: impl Future<Output = ()> + Send) -> Result<(), Error> {
+    let Options { store, listeners, tls, kubelet_client, admission, dialer } = options;
+    let acceptor = listen::acceptor(&tls)?;
+    let ca = std::fs::read_to_string(&tls.ca)
+        .map_err(|error| Error::Pem { path: tls.ca.clone(), why: error.to_string() })?;
+    let server = Server::start(Parts { store, admission, dialer, kubelet_client, ca }).await?;
+    listen::run(&server, listeners, acceptor, shutdown).await
+}

@@ -87,6 +87,11 @@ impl Watch {
         self.cursor
     }
 
+    /// Whether [`Watch::poll`] may have something; cheap.
+    pub fn has_changed(&self) -> bool {
+        self.receiver.has_changed().unwrap_or(true)
+    }
+
     /// What there is now, without waiting. Moves [`Watch::revision`] on even if there is nothing.
     pub fn poll(&mut self) -> Result<Batch> {
         // The image first: the writer notifies while it holds the image, so `newest` is never behind it.
