@@ -6,6 +6,7 @@
 //!
 //! - The memory channel is accepted once: a second connection, of whoever, is refused. What follows the greeting is QEMU's
 //!   stream, both ways.
+//! - The blocks channel, for disks that are not shared, carries one NBD connection a connection.
 //! - The control channel carries one JSON request a line and one JSON answer a line. It may be dialled again (a handler that
 //!   restarts does that): every request can be repeated without harm.
 
@@ -32,6 +33,8 @@ use crate::tls::{Identity, TlsError, check_node};
 pub const CONTROL: i32 = 0;
 /// Inner port of the memory stream.
 pub const MEMORY: i32 = 49152;
+/// Inner port of disks' blocks.
+pub const BLOCKS: i32 = 49153;
 
 /// Longest line of the control protocol; more is a broken or hostile peer.
 const MAX_LINE: u64 = 64 * 1024;
@@ -136,8 +139,8 @@ pub struct TargetOptions {
     pub source_node: String,
     /// Address to listen on.
     pub address: IpAddr,
-    /// The launcher's socket for the memory stream; `None` opens only the control channel.
-    pub memory: Option<(Arc<SocketDir>, String)>,
+    /// The launcher's sockets for the streams, by inner port; none opens only the control channel.
+    pub streams: Vec<(i32, Arc<SocketDir>, String)>,
     /// Who answers on the control channel.
     pub control: Arc<dyn TargetControl>,
 }
@@ -146,11 +149,9 @@ pub struct TargetOptions {
 pub struct TargetChannels {
     /// Address that was bound.
     pub address: IpAddr,
-    /// TCP port of the control channel.
-    pub control_port: u16,
-    /// TCP port of the memory stream.
-    pub memory_port: Option<u16>,
-    /// Bytes of the memory stream so far.
+    /// TCP port → inner port, for each channel.
+    pub ports: std::collections::BTreeMap<u16, i32>,
+    /// Bytes of the streams so far.
     pub carried: Arc<Carried>,
     /// Connections that were refused.
     pub refused: Arc<AtomicU64>,
@@ -192,42 +193,69 @@ impl TargetChannels {
                 }
             }
         })));
-        let mut memory_port = None;
-        if let Some((dir, socket)) = options.memory {
+        let mut ports = std::collections::BTreeMap::from([(control_port, CONTROL)]);
+        for (inner, dir, socket) in options.streams {
             let (listener, port) = bind(options.address).await?;
-            memory_port = Some(port);
-            let carried = carried.clone();
-            let uid = door.migration_uid.clone();
-            let refused = refused.clone();
-            let used = Arc::new(AtomicBool::new(false));
-            tasks.push(tokio::spawn(door.serve(listener, "memory", move |mut stream| {
-                let (dir, socket, carried, uid) = (dir.clone(), socket.clone(), carried.clone(), uid.clone());
-                let (used, refused) = (used.clone(), refused.clone());
-                async move {
-                    if used.swap(true, Ordering::SeqCst) {
-                        refused.fetch_add(1, Ordering::Relaxed);
-                        let reason = "this migration's memory stream has been connected before";
-                        tracing::warn!(migration = %uid, reason, "connection refused");
-                        let _ = refuse(&mut stream, reason).await;
-                        return;
-                    }
-                    let began = std::time::Instant::now();
-                    let result = async {
-                        let local = dir.connect(&socket).await?;
-                        accept(&mut stream).await?;
-                        pump::pump(local, stream, carried.clone()).await
-                    }
-                    .await;
-                    let bytes = carried.total();
-                    let ms = began.elapsed().as_millis() as u64;
-                    match result {
-                        Ok(()) => tracing::info!(migration = %uid, bytes, ms, "memory stream at its end"),
-                        Err(error) => tracing::warn!(migration = %uid, bytes, ms, %error, "memory stream broke"),
-                    }
-                }
-            })));
+            ports.insert(port, inner);
+            let stream = Arc::new(Stream {
+                channel: if inner == MEMORY { "memory" } else { "blocks" },
+                // QEMU's memory stream is one connection, for once; blocks are one connection a disk.
+                once: inner == MEMORY,
+                used: AtomicBool::new(false),
+                uid: door.migration_uid.clone(),
+                dir,
+                socket,
+                carried: carried.clone(),
+                refused: refused.clone(),
+            });
+            let channel = stream.channel;
+            tasks.push(tokio::spawn(door.clone().serve(listener, channel, move |tls| stream.clone().carry(tls))));
         }
-        Ok(Self { address: options.address, control_port, memory_port, carried, refused, tasks })
+        Ok(Self { address: options.address, ports, carried, refused, tasks })
+    }
+
+    /// The TCP port of inner port `inner`.
+    #[must_use]
+    pub fn port(&self, inner: i32) -> Option<u16> {
+        self.ports.iter().find(|(_, i)| **i == inner).map(|(port, _)| *port)
+    }
+}
+
+/// A stream into one of the launcher's sockets.
+struct Stream {
+    channel: &'static str,
+    once: bool,
+    used: AtomicBool,
+    uid: String,
+    dir: Arc<SocketDir>,
+    socket: String,
+    carried: Arc<Carried>,
+    refused: Arc<AtomicU64>,
+}
+
+impl Stream {
+    async fn carry(self: Arc<Self>, mut tls: Served) {
+        let (uid, channel) = (&self.uid, self.channel);
+        if self.once && self.used.swap(true, Ordering::SeqCst) {
+            self.refused.fetch_add(1, Ordering::Relaxed);
+            let reason = "this migration's memory stream has been connected before";
+            tracing::warn!(migration = %uid, reason, "connection refused");
+            let _ = refuse(&mut tls, reason).await;
+            return;
+        }
+        let began = std::time::Instant::now();
+        let result = async {
+            let local = self.dir.connect(&self.socket).await?;
+            accept(&mut tls).await?;
+            pump::pump(local, tls, self.carried.clone()).await
+        }
+        .await;
+        let bytes = self.carried.total();
+        let ms = began.elapsed().as_millis() as u64;
+        match result {
+            Ok(()) => tracing::info!(migration = %uid, channel, bytes, ms, "stream at its end"),
+            Err(error) => tracing::warn!(migration = %uid, channel, bytes, ms, %error, "stream broke"),
+        }
     }
 }
 

@@ -73,7 +73,7 @@ async fn stage() -> Stage {
         migration_uid: "uid-1".into(),
         source_node: "node1".into(),
         address: HERE,
-        memory: Some((sockets, "in.sock".into())),
+        streams: vec![(MEMORY, sockets, "in.sock".into())],
         control: Arc::new(Echo),
     };
     let channels = TargetChannels::open(&target, options).await.unwrap();
@@ -86,7 +86,11 @@ impl Stage {
     }
 
     fn memory(&self) -> u16 {
-        self.channels.memory_port.unwrap()
+        self.channels.port(MEMORY).unwrap()
+    }
+
+    fn control(&self) -> u16 {
+        self.channels.port(CONTROL).unwrap()
     }
 
     async fn wait_refused(&self, n: u64) {
@@ -112,7 +116,7 @@ async fn the_right_source_is_let_in_and_may_come_back_to_the_control_channel() {
     let stage = stage().await;
     let target = stage.target("uid-1", "node2");
     for _ in 0..2 {
-        let mut control = Control::connect(&target, &stage.source, stage.channels.control_port, LIMIT).await.unwrap();
+        let mut control = Control::connect(&target, &stage.source, stage.control(), LIMIT).await.unwrap();
         assert_eq!(control.ask(Request::Go, LIMIT).await.unwrap(), Answer::Running { resume_us: 42 });
         let offset = control.clock_offset_us(LIMIT).await.unwrap();
         assert!((4_000_000..6_000_000).contains(&offset), "{offset}");
@@ -148,7 +152,7 @@ async fn another_ca_is_refused_by_both_ends() {
 async fn another_node_of_the_cluster_is_refused_as_source() {
     let mut stage = stage().await;
     let other = stage.ca.identity(stage.dir.path(), "system:node:node3", &["node3"]);
-    for port in [stage.memory(), stage.channels.control_port] {
+    for port in [stage.memory(), stage.control()] {
         match stage.target("uid-1", "node2").dial(&other, port, LIMIT).await {
             Err(ChannelError::Refused { reason, .. }) => {
                 assert_eq!(reason, "peer is [CN=system:node:node3, DNS=node3], expected node node1");
@@ -173,13 +177,13 @@ async fn the_source_talks_to_the_expected_target_only() {
 async fn a_dns_name_of_the_node_will_do() {
     let stage = stage().await;
     let serving = stage.ca.identity(stage.dir.path(), "kubelet", &["node1"]);
-    assert!(stage.target("uid-1", "node2").dial(&serving, stage.channels.control_port, LIMIT).await.is_ok());
+    assert!(stage.target("uid-1", "node2").dial(&serving, stage.control(), LIMIT).await.is_ok());
 }
 
 #[tokio::test]
 async fn another_migration_is_refused() {
     let mut stage = stage().await;
-    for port in [stage.memory(), stage.channels.control_port] {
+    for port in [stage.memory(), stage.control()] {
         match stage.target("uid-0", "node2").dial(&stage.source, port, LIMIT).await {
             Err(ChannelError::Refused { reason, .. }) => assert!(reason.contains("uid-0"), "{reason}"),
             other => panic!("{:?}", other.err()),
@@ -213,7 +217,7 @@ async fn garbage_instead_of_a_greeting_is_refused() {
 
     // The right node that speaks nonsense: an endless line.
     let config = stage.source.client("node2").unwrap();
-    let stream = TcpStream::connect((HERE, stage.channels.control_port)).await.unwrap();
+    let stream = TcpStream::connect((HERE, stage.control())).await.unwrap();
     let mut tls = TlsConnector::from(config).connect(HERE.into(), stream).await.unwrap();
     let _ = tls.write_all(&vec![b'x'; 2 * MAX_LINE as usize]).await;
     let _ = tls.flush().await;

@@ -179,12 +179,19 @@ pub async fn wire(pid: u32, vmi: &VirtualMachineInstance) -> Result<Wired, Netwo
         match &plan.binding {
             Binding::Masquerade { gateway, guest, prefix, ports } => {
                 links.add_address(&plan.bridge, IpAddr::V4(*gateway), *prefix).await?;
-                let mut nat = Masquerade::new(&plan.pod_interface, &plan.bridge);
-                nat.gateway = *gateway;
-                nat.guest = *guest;
-                nat.ports = ports.iter().copied().collect();
-                // nft is a process: not on the runtime's threads.
-                tokio::task::block_in_place(|| nat.apply(&namespace))?;
+                let (interface, bridge) = (plan.pod_interface.clone(), plan.bridge.clone());
+                let (gateway, guest, ports) = (*gateway, *guest, ports.iter().copied().collect());
+                // nft is a process that is waited for: not on the runtime's threads.
+                let applied = tokio::task::spawn_blocking(move || {
+                    let mut nat = Masquerade::new(&interface, &bridge);
+                    nat.gateway = gateway;
+                    nat.guest = guest;
+                    nat.ports = ports;
+                    nat.apply(&Namespace::of_pid(pid)?)
+                });
+                applied
+                    .await
+                    .map_err(|e| NetworkError::Spec(format!("setting up address translation broke off: {e}")))??;
             }
             Binding::Bridge => {
                 for (address, _) in links.addresses(&plan.pod_interface).await? {

@@ -13,7 +13,7 @@ use tokio::net::UnixListener;
 use tokio::sync::{Notify, watch};
 use tokio::task::{AbortHandle, JoinHandle};
 
-use crate::channel::{Answer, ChannelError, Control, Request, Target};
+use crate::channel::{self, Answer, ChannelError, Control, Dialled, Request, Target};
 use crate::facts::{self, Go, Launcher};
 use crate::pump::{self, Carried};
 use crate::tls::{Identity, TlsPaths};
@@ -36,8 +36,8 @@ pub struct Endpoint {
     pub address: IpAddr,
     /// Port of the control channel.
     pub control: u16,
-    /// Port of the memory stream; `None` when that is over.
-    pub memory: Option<u16>,
+    /// Inner port and port of each stream.
+    pub streams: Vec<(i32, u16)>,
 }
 
 impl Endpoint {
@@ -66,25 +66,26 @@ pub struct SourceLink {
     state: Arc<Mutex<LinkState>>,
     endpoint: watch::Sender<Endpoint>,
     task: JoinHandle<()>,
-    stream: Arc<Mutex<Option<AbortHandle>>>,
+    streams: Arc<Mutex<Vec<AbortHandle>>>,
 }
 
 impl Drop for SourceLink {
     fn drop(&mut self) {
         self.task.abort();
-        if let Some(stream) = self.stream.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        for stream in self.streams.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
             stream.abort();
         }
     }
 }
 
 impl SourceLink {
-    /// Begins to dial. QEMU's stream is taken from `listener`; without one only the control channel is opened.
+    /// Begins to dial. QEMU's streams are taken from `listeners` (by inner port); without any only the control channel is
+    /// opened.
     #[must_use]
     pub fn start(
         tls: TlsPaths,
         endpoint: Endpoint,
-        listener: Option<UnixListener>,
+        listeners: Vec<(i32, UnixListener)>,
         launcher: watch::Receiver<Launcher>,
         wake: Arc<Notify>,
     ) -> Self {
@@ -92,7 +93,7 @@ impl SourceLink {
         let state = Arc::new(Mutex::new(LinkState::default()));
         let carried = Arc::new(Carried::default());
         let (sender, receiver) = watch::channel(endpoint);
-        let stream = Arc::new(Mutex::new(None));
+        let streams = Arc::new(Mutex::new(Vec::new()));
         let run = Run {
             uid: uid.clone(),
             tls,
@@ -101,11 +102,11 @@ impl SourceLink {
             state: state.clone(),
             carried: carried.clone(),
             wake,
-            stream: stream.clone(),
+            streams: streams.clone(),
             offset_us: 0,
         };
-        let task = tokio::spawn(run.run(listener));
-        Self { uid, carried, state, endpoint: sender, task, stream }
+        let task = tokio::spawn(run.run(listeners));
+        Self { uid, carried, state, endpoint: sender, task, streams }
     }
 
     /// What is known now.
@@ -132,7 +133,7 @@ struct Run {
     state: Arc<Mutex<LinkState>>,
     carried: Arc<Carried>,
     wake: Arc<Notify>,
-    stream: Arc<Mutex<Option<AbortHandle>>>,
+    streams: Arc<Mutex<Vec<AbortHandle>>>,
     /// By how much the target's clock is ahead.
     offset_us: i64,
 }
@@ -161,9 +162,9 @@ impl Run {
         }
     }
 
-    async fn run(mut self, listener: Option<UnixListener>) {
+    async fn run(mut self, listeners: Vec<(i32, UnixListener)>) {
         let began = Instant::now();
-        let mut control = match self.open(listener).await {
+        let mut control = match self.open(listeners).await {
             Ok(control) => Some(control),
             Err(error) if self.sent() == Sent::Completed => {
                 self.set(|s| s.go = Go::Trying(error.to_string()));
@@ -201,36 +202,40 @@ impl Run {
     }
 
     /// Opens what is needed for the start.
-    async fn open(&mut self, listener: Option<UnixListener>) -> Result<Control, ChannelError> {
+    async fn open(&mut self, listeners: Vec<(i32, UnixListener)>) -> Result<Control, ChannelError> {
         let endpoint = self.endpoint.borrow_and_update().clone();
-        let identity = Identity::load(&self.tls)?;
+        let identity = Arc::new(Identity::load(&self.tls)?);
         let target = endpoint.target();
         let control = Control::connect(&target, &identity, endpoint.control, DIAL_LIMIT);
-        let memory = async {
-            match (endpoint.memory, listener) {
-                (Some(port), Some(listener)) => Ok(Some((target.dial(&identity, port, DIAL_LIMIT).await?, listener))),
-                _ => Ok(None),
+        // Dialled ahead, so that QEMU's first byte finds an open channel.
+        let mut memory = None;
+        let mut blocks = None;
+        for (inner, listener) in listeners {
+            let port = endpoint.streams.iter().find(|(i, _)| *i == inner).map(|(_, port)| *port);
+            match (inner, port) {
+                (channel::MEMORY, Some(port)) => memory = Some((port, listener)),
+                (_, Some(port)) => blocks = Some((port, listener)),
+                (_, None) => {}
+            }
+        }
+        let dialled = async {
+            match &memory {
+                Some((port, _)) => target.dial(&identity, *port, DIAL_LIMIT).await.map(Some),
+                None => Ok(None),
             }
         };
-        let (mut control, memory) = tokio::try_join!(control, memory)?;
+        let (mut control, dialled) = tokio::try_join!(control, dialled)?;
         self.offset_us = control.clock_offset_us(DIAL_LIMIT).await?;
-        if let Some((channel, listener)) = memory {
+        let mut streams = Vec::new();
+        if let (Some((_, listener)), Some(channel)) = (memory, dialled) {
             let (uid, carried) = (self.uid.clone(), self.carried.clone());
-            let stream = tokio::spawn(async move {
-                let result = async {
-                    let (local, _) = listener.accept().await?;
-                    drop(listener);
-                    pump::pump(local, channel, carried.clone()).await
-                };
-                match result.await {
-                    Ok(()) => tracing::info!(migration = %uid, bytes = carried.total(), "memory stream at its end"),
-                    Err(error) => {
-                        tracing::warn!(migration = %uid, bytes = carried.total(), %error, "memory stream broke");
-                    }
-                }
-            });
-            *self.stream.lock().unwrap_or_else(PoisonError::into_inner) = Some(stream.abort_handle());
+            streams.push(tokio::spawn(carry_memory(uid, listener, channel, carried)).abort_handle());
         }
+        if let Some((port, listener)) = blocks {
+            let (uid, carried) = (self.uid.clone(), self.carried.clone());
+            streams.push(tokio::spawn(carry_blocks(uid, listener, target, port, identity, carried)).abort_handle());
+        }
+        *self.streams.lock().unwrap_or_else(PoisonError::into_inner) = streams;
         Ok(control)
     }
 
@@ -301,5 +306,44 @@ impl Run {
         if let Err(error) = control.ask(Request::Abandon, DIAL_LIMIT).await {
             tracing::info!(migration = %self.uid, %error, "the target could not be told that the guest stays");
         }
+    }
+}
+
+async fn carry_memory(uid: String, listener: UnixListener, channel: Dialled, carried: Arc<Carried>) {
+    let result = async {
+        let (local, _) = listener.accept().await?;
+        drop(listener);
+        pump::pump(local, channel, carried.clone()).await
+    };
+    match result.await {
+        Ok(()) => tracing::info!(migration = %uid, bytes = carried.total(), "memory stream at its end"),
+        Err(error) => tracing::warn!(migration = %uid, bytes = carried.total(), %error, "memory stream broke"),
+    }
+}
+
+/// One channel for each connection that QEMU opens: one a disk.
+async fn carry_blocks(
+    uid: String,
+    listener: UnixListener,
+    target: Target,
+    port: u16,
+    identity: Arc<Identity>,
+    carried: Arc<Carried>,
+) {
+    // Ends the connections with the listener.
+    let mut connections = tokio::task::JoinSet::new();
+    while let Ok((local, _)) = listener.accept().await {
+        while connections.try_join_next().is_some() {}
+        let (uid, target, identity, carried) = (uid.clone(), target.clone(), identity.clone(), carried.clone());
+        connections.spawn(async move {
+            match target.dial(&identity, port, DIAL_LIMIT).await {
+                Ok(channel) => {
+                    if let Err(error) = pump::pump(local, channel, carried).await {
+                        tracing::warn!(migration = %uid, %error, "a disk's stream broke");
+                    }
+                }
+                Err(error) => tracing::warn!(migration = %uid, %error, "a disk's stream cannot be opened"),
+            }
+        });
     }
 }

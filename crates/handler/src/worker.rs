@@ -59,7 +59,8 @@ struct Target {
 /// The dialling half in hand.
 struct Source {
     link: SourceLink,
-    socket: Option<(Arc<SocketDir>, String)>,
+    /// Where QEMU's streams are taken: inner port, folder, name.
+    sockets: Vec<(i32, Arc<SocketDir>, String)>,
     first_dialled: Instant,
     start_error: Option<String>,
     cancelled: Option<String>,
@@ -331,11 +332,7 @@ impl Worker {
 
 impl Target {
     fn view(&self) -> TargetView {
-        let mut ports = BTreeMap::new();
-        ports.insert(self.channels.control_port.to_string(), crate::channel::CONTROL);
-        if let Some(port) = self.channels.memory_port {
-            ports.insert(port.to_string(), crate::channel::MEMORY);
-        }
+        let ports = self.channels.ports.iter().map(|(port, inner)| (port.to_string(), *inner)).collect();
         TargetView { uid: self.uid.clone(), address: self.channels.address.to_string(), ports }
     }
 }
@@ -357,10 +354,15 @@ impl Source {
         }
     }
 
-    fn remove_socket(&self) {
-        if let Some((dir, name)) = &self.socket {
+    fn remove_sockets(&self) {
+        for (_, dir, name) in &self.sockets {
             dir.remove(name);
         }
+    }
+
+    /// The name of the socket for inner port `inner`.
+    fn socket(&self, inner: i32) -> Option<String> {
+        self.sockets.iter().find(|(i, _, _)| *i == inner).map(|(_, _, name)| name.clone())
     }
 }
 

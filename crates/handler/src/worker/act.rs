@@ -13,7 +13,7 @@ use k8s_openapi::api::core::v1::PersistentVolumeClaim;
 use kube::api::Api;
 
 use super::{Meter, Pod, Source, Stop, Target, Worker};
-use crate::channel::{CONTROL, MEMORY, TargetChannels, TargetOptions};
+use crate::channel::{BLOCKS, CONTROL, MEMORY, TargetChannels, TargetOptions};
 use crate::decide::{Action, Change};
 use crate::facts::{Facts, MigrationView};
 use crate::networks;
@@ -33,7 +33,7 @@ pub(super) fn endpoint(m: &MigrationView) -> Option<Endpoint> {
         node: m.target_node.clone(),
         address: m.target_address.as_deref()?.parse().ok()?,
         control: m.port(CONTROL)?,
-        memory: m.port(MEMORY),
+        streams: [MEMORY, BLOCKS].into_iter().filter_map(|inner| Some((inner, m.port(inner)?))).collect(),
     })
 }
 
@@ -49,7 +49,7 @@ impl Worker {
             Action::Wire { pod } => self.wire(vmi, &pod).await,
             Action::Start { pod } => self.start_vm(vmi, &pod).await,
             Action::PrepareTarget { pod, uid } => self.prepare_target(vmi, &pod, &uid, m).await,
-            Action::OpenControl { pod, uid } => self.open_channels(&pod, &uid, m, None).await,
+            Action::OpenControl { pod, uid } => self.open_channels(&pod, &uid, m, Vec::new()).await,
             Action::CloseTarget => {
                 self.target = None;
                 Ok(())
@@ -64,7 +64,7 @@ impl Worker {
             Action::Cancel { pod, uid, why } => self.cancel(&pod, &uid, why).await,
             Action::CloseSource => {
                 if let Some(source) = self.source.take() {
-                    source.remove_socket();
+                    source.remove_sockets();
                 }
                 Ok(())
             }
@@ -170,7 +170,9 @@ impl Worker {
                 self.complaint = None;
                 let ms = began.elapsed().as_millis() as u64;
                 tracing::info!(vmi = self.name, migration = uid, pod = name, ms, "target's QEMU waits");
-                self.open_channels(name, uid, m, Some(ready.socket)).await
+                let mut sockets = vec![(MEMORY, ready.socket)];
+                sockets.extend(ready.blocks_socket.map(|socket| (BLOCKS, socket)));
+                self.open_channels(name, uid, m, sockets).await
             }
             Err(error) => {
                 let permanent = matches!(error.refusal(), Some(Refusal::Invalid | Refusal::Failed));
@@ -190,7 +192,7 @@ impl Worker {
         name: &str,
         uid: &str,
         m: Option<&MigrationView>,
-        memory: Option<String>,
+        sockets: Vec<(i32, String)>,
     ) -> Result<(), Stop> {
         let Some(m) = m.filter(|m| m.uid == uid) else { return Err(Stop::Stale) };
         let context = self.context.clone();
@@ -200,25 +202,20 @@ impl Worker {
             client: pod.follower.client.clone(),
             launcher: pod.follower.subscribe(),
         };
-        let memory = match memory {
-            Some(socket) if SocketDir::is_name(&socket) => {
-                let dir = SocketDir::open(pod.follower.folder.clone())
-                    .map_err(|e| Stop::Failed(format!("cannot open {}: {e}", pod.follower.folder.display())))?;
-                Some((Arc::new(dir), socket))
-            }
-            Some(socket) => {
-                return Err(Stop::Failed(format!(
-                    "the launcher names {socket:?} as its socket, which is no file name"
-                )));
-            }
-            None => None,
-        };
+        let folder = &pod.follower.folder;
+        let dir = SocketDir::open(folder.clone())
+            .map_err(|e| Stop::Failed(format!("cannot open {}: {e}", folder.display())))?;
+        let dir = Arc::new(dir);
+        if let Some((_, bad)) = sockets.iter().find(|(_, socket)| !SocketDir::is_name(socket)) {
+            return Err(Stop::Failed(format!("the launcher names {bad:?} as its socket, which is no file name")));
+        }
+        let streams = sockets.into_iter().map(|(inner, socket)| (inner, dir.clone(), socket)).collect();
         let identity = Identity::load(&context.tls).map_err(|e| Stop::Failed(e.to_string()))?;
         let options = TargetOptions {
             migration_uid: uid.to_owned(),
             source_node: m.source_node.clone(),
             address: context.node_ip,
-            memory,
+            streams,
             control: Arc::new(control),
         };
         let channels = TargetChannels::open(&identity, options).await.map_err(|e| Stop::Failed(e.to_string()))?;
@@ -226,8 +223,7 @@ impl Worker {
             vmi = self.name,
             migration = uid,
             address = %channels.address,
-            control = channels.control_port,
-            memory = channels.memory_port,
+            ports = ?channels.ports,
             "target listens"
         );
         self.target = Some(Target { uid: uid.to_owned(), channels });
@@ -237,38 +233,39 @@ impl Worker {
 
     fn dial(&mut self, name: &str, memory: bool, m: Option<&MigrationView>) -> Result<(), Stop> {
         let Some(m) = m else { return Err(Stop::Stale) };
-        let Some(mut endpoint) = endpoint(m) else {
+        let Some(endpoint) = endpoint(m) else {
             return Err(Stop::Failed("the target's address or ports cannot be read".into()));
         };
         let context = self.context.clone();
         let first_dialled = self.source.as_ref().filter(|s| s.link.uid == m.uid).map(|s| s.first_dialled);
         if let Some(old) = self.source.take() {
-            old.remove_socket();
+            old.remove_sockets();
         }
         let wake = self.wake.clone();
         let pod = self.pod(name)?;
-        let mut listener = None;
-        let mut socket = None;
+        let mut listeners = Vec::new();
+        let mut sockets = Vec::new();
         if memory {
             let folder = pod.follower.folder.clone();
             let dir =
                 SocketDir::open(folder).map_err(|e| Stop::Failed(format!("cannot open the sockets folder: {e}")))?;
-            let file = format!("migration-{}.sock", m.uid.get(..8).unwrap_or(&m.uid));
-            if !SocketDir::is_name(&file) {
-                return Err(Stop::Failed(format!("migration uid {:?} is no uid", m.uid)));
+            let dir = Arc::new(dir);
+            for (inner, _) in &endpoint.streams {
+                let file = format!("out-{}-{inner}.sock", m.uid.get(..8).unwrap_or(&m.uid));
+                if !SocketDir::is_name(&file) {
+                    return Err(Stop::Failed(format!("migration uid {:?} is no uid", m.uid)));
+                }
+                let listener = dir
+                    .listen(&file)
+                    .map_err(|e| Stop::Failed(format!("cannot listen on {file} in {}: {e}", dir.path().display())))?;
+                listeners.push((*inner, listener));
+                sockets.push((*inner, dir.clone(), file));
             }
-            listener =
-                Some(dir.listen(&file).map_err(|e| {
-                    Stop::Failed(format!("cannot listen on {} in {}: {e}", file, dir.path().display()))
-                })?);
-            socket = Some((Arc::new(dir), file));
-        } else {
-            endpoint.memory = None;
         }
-        let link = SourceLink::start(context.tls.clone(), endpoint, listener, pod.follower.subscribe(), wake);
+        let link = SourceLink::start(context.tls.clone(), endpoint, listeners, pod.follower.subscribe(), wake);
         self.source = Some(Source {
             link,
-            socket,
+            sockets,
             first_dialled: first_dialled.unwrap_or_else(Instant::now),
             start_error: None,
             cancelled: None,
@@ -285,11 +282,11 @@ impl Worker {
         m: Option<&MigrationView>,
     ) -> Result<(), Stop> {
         let (Some(m), Some(source)) = (m, &mut self.source) else { return Err(Stop::Stale) };
-        let Some((_, socket)) = &source.socket else { return Err(Stop::Stale) };
+        let Some(socket) = source.socket(MEMORY) else { return Err(Stop::Stale) };
         let order = SourceOrder {
             migration_uid: m.uid.clone(),
-            socket: socket.clone(),
-            blocks_socket: None,
+            socket,
+            blocks_socket: source.socket(BLOCKS),
             bandwidth_bytes_per_second: Some(m.bandwidth).filter(|b| *b > 0),
             max_downtime_ms: m.max_downtime_ms,
             allow_auto_converge: m.allow_auto_converge,
@@ -347,7 +344,9 @@ impl Worker {
                 let quantity = bound.or_else(|| asked.and_then(|r| r.get("storage")))?;
                 godwit_api::Quantity(quantity.0.clone()).bytes().ok()
             });
-            volumes.insert(volume.name.clone(), VolumeFacts { capacity_bytes });
+            let modes = claim.and_then(|c| c.spec).and_then(|s| s.access_modes);
+            let shared = modes.map(|modes| modes.iter().any(|mode| mode == "ReadWriteMany"));
+            volumes.insert(volume.name.clone(), VolumeFacts { capacity_bytes, shared });
         }
         Ok(volumes)
     }
