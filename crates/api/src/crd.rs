@@ -361,6 +361,9 @@ fn structural(schema: &Value) -> Value {
                     other => other,
                 };
                 out.insert(key.clone(), json!(format));
+                if value == "uint32" {
+                    out.insert("maximum".to_owned(), json!(u32::MAX));
+                }
                 if format == "date-time" {
                     // Go clients write null for a time that is not set
                     out.insert("nullable".to_owned(), json!(true));
@@ -394,7 +397,9 @@ fn structural(schema: &Value) -> Value {
 /// The first sentence of a description.
 fn short(text: &str) -> String {
     let text = text.split("\n\n").next().unwrap_or_default().replace('\n', " ");
-    let sentence = text.split_inclusive(". ").next().unwrap_or_default().trim_end();
+    // "e.g. " ends no sentence
+    let end = text.match_indices(". ").map(|(at, _)| at + 1).find(|at| !text[..*at].ends_with(".g."));
+    let sentence = text.get(..end.unwrap_or(text.len())).unwrap_or_default();
     sentence.chars().take(MAX_DESCRIPTION).collect()
 }
 

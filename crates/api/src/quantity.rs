@@ -46,7 +46,7 @@ impl Quantity {
     pub fn from_bytes(bytes: u64) -> Self {
         let units = [("Ei", 60), ("Pi", 50), ("Ti", 40), ("Gi", 30), ("Mi", 20), ("Ki", 10)];
         for (suffix, shift) in units {
-            if bytes != 0 && bytes % (1u64 << shift) == 0 {
+            if bytes != 0 && bytes.is_multiple_of(1u64 << shift) {
                 return Self(format!("{}{suffix}", bytes >> shift));
             }
         }

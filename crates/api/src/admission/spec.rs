@@ -23,6 +23,7 @@ const MAX_CPUS: u32 = 255;
 /// KubeVirt's limit for data given in line.
 const MAX_CLOUD_INIT: usize = 2048;
 const MAX_SERIAL: usize = 256;
+const MAX_NAME: usize = 63;
 
 /// Fields that godwit knows and does not implement: warned of or refused.
 pub(super) fn unimplemented(spec: &Value, at: &str, causes: &mut Vec<Cause>, warnings: &mut Vec<String>) {
@@ -31,6 +32,14 @@ pub(super) fn unimplemented(spec: &Value, at: &str, causes: &mut Vec<Cause>, war
             Effect::Harmless => warnings.push(found.message()),
             Effect::GuestDiffers => causes.push(Cause::unsupported(&found.path, found.message())),
         }
+    }
+}
+
+/// A name becomes a label's value, which has at most 63 characters.
+pub(super) fn object_name(name: Option<&str>, causes: &mut Vec<Cause>) {
+    if name.is_some_and(|name| name.len() > MAX_NAME) {
+        let text = format!("metadata.name must be no more than {MAX_NAME} characters");
+        causes.push(Cause::invalid("metadata.name", text));
     }
 }
 
@@ -95,14 +104,11 @@ fn domain(domain: &DomainSpec, at: &str, causes: &mut Vec<Cause>) {
             causes.push(Cause::unsupported(&field, text));
         }
     }
-    if let Some(features) = &domain.features {
-        for (name, state) in [("acpi", &features.acpi), ("apic", &features.apic)] {
-            if state.as_ref().and_then(|state| state.enabled) == Some(false) {
-                let field = format!("{at}.features.{name}.enabled");
-                let text = format!("{field}: a guest without it is not implemented by godwit; remove it");
-                causes.push(Cause::unsupported(&field, text));
-            }
-        }
+    let apic = domain.features.as_ref().and_then(|features| features.apic.as_ref());
+    if apic.and_then(|state| state.enabled) == Some(false) {
+        let field = format!("{at}.features.apic.enabled");
+        let text = format!("{field}: a guest without it is not implemented by godwit; remove it");
+        causes.push(Cause::unsupported(&field, text));
     }
     if let Some(firmware) = &domain.firmware {
         check_firmware(firmware, &format!("{at}.firmware"), causes);
@@ -256,6 +262,13 @@ fn volumes(volumes: &[Volume], devices: &Devices, at: &str, causes: &mut Vec<Cau
             causes.push(Cause::invalid(format!("{field}.name"), text));
         }
         disk(one, &field, causes);
+        let claim = volumes.iter().find(|volume| volume.name == one.name);
+        let claim = claim.and_then(|volume| volume.persistent_volume_claim.as_ref());
+        let read_only = one.is_read_only() || claim.is_some_and(|claim| claim.read_only == Some(true));
+        if read_only && one.cdrom.is_none() && one.bus() == Some("sata") {
+            let text = format!("{field}.disk.bus: a SATA disk cannot be read-only, use virtio or scsi, or a cdrom");
+            causes.push(Cause::invalid(format!("{field}.disk.bus"), text));
+        }
     }
 }
 
@@ -276,8 +289,7 @@ fn disk(disk: &Disk, field: &str, causes: &mut Vec<Cause>) {
         }
     } else {
         let kind = if disk.lun.is_some() { "lun" } else { "disk" };
-        let buses: &[&str] = if disk.lun.is_some() { &["virtio", "scsi", "sata"] } else { &DISK_BUSES };
-        one_of(bus, buses, &format!("{field}.{kind}.bus"), causes);
+        one_of(bus, &DISK_BUSES, &format!("{field}.{kind}.bus"), causes);
     }
     one_of(disk.cache.as_deref().unwrap_or_default(), &CACHES, &format!("{field}.cache"), causes);
     one_of(disk.io.as_deref().unwrap_or_default(), &IO_MODES, &format!("{field}.io"), causes);

@@ -112,6 +112,10 @@ fn a_vmi_gets_its_defaults() {
     assert_eq!(domain["machine"]["type"], "q35");
     assert_eq!(domain["resources"]["requests"]["memory"], "128Mi");
     assert_eq!(domain["firmware"]["uuid"].as_str().unwrap(), crate::derived_firmware_uuid("default", "a"));
+    let mut wide = vmi("b");
+    wide["spec"]["domain"]["resources"] = json!({ "requests": { "cpu": "1500m" } });
+    let (wide, _) = World::new(vec![]).create(&wide).unwrap();
+    assert_eq!(wide["spec"]["domain"]["cpu"], json!({ "cores": 1, "sockets": 2, "threads": 1 }));
     // once more changes nothing
     let again = mutate(&World::new(vec![]).request(Operation::Create, Some(&object), None)).unwrap();
     assert_eq!(again.object, object);
@@ -155,6 +159,7 @@ fn what_cannot_be_is_said_with_its_place() {
     let disks = "/spec/domain/devices/disks";
     let interfaces = "/spec/domain/devices/interfaces";
     let cases: Vec<(&str, Value, &str)> = vec![
+        ("/metadata/name", json!("a".repeat(64)), "metadata.name must be no more than 63 characters"),
         ("/spec/domain/memory", json!({}), "no memory requested, at least one of 'spec.domain.memory.guest'"),
         ("/spec/domain/memory/guest", json!("lots"), "spec.domain.memory.guest: \"lots\" is no quantity"),
         ("/spec/domain/memory/guest", json!("1k"), "must be greater than or equal to 1Mi"),
@@ -162,7 +167,7 @@ fn what_cannot_be_is_said_with_its_place() {
         ("/spec/domain/cpu/cores", json!(1000), "1000 virtual CPUs are more than"),
         ("/spec/domain/cpu/model", json!("max,+vmx"), "spec.domain.cpu.model is no CPU model"),
         ("/spec/domain/machine/type", json!("virt"), "spec.domain.machine.type is not supported: virt"),
-        ("/spec/domain/features/acpi/enabled", json!(false), "spec.domain.features.acpi.enabled"),
+        ("/spec/domain/features/apic/enabled", json!(false), "spec.domain.features.apic.enabled"),
         ("/spec/domain/firmware/uuid", json!("x"), "spec.domain.firmware.uuid is no UUID"),
         ("/spec/domain/firmware/kernelBoot", json!({ "kernelArgs": "quiet" }), "without an external kernel"),
         (
@@ -216,6 +221,8 @@ fn what_cannot_be_is_said_with_its_place() {
             "cdrom.bus is set with an unrecognized option",
         ),
         (disks, json!([{ "name": "root", "disk": {}, "cdrom": {} }]), "can only have a single target type defined"),
+        (disks, json!([{ "name": "root", "disk": { "readonly": true } }]), "a SATA disk cannot be read-only"),
+        (disks, json!([{ "name": "root", "lun": {} }]), "disks[0].lun: not implemented by godwit, and the guest"),
         (disks, json!([{ "name": "root", "serial": "a b" }]), "must be made up of the following characters"),
         (disks, json!([{ "name": "root", "cache": "unsafe" }]), "cache is set with an unrecognized option: unsafe"),
         (disks, json!([{ "name": "root", "bootOrder": 0 }]), "must have a boot order > 0, if supplied"),
@@ -316,6 +323,8 @@ fn vms_are_checked_with_their_template() {
     let mut bad = vm();
     bad["spec"]["template"]["spec"]["volumes"] = json!([]);
     assert_eq!(causes(world.create(&bad)), ["spec.template.spec.domain.devices.disks[0].Name 'root' not found."]);
+    assert!(world.admit(Operation::Update, &object, Some(&object)).is_ok());
+    assert!(world.admit(Operation::Update, &bad, Some(&object)).is_err());
     let mut bad = vm();
     bad["spec"]["instancetype"] = json!({ "name": "u1.small" });
     assert!(causes(world.create(&bad))[0].starts_with("spec.instancetype: not implemented"));

@@ -25,8 +25,9 @@ pub(super) fn mutate(request: &Request<'_>, object: &mut Value) {
 
 pub(super) fn validate(request: &Request<'_>) -> Verdict {
     let Some(object) = request.object else { return Ok(Vec::new()) };
-    // an object on its way out may always lose its finalizers
-    if object.pointer("/metadata/deletionTimestamp").is_some_and(|time| !time.is_null()) {
+    // what was taken once may keep its spec: labels, finalizers and the like change without looking at it again
+    let before = request.old_object.and_then(|old| old.get("spec"));
+    if request.operation == Operation::Update && before.is_some() && before == object.get("spec") {
         return Ok(Vec::new());
     }
     let vm: VirtualMachine = read(WEBHOOK, object)?;
@@ -39,6 +40,7 @@ pub(super) fn validate(request: &Request<'_>) -> Verdict {
     if vm.spec.running.is_some() {
         warnings.push(RUNNING_DEPRECATED.to_owned());
     }
+    spec::object_name(vm.metadata.name.as_deref(), &mut causes);
     run_strategy(&vm, &mut causes);
     for found in uses(object.get("spec").unwrap_or(&Value::Null), "spec", VM_FIELDS) {
         match found.effect {

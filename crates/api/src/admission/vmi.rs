@@ -67,17 +67,7 @@ pub(super) fn complete_spec(
         let configured = configuration.and_then(|configuration| configuration.machine_type.as_deref());
         set_default(machine, "type", json!(configured.unwrap_or(DEFAULT_MACHINE)));
     }
-    if let Some(cpu) = object_at(domain, "cpu") {
-        for part in ["cores", "sockets", "threads"] {
-            let unset = cpu.get(part).is_none_or(|count| count.is_null() || *count == json!(0));
-            if let Some(cpu) = cpu.as_object_mut().filter(|_| unset) {
-                cpu.insert(part.to_owned(), json!(1));
-            }
-        }
-        if let Some(model) = configuration.and_then(|configuration| configuration.cpu_model.as_deref()) {
-            set_default(cpu, "model", json!(model));
-        }
-    }
+    cpu(domain, configuration);
     let acpi = object_at(domain, "features").and_then(|features| object_at(features, "acpi"));
     if let Some(acpi) = acpi {
         set_default(acpi, "enabled", json!(true));
@@ -92,6 +82,30 @@ pub(super) fn complete_spec(
     }
     for interface in items(devices, "interfaces") {
         set_default(interface, "model", json!("virtio"));
+    }
+}
+
+/// One virtual CPU, or as many sockets as the pod asks for whole CPUs when no topology is given (as KubeVirt).
+fn cpu(domain: &mut Value, configuration: Option<&KubeVirtConfiguration>) {
+    let asked = |list: &str| {
+        let value = domain.pointer(&format!("/resources/{list}/cpu"))?.clone();
+        serde_json::from_value::<Quantity>(value).ok()?.bytes().ok().and_then(|count| u32::try_from(count).ok())
+    };
+    let sockets = asked("limits").or_else(|| asked("requests")).unwrap_or(1).max(1);
+    let Some(cpu) = object_at(domain, "cpu") else { return };
+    let unset = |cpu: &Value, part: &str| cpu.get(part).is_none_or(|count| count.is_null() || *count == json!(0));
+    let parts = ["cores", "sockets", "threads"];
+    let no_topology = parts.iter().all(|part| unset(cpu, part));
+    for part in parts {
+        let default = if part == "sockets" && no_topology { sockets } else { 1 };
+        if unset(cpu, part)
+            && let Some(cpu) = cpu.as_object_mut()
+        {
+            cpu.insert(part.to_owned(), json!(default));
+        }
+    }
+    if let Some(model) = configuration.and_then(|configuration| configuration.cpu_model.as_deref()) {
+        set_default(cpu, "model", json!(model));
     }
 }
 
@@ -189,6 +203,7 @@ fn create(request: &Request<'_>, object: &Value) -> Verdict {
         causes.push(Cause::invalid("metadata.annotations", text));
     }
     spec::unimplemented(object.get("spec").unwrap_or(&Value::Null), "spec", &mut causes, &mut warnings);
+    spec::object_name(vmi.metadata.name.as_deref(), &mut causes);
     spec::check(&vmi.spec, "spec", &mut causes);
     if causes.is_empty() { Ok(warnings) } else { Err(Box::new(Denial { warnings, ..Denial::causes(CREATE, causes) })) }
 }

@@ -46,3 +46,84 @@ impl VirtualMachineInstance {
         crate::condition::find(&self.status.conditions, type_)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    /// Seed 002's migration state and a little of everything else, as KubeVirt's clients write it.
+    const OBJECT: &str = "
+apiVersion: kubevirt.io/v1alpha3
+kind: VirtualMachineInstance
+metadata:
+  name: vmi-fedora
+  namespace: default
+  creationTimestamp: null
+spec:
+  evictionStrategy: LiveMigrate
+  nodeSelector: { zone: a }
+  unknownToGodwit: 1
+  domain:
+    cpu: { cores: 2 }
+    memory: { guest: 1Gi }
+    resources: { requests: { memory: 1073741824 } }
+    firmware: { kernelBoot: { kernelArgs: console=ttyS0, container: { image: k, kernelPath: /boot/vmlinuz } } }
+    devices:
+      rng: {}
+      disks: [{ name: root, disk: { bus: virtio }, bootOrder: 1 }, { name: iso, cdrom: { bus: sata } }]
+      interfaces: [{ name: default, masquerade: {}, macAddress: '02:00:00:00:00:01', ports: [{ port: 22 }] }]
+  networks: [{ name: default, pod: {} }]
+  volumes:
+  - { name: root, persistentVolumeClaim: { claimName: root } }
+  - { name: iso, cloudInitNoCloud: { userData: '#cloud-config', networkDataSecretRef: { name: net } } }
+status:
+  phase: Running
+  runtimeUser: 107
+  nodeName: node02
+  guestOSInfo: { prettyName: Fedora }
+  conditions: [{ type: LiveMigratable, status: 'True', lastProbeTime: null }]
+  migrationState:
+    migrationUid: 57a693d6-51d7-11e9-b370-525500d15501
+    abortRequested: true
+    abortStatus: Succeeded
+    completed: true
+    failed: true
+    startTimestamp: '2019-03-29T04:02:47Z'
+    endTimestamp: '2019-03-29T04:02:49Z'
+    migrationConfiguration: { completionTimeoutPerGiB: 800, progressTimeout: 150 }
+    sourceNode: node02
+    targetNode: node01
+    targetNodeAddress: 10.128.0.46
+    targetNodeDomainDetected: true
+    targetDirectMigrationNodePorts: { '39445': 0, '43345': 49152, '44222': 49153 }
+    progress: { percent: 40, bytesPerSecond: 1, downtimeMilliseconds: 12 }
+";
+
+    #[test]
+    fn what_is_read_is_written_under_the_same_names() {
+        let value: Value = serde_saphyr::from_str(OBJECT).unwrap();
+        let vmi: Vmi = serde_json::from_value(value.clone()).unwrap();
+        assert_eq!(vmi.namespaced_name(), ("default", "vmi-fedora"));
+        assert!(vmi.condition("LiveMigratable").is_some_and(crate::Condition::is_true));
+        assert!(!vmi.is_final() && !vmi.is_migrating());
+        let written = serde_json::to_value(&vmi).unwrap();
+        assert_eq!(written["apiVersion"], "kubevirt.io/v1");
+        let mut expected = value;
+        expected["apiVersion"] = json!("kubevirt.io/v1");
+        expected["spec"].as_object_mut().unwrap().remove("unknownToGodwit");
+        expected["spec"]["domain"]["resources"]["requests"]["memory"] = json!("1073741824");
+        expected["status"]["conditions"][0].as_object_mut().unwrap().remove("lastProbeTime");
+        expected["metadata"].as_object_mut().unwrap().remove("creationTimestamp");
+        assert_eq!(written, expected);
+    }
+
+    #[test]
+    fn an_almost_empty_object_is_read() {
+        for text in ["{}", r#"{"metadata":{},"spec":{},"status":{}}"#, r#"{"metadata":{"name":"a"}}"#] {
+            let vmi: Vmi = serde_json::from_str(text).unwrap();
+            assert_eq!(vmi.status.phase, VmiPhase::Unset);
+        }
+    }
+}
