@@ -18,8 +18,10 @@ enum Fact {
     Set,
     /// Replaced by a strategic merge patch.
     Replace,
+    /// A map of strings that apply takes as one value.
+    AtomicMap,
 }
-use Fact::{ApplyMap, Map, MapRetainingKeys, PatchMerge, Replace, Set};
+use Fact::{ApplyMap, AtomicMap, Map, MapRetainingKeys, PatchMerge, Replace, Set};
 
 /// Definition (its last two or three name parts), member, fact.
 const FACTS: &[(&str, &str, Fact)] = &[
@@ -30,6 +32,7 @@ const FACTS: &[(&str, &str, Fact)] = &[
     ("core.v1.PodSpec", "containers", Map(&["name"])),
     ("core.v1.PodSpec", "initContainers", Map(&["name"])),
     ("core.v1.PodSpec", "ephemeralContainers", Map(&["name"])),
+    ("core.v1.PodSpec", "nodeSelector", AtomicMap),
     ("core.v1.PodSpec", "imagePullSecrets", Map(&["name"])),
     ("core.v1.PodSpec", "hostAliases", Map(&["ip"])),
     ("core.v1.PodSpec", "schedulingGates", Map(&["name"])),
@@ -57,6 +60,7 @@ const FACTS: &[(&str, &str, Fact)] = &[
     ("core.v1.PersistentVolumeClaimStatus", "conditions", Map(&["type"])),
     ("core.v1.ServiceAccount", "secrets", Map(&["name"])),
     ("core.v1.ServiceSpec", "ports", Map(&["port", "protocol"])),
+    ("core.v1.ServiceSpec", "selector", AtomicMap),
     ("core.v1.ServiceStatus", "conditions", Map(&["type"])),
     ("policy.v1.PodDisruptionBudgetSpec", "selector", Replace),
     ("policy.v1.PodDisruptionBudgetStatus", "conditions", Map(&["type"])),
@@ -115,6 +119,7 @@ pub(super) fn apply(definition: &str, field: &str, member: &mut Schema) {
             patch(member, &[], &["merge"]);
         }
         Replace => patch(member, &[], &["replace"]),
+        AtomicMap => member.atomic_map = true,
     }
 }
 
@@ -129,5 +134,23 @@ fn short(definition: &str) -> &str {
     match dots.nth(2) {
         Some((at, _)) => &definition[at + 1..],
         None => definition,
+    }
+}
+
+#[cfg(test)]
+pub(super) fn check(definitions: &std::collections::BTreeMap<String, std::sync::Arc<Schema>>) {
+    let find = |name: &str| definitions.iter().find(|(full, _)| short(full) == name).map(|(_, schema)| schema);
+    for (definition, field, fact) in FACTS {
+        let schema = find(definition).unwrap_or_else(|| panic!("{definition}"));
+        let member = schema.properties.get(*field).unwrap_or_else(|| panic!("{definition}.{field}"));
+        if let Map(keys) | MapRetainingKeys(keys) | ApplyMap(keys) = fact {
+            for key in *keys {
+                let item = member.items.as_ref().unwrap_or_else(|| panic!("{definition}.{field}: no list"));
+                assert!(item.properties.contains_key(*key), "{definition}.{field}: {key}");
+            }
+        }
+    }
+    for definition in ATOMIC {
+        assert!(find(definition).is_some_and(|schema| schema.atomic_map), "{definition}");
     }
 }

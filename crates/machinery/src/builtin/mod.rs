@@ -164,3 +164,8 @@ fn build() -> Table {
         .collect();
     Table { resources, definitions }
 }
+
+#[cfg(test)]
+pub(crate) fn check_merge_facts() {
+    merge::check(&TABLE.definitions);
+}

@@ -181,3 +181,6 @@ impl Schema {
         })
     }
 }
+
+#[cfg(test)]
+mod tests;
