@@ -72,9 +72,7 @@ fn strip(mut set: FieldSet) -> FieldSet {
             metadata.remove_tree(&format!("f:{name}"));
         }
     });
-    if set.get("f:metadata").is_some_and(|node| node.below.is_empty()) {
-        set.remove_tree("f:metadata");
-    }
+    set.remove_member("f:metadata");
     set
 }
 

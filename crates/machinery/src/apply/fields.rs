@@ -60,6 +60,16 @@ impl FieldSet {
         self.nodes.remove(step);
     }
 
+    /// Takes out the field at `step`, but nothing below it.
+    pub(super) fn remove_member(&mut self, step: &str) {
+        if let Some(node) = self.nodes.get_mut(step) {
+            node.member = false;
+            if node.below.is_empty() {
+                self.nodes.remove(step);
+            }
+        }
+    }
+
     /// Takes out fields below `step`.
     pub(super) fn edit_below(&mut self, step: &str, edit: impl FnOnce(&mut FieldSet)) {
         if let Some(node) = self.nodes.get_mut(step) {

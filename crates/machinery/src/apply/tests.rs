@@ -154,16 +154,19 @@ fn tracks_ordinary_writes() {
     track_update(&schema(), None, &mut created, &writer("create", 0));
     assert_eq!(
         owned(&created, "create"),
-        json!({"f:metadata": {"f:finalizers": {"v:\"x/y\"": {}}, "f:labels": {".": {}, "f:a": {}}},
-            "f:spec": {"f:containers": {"k:{\"name\":\"a\"}": {".": {}, "f:name": {}, "f:ports": {
+        json!({"f:metadata": {"f:finalizers": {".": {}, "v:\"x/y\"": {}}, "f:labels": {".": {}, "f:a": {}}},
+            "f:spec": {".": {}, "f:containers": {".": {}, "k:{\"name\":\"a\"}": {".": {}, "f:name": {}, "f:ports": {".": {},
                 "k:{\"port\":1,\"protocol\":\"TCP\"}": {".": {}, "f:port": {}}}}}}})
     );
     let mut updated = created.clone();
     updated["metadata"]["labels"] = json!({"c": "d"});
     updated["status"] = json!({"phase": "Running"});
     track_update(&schema(), Some(&created), &mut updated, &Writer { subresource: "status", ..writer("ctl", 5) });
-    assert_eq!(owned(&updated, "ctl"), json!({"f:metadata": {"f:labels": {"f:c": {}}}, "f:status": {"f:phase": {}}}));
-    assert_eq!(owned(&updated, "create")["f:metadata"]["f:labels"], json!({}));
+    assert_eq!(
+        owned(&updated, "ctl"),
+        json!({"f:metadata": {"f:labels": {"f:c": {}}}, "f:status": {".": {}, "f:phase": {}}})
+    );
+    assert_eq!(owned(&updated, "create")["f:metadata"]["f:labels"], json!({}), "the map is still its creator's");
     let mut same = updated.clone();
     track_update(&schema(), Some(&updated), &mut same, &writer("other", 9));
     assert_eq!(same, updated);
@@ -171,6 +174,29 @@ fn tracks_ordinary_writes() {
     reset["metadata"]["managedFields"] = json!([{}]);
     track_update(&schema(), Some(&updated), &mut reset, &writer("other", 9));
     assert_eq!(reset["metadata"].get("managedFields"), None);
+}
+
+#[test]
+fn follows_the_schemas_of_kubernetes() {
+    let pods = crate::builtin::resources().into_iter().find(|r| r.plural == "pods" && r.gv.group.is_empty()).unwrap();
+    let mut pod = json!({"apiVersion": "v1", "kind": "Pod",
+        "metadata": {"name": "p", "namespace": "n", "labels": {"a": "b"},
+            "ownerReferences": [{"uid": "u", "name": "o", "kind": "K", "apiVersion": "v1"}]},
+        "spec": {"containers": [{"name": "c", "image": "i", "command": ["x"], "resources": {"limits": {"cpu": "1"}},
+                "env": [{"name": "E", "value": "1"}]}],
+            "nodeSelector": {"k": "v"}, "tolerations": [{"key": "t"}], "terminationGracePeriodSeconds": 30}});
+    track_update(&pods.schema, None, &mut pod, &writer("kubectl-create", 0));
+    assert_eq!(
+        owned(&pod, "kubectl-create"),
+        json!({
+            "f:metadata": {"f:labels": {".": {}, "f:a": {}},
+                "f:ownerReferences": {".": {}, "k:{\"uid\":\"u\"}": {}}},
+            "f:spec": {"f:containers": {"k:{\"name\":\"c\"}": {".": {}, "f:name": {}, "f:image": {}, "f:command": {},
+                    "f:resources": {".": {}, "f:limits": {".": {}, "f:cpu": {}}},
+                    "f:env": {".": {}, "k:{\"name\":\"E\"}": {".": {}, "f:name": {}, "f:value": {}}}}},
+                "f:nodeSelector": {}, "f:tolerations": {}, "f:terminationGracePeriodSeconds": {}}
+        })
+    );
 }
 
 #[test]

@@ -106,28 +106,35 @@ pub(super) fn fields_of(schema: &Schema, object: &Value) -> FieldSet {
     }
 }
 
-/// `maps`: maps are facts of their own, besides their members, so that they stay when their members go.
-fn fields_of_map(schema: Known<'_>, map: &Map<String, Value>, root: bool, maps: bool) -> FieldSet {
+/// `whole`: maps, lists and objects are facts of their own besides what they hold, so that they stay when that goes.
+fn fields_of_map(schema: Known<'_>, map: &Map<String, Value>, root: bool, whole: bool) -> FieldSet {
     let mut set = FieldSet::default();
     for (name, value) in map {
-        let free = is_map(schema) && !root;
-        add_fields(root_member(schema, name, root), field_step(name), value, free, maps, &mut set);
+        let own = stands_alone(schema, name, root, whole);
+        add_fields(root_member(schema, name, root), field_step(name), value, own, whole, &mut set);
     }
     set
 }
 
-/// Puts the fields of `value`, which stands at `step`, into `set`; `free`: the step is not a known member of an object,
-/// so that being there is a fact of its own.
-fn add_fields(schema: Known<'_>, step: Step, value: &Value, free: bool, maps: bool, set: &mut FieldSet) {
-    let free = free || (maps && value.is_object() && schema.is_some_and(|s| s.additional.is_some()));
+/// Is it a fact of its own that there is a member of this name, besides what the member holds? With members of maps it
+/// is; with those of objects when they came as a `whole`, unless the objects of Kubernetes' own kinds have them always.
+fn stands_alone(schema: Known<'_>, name: &str, root: bool, whole: bool) -> bool {
+    let always = || {
+        schema.is_some_and(|s| s.definition.is_some() && (root || s.required.iter().any(|required| required == name)))
+    };
+    (is_map(schema) && !root) || (whole && !always())
+}
+
+/// Puts the fields of `value`, which stands at `step`, into `set`; `own`: the step itself belongs to them.
+fn add_fields(schema: Known<'_>, step: Step, value: &Value, own: bool, whole: bool, set: &mut FieldSet) {
     let below = match value {
-        Value::Object(map) if !is_atomic_map(schema) => fields_of_map(schema, map, false, maps),
+        Value::Object(map) if !is_atomic_map(schema) => fields_of_map(schema, map, false, whole),
         Value::Array(list) => match list_type(schema) {
             Some(kind) => {
                 let mut below = FieldSet::default();
                 for (step, value) in named(schema, kind, list) {
                     let Some(step) = step else { continue };
-                    add_fields(item(schema), step, value, true, maps, &mut below);
+                    add_fields(item(schema), step, value, true, whole, &mut below);
                 }
                 below
             }
@@ -135,7 +142,7 @@ fn add_fields(schema: Known<'_>, step: Step, value: &Value, free: bool, maps: bo
         },
         _ => FieldSet::default(),
     };
-    if free || below.is_empty() {
+    if own || below.is_empty() {
         set.insert(step.clone());
     }
     set.insert_below(step, below);
@@ -206,17 +213,17 @@ fn compare_maps(schema: Known<'_>, old: &Map<String, Value>, new: &Map<String, V
     let mut all = Difference::default();
     let names: BTreeSet<&String> = old.keys().chain(new.keys()).collect();
     for name in names {
-        let free = is_map(schema) && !root;
-        compare(root_member(schema, name, root), field_step(name), old.get(name), new.get(name), free, &mut all);
+        let own = stands_alone(schema, name, root, true);
+        compare(root_member(schema, name, root), field_step(name), old.get(name), new.get(name), own, &mut all);
     }
     all
 }
 
-fn compare(schema: Known<'_>, step: Step, old: Option<&Value>, new: Option<&Value>, free: bool, all: &mut Difference) {
+fn compare(schema: Known<'_>, step: Step, old: Option<&Value>, new: Option<&Value>, own: bool, all: &mut Difference) {
     let below = match (old, new) {
         (old, new) if old == new => return,
         (None, Some(new)) => {
-            return add_fields(schema, step, new, free, true, &mut all.changed);
+            return add_fields(schema, step, new, own, true, &mut all.changed);
         }
         (Some(old), None) => return add_fields(schema, step, old, true, true, &mut all.removed),
         (Some(Value::Object(old)), Some(Value::Object(new))) if !is_atomic_map(schema) => {

@@ -314,6 +314,46 @@ mod tests {
     }
 
     #[test]
+    fn follows_the_schemas_of_kubernetes() {
+        let schema = |plural: &str| {
+            let all = crate::builtin::resources();
+            all.into_iter().find(|r| r.plural == plural && r.gv.group.is_empty()).unwrap().schema
+        };
+        let pod = json!({"metadata": {"name": "p", "finalizers": ["a/b"], "ownerReferences": [{"uid": "u", "name": "o"}]},
+            "spec": {"containers": [{"name": "c", "image": "i", "args": ["x"],
+                "env": [{"name": "E", "value": "1"}], "volumeMounts": [{"mountPath": "/a", "name": "v"}]}],
+                "volumes": [{"name": "v", "emptyDir": {}}], "tolerations": [{"key": "k"}]},
+            "status": {"conditions": [{"type": "Ready", "status": "False"}]}});
+        let patch = json!({"metadata": {"finalizers": ["c/d"], "ownerReferences": [{"uid": "w"}]},
+            "spec": {"$setElementOrder/containers": [{"name": "d"}, {"name": "c"}],
+                "containers": [{"name": "d", "image": "j"}, {"name": "c", "args": ["y"],
+                    "env": [{"name": "E", "$patch": "delete"}, {"name": "F", "value": "2"}],
+                    "volumeMounts": [{"mountPath": "/b", "name": "v"}]}],
+                "volumes": [{"name": "v", "$retainKeys": ["name", "configMap"], "configMap": {"name": "m"}}],
+                "tolerations": [{"key": "l"}]},
+            "status": {"conditions": [{"type": "Ready", "status": "True"}]}});
+        assert_eq!(
+            strategic_merge(&schema("pods"), &pod, &patch).unwrap(),
+            json!({"metadata": {"name": "p", "finalizers": ["a/b", "c/d"],
+                    "ownerReferences": [{"uid": "u", "name": "o"}, {"uid": "w"}]},
+                "spec": {"containers": [{"name": "d", "image": "j"}, {"name": "c", "image": "i", "args": ["y"],
+                        "env": [{"name": "F", "value": "2"}],
+                        "volumeMounts": [{"mountPath": "/a", "name": "v"}, {"mountPath": "/b", "name": "v"}]}],
+                    "volumes": [{"name": "v", "configMap": {"name": "m"}}], "tolerations": [{"key": "l"}]},
+                "status": {"conditions": [{"type": "Ready", "status": "True"}]}})
+        );
+        let node = json!({"spec": {"taints": [{"key": "a"}], "unschedulable": true},
+            "status": {"addresses": [{"type": "InternalIP", "address": "1"}]}});
+        let patch =
+            json!({"spec": {"unschedulable": null}, "status": {"addresses": [{"type": "Hostname", "address": "n"}]}});
+        assert_eq!(
+            strategic_merge(&schema("nodes"), &node, &patch).unwrap(),
+            json!({"spec": {"taints": [{"key": "a"}]},
+                "status": {"addresses": [{"type": "InternalIP", "address": "1"}, {"type": "Hostname", "address": "n"}]}})
+        );
+    }
+
+    #[test]
     fn refuses_nonsense() {
         let code = |patch: Value| strategic_merge(&schema(), &json!({"l": [{"name": "a"}]}), &patch).unwrap_err().code;
         assert_eq!(code(json!([])), 400);
