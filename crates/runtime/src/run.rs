@@ -1,0 +1,243 @@
+//! The loop: news in, decisions out.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::future::Future;
+use std::time::Duration;
+
+use godwit_control::{Change, Effect, Key, Kind, Lane, Name, Noun, Ref, Source, View, World, kinds_for};
+use jiff::Timestamp;
+use kube::Client;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tracing::{debug, info, warn};
+
+use crate::execute::{Executor, Failure, Learned};
+use crate::intake::{News, watch_kind};
+use crate::queue::Queue;
+use crate::{Error, Options, events};
+
+/// How many pieces of news are taken in before decisions are made on them.
+const BATCH: usize = 256;
+/// How long writes under way may take when the controllers stop.
+const FAREWELL: Duration = Duration::from_secs(5);
+
+/// What became of a decision.
+struct Outcome {
+    key: Key,
+    lane: Lane,
+    /// The revisions of the objects that were to be written, as they were known.
+    seen: Vec<(Ref, u64)>,
+    learned: Vec<Learned>,
+    result: Result<(), Failure>,
+}
+
+/// Runs the controllers until `shutdown` ends. Decisions begin when every watched kind has been listed once.
+pub async fn run(client: Client, options: Options, shutdown: impl Future<Output = ()>) -> Result<(), Error> {
+    let (news_in, mut news) = mpsc::channel(4 * BATCH);
+    let (events_in, events_out) = mpsc::channel(1024);
+    let mut background = JoinSet::new();
+    let kinds = kinds_for(&options.nouns);
+    for kind in &kinds {
+        background.spawn(watch_kind(client.clone(), *kind, news_in.clone()));
+    }
+    drop(news_in);
+    background.spawn(events::record(client.clone(), options.identity.clone(), events_out));
+
+    let executor = Executor { client: client.clone(), events: events_in.clone() };
+    let scheduler = Executor { client: options.scheduler.clone().unwrap_or(client), events: events_in };
+    let mut shell = Shell {
+        options,
+        world: World::default(),
+        queue: Queue::default(),
+        unlisted: kinds.into_iter().collect(),
+        lists: BTreeMap::new(),
+        executor,
+        scheduler,
+        running: JoinSet::new(),
+    };
+    let mut shutdown = std::pin::pin!(shutdown);
+    let mut batch = Vec::new();
+    loop {
+        let timer = shell.until_next_wake();
+        tokio::select! {
+            () = &mut shutdown => break,
+            count = news.recv_many(&mut batch, BATCH) => {
+                if count == 0 {
+                    break;
+                }
+                for piece in batch.drain(..) {
+                    shell.take_in(piece)?;
+                }
+            }
+            Some(outcome) = shell.running.join_next() => match outcome {
+                Ok(outcome) => shell.conclude(outcome),
+                // A panic in the executor would be ours; the lane stays closed rather than being worked twice.
+                Err(error) => warn!(%error, "a write ended abnormally"),
+            },
+            () = tokio::time::sleep(timer) => {}
+        }
+        shell.pump();
+    }
+    info!("controllers stop");
+    let farewell = async { while shell.running.join_next().await.is_some() {} };
+    let _ = tokio::time::timeout(FAREWELL, farewell).await;
+    Ok(())
+}
+
+struct Shell {
+    options: Options,
+    world: World,
+    queue: Queue,
+    /// Kinds that have not been listed yet.
+    unlisted: BTreeSet<Kind>,
+    /// Lists under way: the names that were known before and have not come up yet.
+    lists: BTreeMap<Kind, BTreeSet<Name>>,
+    executor: Executor,
+    scheduler: Executor,
+    running: JoinSet<Outcome>,
+}
+
+impl Shell {
+    fn take_in(&mut self, piece: News) -> Result<(), Error> {
+        match piece {
+            News::Here(object) => {
+                let change = self.world.apply(object, Source::Watch);
+                self.touch(change);
+            }
+            News::Gone(object) => {
+                let change = self.world.delete(&object, Source::Watch);
+                self.touch(change);
+            }
+            News::ListBegins(kind) => {
+                self.lists.insert(kind, self.world.names_of(kind).into_iter().collect());
+            }
+            News::Listed(object) => {
+                if let Some(missing) = self.lists.get_mut(&object.kind()) {
+                    missing.remove(&object.name());
+                }
+                let change = self.world.apply(object, Source::Watch);
+                self.touch(change);
+            }
+            News::ListEnds(kind) => {
+                for name in self.lists.remove(&kind).unwrap_or_default() {
+                    let change = self.world.forget(kind, &name);
+                    self.touch(change);
+                }
+                if self.unlisted.remove(&kind) && self.unlisted.is_empty() {
+                    info!("all kinds listed, controllers begin");
+                    for key in Key::all(&self.world) {
+                        self.push(key);
+                    }
+                }
+            }
+            News::Ended(kind) => return Err(Error::WatchEnded(kind)),
+        }
+        Ok(())
+    }
+
+    fn push(&mut self, key: Key) {
+        if self.options.nouns.contains(&key.noun()) {
+            self.queue.push(key);
+        }
+    }
+
+    /// Whatever a change touches is decided again.
+    fn touch(&mut self, change: Option<Change>) {
+        // Before everything is known nothing is decided, and then everything is.
+        if let Some(change) = change.filter(|_| self.unlisted.is_empty()) {
+            for key in Key::affected(&change, &self.world) {
+                self.push(key);
+            }
+        }
+    }
+
+    fn until_next_wake(&self) -> Duration {
+        let longest = Duration::from_secs(3600);
+        let Some(wake) = self.queue.next_wake() else { return longest };
+        let wait = wake.duration_since(Timestamp::now());
+        Duration::try_from(wait).unwrap_or(Duration::ZERO).min(longest)
+    }
+
+    /// Decides about everything that is due, and starts carrying it out.
+    fn pump(&mut self) {
+        if !self.unlisted.is_empty() {
+            return;
+        }
+        loop {
+            let now = Timestamp::now();
+            let world = &self.world;
+            let Some((key, lane)) = self.queue.next(now, |key| key.lane(world)) else { return };
+            let plan = key.decide(&View { now, world, settings: &self.options.settings });
+            if let Some(wake_at) = plan.wake_at {
+                self.queue.push_at(key.clone(), wake_at);
+            }
+            if plan.effects.is_empty() {
+                self.queue.succeeded(&key);
+                self.queue.done(&key, &lane);
+                continue;
+            }
+            trace(&key, &plan.effects);
+            let executor = if key.noun() == Noun::Placement { &self.scheduler } else { &self.executor }.clone();
+            let seen = targets(&plan.effects)
+                .filter_map(|target| Some((target.clone(), world.get(target.kind, &target.name)?.revision())))
+                .collect();
+            self.running.spawn(async move {
+                let (learned, result) = executor.carry_out(plan.effects).await;
+                Outcome { key, lane, seen, learned, result }
+            });
+        }
+    }
+
+    fn conclude(&mut self, outcome: Outcome) {
+        let Outcome { key, lane, seen, learned, result } = outcome;
+        for piece in learned {
+            let change = match piece {
+                Learned::Here(object) => self.world.apply(object, Source::Answer),
+                Learned::Gone(target) => {
+                    // Under the same name something newer may have appeared by now.
+                    let held = self.world.get(target.kind, &target.name).map_or(0, |object| object.revision());
+                    let known = seen.iter().find(|(other, _)| *other == target).map_or(0, |(_, revision)| *revision);
+                    (held <= known).then(|| self.world.forget(target.kind, &target.name)).flatten()
+                }
+            };
+            self.touch(change);
+        }
+        self.queue.done(&key, &lane);
+        match result {
+            Ok(()) => self.queue.succeeded(&key),
+            Err(failure) => {
+                let pause = self.queue.failed(key.clone(), Timestamp::now());
+                match failure {
+                    // What is fresh has been taken in, which decides again at once; the pause is the second net.
+                    Failure::Conflict => debug!(%key, "decided on an old state, deciding again"),
+                    Failure::Refused(error) => {
+                        warn!(%key, %error, retry_in_ms = pause.as_millis(), "could not be carried out");
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The objects that effects write to.
+fn targets(effects: &[Effect]) -> impl Iterator<Item = &Ref> {
+    effects.iter().filter_map(|effect| match effect {
+        Effect::Patch(target, _) | Effect::PatchStatus(target, _) | Effect::Delete { target, .. } => Some(target),
+        Effect::Bind { pod, .. } | Effect::Evict { pod, .. } => Some(pod),
+        Effect::Create(_) | Effect::Record(_) => None,
+    })
+}
+
+fn trace(key: &Key, effects: &[Effect]) {
+    for effect in effects {
+        match effect {
+            Effect::Create(object) => debug!(%key, object = %object.reference(), "create"),
+            Effect::Patch(target, patch) => debug!(%key, %target, %patch, "patch"),
+            Effect::PatchStatus(target, patch) => debug!(%key, %target, %patch, "patch status"),
+            Effect::Delete { target, .. } => debug!(%key, %target, "delete"),
+            Effect::Bind { pod, node, .. } => debug!(%key, %pod, node, "bind"),
+            Effect::Evict { pod, .. } => debug!(%key, %pod, "evict"),
+            Effect::Record(event) => debug!(%key, reason = event.reason, message = event.message, "event"),
+        }
+    }
+}
