@@ -251,8 +251,8 @@ fn annotations(map: Option<&Value>, field: &str, causes: &mut Vec<Cause>) {
     }
 }
 
+/// Only core kinds demand more (a slash, or one of Kubernetes' own names); KubeVirt has finalizers without a slash.
 fn finalizers(list: Option<&Value>, field: &str, causes: &mut Vec<Cause>) {
-    const STANDARD: [&str; 3] = ["kubernetes", "orphan", "foregroundDeletion"];
     for (i, value) in list.and_then(Value::as_array).into_iter().flatten().enumerate() {
         let at = format!("{field}[{i}]");
         let Some(name) = value.as_str() else {
@@ -260,10 +260,6 @@ fn finalizers(list: Option<&Value>, field: &str, causes: &mut Vec<Cause>) {
             continue;
         };
         causes.extend(qualified(name).iter().map(|e| Cause::invalid(at.clone(), value, e)));
-        if !name.contains('/') && !STANDARD.contains(&name) {
-            let detail = "name is neither a standard finalizer name nor is it fully qualified";
-            causes.push(Cause::invalid(at, value, detail));
-        }
     }
 }
 
@@ -369,7 +365,7 @@ mod tests {
         let good = json!({"metadata": {"name": "a", "namespace": "n", "labels": {"a/b": "c"}, "finalizers": ["x/y"],
             "annotations": {"Example.com/A": "anything at all"}}});
         assert_eq!(validate(&good, Rule::Subdomain, true), vec![]);
-        let bad = json!({"metadata": {"namespace": "n", "labels": {"a b": "c"}, "finalizers": ["x"],
+        let bad = json!({"metadata": {"namespace": "n", "labels": {"a b": "c"}, "finalizers": ["x y"],
             "annotations": {"a": "x".repeat(ANNOTATIONS_MAX)},
             "ownerReferences": [{"apiVersion": "v1", "kind": "Pod", "name": "p"}]}});
         let lines: Vec<String> = validate(&bad, Rule::Subdomain, false).iter().map(Cause::line).collect();
