@@ -53,7 +53,7 @@ pub fn admit(
     for (_, _, other) in queue {
         let own = other.uid() == migration.uid();
         if in_cluster >= per_cluster {
-            return Err(Fact::ClusterLimit);
+            break;
         }
         let taken = on_node.entry(source_node(other, world).unwrap_or_default()).or_default();
         if *taken >= per_node {
@@ -68,6 +68,8 @@ pub fn admit(
         *taken += 1;
         in_cluster += 1;
     }
-    // Not in the queue: its turn has not come.
-    Err(Fact::ClusterLimit)
+    // Where both limits hold, the nearer one is the more telling.
+    let own_node = source_node(migration, world).unwrap_or_default();
+    let node_is_full = on_node.get(&own_node).is_some_and(|taken| *taken >= per_node);
+    Err(if node_is_full { Fact::NodeLimit } else { Fact::ClusterLimit })
 }

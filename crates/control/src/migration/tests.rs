@@ -1,1 +1,609 @@
+use std::collections::{BTreeMap, BTreeSet};
 
+use godwit_api::MigrationPhase as Phase;
+use proptest::prelude::*;
+use serde_json::{Value, json};
+
+use super::table::{Action, Fact, TABLE, lookup, rank};
+use crate::testing::Cluster;
+use crate::{Key, Kind, Name, Ref};
+
+const ALL_PHASES: [Phase; 9] = [
+    Phase::Unset,
+    Phase::Pending,
+    Phase::Scheduling,
+    Phase::Scheduled,
+    Phase::PreparingTarget,
+    Phase::TargetReady,
+    Phase::Running,
+    Phase::Succeeded,
+    Phase::Failed,
+];
+
+#[test]
+fn no_fact_is_ambiguous() {
+    let mut seen = BTreeSet::new();
+    for row in TABLE {
+        assert!(seen.insert((rank(&row.from), row.from.clone(), row.fact)), "{row:?} is there twice");
+    }
+}
+
+#[test]
+fn final_phases_are_absorbing() {
+    for row in TABLE.iter().filter(|row| row.from.is_final()) {
+        assert_eq!((&row.to, row.actions), (&row.from, &[][..]), "{row:?}");
+    }
+}
+
+#[test]
+fn phases_never_go_back() {
+    for row in TABLE {
+        assert!(rank(&row.to) >= rank(&row.from), "{row:?}");
+    }
+}
+
+#[test]
+fn time_ends_every_phase() {
+    for phase in ALL_PHASES.iter().filter(|phase| !phase.is_final()) {
+        let rows: Vec<_> = TABLE.iter().filter(|row| row.from == *phase).collect();
+        assert!(!rows.is_empty(), "{phase:?}");
+        if *phase == Phase::Unset {
+            assert!(rows.iter().all(|row| row.to != Phase::Unset), "the first phase is left with any fact");
+            continue;
+        }
+        let timeouts: Vec<_> = rows.iter().filter(|row| row.fact.is_timeout()).collect();
+        assert!(!timeouts.is_empty(), "{phase:?} can last for ever");
+        for row in timeouts {
+            // A timeout either ends the migration or brings about the fact that ends it.
+            let ends = row.to == Phase::Failed
+                || row.actions.contains(&Action::FailOnVmi) && lookup(phase, Fact::SourceFailed).is_some()
+                || row.actions.contains(&Action::RequestAbort) && lookup(phase, Fact::AbortUnanswered).is_some();
+            assert!(ends, "{row:?}");
+        }
+    }
+}
+
+#[test]
+fn every_way_to_fail_says_why() {
+    for row in TABLE.iter().filter(|row| row.to == Phase::Failed && row.from != Phase::Failed) {
+        assert!(row.actions.iter().any(|action| matches!(action, Action::Tell(..))), "{row:?} is silent");
+    }
+}
+
+#[test]
+fn states_page_is_up_to_date() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/migration-states.md");
+    let page = super::render();
+    if std::env::var_os("GODWIT_BLESS").is_some() {
+        std::fs::write(path, &page).unwrap();
+    }
+    let held = std::fs::read_to_string(path).unwrap_or_default();
+    assert!(
+        held == page,
+        "docs/migration-states.md is stale: run GODWIT_BLESS=1 cargo test -p godwit-control states_page"
+    );
+}
+
+fn name(name: &str) -> Name {
+    Name::new("default", name)
+}
+
+fn vmi_value(name: &str, node: &str) -> Value {
+    let pod = crate::names::launcher_pod(name, &format!("uid-{name}"));
+    json!({
+        "metadata": {
+            "name": name, "namespace": "default", "uid": format!("uid-{name}"),
+            "labels": {"kubevirt.io/nodeName": node},
+            "finalizers": ["kubevirt.io/foregroundDeleteVirtualMachine"],
+        },
+        "spec": {"domain": {"memory": {"guest": "128Mi"}, "devices": {}}},
+        "status": {"phase": "Running", "nodeName": node, "runtimeUser": 0, "pod": pod},
+    })
+}
+
+/// Three nodes and a running VMI, with its launcher pod, for each name.
+fn cluster(vmis: &[(&str, &str)]) -> Cluster {
+    let mut cluster = Cluster::new();
+    for node in ["node1", "node2", "node3"] {
+        cluster.add_node(node);
+    }
+    for (vmi, node) in vmis {
+        cluster.put(Kind::VirtualMachineInstance, vmi_value(vmi, node));
+        cluster.put(
+            Kind::Pod,
+            json!({
+                "metadata": {
+                    "name": crate::names::launcher_pod(vmi, &format!("uid-{vmi}")), "namespace": "default",
+                    "labels": {"kubevirt.io": "virt-launcher", "kubevirt.io/created-by": format!("uid-{vmi}")},
+                    "annotations": {"kubevirt.io/domain": vmi},
+                },
+                "spec": {"nodeName": node, "containers": [{"name": "compute"}]},
+            }),
+        );
+    }
+    cluster.run_kubelets();
+    cluster.settle();
+    cluster
+}
+
+fn migrate(cluster: &mut Cluster, job: &str, vmi: &str) {
+    cluster.put(
+        Kind::Migration,
+        json!({
+            "metadata": {
+                "name": job, "namespace": "default", "uid": format!("uid-{job}"),
+                "finalizers": ["kubevirt.io/migrationJobFinalize"], "labels": {"kubevirt.io/vmi-name": vmi},
+            },
+            "spec": {"vmiName": vmi},
+        }),
+    );
+}
+
+fn phase(cluster: &Cluster, job: &str) -> String {
+    match cluster.get(Kind::Migration, &name(job)) {
+        Some(value) => value["status"]["phase"].as_str().unwrap_or_default().to_owned(),
+        None => "gone".to_owned(),
+    }
+}
+
+fn state(cluster: &Cluster, vmi: &str) -> Value {
+    cluster.get(Kind::VirtualMachineInstance, &name(vmi)).unwrap()["status"]["migrationState"].clone()
+}
+
+fn tell(cluster: &mut Cluster, vmi: &str, facts: Value) {
+    cluster.patch(Kind::VirtualMachineInstance, &name(vmi), json!({"status": {"migrationState": facts}}));
+}
+
+fn target_pod(cluster: &Cluster, job: &str) -> Option<Name> {
+    cluster.world.pods_of_migration(&format!("uid-{job}")).next().map(|pod| crate::Stored::key(pod.as_ref()))
+}
+
+/// From the wish to the hand-over.
+fn hand_over(cluster: &mut Cluster, job: &str, vmi: &str) {
+    migrate(cluster, job, vmi);
+    cluster.settle();
+    cluster.run_kubelets();
+    cluster.settle();
+    assert_eq!(phase(cluster, job), "PreparingTarget");
+}
+
+/// What the handlers write of a migration that goes well.
+fn arrive(cluster: &mut Cluster, vmi: &str) {
+    let target = state(cluster, vmi)["targetNode"].clone();
+    tell(cluster, vmi, json!({"completed": true, "endTimestamp": cluster.now.to_string()}));
+    cluster.patch(
+        Kind::VirtualMachineInstance,
+        &name(vmi),
+        json!({"metadata": {"labels": {"kubevirt.io/nodeName": target}}, "status": {"nodeName": target}}),
+    );
+    cluster.settle();
+}
+
+#[test]
+fn a_migration_goes_all_the_way() {
+    let mut cluster = cluster(&[("demo", "node1")]);
+    hand_over(&mut cluster, "job", "demo");
+    let vmi = cluster.get(Kind::VirtualMachineInstance, &name("demo")).unwrap();
+    let handed = &vmi["status"]["migrationState"];
+    assert_eq!(handed["migrationUid"], "uid-job");
+    assert_eq!(handed["sourceNode"], "node1");
+    assert_eq!(handed["sourcePod"], crate::names::launcher_pod("demo", "uid-demo"));
+    assert_ne!(handed["targetNode"], "node1");
+    assert_eq!(handed["targetPod"], target_pod(&cluster, "job").unwrap().name);
+    assert_eq!(handed["migrationConfiguration"]["completionTimeoutPerGiB"], 800);
+    assert_eq!(vmi["metadata"]["labels"]["kubevirt.io/migrationTargetNodeName"], handed["targetNode"]);
+
+    tell(&mut cluster, "demo", json!({"targetNodeAddress": "10.88.0.12"}));
+    cluster.settle();
+    assert_eq!(phase(&cluster, "job"), "TargetReady");
+    let now = cluster.now.to_string();
+    tell(&mut cluster, "demo", json!({"startTimestamp": now}));
+    cluster.settle();
+    assert_eq!(phase(&cluster, "job"), "Running");
+    arrive(&mut cluster, "demo");
+    assert_eq!(phase(&cluster, "job"), "Succeeded");
+
+    let migration = cluster.get(Kind::Migration, &name("job")).unwrap();
+    assert!(migration["metadata"].get("finalizers").is_none(), "{migration}");
+    assert_eq!(migration["status"]["migrationState"]["completed"], true);
+    let entered: Vec<_> = migration["status"]["phaseTransitionTimestamps"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|entry| entry["phase"].as_str().unwrap().to_owned())
+        .collect();
+    let all = ["Pending", "Scheduling", "Scheduled", "PreparingTarget", "TargetReady", "Running", "Succeeded"];
+    assert_eq!(entered, all);
+    for reason in ["SuccessfulCreate", "SuccessfulHandOver", "SuccessfulMigration"] {
+        assert!(cluster.has_event(reason, ""), "{reason}");
+    }
+    // The pod that the guest has left goes, the one where it lives stays.
+    cluster.run_kubelets();
+    cluster.settle();
+    let pods: Vec<_> = cluster.world.pods_of_vmi("uid-demo").map(|pod| crate::Stored::key(pod.as_ref())).collect();
+    assert_eq!(pods, [target_pod(&cluster, "job").unwrap()]);
+    let vmi = cluster.get(Kind::VirtualMachineInstance, &name("demo")).unwrap();
+    assert!(vmi["metadata"]["labels"].get("kubevirt.io/migrationTargetNodeName").is_none());
+    // And back again, to any node.
+    hand_over(&mut cluster, "back", "demo");
+}
+
+#[test]
+fn cancelling_before_the_hand_over_leaves_the_vmi_alone() {
+    let mut cluster = cluster(&[("demo", "node1")]);
+    migrate(&mut cluster, "job", "demo");
+    cluster.settle();
+    assert_eq!(phase(&cluster, "job"), "Scheduling");
+    cluster.delete(&Ref::new(Kind::Migration, name("job")));
+    cluster.settle();
+    assert_eq!(phase(&cluster, "job"), "gone");
+    cluster.run_kubelets();
+    assert_eq!(target_pod(&cluster, "job"), None);
+    assert!(state(&cluster, "demo").is_null());
+    assert!(cluster.has_event("FailedMigration", "being canceled"));
+    assert!(cluster.has_event("SuccessfulDelete", "migration canceled and pod default/"));
+}
+
+#[test]
+fn cancelling_a_running_one_asks_the_source_to_abort() {
+    let mut cluster = cluster(&[("demo", "node1")]);
+    hand_over(&mut cluster, "job", "demo");
+    let now = cluster.now.to_string();
+    tell(&mut cluster, "demo", json!({"targetNodeAddress": "10.88.0.12", "startTimestamp": now}));
+    cluster.settle();
+    cluster.delete(&Ref::new(Kind::Migration, name("job")));
+    cluster.settle();
+    assert_eq!(state(&cluster, "demo")["abortRequested"], true);
+    assert_eq!(phase(&cluster, "job"), "Running");
+    let aborts = cluster.events.iter().filter(|event| event.reason == "SuccessfulAbortMigration").count();
+    assert_eq!(aborts, 1);
+    tell(
+        &mut cluster,
+        "demo",
+        json!({"failed": true, "completed": true, "abortStatus": "Succeeded", "failureReason": "x"}),
+    );
+    cluster.settle();
+    assert_eq!(phase(&cluster, "job"), "gone");
+    cluster.run_kubelets();
+    assert_eq!(target_pod(&cluster, "job"), None, "the target pod never ran the guest");
+    let vmi = cluster.get(Kind::VirtualMachineInstance, &name("demo")).unwrap();
+    assert_eq!((&vmi["status"]["phase"], &vmi["status"]["nodeName"]), (&json!("Running"), &json!("node1")));
+}
+
+#[test]
+fn an_abort_that_comes_too_late_is_a_success() {
+    let mut cluster = cluster(&[("demo", "node1")]);
+    hand_over(&mut cluster, "job", "demo");
+    let now = cluster.now.to_string();
+    tell(&mut cluster, "demo", json!({"targetNodeAddress": "10.88.0.12", "startTimestamp": now}));
+    cluster.settle();
+    cluster.delete(&Ref::new(Kind::Migration, name("job")));
+    cluster.settle();
+    tell(&mut cluster, "demo", json!({"abortStatus": "Failed"}));
+    arrive(&mut cluster, "demo");
+    assert!(cluster.has_event("SuccessfulMigration", ""));
+    assert!(target_pod(&cluster, "job").is_some());
+}
+
+#[test]
+fn a_dead_target_before_the_start_fails_the_migration_on_the_vmi() {
+    let mut cluster = cluster(&[("demo", "node1")]);
+    hand_over(&mut cluster, "job", "demo");
+    let pod = target_pod(&cluster, "job").unwrap();
+    cluster.patch(Kind::Pod, &pod, json!({"status": {"phase": "Failed"}}));
+    cluster.settle();
+    assert_eq!(phase(&cluster, "job"), "Failed");
+    assert_eq!(state(&cluster, "demo")["failureReason"], "Target pod is down");
+    assert!(cluster.has_event("FailedMigration", "failed. reason: Target pod is down"));
+    assert!(cluster.has_event("FailedMigration", "source node reported migration failed"));
+    let migration = cluster.get(Kind::Migration, &name("job")).unwrap();
+    assert_eq!(migration["status"]["reason"], "SourceFailed");
+}
+
+#[test]
+fn targets_that_do_not_come_up_are_given_up() {
+    for (unschedulable, seconds, text) in [(true, 300, "unschedulable pod"), (false, 900, "pending pod")] {
+        let mut cluster = cluster(&[("demo", "node1")]);
+        if unschedulable {
+            for node in ["node2", "node3"] {
+                cluster.patch(Kind::Node, &Name::cluster(node), json!({"spec": {"unschedulable": true}}));
+            }
+        }
+        migrate(&mut cluster, "job", "demo");
+        cluster.settle();
+        assert_eq!(phase(&cluster, "job"), "Scheduling");
+        if unschedulable {
+            let message = cluster.get(Kind::Migration, &name("job")).unwrap()["status"]["message"].clone();
+            assert!(message.as_str().unwrap().contains("0/3 nodes are available"), "{message}");
+            assert!(cluster.has_event("migrationTargetPodUnschedulable", "[default/demo]"));
+        }
+        let wake = cluster.decide(&Key::Migration(name("job"))).wake_at.unwrap();
+        assert_eq!(wake.duration_since(cluster.now).as_secs(), seconds);
+        cluster.pass(seconds - 1);
+        cluster.settle();
+        assert_eq!(phase(&cluster, "job"), "Scheduling");
+        cluster.pass(1);
+        cluster.settle();
+        assert_eq!(phase(&cluster, "job"), "Failed");
+        assert!(cluster.has_event("SuccessfulDelete", text));
+    }
+}
+
+#[test]
+fn silent_handlers_are_not_waited_for_for_ever() {
+    let mut cluster = cluster(&[("demo", "node1")]);
+    hand_over(&mut cluster, "job", "demo");
+    cluster.pass(300);
+    cluster.settle();
+    assert_eq!(phase(&cluster, "job"), "Failed");
+    assert_eq!(state(&cluster, "demo")["failed"], true);
+}
+
+#[test]
+fn a_lost_source_never_frees_the_vmi_for_another_migration() {
+    let mut cluster = cluster(&[("demo", "node1")]);
+    hand_over(&mut cluster, "job", "demo");
+    let now = cluster.now.to_string();
+    tell(&mut cluster, "demo", json!({"targetNodeAddress": "10.88.0.12", "startTimestamp": now}));
+    cluster.settle();
+    cluster.pass(200_000);
+    cluster.settle();
+    assert_eq!(state(&cluster, "demo")["abortRequested"], true);
+    cluster.pass(100_000);
+    cluster.settle();
+    assert_eq!(phase(&cluster, "job"), "Failed");
+    // Nobody knows where the guest is: its target pod stays, and no other migration begins.
+    assert!(target_pod(&cluster, "job").is_some());
+    migrate(&mut cluster, "next", "demo");
+    cluster.settle();
+    assert_eq!(phase(&cluster, "next"), "Pending");
+    assert_eq!(target_pod(&cluster, "next"), None);
+    let waiting = cluster.get(Kind::Migration, &name("next")).unwrap();
+    assert_eq!(waiting["status"]["reason"], "EarlierUnresolved");
+}
+
+#[test]
+fn a_second_migration_of_a_vmi_is_refused() {
+    let mut cluster = cluster(&[("demo", "node1")]);
+    migrate(&mut cluster, "first", "demo");
+    migrate(&mut cluster, "second", "demo");
+    cluster.settle();
+    assert_eq!((phase(&cluster, "first").as_str(), phase(&cluster, "second").as_str()), ("Scheduling", "Failed"));
+    assert!(cluster.has_event("FailedMigration", "another migration job is in progress"));
+}
+
+#[test]
+fn missing_and_unmovable_vmis_fail_at_once() {
+    let mut cluster = cluster(&[("demo", "node1")]);
+    cluster.patch(
+        Kind::VirtualMachineInstance,
+        &name("demo"),
+        json!({"status": {"conditions": [{"type": "LiveMigratable", "status": "False", "reason": "DisksNotLiveMigratable", "message": "PVC"}]}}),
+    );
+    migrate(&mut cluster, "job", "demo");
+    cluster.settle();
+    assert_eq!(phase(&cluster, "job"), "Failed");
+    let message = cluster.get(Kind::Migration, &name("job")).unwrap()["status"]["message"].clone();
+    assert_eq!(message, "Cannot migrate VMI, Reason: DisksNotLiveMigratable, Message: PVC");
+    migrate(&mut cluster, "nobody", "nobody");
+    cluster.step(&Key::Migration(name("nobody")));
+    assert_eq!(phase(&cluster, "nobody"), "Failed");
+}
+
+#[test]
+fn limits_hold_and_are_said() {
+    let vmis: Vec<(String, &str)> = (0..9)
+        .map(|i| {
+            (format!("vm{i}"), ["node1", "node1", "node1", "node2", "node2", "node2", "node3", "node3", "node3"][i])
+        })
+        .collect();
+    let vmis: Vec<(&str, &str)> = vmis.iter().map(|(name, node)| (name.as_str(), *node)).collect();
+    let mut cluster = cluster(&vmis);
+    for (vmi, _) in &vmis {
+        migrate(&mut cluster, &format!("job-{vmi}"), vmi);
+    }
+    cluster.settle();
+    let running: Vec<&str> =
+        vmis.iter().map(|(vmi, _)| *vmi).filter(|vmi| phase(&cluster, &format!("job-{vmi}")) == "Scheduling").collect();
+    assert_eq!(running, ["vm0", "vm1", "vm3", "vm4", "vm6"], "two from each node, five in all, the oldest first");
+    let reason = |vmi: &str| {
+        let waiting = cluster.get(Kind::Migration, &name(&format!("job-{vmi}"))).unwrap();
+        waiting["status"]["reason"].as_str().unwrap().to_owned()
+    };
+    assert_eq!((reason("vm2"), reason("vm7")), ("NodeLimit".to_owned(), "ClusterLimit".to_owned()));
+    // A place that becomes free is taken at once.
+    cluster.delete(&Ref::new(Kind::Migration, name("job-vm0")));
+    cluster.settle();
+    assert_eq!(phase(&cluster, "job-vm2"), "Scheduling");
+}
+
+#[test]
+fn five_finished_migrations_are_kept() {
+    let mut cluster = cluster(&[("demo", "node1")]);
+    for i in 0..7 {
+        cluster.pass(1);
+        migrate(&mut cluster, &format!("job{i}"), "demo");
+        cluster.patch(Kind::Migration, &name(&format!("job{i}")), json!({"status": {"phase": "Failed"}}));
+    }
+    cluster.settle();
+    let left: Vec<_> = cluster.world.names_of(Kind::Migration).into_iter().map(|name| name.name).collect();
+    assert_eq!(left, ["job2", "job3", "job4", "job5", "job6"]);
+}
+
+/// Something that happens in the cluster.
+#[derive(Clone, Debug)]
+enum Happening {
+    Migrate(u8),
+    Cancel(u8),
+    Kubelets,
+    Pass(u16),
+    PodFails(u8),
+    PodRemoved(u8),
+    TargetListens(u8),
+    SourceStarts(u8),
+    SourceFails(u8),
+    Arrives(u8),
+    VmiEnds(u8),
+    Decide(u8),
+}
+
+fn happening() -> impl Strategy<Value = Happening> {
+    let vmi = 0u8..4;
+    prop_oneof![
+        3 => vmi.clone().prop_map(Happening::Migrate),
+        1 => (0u8..16).prop_map(Happening::Cancel),
+        4 => Just(Happening::Kubelets),
+        2 => (0u16..1000).prop_map(Happening::Pass),
+        1 => (0u8..16).prop_map(Happening::PodFails),
+        1 => (0u8..16).prop_map(Happening::PodRemoved),
+        3 => vmi.clone().prop_map(Happening::TargetListens),
+        3 => vmi.clone().prop_map(Happening::SourceStarts),
+        1 => vmi.clone().prop_map(Happening::SourceFails),
+        3 => vmi.clone().prop_map(Happening::Arrives),
+        1 => vmi.prop_map(Happening::VmiEnds),
+        20 => any::<u8>().prop_map(Happening::Decide),
+    ]
+}
+
+const VMIS: [(&str, &str); 4] = [("a", "node1"), ("b", "node1"), ("c", "node1"), ("d", "node2")];
+
+fn happen(cluster: &mut Cluster, jobs: &mut u32, what: &Happening) {
+    let vmi = |index: u8| VMIS[usize::from(index) % VMIS.len()].0;
+    let alive =
+        |cluster: &Cluster, index: u8| cluster.world.vmis.get(&name(vmi(index))).is_some_and(|vmi| !vmi.is_final());
+    let handed = |cluster: &Cluster, index: u8| {
+        let state = state(cluster, vmi(index));
+        state["migrationUid"].is_string() && state["completed"] != true
+    };
+    let pick = |names: Vec<Name>, index: u8| names.get(usize::from(index) % names.len().max(1)).cloned();
+    let now = cluster.now.to_string();
+    match what {
+        Happening::Migrate(index) => {
+            *jobs += 1;
+            migrate(cluster, &format!("job{jobs}"), vmi(*index));
+        }
+        Happening::Cancel(index) => {
+            if let Some(job) = pick(cluster.world.names_of(Kind::Migration), *index) {
+                cluster.delete(&Ref::new(Kind::Migration, job));
+            }
+        }
+        Happening::Kubelets => cluster.run_kubelets(),
+        Happening::Pass(seconds) => cluster.pass(i64::from(*seconds)),
+        Happening::PodFails(index) => {
+            // Only targets: what a lost source means is another test's matter.
+            let targets: Vec<Name> =
+                cluster.world.names_of(Kind::Pod).into_iter().filter(|pod| is_idle_target(cluster, pod)).collect();
+            if let Some(pod) = pick(targets, *index) {
+                cluster.patch(Kind::Pod, &pod, json!({"status": {"phase": "Failed"}}));
+            }
+        }
+        Happening::PodRemoved(index) => {
+            let targets: Vec<Name> =
+                cluster.world.names_of(Kind::Pod).into_iter().filter(|pod| is_idle_target(cluster, pod)).collect();
+            if let Some(pod) = pick(targets, *index) {
+                cluster.remove(Kind::Pod, &pod);
+            }
+        }
+        Happening::TargetListens(index) if alive(cluster, *index) && handed(cluster, *index) => {
+            tell(cluster, vmi(*index), json!({"targetNodeAddress": "10.0.0.1"}));
+        }
+        Happening::SourceStarts(index) if alive(cluster, *index) && handed(cluster, *index) => {
+            if state(cluster, vmi(*index))["targetNodeAddress"].is_string() {
+                tell(cluster, vmi(*index), json!({"startTimestamp": now}));
+            }
+        }
+        Happening::SourceFails(index) if alive(cluster, *index) && handed(cluster, *index) => {
+            tell(cluster, vmi(*index), json!({"failed": true, "completed": true, "failureReason": "link broke"}));
+        }
+        Happening::Arrives(index) if alive(cluster, *index) && handed(cluster, *index) => {
+            let told = state(cluster, vmi(*index));
+            if told["startTimestamp"].is_string() {
+                tell(cluster, vmi(*index), json!({"completed": true, "endTimestamp": now}));
+                let node = told["targetNode"].clone();
+                cluster.patch(Kind::VirtualMachineInstance, &name(vmi(*index)), json!({"status": {"nodeName": node}}));
+            }
+        }
+        Happening::VmiEnds(index) if alive(cluster, *index) => {
+            cluster.patch(Kind::VirtualMachineInstance, &name(vmi(*index)), json!({"status": {"phase": "Succeeded"}}));
+        }
+        Happening::Decide(index) => {
+            let keys = Key::all(&cluster.world);
+            if let Some(key) = keys.get(usize::from(*index) % keys.len()) {
+                cluster.step(key);
+            }
+        }
+        _ => {}
+    }
+}
+
+/// A target pod whose guest is not there (yet).
+fn is_idle_target(cluster: &Cluster, pod: &Name) -> bool {
+    let Some(pod) = cluster.world.pods.get(pod) else { return false };
+    let vmi = cluster
+        .world
+        .vmi_by_uid(crate::Stored::label(pod.as_ref(), crate::names::LABEL_CREATED_BY).unwrap_or_default());
+    let target = crate::Stored::label(pod.as_ref(), crate::names::LABEL_MIGRATION_JOB_UID).is_some();
+    target && vmi.is_none_or(|vmi| vmi.status.node_name != pod.spec.as_ref().and_then(|spec| spec.node_name.clone()))
+}
+
+/// The pod that holds each living guest.
+fn homes(cluster: &Cluster) -> BTreeMap<String, Name> {
+    let living = cluster.world.vmis.iter().filter(|vmi| !vmi.is_final() && !vmi.is_deleting());
+    living
+        .filter_map(|vmi| {
+            let pod = crate::vmi::current_pod(vmi, &cluster.world)?;
+            Some((vmi.uid().to_owned(), crate::Stored::key(pod.as_ref())))
+        })
+        .collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 96, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn whatever_happens_the_promises_hold(happenings in proptest::collection::vec(happening(), 1..160)) {
+        let mut cluster = cluster(&VMIS);
+        let mut jobs = 0;
+        let mut reached: BTreeMap<Name, Phase> = BTreeMap::new();
+        for what in &happenings {
+            happen(&mut cluster, &mut jobs, what);
+            let mut under_way: BTreeMap<String, u32> = BTreeMap::new();
+            let (mut in_cluster, mut on_node) = (0, BTreeMap::<String, u32>::new());
+            for migration in cluster.world.migrations.iter() {
+                let key = crate::Stored::key(migration.as_ref());
+                let phase = migration.status.phase.clone();
+                if let Some(before) = reached.insert(key, phase.clone()) {
+                    prop_assert!(rank(&phase) >= rank(&before), "{:?} came after {:?}", phase, before);
+                    prop_assert!(!before.is_final() || phase == before, "{:?} left {:?}", phase, before);
+                }
+                if phase.is_running() {
+                    *under_way.entry(migration.vmi_name().to_owned()).or_default() += 1;
+                    in_cluster += 1;
+                    let vmi = cluster.world.vmis.get(&name(migration.vmi_name()));
+                    let state = vmi.and_then(|vmi| vmi.status.migration_state.as_ref());
+                    let own = state.filter(|state| state.migration_uid.as_deref() == Some(migration.uid()));
+                    if let Some(node) = own.and_then(|state| state.source_node.clone()) {
+                        *on_node.entry(node).or_default() += 1;
+                    }
+                }
+            }
+            prop_assert!(under_way.values().all(|count| *count <= 1), "two migrations of one VMI: {:?}", under_way);
+            prop_assert!(in_cluster <= 5 && on_node.values().all(|count| *count <= 2), "{} {:?}", in_cluster, on_node);
+            for (vmi, home) in homes(&cluster) {
+                let pod = cluster.world.pods.get(&home);
+                prop_assert!(pod.is_some_and(|pod| !crate::Stored::deleting(pod.as_ref())), "home {} of living {} is being removed", home, vmi);
+            }
+        }
+        // With time alone, everything ends.
+        for _ in 0..6 {
+            cluster.run_kubelets();
+            cluster.settle();
+            cluster.pass(200_000);
+        }
+        cluster.settle();
+        for migration in cluster.world.migrations.iter() {
+            prop_assert!(migration.is_final(), "{:?}", migration.status);
+            prop_assert!(migration.metadata.finalizers.is_none());
+        }
+    }
+}
