@@ -119,7 +119,7 @@ fn build() -> Table {
     pod.categories = names(&["all"]);
     b.add::<core::ResourceQuota>("resourcequotas", NAMESPACED, &["quota"]).status_subresource = true;
     b.add::<core::Secret>("secrets", NAMESPACED, &[]);
-    b.add::<core::ServiceAccount>("serviceaccounts", NAMESPACED, &["sa"]).subresources = names(&["token"]);
+    b.add::<core::ServiceAccount>("serviceaccounts", NAMESPACED, &["sa"]);
     let service = b.add::<core::Service>("services", NAMESPACED, &["svc"]);
     service.status_subresource = true;
     service.categories = names(&["all"]);
@@ -130,7 +130,6 @@ fn build() -> Table {
         crd.categories = names(&["api-extensions"]);
     }
     b.review::<authentication::SelfSubjectReview>("selfsubjectreviews", CLUSTER);
-    b.review::<authentication::TokenReview>("tokenreviews", CLUSTER);
     b.review::<authorization::LocalSubjectAccessReview>("localsubjectaccessreviews", NAMESPACED);
     b.review::<authorization::SelfSubjectAccessReview>("selfsubjectaccessreviews", CLUSTER);
     b.review::<authorization::SelfSubjectRulesReview>("selfsubjectrulesreviews", CLUSTER);
@@ -145,7 +144,8 @@ fn build() -> Table {
     b.add::<scheduling::PriorityClass>("priorityclasses", CLUSTER, &["pc"]);
     b.add::<storage::StorageClass>("storageclasses", CLUSTER, &["sc"]);
 
-    // Bodies that are no resources of their own.
+    // Bodies that are no resources of their own. TokenRequest and TokenReview are not served: who calls is known by
+    // certificate only.
     b.definitions.add::<core::Binding>();
     b.definitions.add::<policy::Eviction>();
     b.definitions.add::<authentication::TokenRequest>();

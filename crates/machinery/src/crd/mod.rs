@@ -3,7 +3,7 @@
 mod rules;
 mod structural;
 
-pub use rules::validate_crd;
+pub use rules::{validate_crd, warnings};
 
 use crate::resource::{Column, Columns, GroupVersion, Resource};
 use crate::schema::{Schema, Type};

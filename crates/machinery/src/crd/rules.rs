@@ -1,6 +1,7 @@
 //! What makes a CustomResourceDefinition a good one, in Kubernetes' words.
 
-use crate::schema::FieldError;
+use super::structural;
+use crate::schema::{self, FieldError};
 use serde_json::Value;
 use std::collections::BTreeSet;
 
@@ -38,6 +39,48 @@ pub fn validate_crd(crd: &Value) -> Vec<FieldError> {
     }
     check.versions(spec);
     check.errors
+}
+
+/// What is accepted in a CRD and does less here than on other servers, a sentence each; for `Warning:` headers.
+pub fn warnings(crd: &Value) -> Vec<String> {
+    let mut out = Vec::new();
+    let versions = crd.pointer("/spec/versions").and_then(Value::as_array);
+    for version in versions.into_iter().flatten() {
+        let name = text(version, "/name");
+        if version.pointer("/subresources/scale").is_some_and(Value::is_object) {
+            out.push(format!("version {name}: the scale subresource is not served by this server"));
+        }
+        if version.get("selectableFields").and_then(Value::as_array).is_some_and(|list| !list.is_empty()) {
+            out.push(format!("version {name}: selectableFields are not supported by this server"));
+        }
+        if let Some(schema) = version.pointer("/schema/openAPIV3Schema") {
+            let (mut rules, mut patterns) = (false, Vec::new());
+            survey(schema, &mut rules, &mut patterns);
+            if rules {
+                out.push(format!("version {name}: x-kubernetes-validations are not evaluated by this server"));
+            }
+            for pattern in patterns {
+                out.push(format!("version {name}: pattern {pattern:?} cannot be evaluated by this server"));
+            }
+        }
+    }
+    out
+}
+
+fn survey<'a>(schema: &'a Value, rules: &mut bool, patterns: &mut Vec<&'a str>) {
+    match schema {
+        Value::Object(map) => {
+            *rules |= map.get("x-kubernetes-validations").and_then(Value::as_array).is_some_and(|r| !r.is_empty());
+            if let Some(pattern) = map.get("pattern").and_then(Value::as_str)
+                && regex_lite::Regex::new(pattern).is_err()
+            {
+                patterns.push(pattern);
+            }
+            map.values().for_each(|inner| survey(inner, rules, patterns));
+        }
+        Value::Array(items) => items.iter().for_each(|inner| survey(inner, rules, patterns)),
+        _ => {}
+    }
 }
 
 struct Check {
@@ -155,6 +198,12 @@ impl Check {
             self.required(&format!("{path}.items"), "must be specified");
         }
         self.lists(schema, path);
+        if let Some(default) = schema.get("default") {
+            for error in schema::validate(&structural::parse(schema), default) {
+                let inner = if error.field == "<nil>" { String::new() } else { format!(".{}", error.field) };
+                self.push(&error.reason, &format!("{path}.default{inner}"), error.message);
+            }
+        }
         if let Some(Value::Object(properties)) = schema.get("properties") {
             for (name, member) in properties {
                 // The metadata of the whole object is Kubernetes' own.

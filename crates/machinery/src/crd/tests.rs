@@ -151,3 +151,26 @@ fn an_accepted_definition_keeps_its_times() {
     let second = established_status(&first, "2027-01-01T00:00:00Z");
     assert_eq!(first, second);
 }
+
+#[test]
+fn defaults_must_fit_and_what_is_not_done_is_said() {
+    let mut crd = crd();
+    let spec = "/spec/versions/0/schema/openAPIV3Schema/properties/spec/properties";
+    crd.pointer_mut(spec).unwrap()["colour"]["default"] = json!("blue");
+    let errors = validate_crd(&crd);
+    assert_eq!(errors.len(), 1);
+    assert_eq!(errors[0].field, "spec.versions[0].schema.openAPIV3Schema.properties[spec].properties[colour].default");
+    assert!(errors[0].message.starts_with("Unsupported value: \"blue\""));
+    assert_eq!(warnings(&crd), Vec::<String>::new());
+    crd.pointer_mut(spec).unwrap()["note"]["x-kubernetes-validations"] = json!([{"rule": "self != 'x'"}]);
+    crd.pointer_mut(spec).unwrap()["note"]["pattern"] = json!("(");
+    crd["spec"]["versions"][0]["subresources"]["scale"] = json!({});
+    assert_eq!(
+        warnings(&crd),
+        [
+            "version v1: the scale subresource is not served by this server",
+            "version v1: x-kubernetes-validations are not evaluated by this server",
+            "version v1: pattern \"(\" cannot be evaluated by this server",
+        ]
+    );
+}
