@@ -1,43 +1,15 @@
 //! The channels on the loopback: who is let in, who is not, and that a stream arrives whole.
 
-use std::path::Path;
 use std::sync::atomic::Ordering::Relaxed;
 
-use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::*;
+use crate::testing::Ca;
 use crate::tls::TlsPaths;
 
 const LIMIT: Duration = Duration::from_secs(5);
 const HERE: IpAddr = IpAddr::V4(std::net::Ipv4Addr::LOCALHOST);
-
-struct Ca {
-    issuer: Issuer<'static, KeyPair>,
-    pem: String,
-}
-
-impl Ca {
-    fn new() -> Self {
-        let key = KeyPair::generate().unwrap();
-        let mut params = CertificateParams::new(Vec::<String>::new()).unwrap();
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        let pem = params.self_signed(&key).unwrap().pem();
-        Self { issuer: Issuer::new(params, key), pem }
-    }
-
-    fn identity(&self, dir: &Path, cn: &str, san: &[&str]) -> Identity {
-        let key = KeyPair::generate().unwrap();
-        let mut params = CertificateParams::new(san.iter().map(|s| (*s).to_owned()).collect::<Vec<_>>()).unwrap();
-        params.distinguished_name.push(DnType::CommonName, cn);
-        let cert = params.signed_by(&key, &self.issuer).unwrap();
-        let paths = TlsPaths { ca: dir.join("ca.crt"), cert: dir.join("tls.crt"), key: dir.join("tls.key") };
-        std::fs::write(&paths.ca, &self.pem).unwrap();
-        std::fs::write(&paths.cert, cert.pem()).unwrap();
-        std::fs::write(&paths.key, key.serialize_pem()).unwrap();
-        Identity::load(&paths).unwrap()
-    }
-}
 
 struct Echo;
 
@@ -134,7 +106,7 @@ async fn another_ca_is_refused_by_both_ends() {
     stage.wait_refused(1).await;
 
     // A stranger that trusts everybody is still not trusted.
-    let own = stage.ca.pem.clone();
+    let own = stage.ca.pem();
     let stranger_paths = TlsPaths {
         ca: stage.dir.path().join("ca.crt"),
         cert: stage.dir.path().join("tls.crt"),

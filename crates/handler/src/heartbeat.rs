@@ -45,7 +45,8 @@ pub async fn run(
     let mut shutdown = std::pin::pin!(shutdown);
     let mut offer = offer;
     loop {
-        let next = match beat(&api, &node, true, &offer.borrow_and_update().clone()).await {
+        let now = offer.borrow_and_update().clone();
+        let next = match beat(&api, &node, true, &now).await {
             Ok(()) => EVERY,
             Err(error) => {
                 tracing::warn!(%error, node, "heartbeat not written; trying again");

@@ -20,6 +20,8 @@ pub mod pump;
 pub mod sockets;
 mod source_link;
 mod target_link;
+#[cfg(test)]
+mod testing;
 pub mod tls;
 pub mod view;
 mod watch;

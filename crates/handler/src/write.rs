@@ -315,3 +315,7 @@ fn preferred(addresses: &[String]) -> Option<String> {
     };
     addresses.iter().min_by_key(rank).cloned()
 }
+
+#[cfg(test)]
+#[path = "write_tests.rs"]
+mod tests;

@@ -125,12 +125,13 @@ fn under_way(
         return;
     }
     let cancelled = m.abort_status.is_some() || link.is_some_and(|l| l.cancelled.is_some());
-    if !cancelled && f.status != "cancelling" {
-        if let Some(why) = hopeless(facts, m, link) {
-            plan.warn("Migrating", format!("VirtualMachineInstance is aborting migration: {why}"));
-            plan.act(Action::Cancel { pod: pod.name.clone(), uid: m.uid.clone(), why: Some(why) });
-            return;
-        }
+    if !cancelled
+        && f.status != "cancelling"
+        && let Some(why) = hopeless(facts, m, link)
+    {
+        plan.warn("Migrating", format!("VirtualMachineInstance is aborting migration: {why}"));
+        plan.act(Action::Cancel { pod: pod.name.clone(), uid: m.uid.clone(), why: Some(why) });
+        return;
     }
     if let Some(link) = link {
         let since = link.reported.map(|at| facts.now.duration_since(at).unsigned_abs());

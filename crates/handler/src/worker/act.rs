@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use godwit_api::migratability::{self, ClaimAccess};
-use godwit_api::vmi::VirtualMachineInstance;
+use godwit_api::vmi::{PersistentVolumeClaimInfo, VirtualMachineInstance, VolumeStatus};
 use godwit_launcher::client::Error as LauncherError;
 use godwit_launcher::rpc::{Refusal, SourceOrder, TargetOrder, VmOrder, VolumeFacts};
 use jiff::Timestamp;
@@ -128,11 +128,12 @@ impl Worker {
 
     async fn start_vm(&mut self, vmi: &VirtualMachineInstance, name: &str) -> Result<(), Stop> {
         let began = Instant::now();
-        let volumes = self.volumes(vmi).await?;
+        let mut ordered = vmi.clone();
+        let volumes = self.volumes(&mut ordered).await?;
         let accelerator = *self.context.accelerator.borrow();
         let pod = self.pod(name)?;
         let interfaces = pod.wired.as_ref().map(|w| w.interfaces.clone()).unwrap_or_default();
-        let order = VmOrder { vmi: vmi.clone(), interfaces, volumes, accelerator };
+        let order = VmOrder { vmi: ordered, interfaces, volumes, accelerator };
         match pod.follower.client.start(&order).await {
             Ok(state) => {
                 pod.follower.learn(state);
@@ -154,12 +155,13 @@ impl Worker {
         m: Option<&MigrationView>,
     ) -> Result<(), Stop> {
         let began = Instant::now();
-        let volumes = self.volumes(vmi).await?;
+        let mut ordered = vmi.clone();
+        let volumes = self.volumes(&mut ordered).await?;
         let node_accelerator = *self.context.accelerator.borrow();
         let pod = self.pod(name)?;
         let order = TargetOrder {
             migration_uid: uid.to_owned(),
-            vmi: vmi.clone(),
+            vmi: ordered,
             interfaces: pod.wired.as_ref().map(|w| w.interfaces.clone()).unwrap_or_default(),
             volumes,
             accelerator: vmi.status.accelerator.as_deref().and_then(accelerator).or(node_accelerator),
@@ -330,8 +332,9 @@ impl Worker {
     }
 
     /// What the launcher has to know about claims.
-    async fn volumes(&self, vmi: &VirtualMachineInstance) -> Result<BTreeMap<String, VolumeFacts>, Stop> {
+    async fn volumes(&self, vmi: &mut VirtualMachineInstance) -> Result<BTreeMap<String, VolumeFacts>, Stop> {
         let mut volumes = BTreeMap::new();
+        let mut found = Vec::new();
         for volume in &vmi.spec.volumes {
             let Some(source) = &volume.persistent_volume_claim else { continue };
             let claim =
@@ -344,9 +347,28 @@ impl Worker {
                 let quantity = bound.or_else(|| asked.and_then(|r| r.get("storage")))?;
                 godwit_api::Quantity(quantity.0.clone()).bytes().ok()
             });
-            let modes = claim.and_then(|c| c.spec).and_then(|s| s.access_modes);
-            let shared = modes.map(|modes| modes.iter().any(|mode| mode == "ReadWriteMany"));
-            volumes.insert(volume.name.clone(), VolumeFacts { capacity_bytes, shared });
+            volumes.insert(volume.name.clone(), VolumeFacts { capacity_bytes });
+            // The launcher tells shared claims from local ones by this; the API may not have it yet.
+            found.push((
+                volume.name.clone(),
+                PersistentVolumeClaimInfo {
+                    claim_name: Some(source.claim_name.clone()),
+                    access_modes: claim.and_then(|c| c.spec).and_then(|s| s.access_modes).unwrap_or_default(),
+                    ..PersistentVolumeClaimInfo::default()
+                },
+            ));
+        }
+        for (name, info) in found {
+            let known = &mut vmi.status.volume_status;
+            match known.iter_mut().find(|status| status.name == name) {
+                Some(status) if status.persistent_volume_claim_info.is_some() => {}
+                Some(status) => status.persistent_volume_claim_info = Some(info),
+                None => known.push(VolumeStatus {
+                    name,
+                    persistent_volume_claim_info: Some(info),
+                    ..VolumeStatus::default()
+                }),
+            }
         }
         Ok(volumes)
     }

@@ -1,0 +1,48 @@
+//! What tests stand a handler on: certificates, an API in memory, launchers without a QEMU.
+
+mod api;
+mod flow;
+mod launcher;
+
+use std::path::Path;
+
+use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
+
+use crate::tls::{Identity, TlsPaths};
+
+/// A certificate authority.
+pub struct Ca {
+    issuer: Issuer<'static, KeyPair>,
+    pem: String,
+}
+
+impl Ca {
+    pub fn new() -> Self {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::new(Vec::<String>::new()).unwrap();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let pem = params.self_signed(&key).unwrap().pem();
+        Self { issuer: Issuer::new(params, key), pem }
+    }
+
+    pub fn pem(&self) -> String {
+        self.pem.clone()
+    }
+
+    /// Writes a certificate and its key into `dir`.
+    pub fn issue(&self, dir: &Path, cn: &str, san: &[&str]) -> TlsPaths {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::new(san.iter().map(|s| (*s).to_owned()).collect::<Vec<_>>()).unwrap();
+        params.distinguished_name.push(DnType::CommonName, cn);
+        let cert = params.signed_by(&key, &self.issuer).unwrap();
+        let paths = TlsPaths { ca: dir.join("ca.crt"), cert: dir.join("tls.crt"), key: dir.join("tls.key") };
+        std::fs::write(&paths.ca, &self.pem).unwrap();
+        std::fs::write(&paths.cert, cert.pem()).unwrap();
+        std::fs::write(&paths.key, key.serialize_pem()).unwrap();
+        paths
+    }
+
+    pub fn identity(&self, dir: &Path, cn: &str, san: &[&str]) -> Identity {
+        Identity::load(&self.issue(dir, cn, san)).unwrap()
+    }
+}

@@ -1,0 +1,308 @@
+//! Two handlers, their launchers and an API: the whole way of a guest, also when somebody restarts in between.
+
+use std::path::PathBuf;
+use std::sync::atomic::Ordering::SeqCst;
+use std::time::Duration;
+
+use godwit_launcher::rpc::DomainPhase;
+use serde_json::{Value, json};
+
+use super::Ca;
+use super::api::Api;
+use super::launcher::Launcher;
+use crate::sockets::SocketDir;
+use crate::tls::TlsPaths;
+use crate::{Options, run};
+
+const VMIS: &str = "virtualmachineinstances";
+
+struct Node {
+    name: &'static str,
+    root: PathBuf,
+    tls: TlsPaths,
+    handler: Option<tokio::task::JoinHandle<()>>,
+}
+
+impl Node {
+    fn up(&mut self, api: &Api) {
+        let options = Options {
+            client: api.client(),
+            node_name: self.name.into(),
+            node_ip: "127.0.0.1".parse().unwrap(),
+            kubelet_root: self.root.clone(),
+            tls: self.tls.clone(),
+            cluster_id: "test".into(),
+            accelerator: Some(godwit_launcher::rpc::Accelerator::Tcg),
+        };
+        self.handler = Some(tokio::spawn(async move { run(options, std::future::pending()).await.unwrap() }));
+    }
+}
+
+struct Cluster {
+    api: Api,
+    nodes: [Node; 2],
+    runtimes: Vec<tokio::runtime::Runtime>,
+    _dir: tempfile::TempDir,
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        for runtime in self.runtimes.drain(..) {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+impl Cluster {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let ca = Ca::new();
+        let api = Api::default();
+        let node = |name: &'static str| {
+            let root = dir.path().join(name);
+            std::fs::create_dir_all(&root).unwrap();
+            let tls = ca.issue(&root, &format!("system:node:{name}"), &[]);
+            api.put("nodes", json!({ "apiVersion": "v1", "kind": "Node", "metadata": { "name": name } }));
+            Node { name, root, tls, handler: None }
+        };
+        let nodes = [node("node1"), node("node2")];
+        Self { api, nodes, runtimes: Vec::new(), _dir: dir }
+    }
+
+    /// Starts the handler of a node in a runtime of its own, so that ending it ends everything it does, as a kill would.
+    fn up(&mut self, node: usize) {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        {
+            let _inside = runtime.enter();
+            self.nodes[node].up(&self.api);
+        }
+        self.runtimes.push(runtime);
+        let last = self.runtimes.len() - 1;
+        self.runtimes.swap(node.min(last), last);
+    }
+
+    fn kill(&mut self, node: usize) {
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        std::mem::replace(&mut self.runtimes[node], runtime).shutdown_background();
+    }
+
+    fn restart(&mut self, node: usize) {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        {
+            let _inside = runtime.enter();
+            self.nodes[node].up(&self.api);
+        }
+        std::mem::replace(&mut self.runtimes[node], runtime).shutdown_background();
+    }
+
+    fn pod(&self, node: usize, name: &str, migration: Option<&str>) -> Launcher {
+        let folder = SocketDir::path_of(&self.nodes[node].root, &format!("uid-{name}"));
+        let launcher = Launcher::start(folder);
+        let mut labels = json!({ "kubevirt.io": "virt-launcher", "kubevirt.io/created-by": "vmi-uid",
+                                 "vm.kubevirt.io/name": "vm" });
+        if let Some(uid) = migration {
+            labels["kubevirt.io/migrationJobUID"] = json!(uid);
+        }
+        self.api.put(
+            "pods",
+            json!({
+                "apiVersion": "v1", "kind": "Pod",
+                "metadata": { "name": name, "namespace": "default", "uid": format!("uid-{name}"), "labels": labels,
+                              "annotations": { "kubevirt.io/domain": "vm" } },
+                "spec": { "nodeName": self.nodes[node].name, "containers": [] },
+                "status": { "phase": "Running", "podIP": format!("10.244.{node}.5") },
+            }),
+        );
+        launcher
+    }
+
+    /// A VMI that the controller has placed on node1, and its launcher.
+    fn vmi(&self) -> Launcher {
+        let launcher = self.pod(0, "one", None);
+        self.api.put(
+            VMIS,
+            json!({
+                "apiVersion": "kubevirt.io/v1", "kind": "VirtualMachineInstance",
+                "metadata": { "name": "vm", "namespace": "default", "uid": "vmi-uid",
+                              "labels": { "kubevirt.io/nodeName": "node1" } },
+                "spec": { "domain": { "devices": {}, "memory": { "guest": "64Mi" } } },
+                "status": { "phase": "Scheduled", "nodeName": "node1", "runtimeUser": 0 },
+            }),
+        );
+        launcher
+    }
+
+    /// What the controller writes at hand-off, and the target's launcher.
+    fn hand_off(&self) -> Launcher {
+        let launcher = self.pod(1, "two", Some("mig"));
+        self.api.merge(
+            VMIS,
+            "vm",
+            &json!({
+                "metadata": { "labels": { "kubevirt.io/migrationTargetNodeName": "node2" } },
+                "status": { "migrationState": {
+                    "migrationUid": "mig", "sourceNode": "node1", "sourcePod": "one", "targetNode": "node2",
+                    "targetPod": "two",
+                    "migrationConfiguration": { "progressTimeout": 150, "completionTimeoutPerGiB": 800 },
+                } },
+            }),
+        );
+        launcher
+    }
+
+    fn vm(&self) -> Value {
+        self.api.get(VMIS, "vm").unwrap()
+    }
+
+    fn events(&self) -> Vec<String> {
+        self.api
+            .list("events")
+            .iter()
+            .map(|e| {
+                let text = |v: &Value| v.as_str().unwrap_or_default().to_owned();
+                format!("{} {}: {}", text(&e["source"]["host"]), text(&e["reason"]), text(&e["message"]))
+            })
+            .collect()
+    }
+
+    fn has_event(&self, event: &str) -> bool {
+        self.events().iter().any(|e| e.starts_with(event))
+    }
+}
+
+async fn until(what: &str, holds: impl Fn() -> bool) {
+    for _ in 0..4000 {
+        if holds() {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    panic!("not within 20 s: {what}");
+}
+
+/// A cluster with a running VM on node1.
+async fn running() -> (Cluster, Launcher) {
+    let mut cluster = Cluster::new();
+    cluster.up(0);
+    cluster.up(1);
+    let source = cluster.vmi();
+    until("the VM runs", || cluster.vm()["status"]["phase"] == "Running").await;
+    assert!(source.executes());
+    (cluster, source)
+}
+
+fn blocking<F: Future<Output = ()>>(test: F) {
+    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap().block_on(test);
+}
+
+#[test]
+fn a_vm_starts_moves_and_leaves_nothing_behind() {
+    blocking(async {
+        let (cluster, source) = running().await;
+        let target = cluster.hand_off();
+        until("the migration is over", || cluster.vm()["status"]["migrationState"]["completed"] == true).await;
+        until("the source has ended", || source.now().phase == DomainPhase::MigratedAway).await;
+        until("the arrival is written", || cluster.vm()["status"]["nodeName"] == "node2").await;
+        assert!(target.executes() && !source.executes());
+        let vm = cluster.vm();
+        let m = &vm["status"]["migrationState"];
+        assert_eq!(m.get("failed"), None, "{m:#}");
+        assert_eq!(vm["metadata"]["labels"]["kubevirt.io/nodeName"], "node2");
+        assert_eq!(vm["status"]["phase"], "Running");
+        assert_eq!(m["targetNodeAddress"], "127.0.0.1");
+        for field in ["startTimestamp", "endTimestamp", "targetNodeDomainReadyTimestamp"] {
+            assert!(m[field].is_string(), "{field}: {m:#}");
+        }
+        assert_eq!(m["progress"]["percent"], 100);
+        assert!(m["progress"]["downtimeMilliseconds"].is_u64(), "{m:#}");
+        for event in [
+            "node1 Created: VirtualMachineInstance defined.",
+            "node1 Started: VirtualMachineInstance started.",
+            "node2 PreparingTarget: VirtualMachineInstance Migration Target Prepared.",
+            "node2 PreparingTarget: Migration Target is listening at 127.0.0.1, on ports: ",
+            "node1 Migrating: VirtualMachineInstance is migrating.",
+            "node1 Migrated: The VirtualMachineInstance migrated to node node2.",
+            "node1 Deleted: Signaled Deletion",
+        ] {
+            until(event, || cluster.has_event(event)).await;
+        }
+    });
+}
+
+#[test]
+fn an_abort_in_mid_flight_leaves_the_guest_where_it_was() {
+    blocking(async {
+        let (cluster, source) = running().await;
+        source.slow.store(true, SeqCst);
+        let target = cluster.hand_off();
+        until("it has started", || cluster.vm()["status"]["migrationState"]["startTimestamp"].is_string()).await;
+        cluster.api.merge(VMIS, "vm", &json!({ "status": { "migrationState": { "abortRequested": true } } }));
+        until("it has failed", || cluster.vm()["status"]["migrationState"]["failed"] == true).await;
+        let vm = cluster.vm();
+        let m = &vm["status"]["migrationState"];
+        assert_eq!(m["abortStatus"], "Succeeded");
+        assert_eq!(m["failureReason"], "Live migration has been aborted");
+        assert_eq!(vm["status"]["nodeName"], "node1");
+        until("the target is gone", || target.now().phase.is_final()).await;
+        assert!(source.executes() && !target.executes());
+    });
+}
+
+#[test]
+fn a_target_handler_killed_in_mid_flight_fails_the_migration_and_nothing_else() {
+    blocking(async {
+        let (mut cluster, source) = running().await;
+        source.slow.store(true, SeqCst);
+        let target = cluster.hand_off();
+        until("it has started", || cluster.vm()["status"]["migrationState"]["startTimestamp"].is_string()).await;
+        cluster.kill(1);
+        until("it has failed", || cluster.vm()["status"]["migrationState"]["failed"] == true).await;
+        assert!(source.executes() && !target.executes());
+        assert_eq!(cluster.vm()["status"]["phase"], "Running");
+        cluster.restart(1);
+        until("the target is gone", || target.now().phase.is_final()).await;
+        assert!(source.executes());
+    });
+}
+
+#[test]
+fn a_go_is_given_although_both_handlers_restart_in_between() {
+    blocking(async {
+        let (mut cluster, source) = running().await;
+        source.slow.store(true, SeqCst);
+        let target = cluster.hand_off();
+        target.deaf.store(true, SeqCst);
+        until("it has started", || cluster.vm()["status"]["migrationState"]["startTimestamp"].is_string()).await;
+        source.finish.notify_one();
+        until("the source has completed", || source.now().migration.is_some_and(|m| m.status == "completed")).await;
+        assert!(!source.executes() && !target.executes(), "between the two");
+        let ports = || cluster.vm()["status"]["migrationState"]["targetDirectMigrationNodePorts"].clone();
+        let before = ports();
+        cluster.kill(0);
+        cluster.kill(1);
+        assert_ne!(cluster.vm()["status"]["migrationState"]["completed"], true, "nobody has said so");
+        cluster.restart(1);
+        let ports = || cluster.vm()["status"]["migrationState"]["targetDirectMigrationNodePorts"].clone();
+        until("the target listens anew", || ports() != before).await;
+        cluster.restart(0);
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        assert!(!source.executes() && !target.executes());
+        target.deaf.store(false, SeqCst);
+        until("the migration is over", || cluster.vm()["status"]["migrationState"]["completed"] == true).await;
+        assert_eq!(cluster.vm()["status"]["migrationState"].get("failed"), None);
+        until("the arrival is written", || cluster.vm()["status"]["nodeName"] == "node2").await;
+        until("the source has ended", || source.now().phase == DomainPhase::MigratedAway).await;
+        assert!(target.executes() && !source.executes());
+    });
+}
+
+#[test]
+fn a_deleted_vmi_is_shut_down() {
+    blocking(async {
+        let (cluster, source) = running().await;
+        cluster.api.merge(VMIS, "vm", &json!({ "metadata": { "deletionTimestamp": "2026-11-20T20:00:00Z" } }));
+        until("it has ended", || cluster.vm()["status"]["phase"] == "Succeeded").await;
+        assert_eq!(source.now().phase, DomainPhase::Shutdown);
+        until("the event", || cluster.has_event("node1 ShuttingDown: Signaled Graceful Shutdown")).await;
+    });
+}

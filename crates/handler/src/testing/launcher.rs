@@ -1,0 +1,240 @@
+//! A launcher without a QEMU: it speaks the RPC, sends and receives a stream, and keeps the promises of the hand-over.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use axum::extract::State as Shared;
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post, put};
+use axum::{Json, Router};
+use bytes::Bytes;
+use futures::StreamExt;
+use godwit_launcher::rpc::{
+    DomainPhase, ErrorBody, MigrationFacts, MigrationRef, MigrationRole, Refusal, ShutdownOrder, SourceOrder, State,
+    TargetOrder, TargetReady, VmOrder,
+};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::{Notify, watch};
+
+const STREAM: usize = 4 << 20;
+
+/// One launcher; clones are the same one.
+#[derive(Clone)]
+pub struct Launcher(Arc<Inner>);
+
+pub struct Inner {
+    dir: PathBuf,
+    state: watch::Sender<State>,
+    /// The source sends half of its memory and then waits for this.
+    pub finish: Notify,
+    /// The source waits at all.
+    pub slow: AtomicBool,
+    /// The target refuses the go.
+    pub deaf: AtomicBool,
+    cancel: Notify,
+    server: std::sync::Mutex<Option<tokio::task::JoinHandle<()>>>,
+}
+
+impl std::ops::Deref for Launcher {
+    type Target = Inner;
+
+    fn deref(&self) -> &Inner {
+        &self.0
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        if let Some(server) = self.server.lock().unwrap().take() {
+            server.abort();
+        }
+    }
+}
+
+impl Launcher {
+    /// Listens in `dir`.
+    pub fn start(dir: PathBuf) -> Self {
+        std::fs::create_dir_all(&dir).unwrap();
+        let listener = UnixListener::bind(dir.join("launcher.sock")).unwrap();
+        let launcher = Self(Arc::new(Inner {
+            dir,
+            state: watch::channel(State::default()).0,
+            finish: Notify::new(),
+            slow: AtomicBool::new(false),
+            deaf: AtomicBool::new(false),
+            cancel: Notify::new(),
+            server: std::sync::Mutex::new(None),
+        }));
+        let router = Router::new()
+            .route("/v1/state", get(|Shared(l): Shared<Launcher>| async move { Json(l.now()) }))
+            .route("/v1/watch", get(watch_states))
+            .route("/v1/vm", put(vm))
+            .route("/v1/migration/target", put(target))
+            .route("/v1/migration/source", put(source))
+            .route("/v1/migration/cancel", post(cancel))
+            .route("/v1/migration/go", post(go))
+            .route("/v1/migration/abandon", post(abandon))
+            .route("/v1/shutdown", post(shutdown))
+            .with_state(launcher.clone());
+        let server = tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
+        *launcher.server.lock().unwrap() = Some(server);
+        launcher
+    }
+
+    pub fn now(&self) -> State {
+        self.state.borrow().clone()
+    }
+
+    /// Whether this launcher's guest executes.
+    pub fn executes(&self) -> bool {
+        let state = self.now();
+        let handed_over =
+            state.migration.as_ref().is_some_and(|m| m.role == MigrationRole::Source && m.status == "completed");
+        state.phase == DomainPhase::Running && !handed_over
+    }
+
+    fn change(&self, change: impl FnOnce(&mut State)) -> State {
+        self.state.send_modify(change);
+        self.now()
+    }
+
+    fn facts(&self, change: impl FnOnce(&mut MigrationFacts)) {
+        self.state.send_modify(|s| change(s.migration.as_mut().unwrap()));
+    }
+}
+
+fn us() -> i64 {
+    jiff::Timestamp::now().as_microsecond()
+}
+
+fn conflict(message: &str) -> Response {
+    let body = ErrorBody { reason: Refusal::Conflict, message: message.into() };
+    (StatusCode::CONFLICT, Json(body)).into_response()
+}
+
+async fn watch_states(Shared(launcher): Shared<Launcher>) -> Response {
+    let mut states = launcher.state.subscribe();
+    states.mark_changed();
+    let lines = futures::stream::unfold(states, |mut states| async move {
+        states.changed().await.ok()?;
+        let line = serde_json::to_string(&*states.borrow_and_update()).unwrap() + "\n";
+        Some((Ok::<_, std::convert::Infallible>(Bytes::from(line)), states))
+    });
+    axum::body::Body::from_stream(lines.boxed()).into_response()
+}
+
+async fn vm(Shared(launcher): Shared<Launcher>, Json(order): Json<VmOrder>) -> Json<State> {
+    Json(launcher.change(|s| {
+        s.vmi_uid = order.vmi.uid().to_owned();
+        s.phase = DomainPhase::Running;
+    }))
+}
+
+async fn target(Shared(launcher): Shared<Launcher>, Json(order): Json<TargetOrder>) -> Json<TargetReady> {
+    let path = launcher.dir.join("in.sock");
+    let _ = std::fs::remove_file(&path);
+    let listener = UnixListener::bind(path).unwrap();
+    launcher.change(|s| {
+        s.phase = DomainPhase::Incoming;
+        s.migration = Some(MigrationFacts::new(order.migration_uid, MigrationRole::Target));
+    });
+    tokio::spawn(async move {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        launcher.facts(|f| f.status = "active".into());
+        let mut memory = vec![0; STREAM];
+        if stream.read_exact(&mut memory).await.is_err() {
+            launcher.change(|s| s.phase = DomainPhase::Crashed);
+            return;
+        }
+        launcher.facts(|f| {
+            f.status = "completed".into();
+            f.loaded = true;
+        });
+        // The return path: the source may call it complete only now.
+        let _ = stream.write_all(b"k").await;
+    });
+    Json(TargetReady { socket: "in.sock".into(), blocks_socket: None })
+}
+
+async fn source(Shared(launcher): Shared<Launcher>, Json(order): Json<SourceOrder>) -> Response {
+    if launcher.now().migration.is_some_and(|m| m.uid == order.migration_uid) {
+        return conflict("this migration has run before");
+    }
+    let state = launcher.change(|s| {
+        let mut facts = MigrationFacts::new(order.migration_uid, MigrationRole::Source);
+        facts.status = "active".into();
+        facts.start_us = Some(us());
+        facts.total_bytes = STREAM as u64;
+        facts.remaining_bytes = STREAM as u64;
+        s.migration = Some(facts);
+    });
+    tokio::spawn(async move {
+        let sending = async {
+            let mut stream = UnixStream::connect(launcher.dir.join(&order.socket)).await?;
+            stream.write_all(&vec![1; STREAM / 2]).await?;
+            if launcher.slow.load(Ordering::SeqCst) {
+                let mut byte = [0];
+                tokio::select! {
+                    () = launcher.finish.notified() => {}
+                    _ = stream.read(&mut byte) => return Err(std::io::ErrorKind::BrokenPipe.into()),
+                }
+            }
+            stream.write_all(&vec![1; STREAM / 2]).await?;
+            launcher.facts(|f| f.stop_us = Some(us()));
+            stream.read_exact(&mut [0]).await.map(drop)
+        };
+        tokio::select! {
+            sent = sending => match sent {
+                Ok(()) => launcher.facts(|f| {
+                    f.status = "completed".into();
+                    f.remaining_bytes = 0;
+                    f.end_us = Some(us());
+                }),
+                Err(error) => launcher.facts(|f| {
+                    f.status = "failed".into();
+                    f.error = Some(error.to_string());
+                }),
+            },
+            () = launcher.cancel.notified() => launcher.facts(|f| f.status = "cancelled".into()),
+        }
+    });
+    Json(state).into_response()
+}
+
+async fn cancel(Shared(launcher): Shared<Launcher>, Json(_): Json<MigrationRef>) -> Json<State> {
+    launcher.cancel.notify_one();
+    Json(launcher.now())
+}
+
+async fn go(Shared(launcher): Shared<Launcher>, Json(order): Json<MigrationRef>) -> Response {
+    let Some(facts) = launcher.now().migration.filter(|m| m.uid == order.migration_uid) else {
+        return conflict("no such migration");
+    };
+    if !facts.loaded || launcher.deaf.load(Ordering::SeqCst) {
+        return conflict("not now");
+    }
+    if !facts.gone {
+        launcher.change(|s| s.phase = DomainPhase::Running);
+        launcher.facts(|f| {
+            f.gone = true;
+            f.resume_us = Some(us());
+        });
+    }
+    Json(launcher.now()).into_response()
+}
+
+async fn abandon(Shared(launcher): Shared<Launcher>, Json(_): Json<MigrationRef>) -> Response {
+    if launcher.now().migration.is_some_and(|m| m.gone) {
+        return conflict("the guest runs here");
+    }
+    Json(launcher.change(|s| s.phase = DomainPhase::Shutdown)).into_response()
+}
+
+async fn shutdown(Shared(launcher): Shared<Launcher>, Json(_): Json<ShutdownOrder>) -> Json<State> {
+    let left = launcher.now().migration.is_some_and(|m| m.role == MigrationRole::Source && m.status == "completed");
+    let phase = if left { DomainPhase::MigratedAway } else { DomainPhase::Shutdown };
+    Json(launcher.change(|s| s.phase = phase))
+}

@@ -1,0 +1,211 @@
+use godwit_launcher::rpc::{Accelerator, GuestAgentFacts, GuestInterface, GuestOs, MigrationRole};
+
+use super::*;
+
+const NOW: &str = "2026-11-20T20:00:00.9Z";
+
+fn vmi(status: Value) -> VirtualMachineInstance {
+    serde_json::from_value(json!({
+        "metadata": { "name": "vm", "namespace": "default", "uid": "u", "resourceVersion": "7" },
+        "spec": {
+            "domain": { "cpu": { "cores": 2 }, "devices": { "interfaces": [
+                { "name": "default", "masquerade": {}, "macAddress": "02:00:00:00:00:11" },
+                { "name": "red", "bridge": {}, "macAddress": "02:00:00:00:00:22" },
+            ] } },
+            "networks": [{ "name": "default", "pod": {} }, { "name": "red", "multus": { "networkName": "red" } }],
+        },
+        "status": status,
+    }))
+    .unwrap()
+}
+
+fn running() -> State {
+    State {
+        phase: DomainPhase::Running,
+        accelerator: Some(Accelerator::Tcg),
+        qemu_version: Some("7.2.22".into()),
+        machine_type: Some("pc-q35-7.2".into()),
+        ..State::default()
+    }
+}
+
+fn made(vmi: &VirtualMachineInstance, changes: &[Change], state: State) -> Option<Value> {
+    let launchers = BTreeMap::from([("p".to_owned(), state)]);
+    let addresses = BTreeMap::from([("p".to_owned(), vec!["10.244.1.5".to_owned()])]);
+    let target = TargetView {
+        uid: "m".into(),
+        address: "10.88.0.12".into(),
+        ports: [("4000".to_owned(), 0), ("4001".to_owned(), 49152)].into(),
+    };
+    let migratable =
+        Migratable { conditions: vec![Condition::new(c::LIVE_MIGRATABLE, true)], method: Some("LiveMigration".into()) };
+    let from = Sources {
+        node: "node2",
+        now: NOW.parse().unwrap(),
+        launchers: &launchers,
+        addresses: &addresses,
+        target: Some(&target),
+        migratable: &migratable,
+    };
+    patch(vmi, changes, &from)
+}
+
+/// The object after the patch, as an API server makes it (RFC 7386).
+fn applied(vmi: &VirtualMachineInstance, patch: &Value) -> VirtualMachineInstance {
+    fn merge(to: &mut Value, from: &Value) {
+        let Value::Object(from) = from else {
+            *to = from.clone();
+            return;
+        };
+        if !to.is_object() {
+            *to = json!({});
+        }
+        for (key, value) in from {
+            if value.is_null() {
+                to.as_object_mut().unwrap().remove(key);
+            } else {
+                merge(to.as_object_mut().unwrap().entry(key).or_insert(Value::Null), value);
+            }
+        }
+    }
+    let mut value = serde_json::to_value(vmi).unwrap();
+    merge(&mut value, patch);
+    serde_json::from_value(value).unwrap()
+}
+
+#[test]
+fn a_report_says_everything_once() {
+    let old = vmi(json!({ "phase": "Scheduled", "conditions": [{ "type": "Ready", "status": "False" }] }));
+    let changes = [Change::Phase("Running"), Change::Report { pod: "p".into() }];
+    let patch = made(&old, &changes, running()).unwrap();
+    assert_eq!(patch["metadata"], json!({ "resourceVersion": "7" }));
+    let new = applied(&old, &patch);
+    assert_eq!(new.status.phase.as_str(), "Running");
+    assert_eq!(patch["status"]["phaseTransitionTimestamps"][0]["phaseTransitionTimestamp"], "2026-11-20T20:00:00Z");
+    assert_eq!(new.condition("Ready").unwrap().status, "False", "other writers' conditions stay");
+    assert!(new.condition("LiveMigratable").unwrap().is_true());
+    assert!(new.condition("AgentConnected").is_none());
+    assert_eq!(new.status.interfaces[0].ip_address.as_deref(), Some("10.244.1.5"));
+    assert_eq!(new.status.interfaces[1].ip_address, None);
+    assert_eq!(new.status.accelerator.as_deref(), Some("tcg"));
+    assert_eq!(new.status.migration_transport.as_deref(), Some("Unix"));
+    assert_eq!(patch["status"]["machine"]["type"], "pc-q35-7.2");
+    assert_eq!(patch["status"]["currentCPUTopology"]["cores"], 2);
+    assert_eq!(made(&new, &changes, running()), None, "nothing differs any more");
+}
+
+#[test]
+fn what_the_agent_says_is_taken_and_kept() {
+    let old =
+        applied(&vmi(json!({})), &made(&vmi(json!({})), &[Change::Report { pod: "p".into() }], running()).unwrap());
+    let mut state = running();
+    state.guest_agent = GuestAgentFacts {
+        connected: true,
+        hostname: Some("vm".into()),
+        os: Some(GuestOs { id: "debian".into(), ..GuestOs::default() }),
+        interfaces: vec![GuestInterface {
+            name: "eth1".into(),
+            mac: Some("02:00:00:00:00:22".to_uppercase()),
+            addresses: vec!["fe80::22".into(), "192.168.5.2".into()],
+        }],
+    };
+    let report = [Change::Report { pod: "p".into() }];
+    let new = applied(&old, &made(&old, &report, state.clone()).unwrap());
+    assert!(new.condition("AgentConnected").unwrap().is_true());
+    let red = &new.status.interfaces[1];
+    assert_eq!(red.ip_address.as_deref(), Some("192.168.5.2"));
+    assert_eq!(red.ip_addresses, ["fe80::22", "192.168.5.2"]);
+    assert_eq!(red.interface_name.as_deref(), Some("eth1"));
+    assert_eq!(new.status.interfaces[0].ip_address.as_deref(), Some("10.244.1.5"), "the pod's, not the guest's");
+    assert_eq!(new.status.guest_os_info.as_ref().and_then(|o| o.id.as_deref()), Some("debian"));
+    assert_eq!(made(&new, &report, state), None);
+    // The agent goes away: its condition does too, the addresses stay.
+    let newer = applied(&new, &made(&new, &report, running()).unwrap());
+    assert!(newer.condition("AgentConnected").is_none());
+    assert_eq!(newer.status.interfaces[1].ip_address.as_deref(), Some("192.168.5.2"));
+}
+
+#[test]
+fn a_pause_is_a_condition_with_its_reason() {
+    let report = [Change::Report { pod: "p".into() }];
+    let mut state = running();
+    state.phase = DomainPhase::Paused;
+    let paused = applied(&vmi(json!({})), &made(&vmi(json!({})), &report, state.clone()).unwrap());
+    assert_eq!(paused.condition("Paused").unwrap().reason.as_deref(), Some("PausedByUser"));
+    state.qemu_status = Some("io-error".into());
+    let failed = applied(&paused, &made(&paused, &report, state).unwrap());
+    assert_eq!(failed.condition("Paused").unwrap().reason.as_deref(), Some("PausedIOError"));
+    let resumed = applied(&failed, &made(&failed, &report, running()).unwrap());
+    assert!(resumed.condition("Paused").is_none());
+}
+
+#[test]
+fn a_place_that_is_published_anew_replaces_the_old_one() {
+    let old = vmi(json!({ "migrationState": {
+        "migrationUid": "m", "targetNodeAddress": "10.88.0.12", "targetDirectMigrationNodePorts": { "3000": 0, "4000": 49152 },
+    } }));
+    let new = applied(&old, &made(&old, &[Change::Published], State::default()).unwrap());
+    let m = new.status.migration_state.unwrap();
+    assert_eq!(m.target_direct_migration_node_ports, BTreeMap::from([("4000".into(), 0), ("4001".into(), 49152)]));
+    assert_eq!(m.migration_uid.as_deref(), Some("m"), "the controller's part stays");
+    assert_eq!(m.target_node_domain_detected, Some(true));
+    assert_eq!(m.target_state.unwrap().node_address.as_deref(), Some("10.88.0.12"));
+}
+
+#[test]
+fn an_arrival_moves_the_vmi() {
+    let old =
+        vmi(json!({ "nodeName": "node1", "evacuationNodeName": "node1", "migrationState": { "migrationUid": "m" } }));
+    let resume_us = "2026-11-20T19:59:59.5Z".parse::<Timestamp>().unwrap().as_microsecond();
+    let patch = made(&old, &[Change::Arrived { resume_us }], State::default()).unwrap();
+    assert_eq!(patch["metadata"]["labels"]["kubevirt.io/nodeName"], "node2");
+    assert_eq!(patch["status"]["migrationState"]["targetNodeDomainReadyTimestamp"], "2026-11-20T19:59:59Z");
+    let new = applied(&old, &patch);
+    assert_eq!(new.status.node_name.as_deref(), Some("node2"));
+    assert_eq!(new.status.evacuation_node_name, None);
+}
+
+#[test]
+fn an_end_carries_progress_and_the_measured_standstill() {
+    let mut state = running();
+    let mut facts = MigrationFacts::new("m", MigrationRole::Source);
+    facts.status = "completed".into();
+    facts.total_bytes = 1000;
+    facts.processed_bytes = 900;
+    facts.start_us = Some(1_000_000);
+    facts.end_us = Some(1_250_000);
+    facts.qemu_downtime_ms = Some(2);
+    state.migration = Some(facts);
+    let changes = [Change::Progress { pod: "p".into() }, Change::Completed { downtime_us: Some(3_600) }];
+    let patch = made(&vmi(json!({})), &changes, state).unwrap();
+    let m = &patch["status"]["migrationState"];
+    assert_eq!(m["completed"], true);
+    assert_eq!(m["endTimestamp"], "2026-11-20T20:00:00Z");
+    assert_eq!(m["progress"]["percent"], 100);
+    assert_eq!(m["progress"]["totalMilliseconds"], 250);
+    assert_eq!(m["progress"]["downtimeMilliseconds"], 4);
+    assert_eq!(m["progress"]["qemuDowntimeMilliseconds"], 2);
+}
+
+#[test]
+fn progress_is_of_what_is_known() {
+    let mut facts = MigrationFacts::new("m", MigrationRole::Source);
+    assert_eq!(progress(&facts, NOW.parse().unwrap())["percent"], 0, "nothing known yet");
+    facts.status = "active".into();
+    facts.total_bytes = 1000;
+    facts.remaining_bytes = 250;
+    assert_eq!(progress(&facts, NOW.parse().unwrap())["percent"], 75);
+    facts.remaining_bytes = 0;
+    assert_eq!(progress(&facts, NOW.parse().unwrap())["percent"], 99, "the guest still has to switch over");
+    facts.remaining_bytes = 5000;
+    assert_eq!(progress(&facts, NOW.parse().unwrap())["percent"], 0);
+}
+
+#[test]
+fn a_failure_is_final_and_says_why() {
+    let changes = [Change::Abort("Succeeded"), Change::Failed("Live migration has been aborted".into())];
+    let patch = made(&vmi(json!({})), &changes, State::default()).unwrap();
+    let m = &patch["status"]["migrationState"];
+    assert_eq!((&m["failed"], &m["completed"], &m["abortStatus"]), (&json!(true), &json!(true), &json!("Succeeded")));
+    assert_eq!(m["failureReason"], "Live migration has been aborted");
+}
