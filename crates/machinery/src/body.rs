@@ -82,8 +82,9 @@ impl FieldValidation {
     }
 }
 
-/// 400: `Pod in version "v1" cannot be handled as a Pod: why`.
+/// 400: `Pod in version "v1" cannot be handled as a Pod: why`. `version` may come with its group, which is not shown.
 pub fn undecodable(version: &str, kind: &str, why: &str) -> Status {
+    let version = version.rsplit('/').next().unwrap_or_default();
     Status::bad_request(format!("{kind} in version {version:?} cannot be handled as a {kind}: {why}"))
 }
 
@@ -426,7 +427,7 @@ mod tests {
     #[test]
     fn judges_fields() {
         let (unknown, duplicate) = (vec!["spec.foo".to_owned()], vec!["a".to_owned()]);
-        let status = FieldValidation::Strict.judge("v1", "Pod", &unknown, &duplicate).unwrap_err();
+        let status = FieldValidation::Strict.judge("x.io/v1", "Pod", &unknown, &duplicate).unwrap_err();
         assert_eq!(
             (status.code, status.message.as_str()),
             (

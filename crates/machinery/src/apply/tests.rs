@@ -342,6 +342,20 @@ proptest! {
     }
 
     #[test]
+    fn survives_forged_owners(entries in proptest::collection::vec(("Apply|Update|Fly", "a|b", "f:spec|f:map|k:\\{|v:|.|f:",
+        crate::patch::tests::any_json()), 0..4), spec in any_spec(), force in any::<bool>())
+    {
+        let entries: Vec<Value> = entries.into_iter().map(|(operation, manager, key, fields)|
+            json!({"operation": operation, "manager": manager, "fieldsV1": {"f:spec": {key: fields}, ".": {}}})).collect();
+        let live = json!({"metadata": {"name": "x", "managedFields": entries}, "spec": spec});
+        let _ = applied(Some(&live), json!({"map": {"x": "y"}}), "a", force);
+        let mut new = live.clone();
+        new["spec"]["map"] = json!({"z": "z"});
+        track_update(&schema(), Some(&live), &mut new, &writer("a", 0));
+        prop_assert_eq!(&new["spec"]["map"], &json!({"z": "z"}));
+    }
+
+    #[test]
     fn never_panics(live in crate::patch::tests::any_json(), config in crate::patch::tests::any_json()) {
         let live = json!({"spec": live, "metadata": live, "status": live});
         let config = json!({"spec": config, "metadata": config});
