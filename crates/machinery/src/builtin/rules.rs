@@ -33,6 +33,7 @@ pub fn validate(resource: &Resource, object: &Value) -> Vec<FieldError> {
         }
         ("", "Secret") => keys(object, "data", &mut errors),
         ("", "PersistentVolumeClaim") => claim(object, &mut errors),
+        ("policy", "PodDisruptionBudget") => budget(object, &mut errors),
         ("storage.k8s.io", "StorageClass") => needs(object, "provisioner", "provisioner", &mut errors),
         ("rbac.authorization.k8s.io", "RoleBinding" | "ClusterRoleBinding") => role_ref(object, &mut errors),
         ("apiextensions.k8s.io", "CustomResourceDefinition") => errors.extend(crate::crd::validate_crd(object)),
@@ -111,7 +112,15 @@ fn pod(object: &Value, errors: &mut Vec<FieldError>) {
             needs(container, "image", &format!("{path}.image"), errors);
             let policies = ["Always", "IfNotPresent", "Never"];
             one_of(container, "imagePullPolicy", &format!("{path}.imagePullPolicy"), &policies, errors);
+            let mut paths = BTreeSet::new();
             for (at, mount) in list(container, "volumeMounts") {
+                let target = mount.get("mountPath").and_then(Value::as_str).unwrap_or_default();
+                let field = format!("{path}.volumeMounts[{at}].mountPath");
+                if target.is_empty() {
+                    needs(mount, "mountPath", &field, errors);
+                } else if !paths.insert(target) {
+                    invalid(&field, target, "must be unique", errors);
+                }
                 let name = mount.get("name").and_then(Value::as_str).unwrap_or_default();
                 if !name.is_empty() && !volumes.contains(name) {
                     let message = format!("Not found: {}", Value::from(name));
@@ -176,6 +185,36 @@ fn claim(object: &Value, errors: &mut Vec<FieldError>) {
     }
 }
 
+fn budget(object: &Value, errors: &mut Vec<FieldError>) {
+    let Some(spec) = object.get("spec") else { return };
+    if spec.get("minAvailable").is_some() && spec.get("maxUnavailable").is_some() {
+        let why = "Invalid value: minAvailable and maxUnavailable cannot be both set";
+        push("FieldValueInvalid", "spec", why.into(), errors);
+    }
+    for member in ["minAvailable", "maxUnavailable"] {
+        let field = format!("spec.{member}");
+        match spec.get(member) {
+            Some(Value::Number(n)) if n.as_i64().is_some_and(|n| n < 0) => {
+                let why = format!("Invalid value: {n}: must be greater than or equal to 0");
+                push("FieldValueInvalid", &field, why, errors);
+            }
+            Some(Value::String(text)) => {
+                let percent = text.strip_suffix('%').filter(|p| !p.is_empty() && p.bytes().all(|b| b.is_ascii_digit()));
+                match percent.map(str::parse::<u32>) {
+                    None => {
+                        let why = "a valid percent string must be a numeric string followed by an ending '%' (e.g. \
+                                   '1%',  or '93%', regex used for validation is '[0-9]+%')";
+                        invalid(&field, text, why, errors);
+                    }
+                    Some(Ok(n)) if n <= 100 => {}
+                    Some(_) => invalid(&field, text, "must not be greater than 100%", errors),
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
 fn role_ref(object: &Value, errors: &mut Vec<FieldError>) {
     let Some(role) = object.get("roleRef") else { return };
     one_of(role, "kind", "roleRef.kind", &["Role", "ClusterRole"], errors);
@@ -224,6 +263,27 @@ mod tests {
         has(
             "spec.containers[1].resources.requests: Invalid value: \"2\": must be less than or equal to cpu limit of 1",
         );
+    }
+
+    #[test]
+    fn a_variable_may_be_named_twice_and_a_path_not_mounted_twice() {
+        let pod = json!({"metadata": {"name": "p", "namespace": "n"}, "spec": {"volumes": [{"name": "v", "emptyDir": {}}],
+            "containers": [{"name": "c", "image": "i", "env": [{"name": "A", "value": "1"}, {"name": "A", "value": "2"}],
+                "volumeMounts": [{"name": "v", "mountPath": "/v"}, {"name": "v", "mountPath": "/v"}]}]}});
+        let wanted = "spec.containers[0].volumeMounts[1].mountPath: Invalid value: \"/v\": must be unique";
+        assert_eq!(check("Pod", pod), [wanted]);
+    }
+
+    #[test]
+    fn budgets_count_one_way_in_numbers_or_percents() {
+        let with = |spec: Value| {
+            check("PodDisruptionBudget", json!({"metadata": {"name": "b", "namespace": "n"}, "spec": spec}))
+        };
+        assert!(with(json!({"minAvailable": "50%", "selector": {}})).is_empty());
+        assert!(with(json!({"minAvailable": 1, "maxUnavailable": 1}))[0].contains("cannot be both set"));
+        assert!(with(json!({"minAvailable": -1}))[0].contains("greater than or equal to 0"));
+        assert!(with(json!({"maxUnavailable": "half"}))[0].contains("valid percent string"));
+        assert!(with(json!({"maxUnavailable": "101%"}))[0].contains("greater than 100%"));
     }
 
     #[test]

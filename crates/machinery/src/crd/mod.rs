@@ -65,7 +65,7 @@ pub fn set_defaults(crd: &mut Value) {
         map.entry("listKind").or_insert_with(|| Value::String(names.list_kind));
     }
     for version in spec.get_mut("versions").and_then(Value::as_array_mut).into_iter().flatten() {
-        // JSON Schema means "any type" by both; only the boolean needs saying.
+        // Absent means no, as in Go.
         if let Value::Object(version) = version {
             version.entry("served").or_insert(Value::Bool(false));
             version.entry("storage").or_insert(Value::Bool(false));

@@ -90,7 +90,7 @@ fn errors_are_kubernetes_ones() {
 fn unknown_members_go_and_defaults_come() {
     let schema = resources_from_crd(&crd()).unwrap().remove(0).schema;
     let mut bird = json!({"apiVersion": "example.org/v1", "kind": "Bird", "extra": 1,
-        "metadata": {"name": "x", "labels": {"a": "b"}, "nonsense": 1},
+        "metadata": {"name": "x", "labels": {"a": "b"}, "creationTimestamp": null, "nonsense": 1},
         "spec": {"wing": 1, "colour": null, "foo": 1, "any": {"x": {"y": 1}}, "stops": [{"name": "a", "q": 1}]}});
     assert_eq!(
         unknown_fields(&schema, &bird),

@@ -172,7 +172,6 @@ impl Emitter {
         if !schema.enumeration.is_empty() {
             put("enum", json!(schema.enumeration));
         }
-        // Keys of built-in lists have defaults for merging only.
         if let Some(default) = &schema.default {
             put("default", default.clone());
         }

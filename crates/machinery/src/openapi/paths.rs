@@ -111,10 +111,6 @@ fn operation(resource: &Resource, verb: &str, target: &Target<'_>, flavour: Flav
             query(name, ty, "");
         }
     }
-    let action = match verb {
-        "list" | "deletecollection" => verb,
-        other => other,
-    };
     let schema = json!({"$ref": flavour.reference(&target.definition)});
     let patches = if resource.builtin { PATCHES } else { CUSTOM_PATCHES };
     // A patch may be of any shape.
@@ -147,7 +143,7 @@ fn operation(resource: &Resource, verb: &str, target: &Target<'_>, flavour: Flav
         }
     }
     op.insert("parameters".into(), Value::Array(parameters));
-    op.insert("x-kubernetes-action".into(), json!(action));
+    op.insert("x-kubernetes-action".into(), json!(verb));
     op.insert("x-kubernetes-group-version-kind".into(), gvk(target.gv, target.kind));
     Value::Object(op)
 }

@@ -3,10 +3,16 @@
 use super::Schema;
 use serde_json::{Map, Value};
 
-/// Removes every member that the schema does not know (custom resources; Kubernetes calls it pruning).
+/// Removes every member that the schema does not know (custom resources; Kubernetes calls it pruning). In the metadata of
+/// objects, nulls go as well: many tools write `creationTimestamp: null`.
 pub fn prune(schema: &Schema, value: &mut Value) {
     match value {
         Value::Object(map) => {
+            if schema.object_root
+                && let (Some(known), Some(metadata)) = (schema.properties.get("metadata"), map.get_mut("metadata"))
+            {
+                drop_nulls(known, metadata);
+            }
             if !schema.preserve_unknown && schema.additional.is_none() {
                 map.retain(|name, _| schema.properties.contains_key(name));
             }

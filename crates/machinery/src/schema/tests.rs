@@ -169,3 +169,27 @@ fn our_own_definitions_are_good_ones() {
         assert_eq!(unknown_fields(&kind.schema, &definition), Vec::<String>::new(), "{name}");
     }
 }
+
+#[test]
+fn manifests_as_tools_write_them_are_accepted() {
+    let vm = json!({"apiVersion": "kubevirt.io/v1", "kind": "VirtualMachine",
+        "metadata": {"name": "v", "namespace": "n", "creationTimestamp": null, "annotations": null},
+        "spec": {"runStrategy": "Always", "template": {
+            "metadata": {"creationTimestamp": null, "labels": {"a": "b"}},
+            "spec": {"domain": {"memory": {"guest": "1Gi"}, "resources": {"requests": {"memory": "64M"}}, "devices": {
+                "disks": [{"name": "d", "disk": {"bus": "virtio"}}], "interfaces": [{"name": "default", "masquerade": {}}]}},
+                "networks": [{"name": "default", "pod": {}}],
+                "volumes": [{"name": "d", "containerDisk": {"image": "x"}}]}}},
+        "status": {}});
+    let definition = godwit_api::crd::crds()
+        .into_iter()
+        .find(|crd| crd["metadata"]["name"] == "virtualmachines.kubevirt.io")
+        .unwrap();
+    for resource in crd::resources_from_crd(&definition).unwrap() {
+        let mut object = vm.clone();
+        prune(&resource.schema, &mut object);
+        apply_defaults(&resource.schema, &mut object);
+        assert_eq!(builtin::validate(&resource, &object), []);
+        assert_eq!(object["spec"]["template"]["metadata"]["labels"]["a"], "b");
+    }
+}

@@ -149,13 +149,15 @@ impl Walk {
         self.duplicates(schema, items, value, path);
     }
 
-    /// Sets and maps may not hold the same item twice (`Duplicate value`).
+    /// Sets and maps may not hold the same item twice (`Duplicate value`). Built-in kinds, which are those with patch
+    /// strategies, have rules of their own: an environment variable may be named twice, the last one counts.
     fn duplicates(&mut self, schema: &Schema, items: &[Value], value: &Value, path: &mut String) {
         if schema.unique_items && identities(items.iter().cloned()).next().is_some() {
             self.should(path, value, "not contain duplicates");
         }
         let len = path.len();
         let twice: Vec<(usize, Value)> = match schema.list_type {
+            _ if !schema.patch_strategy.is_empty() => return,
             ListType::Atomic => return,
             ListType::Set => identities(items.iter().cloned()).collect(),
             ListType::Map => identities(items.iter().map(|item| key_of(schema, item))).collect(),
