@@ -4,8 +4,117 @@
 //! supervises it, and answers one handler over a unix socket: facts out, orders in. It decides nothing that a controller
 //! could decide; what it does guard, alone, is that no guest is run twice (see [`rpc`] and docs/architecture.md, "Hand-over").
 
+pub mod agent;
 pub mod client;
+pub mod console;
 pub mod iso;
 pub mod plan;
+pub mod record;
 pub mod rpc;
+pub mod server;
+pub mod vm;
 pub mod volumes;
+
+use rpc::{DomainPhase, Paths, State};
+use std::path::PathBuf;
+use std::time::Duration;
+use tokio::net::UnixListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+
+pub use godwit_qemu::accelerator::{Accelerator, Probe};
+
+/// What a launcher is started with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// Name of the VMI.
+    pub name: String,
+    /// Its namespace.
+    pub namespace: String,
+    /// Its UID; orders about another VMI are refused.
+    pub uid: String,
+}
+
+/// Why a launcher ends badly. Its process exits with a status that is not 0, so that the pod fails and says why.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The guest is lost, or could not be received.
+    #[error("{0}")]
+    Crashed(String),
+    /// The RPC socket cannot be offered.
+    #[error("{action} {path}: {source}")]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// With which file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+}
+
+/// How long an answer that is on its way may take after the VM's end.
+const LAST_ANSWERS: Duration = Duration::from_millis(300);
+
+/// The process: runs until its VM has ended. SIGTERM and SIGINT shut the guest down.
+pub async fn run(options: Options) -> Result<(), Error> {
+    tracing::info!(vmi = options.name, namespace = options.namespace, uid = options.uid, "launcher starts");
+    let (tell, terminate) = mpsc::channel(4);
+    for kind in [SignalKind::terminate(), SignalKind::interrupt()] {
+        let mut signals = signal(kind).map_err(|source| Error::Io {
+            action: "listening to signals of",
+            path: "/proc/self".into(),
+            source,
+        })?;
+        let tell = tell.clone();
+        tokio::spawn(async move {
+            while signals.recv().await.is_some() {
+                if tell.send(()).await.is_err() {
+                    return;
+                }
+            }
+        });
+    }
+    let state = serve(options.uid, Paths::default(), terminate).await?;
+    tracing::info!(phase = ?state.phase, reason = state.exit_reason, "launcher ends");
+    match state.phase {
+        DomainPhase::Crashed => Err(Error::Crashed(state.exit_reason.unwrap_or_else(|| "QEMU has ended".into()))),
+        _ => Ok(()),
+    }
+}
+
+/// Serves the VM of this uid with its files and sockets in `paths` until it has ended; gives its last state.
+pub async fn serve(uid: String, paths: Paths, terminate: mpsc::Receiver<()>) -> Result<State, Error> {
+    let io = |action, path: &std::path::Path| {
+        let path = path.to_path_buf();
+        move |source| Error::Io { action, path, source }
+    };
+    std::fs::create_dir_all(&paths.sockets).map_err(io("making", &paths.sockets))?;
+    let socket = paths.rpc_socket();
+    let (vm, states) = vm::Vm::new(paths.clone(), uid).map_err(io("reading the record in", &paths.ephemeral_disks))?;
+    let _ = std::fs::remove_file(&socket);
+    let listener = UnixListener::bind(&socket).map_err(io("listening on", &socket))?;
+    let (orders, requests) = mpsc::channel(16);
+    let server = tokio::spawn(async move {
+        if let Err(error) = axum::serve(listener, server::router(orders, states)).await {
+            tracing::error!(%error, "the RPC has ended");
+        }
+    });
+    let state = vm.run(requests, terminate).await;
+    let _ = std::fs::remove_file(&socket);
+    tokio::time::sleep(LAST_ANSWERS).await;
+    server.abort();
+    Ok(state)
+}
+
+/// Finds out which accelerator this machine can offer (see [`godwit_qemu::accelerator`]). Takes half a second where KVM does
+/// not serve: ask once for a node, and give the answer with each order.
+pub async fn probe_accelerator() -> Probe {
+    match godwit_qemu::process::find_qemu() {
+        Some(qemu) => godwit_qemu::accelerator::probe(&qemu).await,
+        None => Probe {
+            accelerator: Accelerator::Tcg,
+            reason: "QEMU is not installed (package qemu-system-x86; `make deps` installs it)".into(),
+        },
+    }
+}

@@ -56,10 +56,6 @@ pub struct VolumeFacts {
     /// Size of the claim in bytes: a missing `disk.img` on a persistentVolumeClaim is created sparse with this size.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub capacity_bytes: Option<u64>,
-    /// Whether source and target of a migration see the same files (ReadWriteMany). None: as the access modes in the VMI's
-    /// `status.volumeStatus[].persistentVolumeClaimInfo` say. What is not shared is copied, when `blocksSocket` is given.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub shared: Option<bool>,
 }
 
 /// Define and start a VM (`PUT /v1/vm`). Idempotent for the same VMI uid.

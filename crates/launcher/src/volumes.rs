@@ -3,7 +3,7 @@
 use crate::iso;
 use crate::rpc::{Paths, VolumeFacts};
 use base64::Engine;
-use godwit_api::vmi::{CloudInitNoCloudSource, Volume};
+use godwit_api::vmi::{CloudInitNoCloudSource, MigrationMethod, Volume};
 use godwit_api::{Quantity, VirtualMachineInstance};
 use godwit_qemu::machine::Format;
 use godwit_qemu::process::find_qemu_img;
@@ -85,7 +85,7 @@ impl Preparer<'_> {
         }
         if let Some(source) = &volume.persistent_volume_claim {
             let path = self.paths.vmi_disks.join(name).join("disk.img");
-            let shared = facts.shared.unwrap_or_else(|| self.claim_is_shared(name));
+            let shared = self.claim_is_shared(name);
             let read_only = source.read_only == Some(true);
             if !path.exists() {
                 if self.arriving && shared {
@@ -138,8 +138,13 @@ impl Preparer<'_> {
         status.persistent_volume_claim_info.as_ref()
     }
 
+    /// Whether both ends of a migration see the same files. Where the VMI's status does not tell the access modes, the
+    /// migration method decides: a `BlockMigration` has claims that are not shared.
     fn claim_is_shared(&self, volume: &str) -> bool {
-        self.claim(volume).is_some_and(|c| c.access_modes.iter().any(|m| m == "ReadWriteMany"))
+        match self.claim(volume) {
+            Some(claim) if !claim.access_modes.is_empty() => claim.access_modes.iter().any(|m| m == "ReadWriteMany"),
+            _ => self.vmi.status.migration_method != Some(MigrationMethod::BlockMigration),
+        }
     }
 
     fn claim_capacity(&self, volume: &str) -> Option<u64> {
@@ -368,7 +373,7 @@ mod tests {
         let volume = json!({"name": "d", "persistentVolumeClaim": {"claimName": "c"}});
         let error = place.prepare(volume.clone(), false, VolumeFacts::default()).await.unwrap_err();
         assert!(error.to_string().contains("size is not known"), "{error}");
-        let facts = VolumeFacts { capacity_bytes: Some(1 << 30), shared: Some(true) };
+        let facts = VolumeFacts { capacity_bytes: Some(1 << 30) };
         let error = place.prepare(volume.clone(), true, facts.clone()).await.unwrap_err();
         assert!(error.to_string().contains("do not see the same storage"), "{error}");
         let image = place.prepare(volume, false, facts).await.unwrap();

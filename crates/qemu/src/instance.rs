@@ -264,8 +264,8 @@ pub struct Outgoing {
 pub enum Settled {
     /// The target has all of it. This QEMU is stopped for good.
     Departed(Departed),
-    /// It never left.
-    Stays(Running),
+    /// It never left; how the try went.
+    Stays(Running, Facts),
     /// QEMU ended in the middle, or does not say.
     Unclear(Outgoing, Error),
 }
@@ -324,7 +324,8 @@ impl Outgoing {
                 }
                 // QEMU lets the guest run on by itself after it has announced the failure.
                 (MigrationStatus::Failed | MigrationStatus::Cancelled, state) if is_here(state, self.paused) => {
-                    return Settled::Stays(Running { qemu: self.qemu, paused: self.paused });
+                    let facts = self.tracker.facts().clone();
+                    return Settled::Stays(Running { qemu: self.qemu, paused: self.paused }, facts);
                 }
                 (_, state) if tokio::time::Instant::now() > end => {
                     let error = Error::State { wanted: "the guest should have left or run on", state: state.as_str() };

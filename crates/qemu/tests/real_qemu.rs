@@ -180,7 +180,7 @@ async fn a_target_killed_in_flight_leaves_the_guest_running_at_the_source() {
     target.qemu().process().kill().await;
     follow(&mut outgoing).await;
     assert_eq!(outgoing.facts().status, MigrationStatus::Failed);
-    let Settled::Stays(source) = outgoing.settle().await else { panic!("it should have stayed") };
+    let Settled::Stays(source, _) = outgoing.settle().await else { panic!("it should have stayed") };
     here.hear(&mut story, 5).await;
 
     // And it can fly again, with a new target.
@@ -213,7 +213,7 @@ async fn a_cancelled_flight_leaves_the_guest_running_at_the_source() {
     outgoing.cancel().await.unwrap();
     follow(&mut outgoing).await;
     assert_eq!(outgoing.facts().status, MigrationStatus::Cancelled);
-    let Settled::Stays(source) = outgoing.settle().await else { panic!("it should have stayed") };
+    let Settled::Stays(source, _) = outgoing.settle().await else { panic!("it should have stayed") };
     // The target refuses to run what it does not have.
     let refused = target.go().await.unwrap_err();
     assert!(!refused.may_run);
@@ -235,7 +235,7 @@ async fn a_target_that_cannot_load_the_guest_leaves_it_running_at_the_source() {
     let mut outgoing = source.migrate(&place.path("flight"), &Options::default()).await.map_err(|e| e.1).unwrap();
     follow(&mut outgoing).await;
     assert_eq!(outgoing.facts().status, MigrationStatus::Failed);
-    let Settled::Stays(source) = outgoing.settle().await else { panic!("it should have stayed") };
+    let Settled::Stays(source, _) = outgoing.settle().await else { panic!("it should have stayed") };
     here.hear(&mut story, 5).await;
     let ended = tokio::time::timeout(PATIENCE, target.qemu().process().wait()).await;
     if target.qemu().version().major < 9 {
@@ -258,7 +258,7 @@ async fn a_migration_to_nowhere_is_an_error_and_the_guest_runs_on() {
         }
         Ok(mut outgoing) => {
             follow(&mut outgoing).await;
-            let Settled::Stays(source) = outgoing.settle().await else { panic!("it should have stayed") };
+            let Settled::Stays(source, _) = outgoing.settle().await else { panic!("it should have stayed") };
             here.hear(&mut story, 3).await;
             source.qemu().quit().await;
         }

@@ -1,0 +1,210 @@
+//! What the guest agent says: a small client of `qemu-ga`'s protocol (QEMU `docs/interop/qemu-ga-ref`).
+
+use crate::rpc::{GuestAgentFacts, GuestInterface, GuestOs};
+use serde::Deserialize;
+use serde_json::{Value, json};
+use std::path::Path;
+use std::time::Duration;
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::UnixStream;
+
+/// How long the agent may take for one answer.
+const ANSWER_LIMIT: Duration = Duration::from_secs(3);
+/// Most bytes of one answer: what a guest says is not trusted to be short.
+const LONGEST_ANSWER: u64 = 1 << 20;
+
+/// Why the agent gave no facts.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The channel does not work.
+    #[error("the guest agent's channel: {0}")]
+    Io(#[from] std::io::Error),
+    /// No answer, mostly because no agent runs.
+    #[error("the guest agent does not answer")]
+    Silent,
+    /// It said something else.
+    #[error("the guest agent's answer cannot be read: {0}")]
+    Unreadable(String),
+}
+
+/// Asks once for everything. What the agent of a guest does not know stays empty.
+pub async fn ask(socket: &Path) -> Result<GuestAgentFacts, Error> {
+    let mut agent = Agent::connect(socket).await?;
+    let mut facts = GuestAgentFacts { connected: true, ..GuestAgentFacts::default() };
+    if let Some(answer) = agent.call("guest-get-host-name").await? {
+        facts.hostname = answer.get("host-name").and_then(Value::as_str).map(str::to_owned);
+    }
+    if let Some(answer) = agent.call("guest-get-osinfo").await? {
+        facts.os = serde_json::from_value::<OsInfo>(answer).ok().map(Into::into);
+    }
+    if let Some(answer) = agent.call("guest-network-get-interfaces").await? {
+        let interfaces: Vec<Interface> = serde_json::from_value(answer).unwrap_or_default();
+        facts.interfaces = interfaces.into_iter().filter(|i| i.name != "lo").map(Into::into).collect();
+    }
+    Ok(facts)
+}
+
+struct Agent {
+    read: BufReader<tokio::net::unix::OwnedReadHalf>,
+    write: tokio::net::unix::OwnedWriteHalf,
+}
+
+impl Agent {
+    /// Connects and throws away whatever an earlier conversation has left in the channel.
+    async fn connect(socket: &Path) -> Result<Agent, Error> {
+        let (read, write) = UnixStream::connect(socket).await?.into_split();
+        let mut agent = Agent { read: BufReader::new(read), write };
+        let id =
+            u64::from(std::process::id()) << 16 | (jiff::Timestamp::now().as_microsecond().unsigned_abs() & 0xffff);
+        let sync = json!({"execute": "guest-sync-delimited", "arguments": {"id": id}}).to_string();
+        // 0xff makes the agent's parser forget half a command; it answers with 0xff first.
+        agent.write.write_all(&[&[0xff], sync.as_bytes(), b"\n"].concat()).await?;
+        let mut old = Vec::new();
+        agent.until(0xff, &mut old).await?;
+        let answer = agent.line().await?;
+        if answer.get("return").and_then(Value::as_u64) != Some(id) {
+            return Err(Error::Unreadable("it answers another question".into()));
+        }
+        Ok(agent)
+    }
+
+    /// `None` when the agent does not know the command or fails at it.
+    async fn call(&mut self, command: &str) -> Result<Option<Value>, Error> {
+        let line = json!({"execute": command}).to_string();
+        self.write.write_all(&[line.as_bytes(), b"\n"].concat()).await?;
+        Ok(self.line().await?.get("return").cloned())
+    }
+
+    async fn line(&mut self) -> Result<Value, Error> {
+        let mut line = Vec::new();
+        self.until(b'\n', &mut line).await?;
+        serde_json::from_slice(&line).map_err(|e| Error::Unreadable(e.to_string()))
+    }
+
+    async fn until(&mut self, end: u8, into: &mut Vec<u8>) -> Result<(), Error> {
+        let mut limited = (&mut self.read).take(LONGEST_ANSWER);
+        match tokio::time::timeout(ANSWER_LIMIT, limited.read_until(end, into)).await {
+            Err(_) => Err(Error::Silent),
+            Ok(Err(error)) => Err(error.into()),
+            Ok(Ok(_)) if into.last() != Some(&end) => Err(Error::Silent),
+            Ok(Ok(_)) => Ok(()),
+        }
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
+#[derive(Default)]
+struct OsInfo {
+    id: String,
+    name: String,
+    pretty_name: String,
+    version: String,
+    version_id: String,
+    kernel_release: String,
+    kernel_version: String,
+    machine: String,
+}
+
+impl From<OsInfo> for GuestOs {
+    fn from(i: OsInfo) -> Self {
+        GuestOs {
+            id: i.id,
+            name: i.name,
+            pretty_name: i.pretty_name,
+            version: i.version,
+            version_id: i.version_id,
+            kernel_release: i.kernel_release,
+            kernel_version: i.kernel_version,
+            machine: i.machine,
+        }
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct Interface {
+    #[serde(default)]
+    name: String,
+    hardware_address: Option<String>,
+    #[serde(default)]
+    ip_addresses: Vec<Address>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct Address {
+    #[serde(default)]
+    ip_address: String,
+}
+
+impl From<Interface> for GuestInterface {
+    fn from(i: Interface) -> Self {
+        GuestInterface {
+            name: i.name,
+            mac: i.hardware_address,
+            addresses: i.ip_addresses.into_iter().map(|a| a.ip_address).filter(|a| !a.is_empty()).collect(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::net::UnixListener;
+
+    async fn agent(listener: UnixListener, answers: impl Fn(&str) -> String) {
+        let (read, mut write) = listener.accept().await.unwrap().0.into_split();
+        let mut read = BufReader::new(read);
+        loop {
+            let mut line = Vec::new();
+            if read.read_until(b'\n', &mut line).await.unwrap() == 0 {
+                return;
+            }
+            let asked: Value = serde_json::from_slice(line.strip_prefix(&[0xff]).unwrap_or(&line)).unwrap();
+            let answer = match asked["execute"].as_str().unwrap() {
+                "guest-sync-delimited" => {
+                    write.write_all(b"{\"return\": \"left over\"}\n\xff").await.unwrap();
+                    json!({"return": asked["arguments"]["id"]}).to_string()
+                }
+                command => answers(command),
+            };
+            write.write_all(format!("{answer}\n").as_bytes()).await.unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn facts_are_read_and_what_the_agent_lacks_stays_empty() {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("qga");
+        let listener = UnixListener::bind(&socket).unwrap();
+        let answers = |command: &str| match command {
+            "guest-get-host-name" => r#"{"return": {"host-name": "flyer"}}"#.to_string(),
+            "guest-network-get-interfaces" => r#"{"return": [
+                {"name": "lo", "ip-addresses": [{"ip-address": "127.0.0.1", "prefix": 8}]},
+                {"name": "eth0", "hardware-address": "02:00:00:00:00:01",
+                 "ip-addresses": [{"ip-address": "10.0.2.2", "ip-address-type": "ipv4"}]}]}"#
+                .replace('\n', " "),
+            _ => r#"{"error": {"class": "CommandNotFound", "desc": "x"}}"#.to_string(),
+        };
+        let (facts, ()) = tokio::join!(ask(&socket), agent(listener, answers));
+        let facts = facts.unwrap();
+        assert!(facts.connected && facts.os.is_none());
+        assert_eq!(facts.hostname.as_deref(), Some("flyer"));
+        assert_eq!((facts.interfaces.len(), facts.interfaces[0].addresses[0].as_str()), (1, "10.0.2.2"));
+    }
+
+    #[tokio::test]
+    async fn a_guest_without_an_agent_is_silent_and_one_that_talks_nonsense_is_an_error() {
+        let folder = tempfile::tempdir().unwrap();
+        assert!(matches!(ask(&folder.path().join("none")).await, Err(Error::Io(_))));
+        let socket = folder.path().join("qga");
+        let listener = UnixListener::bind(&socket).unwrap();
+        let nonsense = async {
+            let mut stream = listener.accept().await.unwrap().0;
+            stream.write_all(b"\xffhello\n").await.unwrap();
+        };
+        let (facts, ()) = tokio::join!(ask(&socket), nonsense);
+        assert!(matches!(facts, Err(Error::Unreadable(_))), "{facts:?}");
+    }
+}

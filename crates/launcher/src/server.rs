@@ -1,0 +1,173 @@
+//! The RPC's door: HTTP on `launcher.sock`.
+
+use crate::rpc::{self, DomainPhase, ErrorBody, Refusal, State};
+use crate::vm::{Answer, Order, Refused, Request};
+use axum::Router;
+use axum::body::Body;
+use axum::extract::{DefaultBodyLimit, State as Shared};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post, put};
+use bytes::Bytes;
+use http::{StatusCode, header};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use std::convert::Infallible;
+use std::time::Duration;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::Instant;
+
+/// Most bytes of an order; a VMI is a few KiB.
+const LARGEST_ORDER: usize = 4 << 20;
+/// The watch sends changes of numbers no more often than this.
+const PACE: Duration = Duration::from_millis(100);
+
+#[derive(Clone)]
+struct Door {
+    orders: mpsc::Sender<Request>,
+    state: watch::Receiver<State>,
+}
+
+/// The routes of docs/architecture.md, "Launcher RPC".
+pub fn router(orders: mpsc::Sender<Request>, state: watch::Receiver<State>) -> Router {
+    Router::new()
+        .route(rpc::STATE, get(state_now))
+        .route(rpc::WATCH, get(watch_states))
+        .route(rpc::EVENTS, get(|door: Shared<Door>| order(door, Order::Events)))
+        .route(rpc::VM, put(|door, body| with(door, body, |o| Order::Start(Box::new(o)))))
+        .route(rpc::MIGRATION_TARGET, put(|door, body| with(door, body, |o| Order::Target(Box::new(o)))))
+        .route(rpc::MIGRATION_SOURCE, put(|door, body| with(door, body, Order::Source)))
+        .route(rpc::MIGRATION_CANCEL, post(|door, body| with(door, body, Order::Cancel)))
+        .route(rpc::MIGRATION_GO, post(|door, body| with(door, body, Order::Go)))
+        .route(rpc::MIGRATION_ABANDON, post(|door, body| with(door, body, Order::Abandon)))
+        .route(rpc::SHUTDOWN, post(|door, body| with(door, body, Order::Shutdown)))
+        .route(rpc::PAUSE, post(|door: Shared<Door>| order(door, Order::Pause)))
+        .route(rpc::UNPAUSE, post(|door: Shared<Door>| order(door, Order::Unpause)))
+        .fallback(|| async { refuse(Refusal::NotFound, "no such call".into()) })
+        .method_not_allowed_fallback(|| async { refuse(Refusal::NotFound, "no such method on this call".into()) })
+        .layer(DefaultBodyLimit::max(LARGEST_ORDER))
+        .with_state(Door { orders, state })
+}
+
+async fn with<T: DeserializeOwned>(door: Shared<Door>, body: Bytes, make: impl FnOnce(T) -> Order) -> Response {
+    match serde_json::from_slice(&body) {
+        Ok(parsed) => order(door, make(parsed)).await,
+        Err(error) => refuse(Refusal::BadRequest, format!("the order cannot be read: {error}")),
+    }
+}
+
+async fn order(Shared(door): Shared<Door>, order: Order) -> Response {
+    let (reply, answer) = oneshot::channel();
+    let gone = || refuse(Refusal::Failed, "the launcher is ending".into());
+    if door.orders.send(Request { order, reply }).await.is_err() {
+        return gone();
+    }
+    match answer.await {
+        Ok(Ok(Answer::State(state))) => json(StatusCode::OK, &*state),
+        Ok(Ok(Answer::Ready(ready))) => json(StatusCode::OK, &ready),
+        Ok(Ok(Answer::Events(events))) => json(StatusCode::OK, &events),
+        Ok(Err(Refused { reason, message })) => refuse(reason, message),
+        Err(_) => gone(),
+    }
+}
+
+fn json(status: StatusCode, body: &impl Serialize) -> Response {
+    match serde_json::to_vec(body) {
+        Ok(bytes) => (status, [(header::CONTENT_TYPE, "application/json")], bytes).into_response(),
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
+    }
+}
+
+fn refuse(reason: Refusal, message: String) -> Response {
+    let status = match reason {
+        Refusal::BadRequest => StatusCode::BAD_REQUEST,
+        Refusal::NotFound => StatusCode::NOT_FOUND,
+        Refusal::Conflict => StatusCode::CONFLICT,
+        Refusal::Invalid => StatusCode::UNPROCESSABLE_ENTITY,
+        Refusal::Failed => StatusCode::INTERNAL_SERVER_ERROR,
+    };
+    json(status, &ErrorBody { reason, message })
+}
+
+async fn state_now(Shared(door): Shared<Door>) -> Response {
+    let state = door.state.borrow().clone();
+    json(StatusCode::OK, &state)
+}
+
+async fn watch_states(Shared(door): Shared<Door>) -> Response {
+    // The first line is the state now.
+    let mut states = door.state;
+    states.mark_changed();
+    let lines = futures::stream::unfold((states, None), |(mut states, last)| async move {
+        let state = next(&mut states, last.as_ref()).await?;
+        let mut line = serde_json::to_vec(&state).ok()?;
+        line.push(b'\n');
+        let sent = Sent { phase: state.phase, turn: turn(&state), at: Instant::now() };
+        Some((Ok::<_, Infallible>(Bytes::from(line)), (states, Some(sent))))
+    });
+    ([(header::CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(lines)).into_response()
+}
+
+struct Sent {
+    phase: DomainPhase,
+    turn: Turn,
+    at: Instant,
+}
+
+/// The parts of a migration that somebody waits for, as opposed to its numbers.
+type Turn = Option<(String, String, bool, bool, bool)>;
+
+fn turn(state: &State) -> Turn {
+    state.migration.as_ref().map(|m| (m.uid.clone(), m.status.clone(), m.loaded, m.gone, m.resume_us.is_some()))
+}
+
+/// The next state worth a line: turns at once, numbers at a pace. `None` at the launcher's end, after its last state.
+async fn next(states: &mut watch::Receiver<State>, last: Option<&Sent>) -> Option<State> {
+    loop {
+        states.changed().await.ok()?;
+        let Some(last) = last else { return Some(states.borrow_and_update().clone()) };
+        loop {
+            let state = states.borrow_and_update().clone();
+            if state.phase != last.phase || turn(&state) != last.turn {
+                return Some(state);
+            }
+            // Whatever comes within the pace replaces this; after it, this is sent.
+            match tokio::time::timeout_at(last.at + PACE, states.changed()).await {
+                Ok(Ok(())) => {}
+                Ok(Err(_)) | Err(_) => return Some(state),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn the_watch_tells_turns_at_once_and_the_last_state_before_the_end() {
+        let (tell, mut states) = watch::channel(State::default());
+        states.mark_changed();
+        assert_eq!(next(&mut states, None).await.unwrap().phase, DomainPhase::Undefined);
+        let sent = Sent { phase: DomainPhase::Undefined, turn: None, at: Instant::now() };
+        tell.send_modify(|s| s.launcher_rss_bytes = Some(1));
+        tell.send_modify(|s| s.phase = DomainPhase::Running);
+        assert_eq!(next(&mut states, Some(&sent)).await.unwrap().phase, DomainPhase::Running);
+        tell.send_modify(|s| s.phase = DomainPhase::Shutdown);
+        drop(tell);
+        let sent = Sent { phase: DomainPhase::Running, ..sent };
+        assert_eq!(next(&mut states, Some(&sent)).await.unwrap().phase, DomainPhase::Shutdown);
+        assert!(next(&mut states, Some(&Sent { phase: DomainPhase::Shutdown, ..sent })).await.is_none());
+    }
+
+    #[tokio::test]
+    async fn numbers_come_at_a_pace_and_none_is_lost() {
+        let (tell, mut states) = watch::channel(State::default());
+        states.mark_changed();
+        next(&mut states, None).await.unwrap();
+        let sent = Sent { phase: DomainPhase::Undefined, turn: None, at: Instant::now() };
+        for n in 1..=5 {
+            tell.send_modify(|s| s.launcher_rss_bytes = Some(n));
+        }
+        assert_eq!(next(&mut states, Some(&sent)).await.unwrap().launcher_rss_bytes, Some(5));
+    }
+}

@@ -1,0 +1,466 @@
+//! The VM: one task owns it, takes orders one after another, and publishes what is true.
+
+mod end;
+mod migration;
+
+use crate::agent;
+use crate::console::{self, Console};
+use crate::plan::{self, AGENT, Inputs, SERIAL};
+use crate::record;
+use crate::rpc::{
+    Accelerator, DomainPhase, EventRecord, GuestAgentFacts, InterfaceOrder, MigrationRef, MigrationRole, Paths,
+    Refusal, ShutdownOrder, SourceOrder, State, TargetOrder, TargetReady, VmOrder, VolumeFacts,
+};
+use godwit_api::VirtualMachineInstance;
+use godwit_qemu::instance::{self, Departed, Incoming, Outgoing, Prelaunch, Qemu, Running};
+use godwit_qemu::process::find_qemu;
+use godwit_qemu::qmp::commands::RunState;
+use godwit_qemu::qmp::{Event, Events};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::Duration;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::Instant;
+
+/// Between two looks at a migration's numbers.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
+/// Between two looks at what moves slowly.
+const IDLE_EVERY: Duration = Duration::from_secs(1);
+/// Between two questions to the guest agent.
+const ASK_EVERY: Duration = Duration::from_secs(5);
+
+/// An order and who waits for its answer.
+pub struct Request {
+    /// What to do.
+    pub order: Order,
+    /// Where the answer goes.
+    pub reply: oneshot::Sender<Result<Answer, Refused>>,
+}
+
+/// An order, see [`crate::rpc`].
+#[allow(missing_docs)]
+pub enum Order {
+    Start(Box<VmOrder>),
+    Target(Box<TargetOrder>),
+    Source(SourceOrder),
+    Cancel(MigrationRef),
+    Go(MigrationRef),
+    Abandon(MigrationRef),
+    Shutdown(ShutdownOrder),
+    Pause,
+    Unpause,
+    Events,
+}
+
+/// The answer to an order.
+#[allow(missing_docs)]
+pub enum Answer {
+    State(Box<State>),
+    Ready(TargetReady),
+    Events(Vec<EventRecord>),
+}
+
+/// Why an order was not carried out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refused {
+    /// For a program.
+    pub reason: Refusal,
+    /// For a person.
+    pub message: String,
+}
+
+pub(crate) fn refused(reason: Refusal, message: impl Into<String>) -> Refused {
+    Refused { reason, message: message.into() }
+}
+
+impl From<plan::Error> for Refused {
+    fn from(error: plan::Error) -> Self {
+        let reason = match &error {
+            plan::Error::Invalid(_) => Refusal::Invalid,
+            plan::Error::Volume(e) if e.is_invalid() => Refusal::Invalid,
+            plan::Error::Volume(_) => Refusal::Failed,
+        };
+        refused(reason, error.to_string())
+    }
+}
+
+impl From<instance::Error> for Refused {
+    fn from(error: instance::Error) -> Self {
+        let reason = if matches!(error, instance::Error::Machine(_)) { Refusal::Invalid } else { Refusal::Failed };
+        refused(reason, error.to_string())
+    }
+}
+
+/// Where the QEMU stands. What may be done with it is in its type.
+enum Stage {
+    Empty,
+    Running(Running),
+    Outgoing(Outgoing),
+    Incoming(Incoming),
+    Departed(Departed),
+    Ended,
+}
+
+impl Stage {
+    fn qemu(&self) -> Option<&Qemu> {
+        match self {
+            Stage::Running(r) => Some(r.qemu()),
+            Stage::Outgoing(o) => Some(o.qemu()),
+            Stage::Incoming(i) => Some(i.qemu()),
+            Stage::Departed(d) => Some(d.qemu()),
+            Stage::Empty | Stage::Ended => None,
+        }
+    }
+}
+
+/// An end that was ordered.
+struct Ending {
+    /// When patience ends.
+    deadline: Instant,
+    /// When the button is pressed again: a guest that is still booting misses it.
+    press: Instant,
+    /// Whether QEMU had to be ended by force.
+    forced: bool,
+}
+
+/// The VM of one launcher.
+pub struct Vm {
+    paths: Paths,
+    uid: String,
+    tell: watch::Sender<State>,
+    now: State,
+    stage: Stage,
+    events: Option<Events>,
+    console: Option<Console>,
+    /// Numbers and names of the disks that would have to be copied.
+    local_disks: Vec<(usize, String)>,
+    ready: Option<TargetReady>,
+    grace: Duration,
+    ending: Option<Ending>,
+    /// QEMU's reason for its shutdown, once it announced one.
+    shutdown_reason: Option<String>,
+    agent_open: bool,
+    ask_at: Instant,
+    agent: (mpsc::Sender<Option<GuestAgentFacts>>, mpsc::Receiver<Option<GuestAgentFacts>>),
+    /// When everything was over.
+    over: Option<Instant>,
+    /// Nobody has to learn the end any more.
+    dismissed: bool,
+}
+
+impl Vm {
+    /// A launcher's VM before any order; `uid` is the VMI's it was started for.
+    ///
+    /// If the guest of this place has left with an earlier process, that is told again and nothing is started.
+    pub fn new(paths: Paths, uid: String) -> std::io::Result<(Vm, watch::Receiver<State>)> {
+        let mut now = State { vmi_uid: uid.clone(), ..State::default() };
+        let mut stage = Stage::Empty;
+        let mut over = None;
+        if let Some(facts) = record::read_departed(&paths.ephemeral_disks)? {
+            now.phase = DomainPhase::MigratedAway;
+            now.exit_reason = Some("the guest has migrated to another node".into());
+            now.migration = Some(facts);
+            stage = Stage::Ended;
+            over = Some(Instant::now());
+        }
+        let (tell, states) = watch::channel(now.clone());
+        let vm = Vm {
+            paths,
+            uid,
+            tell,
+            now,
+            stage,
+            events: None,
+            console: None,
+            local_disks: Vec::new(),
+            ready: None,
+            grace: Duration::from_secs(30),
+            ending: None,
+            shutdown_reason: None,
+            agent_open: false,
+            ask_at: Instant::now(),
+            agent: mpsc::channel(1),
+            over,
+            dismissed: false,
+        };
+        Ok((vm, states))
+    }
+
+    /// Lives until the VM's end has been told. `terminate` gives one item for each wish to end (SIGTERM).
+    pub async fn run(mut self, mut orders: mpsc::Receiver<Request>, mut terminate: mpsc::Receiver<()>) -> State {
+        loop {
+            self.publish();
+            if self.may_exit() {
+                return self.now;
+            }
+            let process = self.stage.qemu().map(|q| q.process().clone());
+            let ended = async {
+                match &process {
+                    Some(process) => process.wait().await,
+                    None => std::future::pending().await,
+                }
+            };
+            let wake = self.next_look();
+            tokio::select! {
+                Some(request) = orders.recv() => {
+                    let answer = self.obey(request.order).await;
+                    self.publish();
+                    // Whoever asked may have given up; what was done is in the state.
+                    let _ = request.reply.send(answer);
+                }
+                Some(event) = next_event(&mut self.events) => self.event(event).await,
+                ended = ended => self.ended(ended).await,
+                Some(facts) = self.agent.1.recv() => self.now.guest_agent = facts.unwrap_or_default(),
+                Some(()) = terminate.recv() => self.terminate().await,
+                () = tokio::time::sleep_until(wake) => self.look().await,
+            }
+        }
+    }
+
+    fn publish(&mut self) {
+        self.tell.send_if_modified(|told| {
+            let changed = *told != self.now;
+            if changed {
+                told.clone_from(&self.now);
+            }
+            changed
+        });
+    }
+
+    async fn obey(&mut self, order: Order) -> Result<Answer, Refused> {
+        match order {
+            Order::Start(order) => self.start(*order).await?,
+            Order::Target(order) => return self.prepare_target(*order).await.map(Answer::Ready),
+            Order::Source(order) => self.migrate(order).await?,
+            Order::Cancel(order) => self.cancel(&order.migration_uid).await?,
+            Order::Go(order) => self.go(&order.migration_uid).await?,
+            Order::Abandon(order) => self.abandon(&order.migration_uid).await?,
+            Order::Shutdown(order) => self.shut_down(Duration::from_secs(order.grace_seconds)).await,
+            Order::Pause => self.pause(true).await?,
+            Order::Unpause => self.pause(false).await?,
+            Order::Events => return Ok(Answer::Events(self.event_records())),
+        }
+        Ok(Answer::State(Box::new(self.now.clone())))
+    }
+
+    fn check_uid(&self, vmi: &VirtualMachineInstance) -> Result<(), Refused> {
+        if vmi.uid() == self.uid {
+            return Ok(());
+        }
+        let message = format!("this launcher is for VMI uid {}, not for {}", self.uid, vmi.uid());
+        Err(refused(Refusal::Conflict, message))
+    }
+
+    async fn start(&mut self, order: VmOrder) -> Result<(), Refused> {
+        self.check_uid(&order.vmi)?;
+        match &self.stage {
+            Stage::Empty => {}
+            Stage::Incoming(_) => {
+                return Err(refused(Refusal::Conflict, "this launcher receives the guest from another node"));
+            }
+            // Started already, here or elsewhere, or ended.
+            _ => return Ok(()),
+        }
+        let VmOrder { vmi, interfaces, volumes, accelerator } = order;
+        let (program, accelerator) = self.program(accelerator).await?;
+        let plan = self.plan(&vmi, &interfaces, &volumes, accelerator, None, false).await?;
+        let prelaunch = Prelaunch::launch(&program, &plan.machine).await?;
+        self.attach(prelaunch.qemu(), accelerator, plan.machine.serial.is_some()).await?;
+        let running = prelaunch.start().await?;
+        self.local_disks = plan.local_disks;
+        self.grace = grace(&vmi);
+        self.stage = Stage::Running(running);
+        self.refresh().await;
+        Ok(())
+    }
+
+    async fn prepare_target(&mut self, order: TargetOrder) -> Result<TargetReady, Refused> {
+        self.check_uid(&order.vmi)?;
+        match (&self.stage, &self.ready, &self.now.migration) {
+            (Stage::Empty, ..) => {}
+            (_, Some(ready), Some(m)) if m.uid == order.migration_uid && m.role == MigrationRole::Target => {
+                return Ok(ready.clone());
+            }
+            _ => return Err(refused(Refusal::Conflict, "this launcher already has a VM")),
+        }
+        let TargetOrder { migration_uid, vmi, interfaces, volumes, accelerator, machine_type } = order;
+        let told = vmi.status.accelerator.as_deref().and_then(accelerator_named);
+        let (program, accelerator) = self.program(accelerator.or(told)).await?;
+        let plan = self.plan(&vmi, &interfaces, &volumes, accelerator, machine_type.as_deref(), true).await?;
+        let socket = format!("incoming-{}.sock", short(&migration_uid));
+        let path = self.paths.sockets.join(&socket);
+        let _ = std::fs::remove_file(&path);
+        let incoming = Incoming::launch(&program, &plan.machine, &path).await?;
+        let ready = self.offer(&incoming, socket, &plan, &migration_uid).await?;
+        self.attach(incoming.qemu(), accelerator, plan.machine.serial.is_some()).await?;
+        self.local_disks = plan.local_disks;
+        self.grace = grace(&vmi);
+        self.ready = Some(ready.clone());
+        self.stage = Stage::Incoming(incoming);
+        self.arriving(migration_uid);
+        self.refresh().await;
+        Ok(ready)
+    }
+
+    /// QEMU's program and the accelerator: the ordered one, or what this machine turns out to offer.
+    async fn program(&mut self, ordered: Option<Accelerator>) -> Result<(PathBuf, Accelerator), Refused> {
+        let Some(program) = find_qemu() else {
+            let message = "QEMU is not installed (package qemu-system-x86; `make deps` installs it)";
+            return Err(refused(Refusal::Failed, message));
+        };
+        let (accelerator, reason) = match ordered {
+            Some(accelerator) => (accelerator, "as ordered".to_string()),
+            None => {
+                let probe = godwit_qemu::accelerator::probe(&program).await;
+                (probe.accelerator, probe.reason)
+            }
+        };
+        self.now.accelerator_reason = Some(reason);
+        Ok((program, accelerator))
+    }
+
+    async fn plan(
+        &self,
+        vmi: &VirtualMachineInstance,
+        interfaces: &[InterfaceOrder],
+        volumes: &BTreeMap<String, VolumeFacts>,
+        accelerator: Accelerator,
+        machine_type: Option<&str>,
+        arriving: bool,
+    ) -> Result<plan::Plan, Refused> {
+        let paths = &self.paths;
+        let inputs = Inputs { vmi, interfaces, volumes, paths, accelerator, machine_type, arriving };
+        let plan = plan::plan(&inputs).await?;
+        // Sockets of a QEMU that could not be started the last time.
+        for stale in [Some(&plan.machine.monitor), plan.machine.serial.as_ref(), plan.machine.guest_agent.as_ref()] {
+            let _ = stale.map(std::fs::remove_file);
+        }
+        Ok(plan)
+    }
+
+    /// Listens to a QEMU that has not run its guest yet, so that nothing it says is lost.
+    async fn attach(&mut self, qemu: &Qemu, accelerator: Accelerator, serial: bool) -> Result<(), Refused> {
+        if serial {
+            let (from, to) = (self.paths.sockets.join(SERIAL), self.paths.sockets.join(console::SOCKET));
+            let console = Console::open(&from, &to, console::to_stdout).await;
+            let failed = |e| refused(Refusal::Failed, format!("the serial console {}: {e}", to.display()));
+            self.console = Some(console.map_err(failed)?);
+        }
+        self.events = Some(qemu.subscribe());
+        self.shutdown_reason = None;
+        self.now.accelerator = Some(accelerator);
+        self.now.qemu_version = Some(qemu.version().to_string());
+        self.now.machine_type = Some(qemu.machine_type().to_string());
+        self.now.qemu_pid = Some(qemu.process().pid());
+        Ok(())
+    }
+
+    async fn pause(&mut self, pause: bool) -> Result<(), Refused> {
+        let Stage::Running(running) = &mut self.stage else {
+            let what = if matches!(self.stage, Stage::Outgoing(_)) { "it is migrating" } else { "no guest runs here" };
+            return Err(refused(Refusal::Conflict, format!("the guest cannot be paused or unpaused: {what}")));
+        };
+        let done = if pause { running.pause().await } else { running.unpause().await };
+        done.map_err(|e| refused(Refusal::Failed, e.to_string()))?;
+        self.refresh().await;
+        Ok(())
+    }
+
+    fn event_records(&self) -> Vec<EventRecord> {
+        let events = self.stage.qemu().map(Qemu::events).unwrap_or_default();
+        events.into_iter().map(|e| EventRecord { at_us: e.at_us, event: e.name, data: e.data }).collect()
+    }
+
+    async fn event(&mut self, event: Event) {
+        match event.name.as_str() {
+            "SHUTDOWN" => self.shutdown_reason = Some(event.text("reason").unwrap_or("unknown").to_string()),
+            "VSERPORT_CHANGE" => {
+                self.agent_open = event.data.get("open").and_then(serde_json::Value::as_bool).unwrap_or(false);
+                self.ask_at = Instant::now();
+                if !self.agent_open {
+                    self.now.guest_agent.connected = false;
+                }
+            }
+            _ => {}
+        }
+        self.migration_event(&event).await;
+        if matches!(event.name.as_str(), "STOP" | "RESUME" | "MIGRATION" | "SUSPEND" | "WAKEUP" | "BLOCK_IO_ERROR") {
+            self.refresh().await;
+        }
+    }
+
+    /// Asks QEMU for its state, and derives the phase from it.
+    async fn refresh(&mut self) {
+        let Some(qemu) = self.stage.qemu() else { return };
+        let Ok(status) = qemu.status().await else { return };
+        self.now.qemu_status = Some(status.as_str().to_string());
+        self.now.phase = match &self.stage {
+            Stage::Running(_) if matches!(status, RunState::Running | RunState::Suspended) => DomainPhase::Running,
+            Stage::Running(_) => DomainPhase::Paused,
+            // The standstill of the switchover is not a pause.
+            Stage::Outgoing(_) => DomainPhase::Running,
+            Stage::Incoming(_) => DomainPhase::Incoming,
+            Stage::Departed(_) => DomainPhase::MigratedAway,
+            Stage::Empty | Stage::Ended => self.now.phase,
+        };
+    }
+
+    fn next_look(&self) -> Instant {
+        let migrating = matches!(self.stage, Stage::Outgoing(_));
+        let wait = if migrating || self.ending.is_some() { LOOK_EVERY } else { IDLE_EVERY };
+        Instant::now() + wait
+    }
+
+    async fn look(&mut self) {
+        self.look_at_migration().await;
+        self.look_at_ending().await;
+        self.now.launcher_rss_bytes = own_rss();
+        if self.agent_open && self.ask_at <= Instant::now() && matches!(self.stage, Stage::Running(_)) {
+            self.ask_at = Instant::now() + ASK_EVERY;
+            let (socket, tell) = (self.paths.sockets.join(AGENT), self.agent.0.clone());
+            // At most one question at a time: the channel holds one answer and the next is not asked before it is taken.
+            tokio::spawn(async move {
+                let facts = agent::ask(&socket).await;
+                if let Err(error) = &facts {
+                    tracing::debug!(%error, "asking the guest agent");
+                }
+                let _ = tell.try_send(facts.ok());
+            });
+        }
+    }
+}
+
+async fn next_event(events: &mut Option<Events>) -> Option<Event> {
+    match events {
+        Some(stream) => {
+            let event = stream.next().await;
+            if event.is_none() {
+                *events = None;
+            }
+            event
+        }
+        None => std::future::pending().await,
+    }
+}
+
+fn accelerator_named(name: &str) -> Option<Accelerator> {
+    [Accelerator::Kvm, Accelerator::Tcg].into_iter().find(|a| a.as_str() == name)
+}
+
+fn grace(vmi: &VirtualMachineInstance) -> Duration {
+    let seconds = vmi.spec.termination_grace_period_seconds.unwrap_or(30);
+    Duration::from_secs(u64::try_from(seconds).unwrap_or(0))
+}
+
+/// The first letters of a uid, fit for a file's name.
+fn short(uid: &str) -> String {
+    uid.chars().filter(char::is_ascii_alphanumeric).take(12).collect()
+}
+
+/// This process's resident memory (`/proc/self/statm`, second field, in pages).
+fn own_rss() -> Option<u64> {
+    let statm = std::fs::read_to_string("/proc/self/statm").ok()?;
+    let pages: u64 = statm.split_whitespace().nth(1)?.parse().ok()?;
+    let page = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE).ok()??;
+    Some(pages.saturating_mul(u64::try_from(page).ok()?))
+}
