@@ -12,6 +12,8 @@ pub mod names;
 pub mod node;
 pub mod object;
 pub mod placement;
+#[cfg(test)]
+mod placement_tests;
 mod plan;
 pub mod quantity;
 pub mod selector;
@@ -19,6 +21,8 @@ pub mod selector;
 mod testing;
 pub mod vm;
 pub mod vmi;
+#[cfg(test)]
+mod vmi_tests;
 pub mod volumes;
 mod world;
 

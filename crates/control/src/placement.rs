@@ -165,6 +165,8 @@ struct Rank {
     launchers: usize,
     /// Thousandths of cpu and memory that would be asked for, summed.
     requested: i128,
+    /// Pods that ask for nothing spread by number.
+    pods: i128,
     name: String,
 }
 
@@ -186,6 +188,7 @@ impl Rank {
             launchers: if is_launcher { load.launchers } else { 0 },
             requested: share(load.used.cpu_milli + need.cpu_milli, load.allocatable.cpu_milli)
                 + share(load.used.memory + need.memory, load.allocatable.memory),
+            pods: load.pods,
             name: node.name().to_owned(),
         }
     }

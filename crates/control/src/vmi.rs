@@ -26,6 +26,8 @@ use crate::world::World;
 /// When the source pod of a handed-over migration ends, its guest may already run at the target: the handlers have this
 /// long to say so before the VMI counts as lost.
 const HAND_OVER_GRACE: SignedDuration = SignedDuration::from_secs(60);
+/// The target's handler has this long to end a target that is not needed any more.
+const ABANDON_LIMIT: SignedDuration = SignedDuration::from_secs(15);
 /// `Ready` is `False` with this reason when the launcher pod has ended.
 const POD_ENDED: (&str, &str) = ("PodCompleted", "virt-launcher pod has terminated");
 
@@ -38,11 +40,8 @@ pub fn current_pod<'a>(vmi: &VirtualMachineInstance, world: &'a World) -> Option
     };
     let node = vmi.status.node_name.as_deref().filter(|node| !node.is_empty());
     if let (Some(state), Some(node)) = (&vmi.status.migration_state, node) {
-        let known = if state.target_node.as_deref() == Some(node) && state.failed != Some(true) {
-            &state.target_pod
-        } else {
-            &state.source_pod
-        };
+        // The target's handler alone writes the target's name here, and only when the guest runs there.
+        let known = if state.target_node.as_deref() == Some(node) { &state.target_pod } else { &state.source_pod };
         if let Some(name) = known {
             return pod(name);
         }
@@ -267,9 +266,23 @@ fn sweep(vmi: &VirtualMachineInstance, view: &View<'_>, plan: &mut Plan) {
             view.world.migrations_of(&name).any(|migration| migration.uid() == uid && !migration.is_final())
         });
         if !pod.deleting() && !awaited && pod.uid() != current {
-            plan.delete(pod.as_ref());
+            match quits_by_itself_until(vmi, pod, view.now) {
+                Some(end) => plan.wake(end),
+                None => plan.delete(pod.as_ref()),
+            }
         }
     }
+}
+
+/// The target pod of a failed migration that was handed over is ended by its handler, which knows better than anybody
+/// whether the guest may have arrived after all. Only when that has not happened for a while is the pod removed from here.
+pub fn quits_by_itself_until(vmi: &VirtualMachineInstance, pod: &Pod, now: Timestamp) -> Option<Timestamp> {
+    let state = vmi.status.migration_state.as_ref().filter(|state| state.failed == Some(true))?;
+    if vmi.is_final() || placement::is_finished(pod) || state.target_pod.as_deref() != Some(pod.name()) {
+        return None;
+    }
+    let end = state.end_timestamp.as_ref()?.0.checked_add(ABANDON_LIMIT).ok()?;
+    (now < end).then_some(end)
 }
 
 /// Launcher pods whose VMI is gone for good.

@@ -160,7 +160,10 @@ pub fn finish(situation: &Situation<'_>, plan: &mut Plan) {
         && let Some(pod) = situation.pod.filter(|pod| !pod.deleting())
         && may_drop(situation, pod.spec.as_ref().and_then(|spec| spec.node_name.as_deref()))
     {
-        plan.delete(pod.as_ref());
+        match situation.vmi.and_then(|vmi| vmi::quits_by_itself_until(vmi, pod, situation.view.now)) {
+            Some(end) => plan.wake(end),
+            None => plan.delete(pod.as_ref()),
+        }
     }
     if let Some(finalizers) = &mut after.metadata.finalizers {
         finalizers.retain(|finalizer| finalizer != names::FINALIZER_MIGRATION);

@@ -95,7 +95,7 @@ impl<'a> Situation<'a> {
     /// Which fact counts now.
     pub fn observe(&self) -> Observation {
         match self.migration.status.phase {
-            Phase::Unset => self.new(),
+            Phase::Unset => self.unseen(),
             Phase::Pending => self.pending(),
             Phase::Scheduling => self.scheduling(),
             Phase::Scheduled => self.scheduled(),
@@ -115,7 +115,7 @@ impl<'a> Situation<'a> {
         }
     }
 
-    fn new(&self) -> Observation {
+    fn unseen(&self) -> Observation {
         if let Some(fact) = self.before_hand_over() {
             return fact.into();
         }

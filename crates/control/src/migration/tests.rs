@@ -260,10 +260,16 @@ fn cancelling_a_running_one_asks_the_source_to_abort() {
     tell(
         &mut cluster,
         "demo",
-        json!({"failed": true, "completed": true, "abortStatus": "Succeeded", "failureReason": "x"}),
+        json!({
+            "failed": true, "completed": true, "abortStatus": "Succeeded", "failureReason": "x", "endTimestamp": now,
+        }),
     );
     cluster.settle();
     assert_eq!(phase(&cluster, "job"), "gone");
+    cluster.run_kubelets();
+    assert!(target_pod(&cluster, "job").is_some(), "its handler ends it");
+    cluster.pass(15);
+    cluster.settle();
     cluster.run_kubelets();
     assert_eq!(target_pod(&cluster, "job"), None, "the target pod never ran the guest");
     let vmi = cluster.get(Kind::VirtualMachineInstance, &name("demo")).unwrap();
@@ -507,10 +513,12 @@ fn happen(cluster: &mut Cluster, jobs: &mut u32, what: &Happening) {
         Happening::TargetListens(index) if alive(cluster, *index) && handed(cluster, *index) => {
             tell(cluster, vmi(*index), json!({"targetNodeAddress": "10.0.0.1"}));
         }
-        Happening::SourceStarts(index) if alive(cluster, *index) && handed(cluster, *index) => {
-            if state(cluster, vmi(*index))["targetNodeAddress"].is_string() {
-                tell(cluster, vmi(*index), json!({"startTimestamp": now}));
-            }
+        Happening::SourceStarts(index)
+            if alive(cluster, *index)
+                && handed(cluster, *index)
+                && state(cluster, vmi(*index))["targetNodeAddress"].is_string() =>
+        {
+            tell(cluster, vmi(*index), json!({"startTimestamp": now}));
         }
         Happening::SourceFails(index) if alive(cluster, *index) && handed(cluster, *index) => {
             tell(cluster, vmi(*index), json!({"failed": true, "completed": true, "failureReason": "link broke"}));
