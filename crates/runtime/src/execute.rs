@@ -225,7 +225,9 @@ impl Executor {
     ) -> Result<(), Failure> {
         let params = DeleteParams {
             grace_period_seconds: grace_seconds,
-            preconditions: (!uid.is_empty()).then(|| Preconditions { uid: Some(uid), resource_version: None }),
+            preconditions: Some(uid)
+                .filter(|uid| !uid.is_empty())
+                .map(|uid| Preconditions { uid: Some(uid), resource_version: None }),
             ..DeleteParams::background()
         };
         match self.send(requests(&target).delete(&target.name.name, &params)).await {
