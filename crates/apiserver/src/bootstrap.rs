@@ -19,6 +19,11 @@ pub(crate) async fn objects(inner: &Arc<Inner>, ca: &str) -> Result<(), Error> {
         ensure(inner, "", "v1", "namespaces", "", json!({"metadata": {"name": name}})).await?;
         collector::furnish(inner, name, ca).await;
     }
+    let service = json!({
+        "metadata": {"name": "kubernetes", "labels": {"component": "apiserver", "provider": "kubernetes"}},
+        "spec": {"clusterIP": "None", "ports": [{"name": "https", "port": 443, "protocol": "TCP", "targetPort": 6443}]},
+    });
+    ensure(inner, "", "v1", "services", "default", service).await?;
     for role in cluster_roles() {
         ensure(inner, RBAC, "v1", "clusterroles", "", role).await?;
     }

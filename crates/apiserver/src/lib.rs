@@ -6,6 +6,7 @@
 
 mod admission;
 mod bootstrap;
+mod budgets;
 mod collector;
 mod create;
 mod delete;
@@ -171,6 +172,7 @@ impl Server {
         let mut tasks = JoinSet::new();
         tasks.spawn(collector::run(inner.clone(), parts.ca));
         tasks.spawn(expire::run(inner.clone()));
+        tasks.spawn(budgets::run(inner.clone()));
         Ok(Self { inner, _housekeeping: Arc::new(Housekeeping { _tasks: tasks }) })
     }
 

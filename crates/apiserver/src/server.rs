@@ -5,7 +5,7 @@ use crate::kinds::{Kind, Kinds, Registry};
 use crate::rbac::{Action, Rbac};
 use crate::request::{Params, RequestInfo};
 use crate::respond::{self, Body, Reply};
-use crate::user::{Impersonation, Peer, User, service_account};
+use crate::user::{ANONYMOUS, Impersonation, Peer, User, service_account};
 use crate::{Dialer, create, delete, paths, pods, read, reviews, update, watch};
 use bytes::Bytes;
 use futures::FutureExt;
@@ -128,6 +128,10 @@ async fn answer(inner: Arc<Inner>, user: Arc<User>, request: Request<RequestBody
     let mut cx = Context { inner, info, params, headers: parts.headers, user, kinds, warnings: Mutex::default() };
     let endless = cx.info.verb == "watch" || cx.info.subresource == "log";
     let reply = async {
+        if cx.user.name == ANONYMOUS && cx.headers.contains_key(http::header::AUTHORIZATION) {
+            // Tokens are not known here, and a wrong one is worse than none.
+            return Err(Status::unauthorized());
+        }
         impersonate(&mut cx)?;
         authorize(&cx)?;
         let bytes = read_body(body).await?;

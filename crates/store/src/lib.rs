@@ -173,6 +173,11 @@ impl Default for Retention {
     }
 }
 
+/// A backend that lives in memory.
+pub fn memory_backend() -> impl StorageBackend {
+    redb::backends::InMemoryBackend::new()
+}
+
 /// Makes the value to store, given the revision it gets; called on the writer's thread, so it should not take long.
 pub type Encode = Box<dyn FnOnce(u64) -> Bytes + Send>;
 
@@ -234,7 +239,7 @@ impl Store {
 
     /// A store in memory, gone with its last clone.
     pub fn memory() -> Result<Self> {
-        Self::open_backend(redb::backends::InMemoryBackend::new(), Retention::default())
+        Self::open_backend(memory_backend(), Retention::default())
     }
 
     fn with_database(database: redb::Database, retention: Retention) -> Result<Self> {

@@ -127,9 +127,9 @@ impl Drop for Cluster {
 
 /// A real kubectl.
 pub struct Kubectl {
-    program: PathBuf,
+    pub program: PathBuf,
     pub config: PathBuf,
-    cache: PathBuf,
+    pub cache: PathBuf,
     pub version: String,
 }
 
