@@ -24,6 +24,8 @@ struct Inner {
     /// By collection path without namespace and version prefix, then name.
     objects: BTreeMap<(String, String), Value>,
     watches: Vec<(String, Selector, UnboundedSender<Value>)>,
+    /// Every change: collection, before, after.
+    history: Vec<(String, Option<Value>, Value)>,
 }
 
 /// `labelSelector` and `fieldSelector`, equality only.
@@ -90,7 +92,9 @@ impl Api {
             }
         }
         match (parts.method, name) {
-            (Method::GET, None) if query.contains_key("watch") => self.watch(collection, selector),
+            (Method::GET, None) if query.contains_key("watch") => {
+                self.watch(collection, selector, query["resourceVersion"].parse().unwrap())
+            }
             (Method::GET, None) => {
                 let items: Vec<Value> = self.list(&collection).into_iter().filter(|o| matches(o, &selector)).collect();
                 let revision = self.0.lock().unwrap().revision.to_string();
@@ -122,9 +126,17 @@ impl Api {
         }
     }
 
-    fn watch(&self, collection: String, selector: Selector) -> Response<axum::body::Body> {
+    fn watch(&self, collection: String, selector: Selector, since: usize) -> Response<axum::body::Body> {
         let (sender, receiver): (_, UnboundedReceiver<Value>) = unbounded_channel();
-        self.0.lock().unwrap().watches.push((collection, selector, sender));
+        let mut inner = self.0.lock().unwrap();
+        // Each change is one revision.
+        for (changed, old, new) in inner.history.iter().skip(since) {
+            if let Some(event) = event(old.as_ref(), new, &selector).filter(|_| *changed == collection) {
+                sender.send(event).unwrap();
+            }
+        }
+        inner.watches.push((collection, selector, sender));
+        drop(inner);
         let lines = futures::stream::unfold(receiver, |mut receiver| async move {
             let event = receiver.recv().await?;
             let line = Bytes::from(format!("{event}\n"));
@@ -142,16 +154,24 @@ impl Inner {
             if watched != collection {
                 return !sender.is_closed();
             }
-            let was = old.as_ref().is_some_and(|o| matches(o, selector));
-            let kind = match (was, matches(&object, selector)) {
-                (false, true) => "ADDED",
-                (true, true) => "MODIFIED",
-                (true, false) => "DELETED",
-                (false, false) => return !sender.is_closed(),
-            };
-            sender.send(json!({ "type": kind, "object": object })).is_ok()
+            match event(old.as_ref(), &object, selector) {
+                Some(event) => sender.send(event).is_ok(),
+                None => !sender.is_closed(),
+            }
         });
+        self.history.push((collection.to_owned(), old, object));
     }
+}
+
+/// The change as a watch with this selector shows it.
+fn event(old: Option<&Value>, new: &Value, selector: &Selector) -> Option<Value> {
+    let kind = match (old.is_some_and(|o| matches(o, selector)), matches(new, selector)) {
+        (false, true) => "ADDED",
+        (true, true) => "MODIFIED",
+        (true, false) => "DELETED",
+        (false, false) => return None,
+    };
+    Some(json!({ "type": kind, "object": new }))
 }
 
 fn matches(object: &Value, selector: &Selector) -> bool {
