@@ -60,14 +60,16 @@ fn status(denial: rules::Denial, request: &AdmissionRequest<'_>) -> Status {
         .into_iter()
         .map(|cause| Cause { reason: cause.reason, message: cause.message, field: cause.field })
         .collect();
-    let details = (!causes.is_empty()).then(|| Details {
-        name: request.name.to_owned(),
-        group: GROUP.to_owned(),
-        kind: request.resource.kind.clone(),
-        causes,
-        ..Details::default()
+    let details = (!causes.is_empty()).then(|| {
+        Box::new(Details {
+            name: request.name.to_owned(),
+            group: GROUP.to_owned(),
+            kind: request.resource.kind.clone(),
+            causes,
+            ..Details::default()
+        })
     });
-    Status { code: denial.code, reason: denial.reason, message: denial.message, details }
+    Status { details, ..Status::new(denial.code, &denial.reason, denial.message) }
 }
 
 /// The rules name kinds, the store plurals.

@@ -186,6 +186,12 @@ pub struct Launcher {
     pub uid: String,
 }
 
+impl From<Launcher> for godwit_launcher::Options {
+    fn from(launcher: Launcher) -> Self {
+        Self { name: launcher.name, namespace: launcher.namespace, uid: launcher.uid }
+    }
+}
+
 /// `godwit shim`
 #[derive(clap::Args)]
 pub struct Shim {

@@ -97,12 +97,8 @@ async fn control(layout: Layout, stopped: watch::Receiver<bool>) -> anyhow::Resu
         apply(&admin, object).await?;
     }
     let client = godwit_standalone::client(&pki::kubeconfig(&layout, pki::CONTROLLER)).await?;
-    let options = godwit_runtime::Options {
-        identity: "godwit-standalone".to_owned(),
-        launcher_image: "godwit.local/host".to_owned(),
-        shared_root: layout.shared(),
-        local_root: layout.root().join("nodes"),
-    };
+    let data_dir = layout.root().to_str().context("the data directory's path is not UTF-8")?;
+    let options = godwit_runtime::Options::standalone("godwit-standalone", data_dir);
     godwit_runtime::run(client, options, until(stopped)).await?;
     Ok(())
 }
