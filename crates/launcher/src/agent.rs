@@ -203,8 +203,9 @@ mod tests {
         let nonsense = async {
             let mut stream = listener.accept().await.unwrap().0;
             stream.write_all(b"\xffhello\n").await.unwrap();
+            stream
         };
-        let (facts, ()) = tokio::join!(ask(&socket), nonsense);
+        let (facts, _stream) = tokio::join!(ask(&socket), nonsense);
         assert!(matches!(facts, Err(Error::Unreadable(_))), "{facts:?}");
     }
 }

@@ -1,0 +1,413 @@
+//! Launchers, spoken to as a handler does, with the ROM guest on a real QEMU.
+
+use godwit_guest_rom::{Parameters, Story};
+use godwit_launcher::client::{Client, Error};
+use godwit_launcher::rpc::*;
+use godwit_launcher::{Accelerator, serve};
+use serde_json::json;
+use std::path::Path;
+use std::time::Duration;
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+
+/// Generous: the machine is busy, and only a hang shall fail.
+const PATIENCE: Duration = Duration::from_secs(60);
+const UID: &str = "0f0e0d0c-0000-4000-8000-000000000001";
+const MIGRATION: &str = "11111111-0000-4000-8000-000000000001";
+
+/// A pod of its own folder. QEMU goes with the launcher's task, which goes with this.
+struct Pod {
+    folder: tempfile::TempDir,
+    client: Client,
+    launcher: JoinHandle<Result<State, godwit_launcher::Error>>,
+    terminate: mpsc::Sender<()>,
+}
+
+impl Drop for Pod {
+    fn drop(&mut self) {
+        self.launcher.abort();
+    }
+}
+
+impl Pod {
+    fn paths(folder: &Path) -> Paths {
+        Paths::under(folder)
+    }
+
+    async fn start() -> Pod {
+        let folder = tempfile::tempdir().unwrap();
+        let paths = Pod::paths(folder.path());
+        std::fs::create_dir_all(&paths.kernel_boot).unwrap();
+        let rom = godwit_guest_rom::image(Parameters { token: 7, pages_per_tick: 50, ..Parameters::default() });
+        std::fs::write(paths.kernel_boot.join("rom.bin"), rom).unwrap();
+        let (terminate, wishes) = mpsc::channel(1);
+        let client = Client::new(paths.rpc_socket());
+        let launcher = tokio::spawn(serve(UID.into(), paths, wishes));
+        let pod = Pod { folder, client, launcher, terminate };
+        while pod.client.state().await.is_err() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        pod
+    }
+
+    async fn console(&self) -> Console {
+        let socket = Pod::paths(self.folder.path()).sockets.join("console-serial0");
+        Console { lines: BufReader::new(UnixStream::connect(socket).await.unwrap()).lines() }
+    }
+
+    /// Follows the state until it is as wanted.
+    async fn until(&self, what: &str, wanted: impl Fn(&State) -> bool) -> State {
+        let mut last = None;
+        let work = async {
+            let mut watch = self.client.watch().await.unwrap();
+            while let Some(state) = watch.next().await.unwrap() {
+                if wanted(&state) {
+                    return state;
+                }
+                last = Some(state);
+            }
+            panic!("the launcher ended before {what}");
+        };
+        match tokio::time::timeout(PATIENCE, work).await {
+            Ok(state) => state,
+            Err(_) => panic!("never {what}: {last:#?}"),
+        }
+    }
+
+    async fn end(mut self) -> State {
+        tokio::time::timeout(PATIENCE, &mut self.launcher).await.expect("the launcher does not end").unwrap().unwrap()
+    }
+}
+
+struct Console {
+    lines: tokio::io::Lines<BufReader<UnixStream>>,
+}
+
+impl Console {
+    async fn hear(&mut self, story: &mut Story, beats: u32) {
+        let goal = story.beats() + beats;
+        let work = async {
+            while story.beats() < goal {
+                let line = self.lines.next_line().await.unwrap().expect("the console has ended");
+                story.hear(&line);
+            }
+        };
+        tokio::time::timeout(PATIENCE, work).await.expect("the guest does not beat");
+        assert_eq!(story.complaint(), None);
+    }
+
+    async fn drain(&mut self, story: &mut Story) {
+        while let Ok(Some(line)) = self.lines.next_line().await {
+            story.hear(&line);
+        }
+        assert_eq!(story.complaint(), None);
+    }
+}
+
+fn vmi(volumes: serde_json::Value, disks: serde_json::Value) -> godwit_api::VirtualMachineInstance {
+    serde_json::from_value(json!({
+        "metadata": {"name": "rom", "namespace": "default", "uid": UID},
+        "spec": {
+            "terminationGracePeriodSeconds": 20,
+            "domain": {
+                "memory": {"guest": "16Mi"},
+                "firmware": {"kernelBoot": {"container": {"image": "rom", "kernelPath": "/rom.bin"}}},
+                "devices": {"disks": disks}
+            },
+            "volumes": volumes
+        }
+    }))
+    .unwrap()
+}
+
+fn vm_order() -> VmOrder {
+    // A cloud-init disk is in it, so that both ends prove to make the same one.
+    let vmi = vmi(
+        json!([{"name": "seed", "cloudInitNoCloud": {"userData": "#cloud-config\n"}}]),
+        json!([{"name": "seed", "disk": {"bus": "virtio"}}]),
+    );
+    VmOrder { vmi, interfaces: vec![], volumes: Default::default(), accelerator: Some(Accelerator::Tcg) }
+}
+
+fn target_order() -> TargetOrder {
+    TargetOrder {
+        migration_uid: MIGRATION.into(),
+        vmi: vm_order().vmi,
+        interfaces: vec![],
+        volumes: Default::default(),
+        accelerator: Some(Accelerator::Tcg),
+        machine_type: None,
+    }
+}
+
+fn source_order(bandwidth: Option<u64>) -> SourceOrder {
+    SourceOrder {
+        migration_uid: MIGRATION.into(),
+        socket: "outgoing.sock".into(),
+        blocks_socket: None,
+        bandwidth_bytes_per_second: bandwidth,
+        max_downtime_ms: None,
+        allow_auto_converge: false,
+    }
+}
+
+/// What the two handlers do between the launchers: carries bytes from `from`'s socket to `to`'s.
+fn carry(from: &Pod, outgoing: &str, to: &Pod, incoming: &str) -> JoinHandle<()> {
+    let listener = UnixListener::bind(Pod::paths(from.folder.path()).sockets.join(outgoing)).unwrap();
+    let incoming = Pod::paths(to.folder.path()).sockets.join(incoming);
+    tokio::spawn(async move {
+        let mut carried = tokio::task::JoinSet::new();
+        while let Ok((mut here, _)) = listener.accept().await {
+            let incoming = incoming.clone();
+            carried.spawn(async move {
+                let mut there = UnixStream::connect(&incoming).await.unwrap();
+                let _ = tokio::io::copy_bidirectional(&mut here, &mut there).await;
+            });
+        }
+    })
+}
+
+fn refusal(result: Result<State, Error>) -> Refusal {
+    result.expect_err("it should have been refused").refusal().expect("refused, not broken")
+}
+
+fn status(state: &State) -> &str {
+    state.migration.as_ref().map_or("", |m| m.status.as_str())
+}
+
+#[tokio::test]
+async fn a_guest_moves_and_the_source_ends() {
+    let (source, target) = (Pod::start().await, Pod::start().await);
+    let state = source.client.start(&vm_order()).await.unwrap();
+    assert_eq!(state.phase, DomainPhase::Running);
+    assert!(state.machine_type.as_deref().unwrap().starts_with("pc-q35-"), "{state:?}");
+    let mut here = source.console().await;
+    let mut story = Story::default();
+    here.hear(&mut story, 2).await;
+    // The same order again is no second guest.
+    let again = source.client.start(&vm_order()).await.unwrap();
+    assert_eq!(again.qemu_pid, state.qemu_pid);
+
+    let ready = target.client.prepare_target(&target_order()).await.unwrap();
+    assert_eq!(ready, target.client.prepare_target(&target_order()).await.unwrap());
+    assert_eq!(target.client.state().await.unwrap().phase, DomainPhase::Incoming);
+    let mut there = target.console().await;
+    let _carrier = carry(&source, "outgoing.sock", &target, &ready.socket);
+
+    // A go before anything has come is refused, and so is everything that does not belong to a target.
+    assert_eq!(refusal(target.client.go(MIGRATION).await), Refusal::Conflict);
+    assert_eq!(refusal(target.client.go("another").await), Refusal::Conflict);
+    assert_eq!(refusal(target.client.start(&vm_order()).await), Refusal::Conflict);
+    assert_eq!(refusal(target.client.unpause().await), Refusal::Conflict);
+
+    source.client.migrate(&source_order(None)).await.unwrap();
+    let left = source.until("completed", |s| status(s) == "completed").await;
+    assert_eq!(left.phase, DomainPhase::MigratedAway);
+    let record = Pod::paths(source.folder.path()).ephemeral_disks.join("migration-completed.json");
+    assert!(record.exists(), "completed was reported before it was written down");
+    let loaded = target.client.state().await.unwrap();
+    assert_eq!(loaded.phase, DomainPhase::Incoming, "it must not run before the go");
+    // What has left is not run here again by any order.
+    assert_eq!(refusal(source.client.unpause().await), Refusal::Conflict);
+    assert_eq!(source.client.start(&vm_order()).await.unwrap().phase, DomainPhase::MigratedAway);
+
+    let state = target.client.go(MIGRATION).await.unwrap();
+    assert_eq!(state.phase, DomainPhase::Running);
+    let (facts, arrived) = (left.migration.unwrap(), state.migration.unwrap());
+    assert!(arrived.loaded && arrived.gone);
+    let downtime = arrived.resume_us.expect("RESUME is known with the answer") - facts.stop_us.unwrap();
+    assert!(downtime > 0, "{downtime}");
+    eprintln!("standstill {downtime} us, {} bytes in {:?} ms", facts.processed_bytes, facts.total_ms);
+    assert_eq!(target.client.go(MIGRATION).await.unwrap().phase, DomainPhase::Running, "the same go is no second one");
+    assert_eq!(refusal(target.client.abandon(MIGRATION).await), Refusal::Conflict);
+
+    here.drain(&mut story).await;
+    there.hear(&mut story, 5).await;
+    let events = target.client.events().await.unwrap();
+    assert!(events.windows(2).all(|w| w[0].at_us <= w[1].at_us) && events.iter().any(|e| e.event == "RESUME"));
+
+    source.client.shutdown(Duration::ZERO).await.unwrap();
+    assert_eq!(source.end().await.phase, DomainPhase::MigratedAway);
+    // The guest goes on to be a guest: it hears its power button.
+    target.client.shutdown(Duration::from_secs(50)).await.unwrap();
+    let state = target.end().await;
+    assert_eq!(state.phase, DomainPhase::Shutdown);
+    assert!(!state.exit_reason.unwrap().contains("force"));
+}
+
+#[tokio::test]
+async fn a_launcher_that_starts_again_after_the_departure_says_so_and_starts_nothing() {
+    let pod = Pod::start().await;
+    let facts = MigrationFacts { status: "completed".into(), ..MigrationFacts::new(MIGRATION, MigrationRole::Source) };
+    let paths = Pod::paths(pod.folder.path());
+    godwit_launcher::record::write_departed(&paths.ephemeral_disks, &facts).unwrap();
+    pod.launcher.abort();
+    let (_terminate, wishes) = mpsc::channel(1);
+    let again = tokio::spawn(serve(UID.into(), paths.clone(), wishes));
+    let state = loop {
+        match pod.client.state().await {
+            Ok(state) if state.phase == DomainPhase::MigratedAway => break state,
+            _ => tokio::time::sleep(Duration::from_millis(5)).await,
+        }
+    };
+    assert_eq!(state.migration, Some(facts));
+    assert_eq!(pod.client.start(&vm_order()).await.unwrap().phase, DomainPhase::MigratedAway);
+    pod.client.shutdown(Duration::ZERO).await.unwrap();
+    again.await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn a_cancelled_migration_leaves_the_guest_and_the_target_is_abandoned() {
+    let (source, target) = (Pod::start().await, Pod::start().await);
+    source.client.start(&vm_order()).await.unwrap();
+    let mut here = source.console().await;
+    let mut story = Story::default();
+    here.hear(&mut story, 1).await;
+    let ready = target.client.prepare_target(&target_order()).await.unwrap();
+    let _carrier = carry(&source, "outgoing.sock", &target, &ready.socket);
+    source.client.migrate(&source_order(Some(100_000))).await.unwrap();
+    source.until("bytes are sent", |s| s.migration.as_ref().is_some_and(|m| m.processed_bytes > 0)).await;
+    // Half of the guest is there: it must not run.
+    assert_eq!(refusal(target.client.go(MIGRATION).await), Refusal::Conflict);
+    source.client.cancel(MIGRATION).await.unwrap();
+    let state = source.until("cancelled", |s| status(s) == "cancelled").await;
+    assert_eq!(state.phase, DomainPhase::Running);
+    here.hear(&mut story, 3).await;
+    // QEMU 7.2 exits by itself when its source goes away, which may be before the handler abandons it.
+    let _ = target.client.abandon(MIGRATION).await;
+    let ended = target.end().await;
+    assert!(ended.phase.is_final(), "{ended:?}");
+
+    // And it can leave later.
+    let second = Pod::start().await;
+    let mut order = target_order();
+    order.migration_uid = "22222222-0000-4000-8000-000000000002".into();
+    let ready = second.client.prepare_target(&order).await.unwrap();
+    let mut there = second.console().await;
+    let _carrier = carry(&source, "second.sock", &second, &ready.socket);
+    let order = SourceOrder { migration_uid: order.migration_uid, socket: "second.sock".into(), ..source_order(None) };
+    source.client.migrate(&order).await.unwrap();
+    source.until("completed", |s| status(s) == "completed").await;
+    second.client.go(&order.migration_uid).await.unwrap();
+    here.drain(&mut story).await;
+    there.hear(&mut story, 3).await;
+}
+
+#[tokio::test]
+async fn a_target_that_dies_in_flight_ends_badly_and_the_guest_runs_on() {
+    let (source, target) = (Pod::start().await, Pod::start().await);
+    source.client.start(&vm_order()).await.unwrap();
+    let mut here = source.console().await;
+    let mut story = Story::default();
+    here.hear(&mut story, 1).await;
+    let ready = target.client.prepare_target(&target_order()).await.unwrap();
+    let _carrier = carry(&source, "outgoing.sock", &target, &ready.socket);
+    source.client.migrate(&source_order(Some(100_000))).await.unwrap();
+    source.until("bytes are sent", |s| s.migration.as_ref().is_some_and(|m| m.processed_bytes > 0)).await;
+    let pid = target.client.state().await.unwrap().qemu_pid.unwrap();
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid as i32), nix::sys::signal::Signal::SIGKILL).unwrap();
+    let state = target.end().await;
+    assert_eq!((state.phase, status(&state)), (DomainPhase::Crashed, "failed"));
+    assert!(state.exit_reason.unwrap().contains("killed"));
+    let state = source.until("failed", |s| status(s) == "failed").await;
+    assert_eq!(state.phase, DomainPhase::Running);
+    here.hear(&mut story, 3).await;
+    assert_eq!(refusal(source.client.go(MIGRATION).await), Refusal::Conflict, "a source takes no go");
+}
+
+#[tokio::test]
+async fn an_idle_target_can_be_abandoned() {
+    let target = Pod::start().await;
+    target.client.prepare_target(&target_order()).await.unwrap();
+    assert_eq!(target.client.abandon(MIGRATION).await.unwrap().phase, DomainPhase::Shutdown);
+    assert_eq!(refusal(target.client.go(MIGRATION).await), Refusal::Conflict, "what was abandoned is not run");
+    assert_eq!(target.end().await.phase, DomainPhase::Shutdown);
+}
+
+#[tokio::test]
+async fn the_end_of_a_guest_is_told_with_its_reason() {
+    // By SIGTERM: the button, then the end.
+    let pod = Pod::start().await;
+    pod.client.start(&vm_order()).await.unwrap();
+    pod.console().await.hear(&mut Story::default(), 1).await;
+    pod.terminate.send(()).await.unwrap();
+    assert_eq!(pod.end().await.phase, DomainPhase::Shutdown);
+
+    // At once.
+    let pod = Pod::start().await;
+    pod.client.start(&vm_order()).await.unwrap();
+    pod.client.shutdown(Duration::ZERO).await.unwrap();
+    let state = pod.end().await;
+    assert_eq!(state.phase, DomainPhase::Shutdown);
+    assert!(state.exit_reason.unwrap().contains("force"));
+
+    // By a crash.
+    let pod = Pod::start().await;
+    let state = pod.client.start(&vm_order()).await.unwrap();
+    let pid = nix::unistd::Pid::from_raw(state.qemu_pid.unwrap() as i32);
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+    let mut watch = pod.client.watch().await.unwrap();
+    let mut last = None;
+    while let Ok(Some(state)) = watch.next().await {
+        last = Some(state);
+    }
+    assert_eq!(last.unwrap().phase, DomainPhase::Crashed, "the stream tells the end before it ends");
+    assert_eq!(pod.end().await.phase, DomainPhase::Crashed);
+}
+
+#[tokio::test]
+async fn a_guest_is_paused_and_unpaused() {
+    let pod = Pod::start().await;
+    pod.client.start(&vm_order()).await.unwrap();
+    assert_eq!(pod.client.pause().await.unwrap().phase, DomainPhase::Paused);
+    let refused = pod.client.migrate(&source_order(None)).await;
+    assert_eq!(refusal(refused), Refusal::Conflict);
+    assert_eq!(pod.client.unpause().await.unwrap().phase, DomainPhase::Running);
+    pod.console().await.hear(&mut Story::default(), 1).await;
+}
+
+#[tokio::test]
+async fn bad_orders_are_refused_with_a_reason() {
+    let pod = Pod::start().await;
+    let mut order = vm_order();
+    order.vmi.metadata.uid = Some("somebody else".into());
+    assert_eq!(refusal(pod.client.start(&order).await), Refusal::Conflict);
+    let mut order = vm_order();
+    order.vmi.spec.volumes.clear();
+    assert_eq!(refusal(pod.client.start(&order).await), Refusal::Invalid);
+    let mut order = vm_order();
+    order.vmi.spec.domain.machine = Some(godwit_api::vmi::Machine { type_: Some("abacus".into()) });
+    assert_eq!(refusal(pod.client.start(&order).await), Refusal::Failed);
+    // None of these has spoilt anything.
+    assert_eq!(pod.client.state().await.unwrap().phase, DomainPhase::Undefined);
+    assert_eq!(pod.client.start(&vm_order()).await.unwrap().phase, DomainPhase::Running);
+    // A source to nowhere.
+    let refused = pod.client.migrate(&source_order(None)).await;
+    assert!(matches!(refused, Err(Error::Refused { reason: Refusal::Failed, .. })) || refused.is_ok());
+    let state = pod.until("failed", |s| status(s) == "failed").await;
+    assert_eq!(state.phase, DomainPhase::Running);
+    let order = SourceOrder { migration_uid: "x".into(), socket: "../x".into(), ..source_order(None) };
+    assert_eq!(refusal(pod.client.migrate(&order).await), Refusal::BadRequest);
+}
+
+#[tokio::test]
+async fn bytes_that_are_no_order_are_refused() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let pod = Pod::start().await;
+    for (request, status) in [
+        ("PUT /v1/vm HTTP/1.1\r\nHost: l\r\nContent-Length: 4\r\n\r\nnull", "400"),
+        ("PUT /v1/vm HTTP/1.1\r\nHost: l\r\nContent-Length: 2\r\n\r\n{]", "400"),
+        ("GET /v2 HTTP/1.1\r\nHost: l\r\n\r\n", "404"),
+        ("DELETE /v1/vm HTTP/1.1\r\nHost: l\r\n\r\n", "404"),
+        ("\0\0\0\r\n\r\n", "400"),
+    ] {
+        let mut stream = UnixStream::connect(Pod::paths(pod.folder.path()).rpc_socket()).await.unwrap();
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = vec![0u8; 12];
+        stream.read_exact(&mut answer).await.unwrap();
+        assert_eq!(&answer[9..], status.as_bytes(), "{request:?}");
+    }
+    assert_eq!(pod.client.state().await.unwrap().phase, DomainPhase::Undefined);
+}
