@@ -321,11 +321,9 @@ mod tests {
         let source = try_plan(vmi(), &wired(), false).await.unwrap();
         let mut target = try_plan(vmi(), &wired(), true).await.unwrap();
         target.machine.incoming = false;
-        for (a, b) in [(&mut target.machine, &source.machine)] {
-            a.monitor = b.monitor.clone();
-            a.serial = b.serial.clone();
-            a.guest_agent = b.guest_agent.clone();
-        }
+        target.machine.monitor = source.machine.monitor.clone();
+        target.machine.serial = source.machine.serial.clone();
+        target.machine.guest_agent = source.machine.guest_agent.clone();
         assert_eq!(source, target);
     }
 

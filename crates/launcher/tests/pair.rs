@@ -1,5 +1,7 @@
 //! Launchers, spoken to as a handler does, with the ROM guest on a real QEMU.
 
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
 use godwit_guest_rom::{Parameters, Story};
 use godwit_launcher::client::{Client, Error};
 use godwit_launcher::rpc::*;

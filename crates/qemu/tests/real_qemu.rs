@@ -1,5 +1,7 @@
 //! Against a real QEMU, with the ROM guest.
 
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
 use godwit_guest_rom::{Parameters, Story};
 use godwit_qemu::accelerator::{self, Accelerator};
 use godwit_qemu::instance::{Error, Incoming, Outgoing, Prelaunch, Running, Settled};
