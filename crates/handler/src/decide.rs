@@ -262,8 +262,9 @@ fn departed(facts: &Facts, m: &MigrationView, pod: &PodView, plan: &mut Plan) {
     let Launcher::Answers(state) = &pod.launcher else { return };
     let left = crate::facts::migration(state, &m.uid, godwit_launcher::rpc::MigrationRole::Source)
         .is_some_and(|f| f.status == "completed");
-    // Only a QEMU that is known to have handed over is ended here; anything else is not this migration's source.
-    if left && !pod.terminal && !state.phase.is_final() {
+    // Only a QEMU that is known to have handed over is ended here; anything else is not this migration's source. Its launcher
+    // stays to tell of the hand-over until it hears this.
+    if left && !pod.terminal {
         end(pod, 0, plan);
     }
 }

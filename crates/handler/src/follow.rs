@@ -121,9 +121,21 @@ async fn follow(
                 wake.notify_one();
             }
         }
-        let new = began.elapsed() < NEW && matches!(*states.borrow(), Launcher::Waiting);
+        let waiting = matches!(*states.borrow(), Launcher::Waiting);
+        if waiting && let Some(state) = departed(&folder) {
+            states.send_replace(Launcher::Gone(Box::new(state)));
+            wake.notify_one();
+        }
+        let new = began.elapsed() < NEW && waiting;
         tokio::time::sleep(if new { SOON } else { LATER }).await;
     }
+}
+
+/// What a launcher that is no more has written down about its guest's departure: the go may still have to be given.
+fn departed(sockets: &std::path::Path) -> Option<State> {
+    let disks = sockets.parent()?.join("ephemeral-disks");
+    let facts = godwit_launcher::record::read_departed(&disks).ok()??;
+    Some(State { phase: DomainPhase::MigratedAway, migration: Some(facts), ..State::default() })
 }
 
 /// Who listens on the launcher's socket.

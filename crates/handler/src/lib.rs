@@ -105,10 +105,37 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
 
 /// What this node offers: the accelerator that was wished for, or else the one that its machine turns out to have.
 async fn find_offer(wanted: Option<Accelerator>) -> (Option<Accelerator>, Offer) {
-    let offer = Offer {
-        accelerator: wanted.map(|a| a.as_str().to_owned()),
-        reason: wanted.map(|_| "chosen by the handler's options".to_owned()),
-        qemu_version: None,
+    let (accelerator, reason) = match wanted {
+        Some(accelerator) => (accelerator, "chosen by the handler's options".to_owned()),
+        None => {
+            let probe = godwit_launcher::probe_accelerator().await;
+            (probe.accelerator, probe.reason)
+        }
     };
-    (wanted, offer)
+    let qemu_version = qemu_version().await;
+    tracing::info!(%accelerator, reason, qemu = qemu_version, "what this node offers");
+    let offer = Offer { accelerator: Some(accelerator.as_str().to_owned()), reason: Some(reason), qemu_version };
+    (Some(accelerator), offer)
+}
+
+/// The version that the installed QEMU says it is, such as `7.2.22`.
+async fn qemu_version() -> Option<String> {
+    let output = tokio::process::Command::new("qemu-system-x86_64").arg("--version").kill_on_drop(true).output().await;
+    version_in(&String::from_utf8_lossy(&output.ok()?.stdout))
+}
+
+/// The version in `QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)`.
+fn version_in(text: &str) -> Option<String> {
+    let word = text.split("version ").nth(1)?.split_whitespace().next()?;
+    word.starts_with(|c: char| c.is_ascii_digit()).then(|| word.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn qemus_version_is_read() {
+        let said = "QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)\nCopyright (c) 2003-2022";
+        assert_eq!(super::version_in(said).as_deref(), Some("7.2.22"));
+        assert_eq!(super::version_in("no such program"), None);
+    }
 }

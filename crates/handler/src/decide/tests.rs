@@ -73,7 +73,9 @@ fn sent(status: &str) -> State {
     let mut facts = MigrationFacts::new(UID, MigrationRole::Source);
     facts.status = status.into();
     facts.start_us = Some(us());
-    State { migration: Some(facts), ..state(DomainPhase::Running) }
+    // As the launcher does it: with `completed` the guest has left.
+    let phase = if status == "completed" { DomainPhase::MigratedAway } else { DomainPhase::Running };
+    State { migration: Some(facts), ..state(phase) }
 }
 
 fn with_stop(mut state: State, stop_us: i64) -> State {
@@ -543,7 +545,7 @@ fn what_the_api_started_and_the_launcher_does_not_know_has_failed() {
 
 #[test]
 fn facts_of_an_earlier_migration_do_not_count() {
-    let mut old = sent("completed");
+    let mut old = sent("failed");
     old.migration.as_mut().unwrap().uid = "mig-0".into();
     let plan = decide(&source_facts(published(), answers(old.clone()), None));
     assert_eq!(orders(&plan), ["dial old true"]);

@@ -201,7 +201,7 @@ fn a_vm_starts_moves_and_leaves_nothing_behind() {
         let (cluster, source) = running().await;
         let target = cluster.hand_off();
         until("the migration is over", || cluster.vm()["status"]["migrationState"]["completed"] == true).await;
-        until("the source has ended", || source.now().phase == DomainPhase::MigratedAway).await;
+        until("the source has ended", || source.is_dismissed()).await;
         until("the arrival is written", || cluster.vm()["status"]["nodeName"] == "node2").await;
         assert!(target.executes() && !source.executes());
         let vm = cluster.vm();
@@ -291,7 +291,7 @@ fn a_go_is_given_although_both_handlers_restart_in_between() {
         until("the migration is over", || cluster.vm()["status"]["migrationState"]["completed"] == true).await;
         assert_eq!(cluster.vm()["status"]["migrationState"].get("failed"), None);
         until("the arrival is written", || cluster.vm()["status"]["nodeName"] == "node2").await;
-        until("the source has ended", || source.now().phase == DomainPhase::MigratedAway).await;
+        until("the source has ended", || source.is_dismissed()).await;
         assert!(target.executes() && !source.executes());
     });
 }

@@ -90,10 +90,13 @@ impl Launcher {
 
     /// Whether this launcher's guest executes.
     pub fn executes(&self) -> bool {
+        self.now().phase == DomainPhase::Running
+    }
+
+    /// Whether this launcher was told that its guest's departure is known.
+    pub fn is_dismissed(&self) -> bool {
         let state = self.now();
-        let handed_over =
-            state.migration.as_ref().is_some_and(|m| m.role == MigrationRole::Source && m.status == "completed");
-        state.phase == DomainPhase::Running && !handed_over
+        state.phase == DomainPhase::MigratedAway && state.exit_reason.is_some()
     }
 
     fn change(&self, change: impl FnOnce(&mut State)) -> State {
@@ -188,11 +191,16 @@ async fn source(Shared(launcher): Shared<Launcher>, Json(order): Json<SourceOrde
         };
         tokio::select! {
             sent = sending => match sent {
-                Ok(()) => launcher.facts(|f| {
-                    f.status = "completed".into();
-                    f.remaining_bytes = 0;
-                    f.end_us = Some(us());
-                }),
+                Ok(()) => {
+                    launcher.change(|s| {
+                        s.phase = DomainPhase::MigratedAway;
+                        if let Some(f) = &mut s.migration {
+                            f.status = "completed".into();
+                            f.remaining_bytes = 0;
+                            f.end_us = Some(us());
+                        }
+                    });
+                }
                 Err(error) => launcher.facts(|f| {
                     f.status = "failed".into();
                     f.error = Some(error.to_string());
@@ -234,7 +242,10 @@ async fn abandon(Shared(launcher): Shared<Launcher>, Json(_): Json<MigrationRef>
 }
 
 async fn shutdown(Shared(launcher): Shared<Launcher>, Json(_): Json<ShutdownOrder>) -> Json<State> {
-    let left = launcher.now().migration.is_some_and(|m| m.role == MigrationRole::Source && m.status == "completed");
-    let phase = if left { DomainPhase::MigratedAway } else { DomainPhase::Shutdown };
-    Json(launcher.change(|s| s.phase = phase))
+    Json(launcher.change(|s| {
+        if s.phase != DomainPhase::MigratedAway {
+            s.phase = DomainPhase::Shutdown;
+        }
+        s.exit_reason = Some("told to end".into());
+    }))
 }
