@@ -10,6 +10,8 @@ mod execute;
 mod intake;
 mod queue;
 mod run;
+#[cfg(test)]
+mod tests;
 
 use godwit_control::{Kind, Noun, Settings};
 

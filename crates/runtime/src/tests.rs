@@ -1,0 +1,168 @@
+//! The executor and the recorder against a server that answers from a list.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex};
+
+use godwit_control::{Effect, EventRecord, EventType, Kind, Name, Object, Ref, VM_CONTROLLER};
+use http::{Request, Response, StatusCode};
+use http_body_util::BodyExt;
+use kube::Client;
+use kube::client::Body;
+use serde_json::{Value, json};
+use tokio::sync::mpsc;
+
+use crate::events;
+use crate::execute::{Executor, Failure, Learned};
+
+/// What was asked: method, path and body.
+type Asked = Arc<Mutex<Vec<(String, String, Value)>>>;
+
+/// A client whose server gives these answers in turn, and what it is asked.
+fn server(answers: Vec<(u16, Value)>) -> (Client, Asked) {
+    let asked = Asked::default();
+    let answers = Arc::new(Mutex::new(VecDeque::from(answers)));
+    let log = asked.clone();
+    let service = tower::service_fn(move |request: Request<Body>| {
+        let (log, answers) = (log.clone(), answers.clone());
+        async move {
+            let (method, path) = (request.method().to_string(), request.uri().path().to_owned());
+            let body = request.into_body().collect().await.unwrap().to_bytes();
+            log.lock().unwrap().push((method, path, serde_json::from_slice(&body).unwrap_or_default()));
+            let (code, value) = answers.lock().unwrap().pop_front().expect("more is asked than was foreseen");
+            let response = Response::builder().status(StatusCode::from_u16(code).unwrap());
+            Ok::<_, std::convert::Infallible>(response.body(Body::from(value.to_string().into_bytes())).unwrap())
+        }
+    });
+    (Client::new(service, "default"), asked)
+}
+
+fn refusal(code: u16, reason: &str) -> (u16, Value) {
+    (
+        code,
+        json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code, "reason": reason, "message": reason}),
+    )
+}
+
+fn pod(owner: &str, revision: &str) -> Value {
+    json!({
+        "apiVersion": "v1", "kind": "Pod",
+        "metadata": {
+            "name": "p", "namespace": "ns", "uid": "u", "resourceVersion": revision,
+            "ownerReferences": [{"apiVersion": "kubevirt.io/v1", "kind": "VirtualMachineInstance", "name": "demo", "uid": owner, "controller": true}],
+        },
+        "spec": {"containers": []},
+    })
+}
+
+fn the_pod() -> Ref {
+    Ref::new(Kind::Pod, Name::new("ns", "p"))
+}
+
+async fn carry_out(
+    effects: Vec<Effect>,
+    answers: Vec<(u16, Value)>,
+) -> (Vec<Learned>, Result<(), Failure>, Vec<(String, String, Value)>, Vec<EventRecord>) {
+    let (client, asked) = server(answers);
+    let (events, mut told) = mpsc::channel(8);
+    let (learned, result) = Executor { client, events }.carry_out(effects).await;
+    let asked = asked.lock().unwrap().clone();
+    let mut recorded = Vec::new();
+    while let Ok(event) = told.try_recv() {
+        recorded.push(event);
+    }
+    (learned, result, asked, recorded)
+}
+
+fn revisions(learned: &[Learned]) -> Vec<String> {
+    let revision = |piece: &Learned| match piece {
+        Learned::Here(object) => object.revision().to_string(),
+        Learned::Gone(target) => format!("{target} gone"),
+    };
+    learned.iter().map(revision).collect()
+}
+
+fn event(message: &str) -> EventRecord {
+    EventRecord {
+        target: the_pod(),
+        uid: "u".into(),
+        resource_version: "1".into(),
+        type_: EventType::Normal,
+        reason: "Because".into(),
+        message: message.into(),
+        component: VM_CONTROLLER,
+    }
+}
+
+#[tokio::test]
+async fn a_conflict_ends_the_plan_and_brings_the_fresh_state() {
+    let effects = vec![Effect::PatchStatus(the_pod(), json!({"status": {}})), Effect::Record(event("never told"))];
+    let (learned, result, asked, told) = carry_out(effects, vec![refusal(409, "Conflict"), (200, pod("o", "7"))]).await;
+    assert!(matches!(result, Err(Failure::Conflict)));
+    assert_eq!(revisions(&learned), ["7"]);
+    assert_eq!((asked[0].0.as_str(), asked[0].1.as_str()), ("PATCH", "/api/v1/namespaces/ns/pods/p/status"));
+    assert_eq!(asked[1].0, "GET");
+    assert!(told.is_empty());
+}
+
+#[tokio::test]
+async fn what_is_there_already_is_fine_if_it_is_ours() {
+    let ours = Object::from_value(Kind::Pod, pod("owner", "1")).unwrap();
+    let create = || vec![Effect::Create(Box::new(ours.clone()))];
+    let taken = refusal(409, "AlreadyExists");
+    let (learned, result, ..) = carry_out(create(), vec![taken.clone(), (200, pod("owner", "5"))]).await;
+    assert!(result.is_ok());
+    assert_eq!(revisions(&learned), ["5"]);
+    let (_, result, ..) = carry_out(create(), vec![taken, (200, pod("somebody", "5"))]).await;
+    assert!(matches!(result, Err(Failure::Refused(text)) if text.contains("not ours")));
+}
+
+#[tokio::test]
+async fn a_pod_that_is_refused_is_told_on_its_owner() {
+    let wanted = Object::from_value(Kind::Pod, pod("owner", "1")).unwrap();
+    let (_, result, _, told) =
+        carry_out(vec![Effect::Create(Box::new(wanted))], vec![refusal(403, "exceeded quota: small")]).await;
+    assert!(matches!(result, Err(Failure::Refused(_))));
+    assert_eq!(told[0].message, "Error creating pod: exceeded quota: small");
+    assert_eq!(told[0].target.name, Name::new("ns", "demo"));
+}
+
+#[tokio::test]
+async fn deleting_what_is_gone_is_done() {
+    let effects = vec![Effect::Delete { target: the_pod(), uid: "u".into(), grace_seconds: Some(3) }];
+    let (learned, result, asked, _) = carry_out(effects, vec![refusal(404, "NotFound")]).await;
+    assert!(result.is_ok());
+    assert_eq!(revisions(&learned), ["Pod ns/p gone"]);
+    assert_eq!((&asked[0].2["preconditions"]["uid"], &asked[0].2["gracePeriodSeconds"]), (&json!("u"), &json!(3)));
+}
+
+#[tokio::test]
+async fn binding_learns_where_the_pod_is_now() {
+    let mut bound = pod("o", "9");
+    bound["spec"]["nodeName"] = json!("node1");
+    let effects = vec![Effect::Bind { pod: the_pod(), uid: "u".into(), node: "node1".into() }];
+    let (learned, result, asked, _) =
+        carry_out(effects, vec![(201, json!({"kind": "Status", "status": "Success"})), (200, bound)]).await;
+    assert!(result.is_ok());
+    assert_eq!(asked[0].1, "/api/v1/namespaces/ns/pods/p/binding");
+    assert_eq!(asked[0].2["target"]["name"], "node1");
+    assert_eq!(revisions(&learned), ["9"]);
+}
+
+#[tokio::test]
+async fn the_same_event_again_raises_its_count() {
+    let made = (201, json!({}));
+    let (client, asked) = server(vec![made.clone(), (200, json!({})), made.clone(), refusal(404, "NotFound"), made]);
+    let (tell, told) = mpsc::channel(8);
+    for message in ["one", "one", "two", "one"] {
+        tell.send(event(message)).await.unwrap();
+    }
+    drop(tell);
+    events::record(client, "me".into(), told).await;
+    let asked = asked.lock().unwrap().clone();
+    let methods: Vec<&str> = asked.iter().map(|(method, ..)| method.as_str()).collect();
+    // The fourth finds that the first has expired meanwhile, and begins anew.
+    assert_eq!(methods, ["POST", "PATCH", "POST", "PATCH", "POST"]);
+    assert_eq!(asked[0].2["involvedObject"]["uid"], "u");
+    assert_eq!(asked[0].2["source"]["component"], "virtualmachine-controller");
+    assert_eq!((&asked[1].2["count"], &asked[3].2["count"], &asked[4].2["count"]), (&json!(2), &json!(3), &json!(1)));
+}
