@@ -74,7 +74,8 @@ async fn count(inner: &Arc<Inner>, entry: &Entry) {
     let (status, reason) = if allowed > 0 { ("True", "SufficientPods") } else { ("False", "InsufficientPods") };
     let mut new = Value::clone(budget);
     let Some(map) = new.as_object_mut() else { return };
-    let since = before.pointer("/conditions/0").filter(|c| c["status"] == status).map(|c| c["lastTransitionTime"].clone());
+    let since =
+        before.pointer("/conditions/0").filter(|c| c["status"] == status).map(|c| c["lastTransitionTime"].clone());
     let since = since.unwrap_or_else(|| json!(meta::time(jiff::Timestamp::now())));
     let mut fields = fields;
     fields["conditions"] = json!([{"type": "DisruptionAllowed", "status": status, "reason": reason, "message": "",

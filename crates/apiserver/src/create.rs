@@ -53,6 +53,7 @@ pub(crate) async fn create(cx: &Context, kind: &Arc<Kind>, bytes: &Bytes) -> Rep
         return Err(Status::method_not_allowed());
     }
     let object = intake::object(cx, kind, bytes, "CreateOptions")?;
+    cx.warn(strategy::unsupported(kind));
     let dry_run = cx.dry_run()?;
     let manager = managed::Manager::of(cx)?;
     let stored = insert(cx, kind, &cx.info.namespace, object, dry_run, &manager).await?;
@@ -100,7 +101,7 @@ pub(crate) async fn insert(
             }
             return Ok(Stored::Draft(object));
         }
-        kind.to_stored(&mut object);
+        kind.store(&mut object);
         match cx.store().create(&kind.key(namespace, &name), encode(object)).await {
             Ok(entry) => return Ok(Stored::Entry(entry)),
             // A generated name that is taken is tried again with another one.

@@ -171,7 +171,7 @@ pub(crate) async fn remove(
             return Ok(Deleted::Going(Stored::Entry(entry)));
         } else {
             let mut stored = new;
-            kind.to_stored(&mut stored);
+            kind.store(&mut stored);
             let updated = cx.store().update(&key, Some(entry.revision), encode(stored)).await;
             updated.map(|entry| Deleted::Going(Stored::Entry(entry)))
         };
@@ -188,16 +188,13 @@ pub(crate) async fn remove(
 fn mark(kind: &Kind, old: &Value, options: &DeleteOptions) -> Value {
     let mut new = old.clone();
     let mut finalizers = meta::finalizers(old);
-    match options.policy {
-        Some(policy) => {
-            finalizers.retain(|finalizer| !matches!(*finalizer, ORPHAN | FOREGROUND));
-            match policy {
-                Policy::Orphan => finalizers.push(ORPHAN),
-                Policy::Foreground => finalizers.push(FOREGROUND),
-                Policy::Background => {}
-            }
+    if let Some(policy) = options.policy {
+        finalizers.retain(|finalizer| !matches!(*finalizer, ORPHAN | FOREGROUND));
+        match policy {
+            Policy::Orphan => finalizers.push(ORPHAN),
+            Policy::Foreground => finalizers.push(FOREGROUND),
+            Policy::Background => {}
         }
-        None => {}
     }
     meta::set_finalizers(&mut new, &finalizers);
     let grace = grace(kind, old, options);

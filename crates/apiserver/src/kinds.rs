@@ -60,7 +60,7 @@ impl Kind {
     }
 
     /// A stored object in this version.
-    pub(crate) fn from_stored(&self, object: &mut Value) {
+    pub(crate) fn serve(&self, object: &mut Value) {
         if self.other_shape() {
             events::from_core(object);
         }
@@ -68,7 +68,7 @@ impl Kind {
     }
 
     /// An object of this version as it is stored.
-    pub(crate) fn to_stored(&self, object: &mut Value) {
+    pub(crate) fn store(&self, object: &mut Value) {
         if self.other_shape() {
             events::to_core(object);
         }

@@ -20,7 +20,7 @@ const PATIENCE: Duration = Duration::from_secs(3);
 pub(crate) fn object(kind: &Kind, entry: &Entry) -> Value {
     let mut object = Value::clone(entry.json());
     if !kind.served_as_stored() {
-        kind.from_stored(&mut object);
+        kind.serve(&mut object);
     }
     object
 }

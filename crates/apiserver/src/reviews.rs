@@ -16,7 +16,7 @@ pub(crate) fn is_review(group: &str, resource: &str) -> bool {
                 | "localsubjectaccessreviews"
                 | "selfsubjectrulesreviews"
         ),
-        "authentication.k8s.io" => resource == "selfsubjectreviews",
+        "authentication.k8s.io" => matches!(resource, "selfsubjectreviews" | "tokenreviews"),
         _ => false,
     }
 }
@@ -40,6 +40,8 @@ pub(crate) fn answer(
 ) -> Result<Value, Status> {
     let status = match resource {
         "selfsubjectreviews" => json!({"userInfo": user_info(user)}),
+        // No tokens are issued here, so none is good.
+        "tokenreviews" => json!({"user": {}, "error": "this server issues no tokens: use client certificates"}),
         "selfsubjectrulesreviews" => rules(rbac, user, text(&body, "/spec/namespace")),
         "selfsubjectaccessreviews" => access("SelfSubjectAccessReview", &body, user, rbac)?,
         _ => {

@@ -286,6 +286,9 @@ async fn subresource(cx: &Context, kind: &Arc<Kind>, body: &Bytes) -> Reply {
                 "pods/{sub} is not implemented by Godwit's embedded API server; use the guest's console or network"
             ),
         )),
+        ("token", "create") if kind.is("", "serviceaccounts") => {
+            Err(Status::new(501, "NotImplemented", "this server issues no tokens: use client certificates"))
+        }
         _ if known => Err(Status::method_not_allowed()),
         _ => Err(Status::no_such_resource()),
     }

@@ -111,6 +111,17 @@ fn secret_strings(object: &mut Value) {
     }
 }
 
+/// What a client should know about a kind that is stored and served, but that nothing here acts on.
+pub(crate) fn unsupported(kind: &Kind) -> Option<String> {
+    let what = match kind.names() {
+        ("", "resourcequotas") => "ResourceQuota is stored but not enforced",
+        ("", "services") => "Service is stored, but no address or load balancing is set up for it",
+        ("scheduling.k8s.io", "priorityclasses") => "PriorityClass is stored, but nothing is preempted",
+        _ => return None,
+    };
+    Some(format!("{what} by Godwit's standalone cluster"))
+}
+
 /// Changes that a kind forbids.
 pub(crate) fn forbidden_changes(kind: &Kind, old: &Value, new: &Value) -> Vec<Cause> {
     let mut causes = Vec::new();

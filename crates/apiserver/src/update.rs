@@ -97,7 +97,7 @@ pub(crate) async fn change_object(
             })
         } else {
             let mut stored = new;
-            kind.to_stored(&mut stored);
+            kind.store(&mut stored);
             cx.store().update(&key, Some(entry.revision), encode(stored)).await.map(Stored::Entry)
         };
         match written {

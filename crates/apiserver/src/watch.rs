@@ -44,10 +44,10 @@ pub(crate) async fn watch(cx: &Context, kind: &Arc<Kind>) -> Reply {
     };
     let folder = kind.folder(&cx.info.namespace);
     let fresh = matches!(options.resource_version.as_str(), "" | "0");
-    if options.initial_events == Some(true) {
-        if let Match::NotOlderThan(wanted) = options.at {
-            caught_up(cx, wanted).await?;
-        }
+    if options.initial_events == Some(true)
+        && let Match::NotOlderThan(wanted) = options.at
+    {
+        caught_up(cx, wanted).await?;
     }
     let initial = options.initial_events.unwrap_or(fresh);
     let source = if initial {

@@ -1,5 +1,7 @@
 //! Unmodified kubectls of several versions against a server on a socket.
 
+#![allow(clippy::unwrap_used, reason = "a test may fail")]
+
 mod common;
 
 use common::{Cluster, Kubectl};
@@ -145,7 +147,9 @@ fn custom_resources() {
 fn server_side_apply() {
     with_each(|_, k| {
         let map = |value: &str| {
-            format!("apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: a}}\ndata: {{shared: {value}, own-{value}: x}}\n")
+            format!(
+                "apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: a}}\ndata: {{shared: {value}, own-{value}: x}}\n"
+            )
         };
         let apply = |manager: &str, more: &[&str], value: &str, good: bool| {
             let field_manager = format!("--field-manager={manager}");
@@ -184,7 +188,10 @@ fn nodes_and_pods() {
         has(&k.good(&["apply", "-f", "-"], POD), "pod/p1 unchanged");
         assert_eq!(row(&k.good(&["get", "pods", "-o", "wide"], ""), "p1")[..3], ["p1", "0/1", "Pending"]);
         has(&k.good(&["describe", "pod", "p1"], ""), "QoS Class:        Guaranteed");
-        has(&k.good(&["get", "pods", "--field-selector=spec.nodeName=n1,status.phase!=Failed", "-o", "name"], ""), "p1");
+        has(
+            &k.good(&["get", "pods", "--field-selector=spec.nodeName=n1,status.phase!=Failed", "-o", "name"], ""),
+            "p1",
+        );
         k.good(&["patch", "pod", "p1", "-p", r#"{"spec":{"containers":[{"name":"c","image":"other"}]}}"#], "");
         assert_eq!(k.good(&["get", "pod", "p1", "-o", "jsonpath={.spec.containers[*].image}"], ""), "other");
         let refused = k.bad(&["patch", "pod", "p1", "-p", r#"{"spec":{"hostNetwork":true}}"#], "");
@@ -204,7 +211,10 @@ fn typed_creates_and_access() {
         k.good(&["create", "namespace", "team"], "");
         k.good(&["create", "configmap", "c", "--from-literal=a=b", "-n", "team"], "");
         k.good(&["create", "secret", "generic", "s", "--from-literal=a=b", "-n", "team"], "");
-        assert_eq!(k.good(&["get", "secret", "s", "-n", "team", "-o", "jsonpath={.data.a} {.type}"], ""), "Yg== Opaque");
+        assert_eq!(
+            k.good(&["get", "secret", "s", "-n", "team", "-o", "jsonpath={.data.a} {.type}"], ""),
+            "Yg== Opaque"
+        );
         k.good(&["create", "serviceaccount", "robot", "-n", "team"], "");
         k.good(&["create", "quota", "q", "--hard=pods=3", "-n", "team"], "");
         k.good(&["create", "poddisruptionbudget", "b", "--selector=app=x", "--min-available=1", "-n", "team"], "");
@@ -217,7 +227,10 @@ fn typed_creates_and_access() {
         assert_eq!(k.bad(&["auth", "can-i", "list", "secrets", "-n", "team", robot], "").trim(), "no");
         has(&k.good(&["get", "pods", "-n", "team", robot], ""), "No resources found");
         let refused = k.bad(&["get", "secrets", "-n", "team", robot], "");
-        has(&refused, "User \"system:serviceaccount:team:robot\" cannot list resource \"secrets\" in API group \"\" in the namespace \"team\"");
+        has(
+            &refused,
+            "User \"system:serviceaccount:team:robot\" cannot list resource \"secrets\" in API group \"\" in the namespace \"team\"",
+        );
 
         // Somebody with a certificate but without rights.
         cluster.files("joe", "joe", &["people"]);

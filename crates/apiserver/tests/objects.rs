@@ -1,5 +1,7 @@
 //! Objects through the generic handlers, in this process.
 
+#![allow(clippy::unwrap_used, reason = "a test may fail")]
+
 #[path = "common/api.rs"]
 mod api;
 
@@ -159,7 +161,10 @@ async fn lists_page_consistently() {
         list["items"].as_array().unwrap().iter().map(|i| i["metadata"]["name"].as_str().unwrap().to_owned()).collect()
     };
     let first = api.get(&format!("{MAPS}?limit=3")).await.ok();
-    assert_eq!((names(&first), &first["metadata"]["remainingItemCount"]), (vec!["m0".into(), "m1".into(), "m2".into()], &json!(4)));
+    assert_eq!(
+        (names(&first), &first["metadata"]["remainingItemCount"]),
+        (vec!["m0".into(), "m1".into(), "m2".into()], &json!(4))
+    );
     let next = first["metadata"]["continue"].as_str().unwrap();
     // Changes in between do not show.
     api.delete(&format!("{MAPS}/m3")).await.ok();
@@ -171,7 +176,8 @@ async fn lists_page_consistently() {
     assert_eq!(names(&odd), ["m1"]);
     let next = odd["metadata"]["continue"].as_str().unwrap();
     assert_eq!(names(&api.get(&format!("{MAPS}?labelSelector=odd%3Dtrue&continue={next}")).await.ok()), ["m5"]);
-    let by_name = api.get("/api/v1/configmaps?fieldSelector=metadata.name%3Dm4,metadata.namespace%3Ddefault").await.ok();
+    let by_name =
+        api.get("/api/v1/configmaps?fieldSelector=metadata.name%3Dm4,metadata.namespace%3Ddefault").await.ok();
     assert_eq!(names(&by_name), ["m4"]);
     let exact = first["metadata"]["resourceVersion"].as_str().unwrap();
     let then = api.get(&format!("{MAPS}?resourceVersion={exact}&resourceVersionMatch=Exact")).await.ok();
@@ -272,7 +278,8 @@ async fn pods_are_bound_once_and_deleted_gracefully() {
 async fn evictions_respect_budgets() {
     let api = Api::start().await;
     let budgets = "/apis/policy/v1/namespaces/default/poddisruptionbudgets";
-    let budget = json!({"metadata": {"name": "b"}, "spec": {"minAvailable": 1, "selector": {"matchLabels": {"app": "x"}}}});
+    let budget =
+        json!({"metadata": {"name": "b"}, "spec": {"minAvailable": 1, "selector": {"matchLabels": {"app": "x"}}}});
     api.post(budgets, &budget).await.ok();
     for name in ["p", "q"] {
         api.post(PODS, &pod(name, Some("n1"))).await.ok();
@@ -316,7 +323,8 @@ async fn garbage_goes_with_its_owner() {
     api.post(MAPS, &child("shared", vec![reference(&owner, false), reference(&other, false)])).await.ok();
     api.delete(&format!("{MAPS}/owner")).await.ok();
     api.gone(&format!("{MAPS}/grandchild")).await;
-    let shared = api.until(&format!("{MAPS}/shared"), |o| o["metadata"]["ownerReferences"].as_array().unwrap().len() == 1).await;
+    let shared =
+        api.until(&format!("{MAPS}/shared"), |o| o["metadata"]["ownerReferences"].as_array().unwrap().len() == 1).await;
     assert_eq!(shared["metadata"]["ownerReferences"][0]["name"], "other");
 
     api.delete(&format!("{MAPS}/other?propagationPolicy=Orphan")).await.ok();
@@ -446,7 +454,11 @@ async fn everything_survives_a_restart() {
     };
     let call = |server: &godwit_apiserver::Server, method: Method, uri: &str, body: String| {
         let service = server.service(User::new("admin", &["system:masters"]));
-        let request = http::Request::builder().method(method).uri(uri).body(http_body_util::Full::<bytes::Bytes>::from(body)).unwrap();
+        let request = http::Request::builder()
+            .method(method)
+            .uri(uri)
+            .body(http_body_util::Full::<bytes::Bytes>::from(body))
+            .unwrap();
         async move {
             use http_body_util::BodyExt;
             let response = tower::ServiceExt::oneshot(service, request).await.unwrap();
@@ -455,7 +467,8 @@ async fn everything_survives_a_restart() {
         }
     };
     let server = start().await;
-    call(&server, Method::POST, "/apis/apiextensions.k8s.io/v1/customresourcedefinitions", definition().to_string()).await;
+    call(&server, Method::POST, "/apis/apiextensions.k8s.io/v1/customresourcedefinitions", definition().to_string())
+        .await;
     let vm = json!({"apiVersion": "example.com/v1", "kind": "Vm", "metadata": {"name": "a"}, "spec": {"x": 1}});
     let made = call(&server, Method::POST, "/apis/example.com/v1/namespaces/default/vms", vm.to_string()).await;
     assert_eq!(made["kind"], "Vm", "{made}");

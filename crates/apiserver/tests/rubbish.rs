@@ -1,5 +1,7 @@
 //! Bytes thrown at every route: always an answer that a Kubernetes client understands, never a failure of the server.
 
+#![allow(clippy::unwrap_used, reason = "a test may fail")]
+
 #[path = "common/api.rs"]
 mod api;
 
@@ -35,21 +37,45 @@ fn shared() -> &'static (tokio::runtime::Runtime, Api) {
 
 fn routes() -> impl Strategy<Value = String> {
     let fixed = prop::sample::select(vec![
-        "/", "/api", "/apis", "/api/v1", "/apis/example.com/v1", "/version", "/healthz", "/openapi/v3/api/v1",
-        "/api/v1/namespaces", "/api/v1/namespaces/default/finalize", "/api/v1/namespaces/default/pods",
-        "/api/v1/namespaces/default/pods/x", "/api/v1/namespaces/default/pods/x/status",
-        "/api/v1/namespaces/default/pods/x/binding", "/api/v1/namespaces/default/pods/x/eviction",
-        "/api/v1/namespaces/default/pods/x/log", "/api/v1/namespaces/default/pods/x/exec",
-        "/api/v1/namespaces/default/events", "/apis/events.k8s.io/v1/namespaces/default/events",
-        "/api/v1/nodes", "/api/v1/nodes/x", "/api/v1/namespaces/default/secrets", "/api/v1/namespaces/default/services",
-        "/api/v1/namespaces/default/persistentvolumeclaims", "/api/v1/persistentvolumes",
-        "/apis/policy/v1/namespaces/default/poddisruptionbudgets", "/apis/coordination.k8s.io/v1/namespaces/default/leases",
-        "/apis/rbac.authorization.k8s.io/v1/clusterroles", "/apis/rbac.authorization.k8s.io/v1/clusterroles/view",
-        "/apis/apiextensions.k8s.io/v1/customresourcedefinitions", "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews",
-        "/apis/authorization.k8s.io/v1/subjectaccessreviews", "/apis/authorization.k8s.io/v1/selfsubjectrulesreviews",
-        "/apis/authentication.k8s.io/v1/selfsubjectreviews", "/apis/storage.k8s.io/v1/storageclasses",
-        "/apis/example.com/v1/namespaces/default/vms", "/apis/example.com/v1/namespaces/default/vms/x",
-        "/apis/example.com/v1/namespaces/default/vms/x/status", "/apis/example.com/v1/vms",
+        "/",
+        "/api",
+        "/apis",
+        "/api/v1",
+        "/apis/example.com/v1",
+        "/version",
+        "/healthz",
+        "/openapi/v3/api/v1",
+        "/api/v1/namespaces",
+        "/api/v1/namespaces/default/finalize",
+        "/api/v1/namespaces/default/pods",
+        "/api/v1/namespaces/default/pods/x",
+        "/api/v1/namespaces/default/pods/x/status",
+        "/api/v1/namespaces/default/pods/x/binding",
+        "/api/v1/namespaces/default/pods/x/eviction",
+        "/api/v1/namespaces/default/pods/x/log",
+        "/api/v1/namespaces/default/pods/x/exec",
+        "/api/v1/namespaces/default/events",
+        "/apis/events.k8s.io/v1/namespaces/default/events",
+        "/api/v1/nodes",
+        "/api/v1/nodes/x",
+        "/api/v1/namespaces/default/secrets",
+        "/api/v1/namespaces/default/services",
+        "/api/v1/namespaces/default/persistentvolumeclaims",
+        "/api/v1/persistentvolumes",
+        "/apis/policy/v1/namespaces/default/poddisruptionbudgets",
+        "/apis/coordination.k8s.io/v1/namespaces/default/leases",
+        "/apis/rbac.authorization.k8s.io/v1/clusterroles",
+        "/apis/rbac.authorization.k8s.io/v1/clusterroles/view",
+        "/apis/apiextensions.k8s.io/v1/customresourcedefinitions",
+        "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews",
+        "/apis/authorization.k8s.io/v1/subjectaccessreviews",
+        "/apis/authorization.k8s.io/v1/selfsubjectrulesreviews",
+        "/apis/authentication.k8s.io/v1/selfsubjectreviews",
+        "/apis/storage.k8s.io/v1/storageclasses",
+        "/apis/example.com/v1/namespaces/default/vms",
+        "/apis/example.com/v1/namespaces/default/vms/x",
+        "/apis/example.com/v1/namespaces/default/vms/x/status",
+        "/apis/example.com/v1/vms",
     ])
     .prop_map(str::to_owned);
     prop_oneof![8 => fixed, 1 => "/(api|apis)(/[a-z0-9.%]{0,9}){0,6}", 1 => "/[!-~&&[^#?\\\\\"<>^`{|}]]{0,30}"]
@@ -57,13 +83,43 @@ fn routes() -> impl Strategy<Value = String> {
 
 fn queries() -> impl Strategy<Value = String> {
     let keys = prop::sample::select(vec![
-        "limit", "continue", "labelSelector", "fieldSelector", "resourceVersion", "resourceVersionMatch", "dryRun",
-        "fieldManager", "fieldValidation", "force", "propagationPolicy", "gracePeriodSeconds", "includeObject", "container",
-        "tailLines", "sendInitialEvents", "x",
+        "limit",
+        "continue",
+        "labelSelector",
+        "fieldSelector",
+        "resourceVersion",
+        "resourceVersionMatch",
+        "dryRun",
+        "fieldManager",
+        "fieldValidation",
+        "force",
+        "propagationPolicy",
+        "gracePeriodSeconds",
+        "includeObject",
+        "container",
+        "tailLines",
+        "sendInitialEvents",
+        "x",
     ]);
     let values = prop_oneof![
-        prop::sample::select(vec!["", "0", "1", "-1", "true", "All", "Exact", "NotOlderThan", "a=b", "a%20in%20(b)", "Strict",
-            "metadata.name%3Dx", "eyJydiI6MSwic3RhcnQiOiJhIn0", "Orphan", "Foreground", "18446744073709551615"])
+        prop::sample::select(vec![
+            "",
+            "0",
+            "1",
+            "-1",
+            "true",
+            "All",
+            "Exact",
+            "NotOlderThan",
+            "a=b",
+            "a%20in%20(b)",
+            "Strict",
+            "metadata.name%3Dx",
+            "eyJydiI6MSwic3RhcnQiOiJhIn0",
+            "Orphan",
+            "Foreground",
+            "18446744073709551615"
+        ])
         .prop_map(str::to_owned),
         "[a-zA-Z0-9%=,()!._-]{0,20}",
     ];
@@ -74,17 +130,71 @@ fn queries() -> impl Strategy<Value = String> {
 /// JSON with the member names that handlers look at, in all the wrong shapes.
 fn documents() -> impl Strategy<Value = serde_json::Value> {
     let leaf = prop_oneof![
-        Just(json!(null)), any::<bool>().prop_map(|b| json!(b)), any::<i64>().prop_map(|n| json!(n)),
-        prop::sample::select(vec!["", "x", "v1", "Pod", "Vm", "example.com/v1", "default", "All", "2026-01-01T00:00:00Z", "1Gi"])
-            .prop_map(|s| json!(s)),
+        Just(json!(null)),
+        any::<bool>().prop_map(|b| json!(b)),
+        any::<i64>().prop_map(|n| json!(n)),
+        prop::sample::select(vec![
+            "",
+            "x",
+            "v1",
+            "Pod",
+            "Vm",
+            "example.com/v1",
+            "default",
+            "All",
+            "2026-01-01T00:00:00Z",
+            "1Gi"
+        ])
+        .prop_map(|s| json!(s)),
     ];
     leaf.prop_recursive(5, 40, 6, |inner| {
         let names = prop::sample::select(vec![
-            "metadata", "spec", "status", "name", "namespace", "kind", "apiVersion", "labels", "annotations", "finalizers",
-            "ownerReferences", "uid", "resourceVersion", "managedFields", "containers", "nodeName", "target", "rules", "roleRef",
-            "subjects", "versions", "names", "group", "scope", "schema", "openAPIV3Schema", "properties", "type", "list", "n",
-            "op", "path", "value", "$patch", "deleteOptions", "preconditions", "propagationPolicy", "selector", "matchLabels",
-            "resourceAttributes", "stringData", "data", "conditions", "fieldsV1", "generateName", "deletionTimestamp",
+            "metadata",
+            "spec",
+            "status",
+            "name",
+            "namespace",
+            "kind",
+            "apiVersion",
+            "labels",
+            "annotations",
+            "finalizers",
+            "ownerReferences",
+            "uid",
+            "resourceVersion",
+            "managedFields",
+            "containers",
+            "nodeName",
+            "target",
+            "rules",
+            "roleRef",
+            "subjects",
+            "versions",
+            "names",
+            "group",
+            "scope",
+            "schema",
+            "openAPIV3Schema",
+            "properties",
+            "type",
+            "list",
+            "n",
+            "op",
+            "path",
+            "value",
+            "$patch",
+            "deleteOptions",
+            "preconditions",
+            "propagationPolicy",
+            "selector",
+            "matchLabels",
+            "resourceAttributes",
+            "stringData",
+            "data",
+            "conditions",
+            "fieldsV1",
+            "generateName",
+            "deletionTimestamp",
         ]);
         prop_oneof![
             prop::collection::vec(inner.clone(), 0..4).prop_map(|list| json!(list)),

@@ -1,5 +1,7 @@
 //! Watches through the generic handlers, in this process.
 
+#![allow(clippy::unwrap_used, reason = "a test may fail")]
+
 #[path = "common/api.rs"]
 mod api;
 
@@ -40,7 +42,11 @@ async fn from_now_from_then_and_from_the_start() {
     let gone = then.next().await.unwrap();
     // What is deleted carries the revision of its deletion.
     assert_eq!(version(&gone["object"]), api.store.revision());
-    let elsewhere = api.watch("/api/v1/namespaces/kube-system/configmaps?watch=1&resourceVersion=1&timeoutSeconds=1").await.brief().await;
+    let elsewhere = api
+        .watch("/api/v1/namespaces/kube-system/configmaps?watch=1&resourceVersion=1&timeoutSeconds=1")
+        .await
+        .brief()
+        .await;
     assert_eq!(elsewhere, "end");
 }
 
@@ -84,7 +90,8 @@ async fn initial_events_end_with_a_bookmark() {
 #[tokio::test]
 async fn a_watch_ends_in_time_with_a_bookmark() {
     let api = Api::start().await;
-    let mut events = api.watch(&format!("{MAPS}?watch=1&resourceVersion=1&allowWatchBookmarks=true&timeoutSeconds=1")).await;
+    let mut events =
+        api.watch(&format!("{MAPS}?watch=1&resourceVersion=1&allowWatchBookmarks=true&timeoutSeconds=1")).await;
     let mark = events.next().await.unwrap();
     assert_eq!((&mark["type"], version(&mark["object"])), (&json!("BOOKMARK"), api.store.revision()));
     assert_eq!(events.brief().await, "end");
@@ -100,7 +107,10 @@ async fn too_old_is_an_event_and_slow_readers_are_cut() {
     let mut old = api.watch(&format!("{MAPS}?watch=1&resourceVersion=2")).await;
     for events in [&mut old, &mut slow] {
         let error = events.next().await.unwrap();
-        assert_eq!((&error["type"], &error["object"]["code"], &error["object"]["reason"]), (&json!("ERROR"), &json!(410), &json!("Expired")));
+        assert_eq!(
+            (&error["type"], &error["object"]["code"], &error["object"]["reason"]),
+            (&json!("ERROR"), &json!(410), &json!("Expired"))
+        );
         assert!(error["object"]["message"].as_str().unwrap().starts_with("too old resource version: "));
         assert_eq!(events.brief().await, "end");
     }
@@ -118,7 +128,10 @@ async fn tables_flow_too() {
     assert_eq!(first["object"]["rows"][0]["cells"][0], "a");
     make(&api, "b", "red").await;
     let second = events.next().await.unwrap();
-    assert_eq!((&second["object"]["columnDefinitions"], &second["object"]["rows"][0]["cells"][0]), (&Value::Null, &json!("b")));
+    assert_eq!(
+        (&second["object"]["columnDefinitions"], &second["object"]["rows"][0]["cells"][0]),
+        (&Value::Null, &json!("b"))
+    );
 }
 
 #[tokio::test]

@@ -1,5 +1,7 @@
 //! The server in this process, without sockets.
 
+#![allow(clippy::unwrap_used, dead_code, reason = "a test may fail, and each uses its part")]
+
 use godwit_apiserver::{Admission, Parts, Server, Service, User};
 use godwit_store::{Retention, Store};
 use http::{Method, Request, StatusCode};
@@ -67,7 +69,13 @@ impl Api {
         self.service.clone().oneshot(request).await.unwrap()
     }
 
-    pub async fn raw(&self, method: Method, uri: &str, headers: &[(&str, &str)], body: impl Into<bytes::Bytes>) -> Answer {
+    pub async fn raw(
+        &self,
+        method: Method,
+        uri: &str,
+        headers: &[(&str, &str)],
+        body: impl Into<bytes::Bytes>,
+    ) -> Answer {
         let mut request = Request::builder().method(method).uri(uri);
         for (name, value) in headers {
             request = request.header(*name, *value);
@@ -154,7 +162,8 @@ impl Events {
                 let line: Vec<u8> = self.buffer.drain(..=end).collect();
                 return Some(serde_json::from_slice(&line).unwrap());
             }
-            let frame = tokio::time::timeout(Duration::from_secs(20), self.body.frame()).await.expect("an event in time")?;
+            let frame =
+                tokio::time::timeout(Duration::from_secs(20), self.body.frame()).await.expect("an event in time")?;
             self.buffer.extend_from_slice(&frame.unwrap().into_data().unwrap());
         }
     }

@@ -1,11 +1,12 @@
 //! A server on a loopback socket with certificates of its own, and real kubectls pointed at it.
 
-#![allow(dead_code, reason = "each test binary uses its part")]
+#![allow(clippy::unwrap_used, dead_code, reason = "a test may fail, and each uses its part")]
 
 use godwit_apiserver::{Admission, DirectDialer, Options, TlsFiles, serve};
 use godwit_store::Store;
 use rcgen::{
-    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType,
+    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
+    SanType,
 };
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
@@ -145,8 +146,12 @@ impl Kubectl {
     pub fn run(&self, args: &[&str], input: &str) -> Output {
         use std::io::Write;
         let mut command = self.command(args);
-        let mut child =
-            command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("kubectl starts");
+        let mut child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("kubectl starts");
         child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
         child.wait_with_output().unwrap()
     }
