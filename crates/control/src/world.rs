@@ -313,3 +313,66 @@ pub fn claims_of(pod: &Pod) -> impl Iterator<Item = Name> {
         Some(Name::new(pod.namespace(), &source.claim_name))
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn pod(uid: &str, revision: u64, node: Option<&str>) -> Object {
+        let value = json!({
+            "metadata": {
+                "name": "p", "namespace": "ns", "uid": uid, "resourceVersion": revision.to_string(),
+                "labels": {"kubevirt.io/created-by": "vmi"},
+            },
+            "spec": {"nodeName": node, "containers": []},
+        });
+        Object::from_value(Kind::Pod, value).unwrap()
+    }
+
+    fn name() -> Name {
+        Name::new("ns", "p")
+    }
+
+    #[test]
+    fn old_news_are_ignored() {
+        let mut world = World::default();
+        assert!(world.apply(pod("a", 5, None), Source::Watch).is_some());
+        assert!(world.apply(pod("a", 9, Some("node1")), Source::Answer).is_some(), "our own write");
+        assert!(world.apply(pod("a", 7, None), Source::Watch).is_none(), "the watch is behind");
+        assert!(world.apply(pod("a", 9, Some("node1")), Source::Watch).is_none(), "known already");
+        assert_eq!(world.get(Kind::Pod, &name()).unwrap().revision(), 9);
+    }
+
+    #[test]
+    fn an_answer_does_not_bring_back_what_was_deleted_since() {
+        let mut world = World::default();
+        world.apply(pod("a", 5, None), Source::Watch);
+        assert!(world.delete(&pod("a", 8, None), Source::Watch).is_some());
+        assert!(world.apply(pod("a", 6, None), Source::Answer).is_none());
+        assert!(world.get(Kind::Pod, &name()).is_none());
+        assert!(world.apply(pod("b", 9, None), Source::Answer).is_some(), "a new one is ahead of the watch");
+    }
+
+    #[test]
+    fn a_late_deletion_leaves_the_successor_alone() {
+        let mut world = World::default();
+        world.apply(pod("b", 9, None), Source::Answer);
+        assert!(world.delete(&pod("a", 8, None), Source::Watch).is_none());
+        assert!(world.get(Kind::Pod, &name()).is_some());
+    }
+
+    #[test]
+    fn indexes_follow_the_objects() {
+        let mut world = World::default();
+        world.apply(pod("a", 1, None), Source::Watch);
+        assert_eq!((world.pods_on("node1").count(), world.pods_of_vmi("vmi").count()), (0, 1));
+        world.apply(pod("a", 2, Some("node1")), Source::Watch);
+        assert_eq!(world.pods_on("node1").count(), 1);
+        world.apply(pod("a", 3, Some("node2")), Source::Watch);
+        assert_eq!((world.pods_on("node1").count(), world.pods_on("node2").count()), (0, 1));
+        world.forget(Kind::Pod, &name());
+        assert_eq!((world.pods_on("node2").count(), world.pods_of_vmi("vmi").count()), (0, 0));
+    }
+}
