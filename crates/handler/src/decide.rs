@@ -105,6 +105,8 @@ pub enum Change {
         /// The pod in which the guest lives.
         pod: String,
     },
+    /// Condition `Synchronized` is False, for this reason in words; a [`Change::Report`] takes it away.
+    Unsynchronized(String),
     /// The guest lives here now: `status.nodeName`, the label, `targetNodeDomainReadyTimestamp`; evacuation is done.
     Arrived {
         /// When the guest resumed, microseconds since the epoch.

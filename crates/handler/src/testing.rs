@@ -3,6 +3,7 @@
 mod api;
 mod flow;
 mod launcher;
+mod real;
 
 use std::path::Path;
 

@@ -66,6 +66,14 @@ pub fn patch(vmi: &VirtualMachineInstance, changes: &[Change], from: &Sources<'_
                     report(vmi, state, from.addresses.get(pod), from.migratable, &now, &mut status);
                 }
             }
+            Change::Unsynchronized(why) => {
+                let mut conditions = vmi.status.conditions.clone();
+                let condition =
+                    Condition::new(c::SYNCHRONIZED, false).because("Synchronizing with the Domain failed.", why);
+                if condition::set(&mut conditions, condition, &now) {
+                    status.insert("conditions".into(), json!(conditions));
+                }
+            }
             Change::Arrived { resume_us } => {
                 let at = time_of(*resume_us, from.now);
                 labels.insert(names::LABEL_NODE_NAME.into(), json!(from.node));
@@ -201,6 +209,7 @@ fn report(
     for condition in &migratable.conditions {
         changed |= condition::set(&mut conditions, condition.clone(), now);
     }
+    changed |= condition::remove(&mut conditions, c::SYNCHRONIZED);
     changed |= match state.guest_agent.connected {
         true => condition::set(&mut conditions, Condition::new(c::AGENT_CONNECTED, true), now),
         false => condition::remove(&mut conditions, c::AGENT_CONNECTED),

@@ -15,8 +15,9 @@ use crate::tls::TlsPaths;
 use crate::{Options, run};
 
 const VMIS: &str = "virtualmachineinstances";
+pub(super) const VMI_UID: &str = "0f0e0d0c-0000-4000-8000-000000000001";
 
-struct Node {
+pub(super) struct Node {
     name: &'static str,
     root: PathBuf,
     tls: TlsPaths,
@@ -34,12 +35,12 @@ impl Node {
             cluster_id: "test".into(),
             accelerator: Some(godwit_launcher::rpc::Accelerator::Tcg),
         };
-        self.handler = Some(tokio::spawn(async move { run(options, std::future::pending()).await.unwrap() }));
+        self.handler = Some(tokio::spawn(async move { drop(run(options, std::future::pending()).await) }));
     }
 }
 
-struct Cluster {
-    api: Api,
+pub(super) struct Cluster {
+    pub(super) api: Api,
     nodes: [Node; 2],
     runtimes: Vec<tokio::runtime::Runtime>,
     _dir: tempfile::TempDir,
@@ -47,6 +48,9 @@ struct Cluster {
 
 impl Drop for Cluster {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("{:#}\n{:#?}", self.vm(), self.events());
+        }
         for runtime in self.runtimes.drain(..) {
             runtime.shutdown_background();
         }
@@ -54,7 +58,7 @@ impl Drop for Cluster {
 }
 
 impl Cluster {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let ca = Ca::new();
         let api = Api::default();
@@ -70,7 +74,7 @@ impl Cluster {
     }
 
     /// Starts the handler of a node in a runtime of its own, so that ending it ends everything it does, as a kill would.
-    fn up(&mut self, node: usize) {
+    pub(super) fn up(&mut self, node: usize) {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         {
             let _inside = runtime.enter();
@@ -95,10 +99,14 @@ impl Cluster {
         std::mem::replace(&mut self.runtimes[node], runtime).shutdown_background();
     }
 
-    fn pod(&self, node: usize, name: &str, migration: Option<&str>) -> Launcher {
-        let folder = SocketDir::path_of(&self.nodes[node].root, &format!("uid-{name}"));
-        let launcher = Launcher::start(folder);
-        let mut labels = json!({ "kubevirt.io": "virt-launcher", "kubevirt.io/created-by": "vmi-uid",
+    /// The `sockets` volume of a pod.
+    pub(super) fn sockets(&self, node: usize, name: &str) -> PathBuf {
+        SocketDir::path_of(&self.nodes[node].root, &format!("uid-{name}"))
+    }
+
+    /// A pod in the API.
+    pub(super) fn pod(&self, node: usize, name: &str, migration: Option<&str>) {
+        let mut labels = json!({ "kubevirt.io": "virt-launcher", "kubevirt.io/created-by": VMI_UID,
                                  "vm.kubevirt.io/name": "vm" });
         if let Some(uid) = migration {
             labels["kubevirt.io/migrationJobUID"] = json!(uid);
@@ -113,28 +121,33 @@ impl Cluster {
                 "status": { "phase": "Running", "podIP": format!("10.244.{node}.5") },
             }),
         );
-        launcher
     }
 
-    /// A VMI that the controller has placed on node1, and its launcher.
-    fn vmi(&self) -> Launcher {
-        let launcher = self.pod(0, "one", None);
+    /// A VMI that the controller has placed on node1.
+    pub(super) fn vmi(&self, domain: &Value) {
+        self.pod(0, "one", None);
         self.api.put(
             VMIS,
             json!({
                 "apiVersion": "kubevirt.io/v1", "kind": "VirtualMachineInstance",
-                "metadata": { "name": "vm", "namespace": "default", "uid": "vmi-uid",
+                "metadata": { "name": "vm", "namespace": "default", "uid": VMI_UID,
                               "labels": { "kubevirt.io/nodeName": "node1" } },
-                "spec": { "domain": { "devices": {}, "memory": { "guest": "64Mi" } } },
+                "spec": { "domain": domain },
                 "status": { "phase": "Scheduled", "nodeName": "node1", "runtimeUser": 0 },
             }),
         );
+    }
+
+    /// What the controller writes at hand-off, with a target's launcher without QEMU.
+    fn hand_off(&self) -> Launcher {
+        let launcher = Launcher::start(self.sockets(1, "two"));
+        self.write_hand_off();
         launcher
     }
 
-    /// What the controller writes at hand-off, and the target's launcher.
-    fn hand_off(&self) -> Launcher {
-        let launcher = self.pod(1, "two", Some("mig"));
+    /// What the controller writes at hand-off.
+    pub(super) fn write_hand_off(&self) {
+        self.pod(1, "two", Some("mig"));
         self.api.merge(
             VMIS,
             "vm",
@@ -147,14 +160,13 @@ impl Cluster {
                 } },
             }),
         );
-        launcher
     }
 
-    fn vm(&self) -> Value {
+    pub(super) fn vm(&self) -> Value {
         self.api.get(VMIS, "vm").unwrap()
     }
 
-    fn events(&self) -> Vec<String> {
+    pub(super) fn events(&self) -> Vec<String> {
         self.api
             .list("events")
             .iter()
@@ -170,7 +182,7 @@ impl Cluster {
     }
 }
 
-async fn until(what: &str, holds: impl Fn() -> bool) {
+pub(super) async fn until(what: &str, holds: impl Fn() -> bool) {
     for _ in 0..4000 {
         if holds() {
             return;
@@ -185,13 +197,14 @@ async fn running() -> (Cluster, Launcher) {
     let mut cluster = Cluster::new();
     cluster.up(0);
     cluster.up(1);
-    let source = cluster.vmi();
+    let source = Launcher::start(cluster.sockets(0, "one"));
+    cluster.vmi(&json!({ "devices": {}, "memory": { "guest": "64Mi" } }));
     until("the VM runs", || cluster.vm()["status"]["phase"] == "Running").await;
     assert!(source.executes());
     (cluster, source)
 }
 
-fn blocking<F: Future<Output = ()>>(test: F) {
+pub(super) fn blocking<F: Future<Output = ()>>(test: F) {
     tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap().block_on(test);
 }
 

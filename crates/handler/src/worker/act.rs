@@ -60,7 +60,7 @@ impl Worker {
                 result.map(drop).map_err(|e| failed("abandon the target", &e))
             }
             Action::Dial { pod, memory } => self.dial(&pod, memory, m),
-            Action::Migrate { pod } => self.migrate(vmi, &pod, m).await,
+            Action::Migrate { pod } => self.migrate(&pod, m).await,
             Action::Cancel { pod, uid, why } => self.cancel(&pod, &uid, why).await,
             Action::CloseSource => {
                 if let Some(source) = self.source.take() {
@@ -100,10 +100,18 @@ impl Worker {
         self.pods.get_mut(name).ok_or_else(|| Stop::Failed(format!("pod {name} is gone")))
     }
 
-    /// Says once, as an event, what does not work.
-    fn complain(&mut self, vmi: &VirtualMachineInstance, what: String) -> Stop {
-        if self.complaint.as_ref() != Some(&what) {
-            self.context.events.record(vmi, true, "SyncFailed", what.clone());
+    /// Says once, as event and condition, what does not work.
+    async fn complain(&mut self, what: String) -> Stop {
+        if self.complaint.as_ref() != Some(&what)
+            && let Some(vmi) = self.vmi.clone()
+        {
+            self.context.events.record(&vmi, true, "SyncFailed", what.clone());
+            // Only the owner's trouble is the VMI's; a target that cannot be prepared leaves the guest as it is.
+            if vmi.status.node_name.as_deref() == Some(&self.context.node)
+                && let Err(stop) = self.write(&vmi, &[Change::Unsynchronized(what.clone())]).await
+            {
+                return stop;
+            }
             self.complaint = Some(what.clone());
         }
         Stop::Failed(what)
@@ -122,7 +130,7 @@ impl Worker {
                 tracing::info!(vmi = self.name, pod = name, ms, "networks are wired");
                 Ok(())
             }
-            Err(error) => Err(self.complain(vmi, format!("cannot set up the networks of pod {name}: {error}"))),
+            Err(error) => Err(self.complain(format!("cannot set up the networks of pod {name}: {error}")).await),
         }
     }
 
@@ -143,7 +151,7 @@ impl Worker {
                 self.wake.notify_one();
                 Ok(())
             }
-            Err(error) => Err(self.complain(vmi, format!("cannot start the VM: {error}"))),
+            Err(error) => Err(self.complain(format!("cannot start the VM: {error}")).await),
         }
     }
 
@@ -179,7 +187,7 @@ impl Worker {
             Err(error) => {
                 let permanent = matches!(error.refusal(), Some(Refusal::Invalid | Refusal::Failed));
                 let client = pod.follower.client.clone();
-                let stop = self.complain(vmi, format!("cannot prepare the migration target: {error}"));
+                let stop = self.complain(format!("cannot prepare the migration target: {error}")).await;
                 if permanent {
                     // It will not get better here: with the pod's end the migration fails and says why in the event.
                     let _ = client.shutdown(Duration::ZERO).await;
@@ -277,12 +285,7 @@ impl Worker {
         Ok(())
     }
 
-    async fn migrate(
-        &mut self,
-        vmi: &VirtualMachineInstance,
-        name: &str,
-        m: Option<&MigrationView>,
-    ) -> Result<(), Stop> {
+    async fn migrate(&mut self, name: &str, m: Option<&MigrationView>) -> Result<(), Stop> {
         let (Some(m), Some(source)) = (m, &mut self.source) else { return Err(Stop::Stale) };
         let Some(socket) = source.socket(MEMORY) else { return Err(Stop::Stale) };
         let order = SourceOrder {
@@ -310,7 +313,7 @@ impl Worker {
                 self.wake.notify_one();
                 Ok(())
             }
-            Err(error) => Err(self.complain(vmi, format!("cannot start the migration: {error}"))),
+            Err(error) => Err(self.complain(format!("cannot start the migration: {error}")).await),
         }
     }
 

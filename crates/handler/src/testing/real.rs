@@ -1,0 +1,102 @@
+//! The same with the real launchers and QEMU, running the ROM guest.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use godwit_guest_rom::{Parameters, Story};
+use godwit_launcher::rpc::{DomainPhase, Paths, State};
+use godwit_launcher::serve;
+use serde_json::json;
+use tokio::io::{AsyncBufReadExt, BufReader, Lines};
+use tokio::net::UnixStream;
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+
+use super::flow::{Cluster, VMI_UID, blocking, until};
+
+/// Generous: the machine is busy, and only a hang shall fail.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A launcher in this process; its QEMU goes with its task, which goes with this.
+struct Launcher {
+    sockets: PathBuf,
+    task: JoinHandle<Result<State, godwit_launcher::Error>>,
+    _terminate: mpsc::Sender<()>,
+}
+
+impl Drop for Launcher {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Launcher {
+    fn start(sockets: PathBuf) -> Self {
+        let volumes = sockets.parent().unwrap().to_owned();
+        let mut paths = Paths::under(&volumes.join("rest"));
+        paths.sockets = sockets.clone();
+        paths.ephemeral_disks = volumes.join("ephemeral-disks");
+        std::fs::create_dir_all(&paths.kernel_boot).unwrap();
+        std::fs::create_dir_all(&paths.ephemeral_disks).unwrap();
+        let rom = godwit_guest_rom::image(Parameters { token: 9, pages_per_tick: 50, ..Parameters::default() });
+        std::fs::write(paths.kernel_boot.join("rom.bin"), rom).unwrap();
+        let (terminate, wishes) = mpsc::channel(1);
+        Self { sockets, task: tokio::spawn(serve(VMI_UID.into(), paths, wishes)), _terminate: terminate }
+    }
+
+    async fn console(&self) -> Lines<BufReader<UnixStream>> {
+        BufReader::new(UnixStream::connect(self.sockets.join("console-serial0")).await.unwrap()).lines()
+    }
+}
+
+async fn hear(console: &mut Lines<BufReader<UnixStream>>, story: &mut Story, beats: u32) {
+    let goal = story.beats() + beats;
+    let work = async {
+        while story.beats() < goal {
+            story.hear(&console.next_line().await.unwrap().expect("the console has ended"));
+        }
+    };
+    tokio::time::timeout(PATIENCE, work).await.expect("the guest does not beat");
+    assert_eq!(story.complaint(), None);
+}
+
+#[test]
+fn a_guest_on_a_real_qemu_moves_between_two_handlers() {
+    blocking(async {
+        let mut cluster = Cluster::new();
+        cluster.up(0);
+        cluster.up(1);
+        let mut source = Launcher::start(cluster.sockets(0, "one"));
+        cluster.vmi(&json!({
+            "memory": { "guest": "16Mi" },
+            "devices": {},
+            "firmware": { "kernelBoot": { "container": { "image": "rom", "kernelPath": "/rom.bin" } } },
+        }));
+        until("the VM runs", || cluster.vm()["status"]["phase"] == "Running").await;
+        let mut story = Story::default();
+        let mut here = source.console().await;
+        hear(&mut here, &mut story, 3).await;
+
+        let target = Launcher::start(cluster.sockets(1, "two"));
+        cluster.write_hand_off();
+        until("the migration is over", || cluster.vm()["status"]["migrationState"]["completed"] == true).await;
+        let m = cluster.vm()["status"]["migrationState"].clone();
+        assert_eq!(m.get("failed"), None, "{m:#}");
+        while let Ok(Some(line)) = here.next_line().await {
+            story.hear(&line);
+        }
+        let mut there = target.console().await;
+        hear(&mut there, &mut story, 5).await;
+        until("the arrival is written", || cluster.vm()["status"]["nodeName"] == "node2").await;
+
+        // The source's launcher was told that it may end, and said last that its guest has left.
+        let ended = tokio::time::timeout(PATIENCE, &mut source.task).await.expect("the source ends");
+        assert_eq!(ended.unwrap().unwrap().phase, DomainPhase::MigratedAway);
+        let vm = cluster.vm();
+        assert_eq!(vm["status"]["phase"], "Running");
+        assert_eq!(vm["status"]["accelerator"], "tcg");
+        assert!(m["progress"]["bytesTotal"].as_u64().unwrap() > 0, "{m:#}");
+        assert!(m["progress"]["downtimeMilliseconds"].is_u64(), "{m:#}");
+        println!("{:#}\n{:#?}", m["progress"], cluster.events());
+    });
+}
