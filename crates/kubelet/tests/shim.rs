@@ -127,7 +127,8 @@ fn the_image_is_not_changed_and_mounts_are_where_they_belong() {
         "-c",
         "cat /var/data/file; touch /var/data/new || echo read-only; touch /rw/new /bin/mark; cat /trap/injected",
     ]);
-    let mount = |source: &Path, target: &str, read_only| Mount { source: source.into(), target: target.into(), read_only };
+    let mount =
+        |source: &Path, target: &str, read_only| Mount { source: source.into(), target: target.into(), read_only };
     spec.mounts = vec![
         mount(&data, "/var/data", true),
         mount(&data, "/rw", false),
@@ -183,7 +184,8 @@ fn the_host_image_is_this_machine_with_the_binary() {
 #[test]
 fn what_cannot_be_started_says_why() {
     let mut scratch = Scratch::new();
-    for (args, word) in [(&["nothing-such"][..], "not found in $PATH"), (&["/etc/passwd"], "ermission"), (&[], "no command")]
+    for (args, word) in
+        [(&["nothing-such"][..], "not found in $PATH"), (&["/etc/passwd"], "ermission"), (&[], "no command")]
     {
         let Started::Failed(text) = scratch.start(&scratch.spec(args)) else { panic!("{args:?} started") };
         assert!(text.contains(word), "{text}");
@@ -201,7 +203,9 @@ fn all_of_a_container_ends_with_its_first_process() {
     assert!(running.main.is_alive() && running.shim.is_alive());
     assert_eq!(spec::read::<Running>(&scratch.container(), spec::STATE).unwrap(), running);
     // SAFETY-free way to send a signal to exactly this process.
-    assert!(Command::new("/bin/busybox").args(["kill", "-9", &running.main.pid.to_string()]).status().unwrap().success());
+    assert!(
+        Command::new("/bin/busybox").args(["kill", "-9", &running.main.pid.to_string()]).status().unwrap().success()
+    );
     let exit = scratch.end();
     assert_eq!((exit.exit_code, exit.signal), (137, Some(9)));
     assert!(!running.main.is_alive());

@@ -234,11 +234,13 @@ fn user(text: &str, group: Option<u32>) -> Result<User, Failure> {
     let name = if name.is_empty() { "0" } else { name };
     let table = |path: &str| fs::read_to_string(path).unwrap_or_default();
     let passwd = table("/etc/passwd");
-    let line = passwd.lines().map(|line| line.split(':').collect::<Vec<_>>()).find(|fields| {
-        fields.first() == Some(&name) || (name.parse::<u32>().is_ok() && fields.get(2) == Some(&name))
-    });
+    let line = passwd
+        .lines()
+        .map(|line| line.split(':').collect::<Vec<_>>())
+        .find(|fields| fields.first() == Some(&name) || (name.parse::<u32>().is_ok() && fields.get(2) == Some(&name)));
     let field = |index: usize| line.as_ref().and_then(|fields| fields.get(index)).copied();
-    let uid = name.parse().ok().or_else(|| field(2)?.parse().ok()).ok_or_else(|| format!("no user {name:?} in the image"))?;
+    let uid =
+        name.parse().ok().or_else(|| field(2)?.parse().ok()).ok_or_else(|| format!("no user {name:?} in the image"))?;
     let gid = match (group, group_name) {
         (Some(gid), _) => gid,
         (None, Some(name)) => {

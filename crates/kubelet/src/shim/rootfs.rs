@@ -138,11 +138,11 @@ fn image(spec: &ContainerSpec, root: &Path, lower: &Path) -> Result<(), Failure>
     let (upper, work) = (layer.join("upper"), layer.join("work"));
     make_folder(&upper, 0o755)?;
     make_folder(&work, 0o755)?;
-    if [lower, &upper, &work].iter().any(|path| path.as_os_str().as_encoded_bytes().iter().any(|b| b":,\\".contains(b))) {
+    if [lower, &upper, &work].iter().any(|path| path.as_os_str().as_encoded_bytes().iter().any(|b| b":,\\".contains(b)))
+    {
         return Err(format!("the path {} cannot be used with overlayfs (':', ',' or '\\')", layer.display()));
     }
-    let options =
-        format!("lowerdir={},upperdir={},workdir={}", lower.display(), upper.display(), work.display());
+    let options = format!("lowerdir={},upperdir={},workdir={}", lower.display(), upper.display(), work.display());
     mount(Some("overlay"), root, Some("overlay"), MsFlags::empty(), Some(options.as_str()))
         .map_err(failed("mount the image"))
 }

@@ -1,0 +1,126 @@
+//! Keeps a pod's status in the API equal to what is known here.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use k8s_openapi::api::core::v1::{Pod, PodStatus};
+use kube::api::{DeleteParams, Patch, PatchParams, Preconditions};
+use kube::{Api, ResourceExt};
+use tokio::sync::{Mutex, watch};
+
+use crate::status::PodInfo;
+
+/// What is known of one pod, and the task that publishes it.
+#[derive(Clone)]
+pub(crate) struct Board {
+    info: watch::Sender<PodInfo>,
+    writer: Arc<Writer>,
+}
+
+struct Writer {
+    api: Api<Pod>,
+    name: String,
+    uid: String,
+    written: Mutex<Written>,
+}
+
+struct Written {
+    status: Option<PodStatus>,
+    /// The object is gone, or another one has its name.
+    over: bool,
+}
+
+impl Board {
+    pub(crate) fn new(client: kube::Client, pod: &Pod, info: PodInfo) -> Self {
+        let api = Api::namespaced(client, &pod.namespace().unwrap_or_default());
+        let (name, uid) = (pod.name_any(), pod.uid().unwrap_or_default());
+        let written = Mutex::new(Written { status: pod.status.clone(), over: false });
+        Self { info: watch::Sender::new(info), writer: Arc::new(Writer { api, name, uid, written }) }
+    }
+
+    /// Changes what is known.
+    pub(crate) fn change(&self, change: impl FnOnce(&mut PodInfo)) {
+        self.info.send_if_modified(|info| {
+            let before = info.clone();
+            change(info);
+            *info != before
+        });
+    }
+
+    /// What is known now.
+    pub(crate) fn info(&self) -> PodInfo {
+        self.info.borrow().clone()
+    }
+
+    /// Publishes every change, until dropped.
+    pub(crate) async fn publish(&self) {
+        let mut changes = self.info.subscribe();
+        loop {
+            changes.borrow_and_update();
+            while !self.write().await {
+                tokio::time::sleep(Duration::from_millis(500)).await;
+            }
+            if changes.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Publishes what is known now; `false` if the API server could not be reached or did not want it.
+    pub(crate) async fn write(&self) -> bool {
+        let mut written = self.writer.written.lock().await;
+        if written.over {
+            return true;
+        }
+        let status = self.info().status(written.status.as_ref());
+        if written.status.as_ref() == Some(&status) {
+            return true;
+        }
+        // The uid makes sure that it is not another pod with the same name.
+        let patch = serde_json::json!({ "metadata": { "uid": self.writer.uid }, "status": status });
+        let result =
+            self.writer.api.patch_status(&self.writer.name, &PatchParams::default(), &Patch::Merge(patch)).await;
+        match result {
+            Ok(_) => {
+                written.status = Some(status);
+                true
+            }
+            Err(kube::Error::Api(answer)) if matches!(answer.code, 404 | 409 | 422) => {
+                tracing::debug!(pod = self.writer.name, code = answer.code, answer.message, "status not wanted");
+                // A conflict of versions cannot be (none was sent): it is the uid.
+                written.over = answer.code != 422;
+                true
+            }
+            Err(error) => {
+                tracing::debug!(pod = self.writer.name, %error, "cannot write the status");
+                false
+            }
+        }
+    }
+
+    /// Sets an annotation.
+    pub(crate) async fn annotate(&self, key: &str, value: &str) {
+        let patch = serde_json::json!({ "metadata": { "uid": self.writer.uid, "annotations": { key: value } } });
+        let result = self.writer.api.patch(&self.writer.name, &PatchParams::default(), &Patch::Merge(patch)).await;
+        if let Err(error) = result {
+            tracing::warn!(pod = self.writer.name, key, %error, "cannot annotate");
+        }
+    }
+
+    /// Removes the object for good, now that nothing of the pod is left; tries until it is gone.
+    pub(crate) async fn delete(&self) {
+        let parameters = DeleteParams {
+            grace_period_seconds: Some(0),
+            preconditions: Some(Preconditions { uid: Some(self.writer.uid.clone()), resource_version: None }),
+            ..DeleteParams::default()
+        };
+        loop {
+            match self.writer.api.delete(&self.writer.name, &parameters).await {
+                Ok(_) => return,
+                Err(kube::Error::Api(answer)) if matches!(answer.code, 404 | 409) => return,
+                Err(error) => tracing::debug!(pod = self.writer.name, %error, "cannot delete"),
+            }
+            tokio::time::sleep(Duration::from_millis(500)).await;
+        }
+    }
+}
