@@ -15,6 +15,8 @@ pub struct Facts {
     pub now: Timestamp,
     /// The VMI, as the API has it.
     pub vmi: VmiView,
+    /// For how long this process has known of the VMI's present migration.
+    pub known_for: Duration,
     /// The VMI's launcher pods on this node, by name.
     pub pods: BTreeMap<String, PodView>,
     /// The channels that this process holds open as a migration's target.

@@ -75,7 +75,7 @@ pub async fn run(
 
 async fn beat(api: &Api<Node>, node: &str, schedulable: bool, offer: &Offer) -> Result<(), kube::Error> {
     let patch = patch(schedulable, offer, Timestamp::now());
-    api.patch_metadata(node, &PatchParams::default(), &Patch::Merge(patch)).await.map(drop)
+    api.patch(node, &PatchParams::default(), &Patch::Merge(patch)).await.map(drop)
 }
 
 fn patch(schedulable: bool, offer: &Offer, now: Timestamp) -> Value {

@@ -319,4 +319,71 @@ mod tests {
         let bad = vmi(json!([{ "name": "default", "masquerade": {}, "ports": [{ "port": 70000 }] }]), pod);
         assert!(text(&bad).contains("70000"));
     }
+
+    /// A namespace with a process in it, both gone when dropped.
+    struct Scratch {
+        name: String,
+        child: std::process::Child,
+    }
+
+    impl Scratch {
+        fn new() -> Self {
+            let name = format!("gw-handler-test-{}", std::process::id());
+            let namespace = Namespace::create(&name).unwrap();
+            let child = namespace.run(|| std::process::Command::new("sleep").arg("600").spawn().unwrap()).unwrap();
+            Self { name, child }
+        }
+    }
+
+    impl Drop for Scratch {
+        fn drop(&mut self) {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+            let _ = Namespace::delete(&self.name);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_pod_is_wired_and_wiring_it_again_changes_nothing() {
+        let scratch = Scratch::new();
+        let namespace = Namespace::open(&scratch.name).unwrap();
+        let links = namespace.links().unwrap();
+        for (inside, outside) in [("eth0", "out0"), ("podb1f51a511f1", "out1")] {
+            let end = |name| godwit_network::VethEnd { namespace: &namespace, name, mac: None };
+            links.veth(&end(inside), &end(outside), Some(1400)).await.unwrap();
+        }
+        links.add_address("podb1f51a511f1", "192.168.9.9".parse().unwrap(), 24).await.unwrap();
+        let vmi = vmi(
+            json!([{ "name": "default", "masquerade": {} }, { "name": "red", "bridge": {} }]),
+            json!([{ "name": "default", "pod": {} }, { "name": "red", "multus": { "networkName": "br-red" } }]),
+        );
+        let first = wire(scratch.child.id(), &vmi).await.unwrap();
+        let seen = links.list().await.unwrap();
+        // As after a restart of the handler: its servers are gone, the links are there.
+        let interfaces = first.interfaces.clone();
+        drop(first);
+        let second = wire(scratch.child.id(), &vmi).await.unwrap();
+        assert_eq!(second.interfaces, interfaces);
+        let shape = |l: &godwit_network::LinkInfo| (l.name.clone(), l.index, l.mac, l.mtu, l.master);
+        let again = links.list().await.unwrap();
+        assert_eq!(seen.iter().map(shape).collect::<Vec<_>>(), again.iter().map(shape).collect::<Vec<_>>());
+
+        let link = |name: &str| again.iter().find(|l| l.name == name).unwrap_or_else(|| panic!("no {name}"));
+        assert_eq!(link("k6t-eth0").mac, Some(GATEWAY_MAC));
+        assert_eq!(link("tapeth0").master, Some(link("k6t-eth0").index));
+        assert_eq!(link("eth0").master, None);
+        assert_eq!(link("podb1f51a511f1").master, Some(link("k6t-b1f51a511f1").index));
+        assert_eq!(link("tapb1f51a511f1").master, Some(link("k6t-b1f51a511f1").index));
+        assert_eq!(link("tapb1f51a511f1").mtu, 1400);
+        let gateway = links.addresses("k6t-eth0").await.unwrap();
+        assert!(gateway.contains(&("10.0.2.1".parse().unwrap(), 24)), "{gateway:?}");
+        let moved = links.addresses("podb1f51a511f1").await.unwrap();
+        assert!(!moved.iter().any(|(a, _)| a.is_ipv4()), "the segment is the guest's: {moved:?}");
+
+        let mut gone = vmi.clone();
+        gone.spec.networks[1].name = "blue".into();
+        gone.spec.domain.devices.interfaces[1].name = "blue".into();
+        let error = wire(scratch.child.id(), &gone).await.err().unwrap().to_string();
+        assert!(error.contains("blue") && error.contains("is its network attached"), "{error}");
+    }
 }

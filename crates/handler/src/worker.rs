@@ -29,6 +29,17 @@ const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_
 /// Between two reads of a VMI that no watch of this node shows any more, while something is still to be done for it.
 const REREAD: Duration = Duration::from_secs(1);
 
+/// How long the API may take. A node that is cut off from it must still be able to cancel what goes over the same link.
+const API_LIMIT: Duration = Duration::from_secs(5);
+
+/// Waits for the API, but not for ever.
+async fn limited<T>(call: impl Future<Output = Result<T, kube::Error>>) -> Result<T, String> {
+    match tokio::time::timeout(API_LIMIT, call).await {
+        Ok(result) => result.map_err(|e| e.to_string()),
+        Err(_) => Err(format!("the API does not answer within {API_LIMIT:?}")),
+    }
+}
+
 /// What a worker is told.
 #[derive(Debug)]
 pub enum Input {
@@ -105,6 +116,8 @@ pub struct Worker {
     target: Option<Target>,
     source: Option<Source>,
     migratable: (Option<Instant>, write::Migratable),
+    /// Since when this process knows of the present migration.
+    known: Option<(String, Instant)>,
     /// What was complained about last, so that a complaint is not repeated at each attempt.
     complaint: Option<String>,
 }
@@ -134,6 +147,7 @@ impl Worker {
             target: None,
             source: None,
             migratable: (None, write::Migratable::default()),
+            known: None,
             complaint: None,
         };
         tokio::spawn(worker.run());
@@ -236,8 +250,8 @@ impl Worker {
     }
 
     /// Reads the VMI, which no watch shows at present.
-    async fn read(&mut self) -> Result<(), kube::Error> {
-        let found = self.api().get_opt(&self.name).await?;
+    async fn read(&mut self) -> Result<(), String> {
+        let found = limited(self.api().get_opt(&self.name)).await?;
         // Another VMI of the same name is not ours.
         self.vmi = found.filter(|vmi| vmi.uid() == self.uid).map(Arc::new);
         Ok(())
@@ -258,6 +272,10 @@ impl Worker {
 
     fn look(&mut self, vmi: &VirtualMachineInstance) -> Facts {
         let view = view::vmi(vmi);
+        let uid = view.migration.as_ref().map(|m| &m.uid);
+        if self.known.as_ref().map(|(known, _)| known) != uid {
+            self.known = uid.map(|uid| (uid.clone(), Instant::now()));
+        }
         let mut pods = BTreeMap::new();
         for (name, pod) in &self.pods {
             let view = PodView {
@@ -285,6 +303,7 @@ impl Worker {
             node: self.context.node.clone(),
             now: Timestamp::now(),
             vmi: view,
+            known_for: self.known.as_ref().map(|(_, since)| since.elapsed()).unwrap_or_default(),
             pods,
             target: self.target.as_ref().map(Target::view),
             source: self.source.as_ref().map(Source::view),
@@ -318,7 +337,14 @@ impl Worker {
         };
         let Some(patch) = write::patch(vmi, changes, &sources) else { return Ok(false) };
         let began = Instant::now();
-        match self.api().patch(&self.name, &PatchParams::default(), &Patch::Merge(&patch)).await {
+        let api = self.api();
+        let (params, merge) = (PatchParams::default(), Patch::Merge(&patch));
+        let Ok(answer) = tokio::time::timeout(API_LIMIT, api.patch(&self.name, &params, &merge)).await else {
+            return Err(Stop::Failed(format!(
+                "cannot write the VMI's status: the API does not answer within {API_LIMIT:?}"
+            )));
+        };
+        match answer {
             Ok(written) => {
                 tracing::debug!(vmi = self.name, ms = began.elapsed().as_millis() as u64, %patch, "written");
                 self.vmi = Some(Arc::new(written));

@@ -8,6 +8,8 @@ use super::{Action, Change, Plan};
 use crate::channel;
 use crate::facts::{Facts, Go, Launcher, MigrationView, PodView, SourceView, is_alive, migration};
 
+/// How long the target's handler may take to prepare a pod that is ready.
+const PREPARE_WITHIN: Duration = Duration::from_secs(180);
 /// How long the target's handler may be out of reach before the start is given up.
 const REACH_WITHIN: Duration = Duration::from_secs(30);
 /// Between two attempts to reach it.
@@ -84,6 +86,13 @@ fn begin(facts: &Facts, m: &MigrationView, pod: &PodView, link: Option<&SourceVi
     }
     // The target publishes both ports at once; without them it is not ready.
     if m.target_address.is_none() || m.port(channel::CONTROL).is_none() || m.port(channel::MEMORY).is_none() {
+        if facts.known_for >= PREPARE_WITHIN {
+            let seconds = PREPARE_WITHIN.as_secs();
+            let node = &m.target_node;
+            fail(m, format!("Live migration failed: node {node} has not prepared the target within {seconds} s"), plan);
+        } else {
+            plan.wake(PREPARE_WITHIN - facts.known_for);
+        }
         return;
     }
     let Some(link) = link else {

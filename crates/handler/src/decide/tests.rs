@@ -35,6 +35,7 @@ fn facts(phase: &str, pods: Vec<PodView>) -> Facts {
         node: ME.into(),
         now: now(),
         vmi: VmiView { phase: phase.into(), grace_seconds: 30, node_name: Some(ME.into()), ..VmiView::default() },
+        known_for: Duration::ZERO,
         pods: pods.into_iter().map(|p| (p.name.clone(), p)).collect(),
         target: None,
         source: None,
@@ -346,6 +347,14 @@ fn a_source_waits_for_the_target_then_dials_then_starts() {
     let dialling = SourceView { ready: false, ..link() };
     assert!(orders(&decide(&source_facts(published(), running(), Some(dialling)))).is_empty());
     assert_eq!(orders(&decide(&source_facts(published(), running(), Some(link())))), ["migrate old"]);
+}
+
+#[test]
+fn a_target_that_is_never_prepared_is_not_waited_for_for_ever() {
+    let mut facts = source_facts(leaving(), answers(state(DomainPhase::Running)), None);
+    assert_eq!(decide(&facts).wake, Some(Duration::from_secs(180)));
+    facts.known_for = Duration::from_secs(181);
+    assert_eq!(failure(&decide(&facts)), "Live migration failed: node node2 has not prepared the target within 180 s");
 }
 
 #[test]

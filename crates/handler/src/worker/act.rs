@@ -12,7 +12,7 @@ use jiff::Timestamp;
 use k8s_openapi::api::core::v1::PersistentVolumeClaim;
 use kube::api::Api;
 
-use super::{Meter, Pod, Source, Stop, Target, Worker};
+use super::{Meter, Pod, Source, Stop, Target, Worker, limited};
 use crate::channel::{BLOCKS, CONTROL, MEMORY, TargetChannels, TargetOptions};
 use crate::decide::{Action, Change};
 use crate::facts::{Facts, MigrationView};
@@ -340,10 +340,9 @@ impl Worker {
         let mut found = Vec::new();
         for volume in &vmi.spec.volumes {
             let Some(source) = &volume.persistent_volume_claim else { continue };
-            let claim =
-                self.claims().get_opt(&source.claim_name).await.map_err(|e| {
-                    Stop::Failed(format!("cannot read PersistentVolumeClaim {}: {e}", source.claim_name))
-                })?;
+            let claim = limited(self.claims().get_opt(&source.claim_name))
+                .await
+                .map_err(|e| Stop::Failed(format!("cannot read PersistentVolumeClaim {}: {e}", source.claim_name)))?;
             let capacity_bytes = claim.as_ref().and_then(|claim| {
                 let bound = claim.status.as_ref().and_then(|s| s.capacity.as_ref()).and_then(|c| c.get("storage"));
                 let asked = claim.spec.as_ref().and_then(|s| s.resources.as_ref()).and_then(|r| r.requests.as_ref());
@@ -388,7 +387,7 @@ impl Worker {
         let mut claims = BTreeMap::new();
         for volume in &vmi.spec.volumes {
             let Some(source) = &volume.persistent_volume_claim else { continue };
-            let access = match self.claims().get_opt(&source.claim_name).await {
+            let access = match limited(self.claims().get_opt(&source.claim_name)).await {
                 Ok(Some(claim)) => ClaimAccess::Modes(claim.spec.and_then(|s| s.access_modes).unwrap_or_default()),
                 _ => ClaimAccess::Unknown,
             };
