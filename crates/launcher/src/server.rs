@@ -122,19 +122,17 @@ fn turn(state: &State) -> Turn {
 
 /// The next state worth a line: turns at once, numbers at a pace. `None` at the launcher's end, after its last state.
 async fn next(states: &mut watch::Receiver<State>, last: Option<&Sent>) -> Option<State> {
+    states.changed().await.ok()?;
+    let Some(last) = last else { return Some(states.borrow_and_update().clone()) };
     loop {
-        states.changed().await.ok()?;
-        let Some(last) = last else { return Some(states.borrow_and_update().clone()) };
-        loop {
-            let state = states.borrow_and_update().clone();
-            if state.phase != last.phase || turn(&state) != last.turn {
-                return Some(state);
-            }
-            // Whatever comes within the pace replaces this; after it, this is sent.
-            match tokio::time::timeout_at(last.at + PACE, states.changed()).await {
-                Ok(Ok(())) => {}
-                Ok(Err(_)) | Err(_) => return Some(state),
-            }
+        let state = states.borrow_and_update().clone();
+        if state.phase != last.phase || turn(&state) != last.turn {
+            return Some(state);
+        }
+        // Whatever comes within the pace replaces this; after it, this is sent.
+        match tokio::time::timeout_at(last.at + PACE, states.changed()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(_)) | Err(_) => return Some(state),
         }
     }
 }

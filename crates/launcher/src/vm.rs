@@ -6,7 +6,7 @@ mod migration;
 use crate::agent;
 use crate::console::{self, Console};
 use crate::plan::{self, AGENT, Inputs, SERIAL};
-use crate::record;
+use crate::record::{self, Record};
 use crate::rpc::{
     Accelerator, DomainPhase, EventRecord, GuestAgentFacts, InterfaceOrder, MigrationRef, MigrationRole, Paths,
     Refusal, ShutdownOrder, SourceOrder, State, TargetOrder, TargetReady, VmOrder, VolumeFacts,
@@ -135,6 +135,8 @@ pub struct Vm {
     /// Numbers and names of the disks that would have to be copied.
     local_disks: Vec<(usize, String)>,
     ready: Option<TargetReady>,
+    /// Where it will be written down that the guest has left.
+    record: Option<Record>,
     grace: Duration,
     ending: Option<Ending>,
     /// QEMU's reason for its shutdown, once it announced one.
@@ -174,6 +176,7 @@ impl Vm {
             console: None,
             local_disks: Vec::new(),
             ready: None,
+            record: None,
             grace: Duration::from_secs(30),
             ending: None,
             shutdown_reason: None,
@@ -290,8 +293,8 @@ impl Vm {
         let socket = format!("incoming-{}.sock", short(&migration_uid));
         let path = self.paths.sockets.join(&socket);
         let _ = std::fs::remove_file(&path);
-        let incoming = Incoming::launch(&program, &plan.machine, &path).await?;
-        let ready = self.offer(&incoming, socket, &plan, &migration_uid).await?;
+        let mut incoming = Incoming::launch(&program, &plan.machine, &path).await?;
+        let ready = self.offer(&mut incoming, socket, &plan, &migration_uid).await?;
         self.attach(incoming.qemu(), accelerator, plan.machine.serial.is_some()).await?;
         self.local_disks = plan.local_disks;
         self.grace = grace(&vmi);

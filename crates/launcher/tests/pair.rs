@@ -4,6 +4,7 @@
 
 use godwit_guest_rom::{Parameters, Story};
 use godwit_launcher::client::{Client, Error};
+use godwit_launcher::record::{Record, read_departed};
 use godwit_launcher::rpc::*;
 use godwit_launcher::{Accelerator, serve};
 use serde_json::json;
@@ -207,8 +208,8 @@ async fn a_guest_moves_and_the_source_ends() {
     source.client.migrate(&source_order(None)).await.unwrap();
     let left = source.until("completed", |s| status(s) == "completed").await;
     assert_eq!(left.phase, DomainPhase::MigratedAway);
-    let record = Pod::paths(source.folder.path()).ephemeral_disks.join("migration-completed.json");
-    assert!(record.exists(), "completed was reported before it was written down");
+    let written = read_departed(&Pod::paths(source.folder.path()).ephemeral_disks).unwrap();
+    assert_eq!(written.expect("completed was reported before it was written down").status, "completed");
     let loaded = target.client.state().await.unwrap();
     assert_eq!(loaded.phase, DomainPhase::Incoming, "it must not run before the go");
     // What has left is not run here again by any order.
@@ -240,11 +241,44 @@ async fn a_guest_moves_and_the_source_ends() {
 }
 
 #[tokio::test]
+async fn a_disk_of_its_own_moves_with_the_guest() {
+    let (source, target) = (Pod::start().await, Pod::start().await);
+    let work = |pod: &Pod| Pod::paths(pod.folder.path()).ephemeral_disks.join("work.img");
+    let content: Vec<u8> = (0..8u32 << 20).map(|n| (n / 4096) as u8 ^ n as u8).collect();
+    std::fs::create_dir_all(work(&source).parent().unwrap()).unwrap();
+    std::fs::write(work(&source), &content).unwrap();
+    let vmi = vmi(
+        json!([{"name": "work", "emptyDisk": {"capacity": "8Mi"}}]),
+        json!([{"name": "work", "disk": {"bus": "virtio"}}]),
+    );
+    source.client.start(&VmOrder { vmi: vmi.clone(), ..vm_order() }).await.unwrap();
+    let mut here = source.console().await;
+    let mut story = Story::default();
+    here.hear(&mut story, 1).await;
+    let ready = target.client.prepare_target(&TargetOrder { vmi, ..target_order() }).await.unwrap();
+    let mut there = target.console().await;
+    // Without a way for its blocks it must not go: the guest would find an empty disk.
+    assert_eq!(refusal(source.client.migrate(&source_order(None)).await), Refusal::Invalid);
+    let _memory = carry(&source, "outgoing.sock", &target, &ready.socket);
+    let _blocks = carry(&source, "blocks.sock", &target, &ready.blocks_socket.unwrap());
+    let order = SourceOrder { blocks_socket: Some("blocks.sock".into()), ..source_order(None) };
+    source.client.migrate(&order).await.unwrap();
+    let left = source.until("the end", |s| s.migration.as_ref().is_some_and(MigrationFacts::is_final)).await;
+    assert_eq!(status(&left), "completed", "{left:?}");
+    let state = target.client.go(MIGRATION).await.unwrap();
+    let downtime = state.migration.unwrap().resume_us.unwrap() - left.migration.unwrap().stop_us.unwrap();
+    eprintln!("standstill with a mirrored disk {downtime} us");
+    here.drain(&mut story).await;
+    there.hear(&mut story, 3).await;
+    assert!(std::fs::read(work(&target)).unwrap() == content);
+}
+
+#[tokio::test]
 async fn a_launcher_that_starts_again_after_the_departure_says_so_and_starts_nothing() {
     let pod = Pod::start().await;
     let facts = MigrationFacts { status: "completed".into(), ..MigrationFacts::new(MIGRATION, MigrationRole::Source) };
     let paths = Pod::paths(pod.folder.path());
-    godwit_launcher::record::write_departed(&paths.ephemeral_disks, &facts).unwrap();
+    Record::prepare(&paths.ephemeral_disks).unwrap().write(&facts).unwrap();
     pod.launcher.abort();
     let (_terminate, wishes) = mpsc::channel(1);
     let again = tokio::spawn(serve(UID.into(), paths.clone(), wishes));
@@ -277,6 +311,7 @@ async fn a_cancelled_migration_leaves_the_guest_and_the_target_is_abandoned() {
     let state = source.until("cancelled", |s| status(s) == "cancelled").await;
     assert_eq!(state.phase, DomainPhase::Running);
     here.hear(&mut story, 3).await;
+    assert_eq!(read_departed(&Pod::paths(source.folder.path()).ephemeral_disks).unwrap(), None);
     // QEMU 7.2 exits by itself when its source goes away, which may be before the handler abandons it.
     let _ = target.client.abandon(MIGRATION).await;
     let ended = target.end().await;

@@ -11,6 +11,7 @@
 //! `cont` is sent by three functions only: [`Prelaunch::start`], [`Incoming::go`] and [`Running::unpause`]. A [`Departed`] QEMU
 //! (postmigrate) has none of them, since its guest may run elsewhere.
 
+use crate::blocks::{self, Blocks, Mirrors};
 use crate::machine::{self, Machine};
 use crate::migration::{DowntimeRamp, Facts, Options, Tracker};
 use crate::process::{Ended, Process};
@@ -25,6 +26,8 @@ const START_LIMIT: Duration = Duration::from_secs(20);
 const SETTLE_LIMIT: Duration = Duration::from_secs(10);
 /// How long a target may take to say that it has loaded what the source knows it has.
 const LOAD_LIMIT: Duration = Duration::from_secs(2);
+/// How long the guest may stand still for the last blocks of its disks; then it runs on at the source.
+const FINISH_LIMIT: Duration = Duration::from_secs(5);
 /// "Unlimited": QEMU knows no such word, so more than any link carries.
 const UNLIMITED: u64 = 1 << 40;
 
@@ -151,9 +154,15 @@ impl Qemu {
     }
 
     /// Switches on what every migration here needs, the same on both ends.
-    async fn set_capabilities(&self, auto_converge: bool) -> Result<(), qmp::Error> {
+    async fn set_capabilities(&self, auto_converge: bool, mirrors: bool) -> Result<(), qmp::Error> {
         // Without `return-path` a source may report a success for a guest that the target could not load.
-        let wanted = [("events", true), ("return-path", true), ("auto-converge", auto_converge)];
+        let wanted = [
+            ("events", true),
+            ("return-path", true),
+            ("auto-converge", auto_converge),
+            // The moment to end the mirrors of disks: the guest stands still and the disks are still the source's.
+            ("pause-before-switchover", mirrors),
+        ];
         let capabilities = wanted.map(|(name, state)| CapabilityState { capability: name.into(), state });
         self.qmp.execute(&commands::MigrateSetCapabilities { capabilities: capabilities.into() }).await.map(drop)
     }
@@ -221,33 +230,60 @@ impl Running {
         Ok(())
     }
 
-    /// Begins to send the guest to the unix socket `socket`. On an error nothing was begun and the guest runs on.
-    pub async fn migrate(self, socket: &Path, options: &Options) -> Result<Outgoing, (Running, Error)> {
-        match self.prepare(options).await {
-            Ok(()) => {}
-            Err(error) => return Err((self, error.into())),
+    /// Begins to send the guest to the unix socket `socket`, after the disks that `blocks` names. On an error nothing was
+    /// begun and the guest runs on.
+    pub async fn migrate(
+        self,
+        socket: &Path,
+        options: &Options,
+        blocks: Option<&Blocks>,
+    ) -> Result<Outgoing, (Running, Error)> {
+        let blocks = blocks.filter(|b| !b.disks.is_empty());
+        if let Err(error) = self.prepare(options, blocks.is_some()).await {
+            return Err((self, error.into()));
         }
+        let mirrors = match blocks {
+            None => None,
+            Some(blocks) => match Mirrors::start(&self.qemu.qmp, blocks).await {
+                Ok(mirrors) => Some(mirrors),
+                Err(error) => return Err((self, error.into())),
+            },
+        };
         let ramp = DowntimeRamp::new(options.max_downtime_ms);
         let mut tracker = Tracker::new(self.qemu.qmp.event_count());
         tracker.limit(ramp.limit_ms());
-        let uri = format!("unix:{}", socket.display());
-        match self.qemu.qmp.execute(&commands::Migrate { uri }).await {
-            // No answer is no refusal: it may be on its way, so it is followed.
-            Ok(_) | Err(qmp::Error::Timeout { .. } | qmp::Error::Unreadable { .. }) => {
-                Ok(Outgoing { qemu: self.qemu, paused: self.paused, tracker, ramp })
-            }
-            Err(error) => Err((self, error.into())),
+        let mut outgoing = Outgoing {
+            qemu: self.qemu,
+            paused: self.paused,
+            tracker,
+            ramp,
+            memory: Memory::Waits { uri: format!("unix:{}", socket.display()) },
+            mirrors,
+            cancelled: false,
+            finish_by: None,
+        };
+        if outgoing.mirrors.is_some() {
+            outgoing.tracker.blocks(0, 0, now_us());
+            return Ok(outgoing);
+        }
+        match outgoing.begin_memory().await {
+            Ok(()) => Ok(outgoing),
+            Err(error) => Err((Running { qemu: outgoing.qemu, paused: outgoing.paused }, error.into())),
         }
     }
 
-    async fn prepare(&self, options: &Options) -> Result<(), qmp::Error> {
-        self.qemu.set_capabilities(options.auto_converge).await?;
+    async fn prepare(&self, options: &Options, mirrors: bool) -> Result<(), qmp::Error> {
+        self.qemu.set_capabilities(options.auto_converge, mirrors).await?;
         let parameters = commands::MigrateSetParameters {
             max_bandwidth: Some(options.bandwidth.filter(|b| *b > 0).unwrap_or(UNLIMITED)),
             downtime_limit: Some(DowntimeRamp::new(options.max_downtime_ms).limit_ms()),
         };
         self.qemu.qmp.execute(&parameters).await.map(drop)
     }
+}
+
+fn now_us() -> i64 {
+    jiff::Timestamp::now().as_microsecond()
 }
 
 /// The guest is being sent; until it is settled, nobody knows where it will be.
@@ -257,6 +293,24 @@ pub struct Outgoing {
     paused: bool,
     tracker: Tracker,
     ramp: DowntimeRamp,
+    memory: Memory,
+    mirrors: Option<Mirrors>,
+    cancelled: bool,
+    /// When the mirrors must have ended, once the guest stands still for that.
+    finish_by: Option<tokio::time::Instant>,
+}
+
+/// How far the sending of memory is.
+#[derive(Debug, PartialEq, Eq)]
+enum Memory {
+    /// For the disks.
+    Waits { uri: String },
+    /// QEMU was told to send it.
+    Begun,
+    /// QEMU was told to go on from `pre-switchover`.
+    Continued,
+    /// It was given up before it began.
+    Never,
 }
 
 /// Where the guest is after a migration.
@@ -267,7 +321,7 @@ pub enum Settled {
     /// It never left; how the try went.
     Stays(Running, Facts),
     /// QEMU ended in the middle, or does not say.
-    Unclear(Outgoing, Error),
+    Unclear(Box<Outgoing>, Error),
 }
 
 impl Outgoing {
@@ -284,12 +338,25 @@ impl Outgoing {
     /// Takes an event of QEMU's.
     pub fn event(&mut self, event: &Event) {
         self.tracker.event(event);
+        if let Some(mirrors) = &mut self.mirrors {
+            mirrors.event(event);
+        }
     }
 
-    /// Looks at the numbers, and allows a longer standstill if it no longer comes nearer the end.
+    /// Looks at the numbers, allows a longer standstill if it no longer comes nearer the end, and goes on (see
+    /// [`Outgoing::advance`]).
     pub async fn look(&mut self) -> Result<(), qmp::Error> {
+        match (&self.memory, &mut self.mirrors) {
+            (Memory::Waits { .. }, Some(mirrors)) => {
+                let (total, copied) = mirrors.look(&self.qemu.qmp).await?;
+                self.tracker.blocks(total, copied, now_us());
+                return self.advance().await;
+            }
+            (Memory::Never, _) => return Ok(()),
+            _ => {}
+        }
         let info = self.qemu.qmp.execute(&commands::QueryMigrate {}).await?;
-        self.tracker.look(&info, jiff::Timestamp::now().as_microsecond());
+        self.tracker.look(&info, now_us());
         let facts = self.tracker.facts();
         if facts.status == MigrationStatus::Active
             && let Some(limit) = self.ramp.look(facts.passes, facts.remaining_bytes)
@@ -299,12 +366,91 @@ impl Outgoing {
             self.qemu.qmp.execute(&parameters).await?;
             self.tracker.limit(limit);
         }
-        Ok(())
+        self.advance().await
+    }
+
+    async fn begin_memory(&mut self) -> Result<(), qmp::Error> {
+        let Memory::Waits { uri } = std::mem::replace(&mut self.memory, Memory::Begun) else { return Ok(()) };
+        self.tracker.memory_from(self.qemu.qmp.event_count());
+        match self.qemu.qmp.execute(&commands::Migrate { uri }).await {
+            // No answer is no refusal: it may be on its way, so it is followed.
+            Ok(_) | Err(qmp::Error::Timeout { .. } | qmp::Error::Unreadable { .. }) => Ok(()),
+            Err(error) => {
+                self.memory = Memory::Never;
+                Err(error)
+            }
+        }
+    }
+
+    /// Does what is due: memory after the disks, the mirrors' end when the guest stands still. To be called after events.
+    pub async fn advance(&mut self) -> Result<(), qmp::Error> {
+        let Some(mut mirrors) = self.mirrors.take() else { return Ok(()) };
+        let kept = self.advance_with(&mut mirrors).await;
+        if matches!(kept, Ok(true) | Err(_)) {
+            self.mirrors = Some(mirrors);
+        }
+        kept.map(drop)
+    }
+
+    /// Whether the mirrors are still needed.
+    async fn advance_with(&mut self, mirrors: &mut Mirrors) -> Result<bool, qmp::Error> {
+        let qmp = self.qemu.qmp.clone();
+        match self.facts().status {
+            MigrationStatus::Completed => return Ok(false),
+            MigrationStatus::Failed | MigrationStatus::Cancelled => {
+                mirrors.abandon(&qmp).await;
+                return Ok(false);
+            }
+            _ => {}
+        }
+        match (&self.memory, mirrors.failure()) {
+            (Memory::Waits { .. }, failure) if self.cancelled || failure.is_some() => {
+                mirrors.abandon(&qmp).await;
+                self.memory = Memory::Never;
+                let status = if self.cancelled { MigrationStatus::Cancelled } else { MigrationStatus::Failed };
+                self.tracker.end(status, failure, now_us());
+                return Ok(false);
+            }
+            (Memory::Waits { .. }, _) => {
+                if mirrors.are_ready()
+                    && let Err(error) = self.begin_memory().await
+                {
+                    mirrors.abandon(&qmp).await;
+                    self.tracker.end(MigrationStatus::Failed, Some(error.to_string()), now_us());
+                    return Ok(false);
+                }
+            }
+            (Memory::Begun, Some(why)) => self.give_up(why).await?,
+            (Memory::Begun, None) if self.facts().status == MigrationStatus::PreSwitchover => {
+                let now = tokio::time::Instant::now();
+                let finish_by = *self.finish_by.get_or_insert(now + FINISH_LIMIT);
+                mirrors.finish(&qmp).await?;
+                if mirrors.are_done() {
+                    self.memory = Memory::Continued;
+                    qmp.execute(&commands::MigrateContinue { state: "pre-switchover" }).await?;
+                    mirrors.close(&qmp).await;
+                } else if now > finish_by {
+                    self.give_up("the copies of the disks could not be finished in time".into()).await?;
+                }
+            }
+            _ => {}
+        }
+        Ok(true)
+    }
+
+    async fn give_up(&mut self, why: String) -> Result<(), qmp::Error> {
+        self.tracker.fail(why);
+        self.qemu.qmp.execute(&commands::MigrateCancel {}).await.map(drop)
     }
 
     /// Asks QEMU to cancel. It may be too late: only [`Outgoing::settle`] tells.
-    pub async fn cancel(&self) -> Result<(), qmp::Error> {
-        self.qemu.qmp.execute(&commands::MigrateCancel {}).await.map(drop)
+    pub async fn cancel(&mut self) -> Result<(), qmp::Error> {
+        self.cancelled = true;
+        match self.memory {
+            Memory::Waits { .. } => self.advance().await,
+            Memory::Begun | Memory::Continued => self.qemu.qmp.execute(&commands::MigrateCancel {}).await.map(drop),
+            Memory::Never => Ok(()),
+        }
     }
 
     /// After QEMU's last word (see [`Facts::is_final`]): where the guest is.
@@ -330,7 +476,7 @@ impl Outgoing {
                 (_, state) if tokio::time::Instant::now() > end => {
                     let error = Error::State { wanted: "the guest should have left or run on", state: state.as_str() };
                     self.tracker.fail(error.to_string());
-                    return Settled::Unclear(self, error);
+                    return Settled::Unclear(Box::new(self), error);
                 }
                 _ => tokio::time::sleep(Duration::from_millis(2)).await,
             }
@@ -343,7 +489,7 @@ impl Outgoing {
             let facts = self.tracker.facts().clone();
             return Settled::Departed(Departed { qemu: self.qemu, facts });
         }
-        Settled::Unclear(self, error.into())
+        Settled::Unclear(Box::new(self), error.into())
     }
 }
 
@@ -385,6 +531,7 @@ impl Departed {
 pub struct Incoming {
     qemu: Qemu,
     tracker: Tracker,
+    offers_blocks: bool,
 }
 
 impl Incoming {
@@ -392,13 +539,19 @@ impl Incoming {
     pub async fn launch(program: &Path, machine: &Machine, socket: &Path) -> Result<Incoming, Error> {
         let machine = Machine { incoming: true, ..machine.clone() };
         let qemu = Qemu::launch(program, &machine).await?;
-        qemu.set_capabilities(false).await?;
+        qemu.set_capabilities(false, false).await?;
         let tracker = Tracker::arriving();
         // Older ones exit when they cannot load; their last words are the reason then.
         let exit_on_error = (qemu.version >= VersionTriple { major: 9, minor: 1, micro: 0 }).then_some(false);
         let uri = format!("unix:{}", socket.display());
         qemu.qmp.execute(&commands::MigrateIncoming { uri, exit_on_error }).await?;
-        Ok(Incoming { qemu, tracker })
+        Ok(Incoming { qemu, tracker, offers_blocks: false })
+    }
+
+    /// Offers disks (numbers in the machine, and names) behind the unix socket `socket`, for the source to copy its own to.
+    pub async fn offer_blocks(&mut self, socket: &Path, disks: &[(usize, String)]) -> Result<(), Error> {
+        self.offers_blocks = true;
+        Ok(blocks::offer(&self.qemu.qmp, socket, disks).await?)
     }
 
     /// The QEMU.
@@ -449,6 +602,12 @@ impl Incoming {
                 return Err(GoError { incoming: self, may_run: false, error });
             }
             tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        if self.offers_blocks {
+            if let Err(error) = blocks::stop(&self.qemu.qmp).await {
+                return Err(GoError { incoming: self, may_run: false, error: error.into() });
+            }
+            self.offers_blocks = false;
         }
         match self.qemu.qmp.execute(&commands::Cont {}).await {
             Ok(_) => Ok(Running { qemu: self.qemu, paused: false }),

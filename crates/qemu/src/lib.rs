@@ -5,6 +5,7 @@
 //! QEMU 7.2 and newer; what only a newer one has is detected at its start.
 
 pub mod accelerator;
+pub mod blocks;
 pub mod instance;
 pub mod machine;
 pub mod migration;

@@ -84,12 +84,14 @@ pub struct Tracker {
     last_look: Option<(i64, u64)>,
     /// QEMU's answers can only be about this migration, since it has had no other.
     only_one: bool,
+    /// Bytes of disks to copy and copied, which count like memory.
+    blocks: (u64, u64),
 }
 
 impl Tracker {
     /// Begins with the event of this number.
     pub fn new(from_event: u64) -> Self {
-        Tracker { facts: Facts::default(), from_event, last_look: None, only_one: false }
+        Tracker { facts: Facts::default(), from_event, last_look: None, only_one: false, blocks: (0, 0) }
     }
 
     /// For a QEMU that was started to receive.
@@ -146,22 +148,13 @@ impl Tracker {
             self.status(info.status, now_us);
         }
         if let Some(ram) = &info.ram {
-            self.facts.total_bytes = ram.total;
-            self.facts.sent_bytes = ram.transferred;
-            self.facts.remaining_bytes = ram.remaining;
+            let (blocks, copied) = self.blocks;
+            let sent = copied.saturating_add(ram.transferred);
+            self.facts.total_bytes = blocks.saturating_add(ram.total);
+            self.facts.remaining_bytes = blocks.saturating_sub(copied).saturating_add(ram.remaining);
             self.facts.passes = self.facts.passes.max(ram.dirty_sync_count);
             self.facts.dirty_bytes_per_second = ram.dirty_pages_rate.saturating_mul(ram.page_size);
-            match self.last_look {
-                // Two looks that are close together measure the buffers, not the link.
-                Some((then, _)) if now_us.saturating_sub(then) < 50_000 => {}
-                Some((then, sent)) => {
-                    let elapsed = now_us.saturating_sub(then).unsigned_abs();
-                    let bytes = ram.transferred.saturating_sub(sent);
-                    self.facts.bytes_per_second = bytes.saturating_mul(1_000_000).checked_div(elapsed).unwrap_or(0);
-                    self.last_look = Some((now_us, ram.transferred));
-                }
-                None => self.last_look = Some((now_us, ram.transferred)),
-            }
+            self.sent(sent, now_us);
         }
         if let Some(total) = info.total_time {
             self.facts.total_ms = Some(total);
@@ -176,11 +169,48 @@ impl Tracker {
             };
         }
         if let Some(error) = &info.error_desc {
-            self.facts.error = Some(error.clone());
+            self.facts.error.get_or_insert_with(|| error.clone());
         }
         // The answer may be ahead of the event on its way; the event brings the exact time.
         if is_final(info.status) && !self.facts.is_final() {
             self.status(info.status, now_us);
+        }
+    }
+
+    fn sent(&mut self, sent: u64, now_us: i64) {
+        self.facts.sent_bytes = sent;
+        match self.last_look {
+            // Two looks that are close together measure the buffers, not the link.
+            Some((then, _)) if now_us.saturating_sub(then) < 50_000 => {}
+            Some((then, before)) => {
+                let elapsed = now_us.saturating_sub(then).unsigned_abs();
+                let bytes = sent.saturating_sub(before);
+                self.facts.bytes_per_second = bytes.saturating_mul(1_000_000).checked_div(elapsed).unwrap_or(0);
+                self.last_look = Some((now_us, sent));
+            }
+            None => self.last_look = Some((now_us, sent)),
+        }
+    }
+
+    /// The disks come first: how many bytes there are and how many of them are copied.
+    pub(crate) fn blocks(&mut self, total: u64, copied: u64, now_us: i64) {
+        self.blocks = (total, copied);
+        self.facts.total_bytes = total;
+        self.facts.remaining_bytes = total.saturating_sub(copied);
+        self.status(MigrationStatus::Setup, now_us);
+        self.sent(copied, now_us);
+    }
+
+    /// The memory follows: earlier events of QEMU's are about something else.
+    pub(crate) fn memory_from(&mut self, event: u64) {
+        self.from_event = event;
+    }
+
+    /// It ends before QEMU has begun with the memory.
+    pub(crate) fn end(&mut self, status: MigrationStatus, error: Option<String>, now_us: i64) {
+        self.status(status, now_us);
+        if let Some(error) = error {
+            self.fail(error);
         }
     }
 

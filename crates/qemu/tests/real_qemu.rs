@@ -4,8 +4,9 @@
 
 use godwit_guest_rom::{Parameters, Story};
 use godwit_qemu::accelerator::{self, Accelerator};
+use godwit_qemu::blocks::Blocks;
 use godwit_qemu::instance::{Error, Incoming, Outgoing, Prelaunch, Running, Settled};
-use godwit_qemu::machine::{Boot, Machine};
+use godwit_qemu::machine::{Boot, Bus, Cache, Disk, DiskKind, Format, Machine};
 use godwit_qemu::migration::Options;
 use godwit_qemu::process::find_qemu;
 use godwit_qemu::qmp::commands::{MigrationStatus, RunState};
@@ -115,7 +116,7 @@ async fn a_guest_flies_and_never_runs_twice() {
     assert!(!target.is_loaded().await.unwrap());
     assert_eq!(source.qemu().machine_type(), target.qemu().machine_type());
 
-    let mut outgoing = source.migrate(&place.path("flight"), &Options::default()).await.map_err(|e| e.1).unwrap();
+    let mut outgoing = source.migrate(&place.path("flight"), &Options::default(), None).await.map_err(|e| e.1).unwrap();
     follow(&mut outgoing).await;
     let Settled::Departed(departed) = outgoing.settle().await else { panic!("it did not leave") };
     assert_eq!(departed.facts().status, MigrationStatus::Completed);
@@ -153,7 +154,8 @@ async fn the_guest_flies_on_and_on() {
         let machine = place.machine(&format!("round{round}"));
         let incoming = Incoming::launch(&qemu(), &machine, &place.path(&name)).await.unwrap();
         let mut there = Console::open(&place.path(&format!("round{round}-serial"))).await;
-        let mut outgoing = running.migrate(&place.path(&name), &Options::default()).await.map_err(|e| e.1).unwrap();
+        let mut outgoing =
+            running.migrate(&place.path(&name), &Options::default(), None).await.map_err(|e| e.1).unwrap();
         follow(&mut outgoing).await;
         let Settled::Departed(departed) = outgoing.settle().await else { panic!("it did not leave") };
         running = incoming.go().await.map_err(|e| e.error).unwrap();
@@ -174,7 +176,7 @@ async fn a_target_killed_in_flight_leaves_the_guest_running_at_the_source() {
     let (target, _there) = place.target().await;
     // Slow enough that it cannot be over before the kill.
     let options = Options { bandwidth: Some(100_000), ..Options::default() };
-    let mut outgoing = source.migrate(&place.path("flight"), &options).await.map_err(|e| e.1).unwrap();
+    let mut outgoing = source.migrate(&place.path("flight"), &options, None).await.map_err(|e| e.1).unwrap();
     let mut events = outgoing.qemu().subscribe();
     while outgoing.facts().status != MigrationStatus::Active {
         outgoing.event(&events.next().await.unwrap());
@@ -189,7 +191,8 @@ async fn a_target_killed_in_flight_leaves_the_guest_running_at_the_source() {
     let machine = place.machine("second");
     let second = Incoming::launch(&qemu(), &machine, &place.path("flight2")).await.unwrap();
     let mut there = Console::open(&place.path("second-serial")).await;
-    let mut outgoing = source.migrate(&place.path("flight2"), &Options::default()).await.map_err(|e| e.1).unwrap();
+    let mut outgoing =
+        source.migrate(&place.path("flight2"), &Options::default(), None).await.map_err(|e| e.1).unwrap();
     follow(&mut outgoing).await;
     let Settled::Departed(departed) = outgoing.settle().await else { panic!("it did not leave") };
     let running = second.go().await.map_err(|e| e.error).unwrap();
@@ -207,7 +210,7 @@ async fn a_cancelled_flight_leaves_the_guest_running_at_the_source() {
     here.hear(&mut story, 2).await;
     let (target, _there) = place.target().await;
     let options = Options { bandwidth: Some(100_000), ..Options::default() };
-    let mut outgoing = source.migrate(&place.path("flight"), &options).await.map_err(|e| e.1).unwrap();
+    let mut outgoing = source.migrate(&place.path("flight"), &options, None).await.map_err(|e| e.1).unwrap();
     let mut events = outgoing.qemu().subscribe();
     while outgoing.facts().status != MigrationStatus::Active {
         outgoing.event(&events.next().await.unwrap());
@@ -234,7 +237,7 @@ async fn a_target_that_cannot_load_the_guest_leaves_it_running_at_the_source() {
     machine.rng = true; // a device that the source does not have is not in the stream
     machine.memory_mib = 32;
     let target = Incoming::launch(&qemu(), &machine, &place.path("flight")).await.unwrap();
-    let mut outgoing = source.migrate(&place.path("flight"), &Options::default()).await.map_err(|e| e.1).unwrap();
+    let mut outgoing = source.migrate(&place.path("flight"), &Options::default(), None).await.map_err(|e| e.1).unwrap();
     follow(&mut outgoing).await;
     assert_eq!(outgoing.facts().status, MigrationStatus::Failed);
     let Settled::Stays(source, _) = outgoing.settle().await else { panic!("it should have stayed") };
@@ -251,7 +254,7 @@ async fn a_migration_to_nowhere_is_an_error_and_the_guest_runs_on() {
     let place = Place::new(busy());
     let (source, mut here) = place.source().await;
     let mut story = Story::default();
-    match source.migrate(&place.path("nobody"), &Options::default()).await {
+    match source.migrate(&place.path("nobody"), &Options::default(), None).await {
         // This QEMU refuses at once; another may begin and fail.
         Err((source, error)) => {
             assert!(matches!(error, Error::Qmp(_)), "{error}");
@@ -329,7 +332,7 @@ async fn kvm_flies_where_it_opens() {
     here.hear(&mut story, 2).await;
     let target = Incoming::launch(&qemu(), &kvm("target"), &place.path("flight")).await.unwrap();
     let mut there = Console::open(&place.path("target-serial")).await;
-    let mut outgoing = source.migrate(&place.path("flight"), &Options::default()).await.map_err(|e| e.1).unwrap();
+    let mut outgoing = source.migrate(&place.path("flight"), &Options::default(), None).await.map_err(|e| e.1).unwrap();
     follow(&mut outgoing).await;
     let Settled::Departed(departed) = outgoing.settle().await else { panic!("it did not leave") };
     let running = target.go().await.map_err(|e| e.error).unwrap();
@@ -337,4 +340,135 @@ async fn kvm_flies_where_it_opens() {
     here.drain(&mut story).await;
     there.hear(&mut story, 3).await;
     running.qemu().quit().await;
+}
+
+/// A machine with a disk of its own of 16 MiB, made by `fill`.
+fn with_disk(place: &Place, end: &str, fill: impl FnOnce(&mut [u8])) -> Machine {
+    let path = place.path(&format!("{end}-disk"));
+    let mut content = vec![0u8; 16 << 20];
+    fill(&mut content);
+    std::fs::write(&path, content).unwrap();
+    let mut machine = place.machine(end);
+    machine.disks.push(Disk {
+        name: "work".into(),
+        path,
+        format: Format::Raw,
+        bus: Bus::Virtio,
+        kind: DiskKind::Disk,
+        read_only: false,
+        serial: None,
+        cache: Cache::default(),
+        boot_index: None,
+    });
+    machine
+}
+
+fn pattern(content: &mut [u8]) {
+    content.iter_mut().enumerate().for_each(|(n, b)| *b = (n / 4096) as u8 ^ n as u8);
+}
+
+fn blocks(place: &Place, end: &str) -> Blocks {
+    Blocks { socket: place.path(&format!("{end}-blocks")), disks: vec![(0, "work".into())] }
+}
+
+#[tokio::test]
+async fn a_disk_that_is_not_shared_flies_along() {
+    let place = Place::new(busy());
+    let prelaunch = Prelaunch::launch(&qemu(), &with_disk(&place, "source", pattern)).await.unwrap();
+    let mut here = Console::open(&place.path("source-serial")).await;
+    let source = prelaunch.start().await.unwrap();
+    let mut story = Story::default();
+    here.hear(&mut story, 2).await;
+    let machine = with_disk(&place, "target", |_| {});
+    let mut target = Incoming::launch(&qemu(), &machine, &place.path("flight")).await.unwrap();
+    let mut there = Console::open(&place.path("target-serial")).await;
+    let blocks = blocks(&place, "target");
+    target.offer_blocks(&blocks.socket, &blocks.disks).await.unwrap();
+
+    let flight = source.migrate(&place.path("flight"), &Options::default(), Some(&blocks)).await;
+    let mut outgoing = flight.map_err(|e| e.1).unwrap();
+    follow(&mut outgoing).await;
+    let Settled::Departed(departed) = outgoing.settle().await else { panic!("it did not leave") };
+    assert!(departed.facts().total_bytes >= 32 << 20, "the disk counts: {:?}", departed.facts());
+    let running = target.go().await.map_err(|e| e.error).unwrap();
+    departed.qemu().quit().await;
+    here.drain(&mut story).await;
+    there.hear(&mut story, 3).await;
+    running.qemu().quit().await;
+    assert!(std::fs::read(place.path("source-disk")).unwrap() == std::fs::read(place.path("target-disk")).unwrap());
+}
+
+#[tokio::test]
+async fn a_target_that_dies_while_disks_are_copied_leaves_the_guest_where_it_was() {
+    let place = Place::new(busy());
+    let prelaunch = Prelaunch::launch(&qemu(), &with_disk(&place, "source", pattern)).await.unwrap();
+    let mut here = Console::open(&place.path("source-serial")).await;
+    let source = prelaunch.start().await.unwrap();
+    let mut story = Story::default();
+    let machine = with_disk(&place, "target", |_| {});
+    let mut target = Incoming::launch(&qemu(), &machine, &place.path("flight")).await.unwrap();
+    let there = blocks(&place, "target");
+    target.offer_blocks(&there.socket, &there.disks).await.unwrap();
+    // The memory is so slow that the mirror is there for long.
+    let options = Options { bandwidth: Some(100_000), ..Options::default() };
+    let flight = source.migrate(&place.path("flight"), &options, Some(&there)).await;
+    let mut outgoing = flight.map_err(|e| e.1).unwrap();
+    target.qemu().process().kill().await;
+    follow(&mut outgoing).await;
+    assert_eq!(outgoing.facts().status, MigrationStatus::Failed, "{:?}", outgoing.facts());
+    assert!(outgoing.facts().error.is_some());
+    let Settled::Stays(source, _) = outgoing.settle().await else { panic!("it should have stayed") };
+    here.hear(&mut story, 3).await;
+
+    // And it can move later.
+    let machine = with_disk(&place, "second", |_| {});
+    let mut target = Incoming::launch(&qemu(), &machine, &place.path("second")).await.unwrap();
+    let there = blocks(&place, "second");
+    target.offer_blocks(&there.socket, &there.disks).await.unwrap();
+    let flight = source.migrate(&place.path("second"), &Options::default(), Some(&there)).await;
+    let mut outgoing = flight.map_err(|e| e.1).unwrap();
+    follow(&mut outgoing).await;
+    let Settled::Departed(departed) = outgoing.settle().await else { panic!("it did not leave") };
+    let running = target.go().await.map_err(|e| e.error).unwrap();
+    departed.qemu().quit().await;
+    running.qemu().quit().await;
+    assert!(std::fs::read(place.path("source-disk")).unwrap() == std::fs::read(place.path("second-disk")).unwrap());
+}
+
+#[tokio::test]
+async fn a_flight_cancelled_while_disks_are_copied_leaves_no_mirror_behind() {
+    let place = Place::new(busy());
+    let prelaunch = Prelaunch::launch(&qemu(), &with_disk(&place, "source", pattern)).await.unwrap();
+    let mut here = Console::open(&place.path("source-serial")).await;
+    let mut source = prelaunch.start().await.unwrap();
+    let mut story = Story::default();
+    for round in 0..2 {
+        let end = format!("target{round}");
+        let machine = with_disk(&place, &end, |_| {});
+        let mut target = Incoming::launch(&qemu(), &machine, &place.path(&end)).await.unwrap();
+        let there = blocks(&place, &end);
+        target.offer_blocks(&there.socket, &there.disks).await.unwrap();
+        let options = Options { bandwidth: Some(100_000), ..Options::default() };
+        let flight = source.migrate(&place.path(&end), &options, Some(&there)).await;
+        let mut outgoing = flight.map_err(|e| e.1).unwrap();
+        if round == 1 {
+            // Later: in the middle of the memory.
+            let mut events = outgoing.qemu().subscribe();
+            while outgoing.facts().status != MigrationStatus::Active && !outgoing.facts().is_final() {
+                tokio::select! {
+                    event = events.next() => outgoing.event(&event.unwrap()),
+                    () = tokio::time::sleep(Duration::from_millis(5)) => {}
+                }
+                outgoing.advance().await.unwrap();
+            }
+        }
+        outgoing.cancel().await.unwrap();
+        follow(&mut outgoing).await;
+        assert_eq!(outgoing.facts().status, MigrationStatus::Cancelled, "round {round}: {:?}", outgoing.facts());
+        let Settled::Stays(stays, _) = outgoing.settle().await else { panic!("it should have stayed") };
+        source = stays;
+        target.qemu().process().kill().await;
+        here.hear(&mut story, 2).await;
+    }
+    source.qemu().quit().await;
 }

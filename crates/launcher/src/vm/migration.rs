@@ -1,9 +1,10 @@
 //! Leaving and arriving.
 
-use super::{Refused, Stage, Vm, refused};
+use super::{Refused, Stage, Vm, refused, short};
 use crate::plan::Plan;
-use crate::record;
+use crate::record::Record;
 use crate::rpc::{DomainPhase, MigrationFacts, MigrationRole, Refusal, SourceOrder, TargetReady};
+use godwit_qemu::blocks::Blocks;
 use godwit_qemu::instance::{GoError, Incoming, Settled};
 use godwit_qemu::migration::{Facts, Options};
 use godwit_qemu::qmp::Event;
@@ -16,12 +17,19 @@ impl Vm {
     /// What a target offers besides the memory socket.
     pub(super) async fn offer(
         &self,
-        _incoming: &Incoming,
+        incoming: &mut Incoming,
         socket: String,
-        _plan: &Plan,
-        _migration_uid: &str,
+        plan: &Plan,
+        migration_uid: &str,
     ) -> Result<TargetReady, Refused> {
-        Ok(TargetReady { socket, blocks_socket: None })
+        if plan.local_disks.is_empty() {
+            return Ok(TargetReady { socket, blocks_socket: None });
+        }
+        let blocks = format!("blocks-{}.sock", short(migration_uid));
+        let path = self.paths.sockets.join(&blocks);
+        let _ = std::fs::remove_file(&path);
+        incoming.offer_blocks(&path, &plan.local_disks).await?;
+        Ok(TargetReady { socket, blocks_socket: Some(blocks) })
     }
 
     pub(super) fn arriving(&mut self, migration_uid: String) {
@@ -44,8 +52,11 @@ impl Vm {
         if self.about(&order.migration_uid, MigrationRole::Source).is_ok() {
             return Ok(());
         }
-        if order.socket.is_empty() || order.socket.contains('/') || order.socket.starts_with('.') {
-            return Err(refused(Refusal::BadRequest, "`socket` is a file name in the directory of launcher.sock"));
+        for socket in [Some(&order.socket), order.blocks_socket.as_ref()].into_iter().flatten() {
+            if socket.is_empty() || socket.contains('/') || socket.starts_with('.') {
+                let message = format!("{socket:?} is not a file name in the directory of launcher.sock");
+                return Err(refused(Refusal::BadRequest, message));
+            }
         }
         match &self.stage {
             Stage::Running(running) if running.is_paused() => {
@@ -65,6 +76,11 @@ impl Vm {
             let message = format!("the writable disks {} are not shared between the nodes", names.join(", "));
             return Err(refused(Refusal::Invalid, message));
         }
+        // Whoever cannot write down that the guest has left must not let it go.
+        let folder = &self.paths.ephemeral_disks;
+        let record = Record::prepare(folder)
+            .map_err(|e| refused(Refusal::Failed, format!("preparing the record in {}: {e}", folder.display())))?;
+        self.record = Some(record);
         let Stage::Running(running) = std::mem::replace(&mut self.stage, Stage::Ended) else { return Ok(()) };
         let options = Options {
             bandwidth: order.bandwidth_bytes_per_second.filter(|b| *b > 0),
@@ -72,7 +88,10 @@ impl Vm {
             auto_converge: order.allow_auto_converge,
         };
         let mut facts = MigrationFacts::new(order.migration_uid, MigrationRole::Source);
-        match running.migrate(&self.paths.sockets.join(&order.socket), &options).await {
+        let blocks = order
+            .blocks_socket
+            .map(|socket| Blocks { socket: self.paths.sockets.join(socket), disks: self.local_disks.clone() });
+        match running.migrate(&self.paths.sockets.join(&order.socket), &options, blocks.as_ref()).await {
             Ok(outgoing) => {
                 self.stage = Stage::Outgoing(outgoing);
                 self.now.migration = Some(facts);
@@ -92,8 +111,9 @@ impl Vm {
     /// Asks for the cancellation. Where the guest is afterwards, the state tells.
     pub(super) async fn cancel(&mut self, uid: &str) -> Result<(), Refused> {
         self.about(uid, MigrationRole::Source)?;
-        if let Stage::Outgoing(outgoing) = &self.stage {
+        if let Stage::Outgoing(outgoing) = &mut self.stage {
             outgoing.cancel().await.map_err(|e| refused(Refusal::Failed, e.to_string()))?;
+            self.follow().await;
         }
         Ok(())
     }
@@ -179,6 +199,9 @@ impl Vm {
         match &mut self.stage {
             Stage::Outgoing(outgoing) => {
                 outgoing.event(event);
+                if let Err(error) = outgoing.advance().await {
+                    tracing::debug!(%error, "going on with the migration");
+                }
                 self.follow().await;
             }
             Stage::Incoming(incoming) => {
@@ -255,15 +278,18 @@ impl Vm {
             }
             Settled::Unclear(outgoing, error) => {
                 tracing::warn!(%error, "the migration's end is not clear yet");
-                self.stage = Stage::Outgoing(outgoing);
+                self.stage = Stage::Outgoing(*outgoing);
                 self.take_facts();
             }
         }
     }
 
-    fn write_down(&self, facts: &MigrationFacts) -> std::io::Result<()> {
-        let folder = &self.paths.ephemeral_disks;
-        record::write_departed(folder, facts).or_else(|_| record::write_departed(folder, facts))
+    fn write_down(&mut self, facts: &MigrationFacts) -> std::io::Result<()> {
+        let quick = self.record.take().map(|mut record| record.write(facts));
+        match quick {
+            Some(Ok(())) => Ok(()),
+            _ => Record::prepare(&self.paths.ephemeral_disks)?.write(facts),
+        }
     }
 
     /// Copies what QEMU says into the state; `completed` of a source is left out, since it has to be written down first.

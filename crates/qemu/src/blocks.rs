@@ -1,0 +1,223 @@
+//! Copying disks that are not shared, while the guest runs: each is mirrored to the target's QEMU over NBD, and stays mirrored
+//! until the guest stands still for the switchover (`pre-switchover`), when the mirrors are ended and both sides are the same.
+//!
+//! QEMU: `docs/interop/live-block-operations`, "Live disk synchronization with NBD".
+
+use crate::qmp::commands::{self, BlockJob};
+use crate::qmp::{self, Event, Qmp};
+use serde_json::json;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+/// Which disks to copy and where to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Blocks {
+    /// The unix socket behind which the target's NBD server is.
+    pub socket: PathBuf,
+    /// Number of each disk in the machine (see [`crate::machine::node_name`]) and the name of its export.
+    pub disks: Vec<(usize, String)>,
+}
+
+/// Offers disks of a target for writing, until [`stop`].
+pub(crate) async fn offer(qmp: &Qmp, socket: &Path, disks: &[(usize, String)]) -> Result<(), qmp::Error> {
+    let addr = json!({"type": "unix", "data": {"path": socket.to_string_lossy()}});
+    qmp.execute(&commands::NbdServerStart { addr }).await?;
+    for (number, name) in disks {
+        let export = commands::BlockExportAdd {
+            r#type: "nbd",
+            id: format!("export{number}"),
+            node_name: crate::machine::node_name(*number),
+            name: name.clone(),
+            writable: true,
+        };
+        qmp.execute(&export).await?;
+    }
+    Ok(())
+}
+
+/// Takes the offer back. The guest cannot run before that: nobody else may write to its disks.
+pub(crate) async fn stop(qmp: &Qmp) -> Result<(), qmp::Error> {
+    qmp.execute(&commands::NbdServerStop {}).await.map(drop)
+}
+
+/// Where one mirror stands.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Job {
+    Copying,
+    /// Both sides are the same, and are kept so.
+    Ready,
+    /// Ended in order.
+    Done,
+    Failed(String),
+}
+
+/// The mirrors of an outgoing migration, by job id.
+#[derive(Clone, Debug)]
+pub(crate) struct Mirrors {
+    jobs: BTreeMap<String, Job>,
+    from_event: u64,
+    finishing: bool,
+    progress: (u64, u64),
+}
+
+impl Mirrors {
+    /// Starts to copy. On an error nothing is left behind.
+    pub(crate) async fn start(qmp: &Qmp, blocks: &Blocks) -> Result<Mirrors, qmp::Error> {
+        let mut mirrors =
+            Mirrors { jobs: BTreeMap::new(), from_event: qmp.event_count(), finishing: false, progress: (0, 0) };
+        for (number, export) in &blocks.disks {
+            if let Err(error) = mirrors.add(qmp, &blocks.socket, *number, export).await {
+                mirrors.abandon(qmp).await;
+                return Err(error);
+            }
+        }
+        Ok(mirrors)
+    }
+
+    async fn add(&mut self, qmp: &Qmp, socket: &Path, number: usize, export: &str) -> Result<(), qmp::Error> {
+        let id = format!("mirror{number}");
+        let server = json!({"type": "unix", "path": socket.to_string_lossy()});
+        let add = commands::BlockdevAddNbd { driver: "nbd", node_name: id.clone(), server, export: export.into() };
+        qmp.execute(&add).await?;
+        self.jobs.insert(id.clone(), Job::Copying);
+        let mirror = commands::BlockdevMirror {
+            job_id: id.clone(),
+            device: crate::machine::node_name(number),
+            target: id,
+            sync: "full",
+            copy_mode: "background",
+            auto_dismiss: true,
+            auto_finalize: true,
+        };
+        qmp.execute(&mirror).await.map(drop)
+    }
+
+    /// Takes an event of QEMU's.
+    pub(crate) fn event(&mut self, event: &Event) {
+        if event.number < self.from_event {
+            return;
+        }
+        let Some(job) = event.text("device").and_then(|id| self.jobs.get_mut(id)) else { return };
+        match (event.name.as_str(), event.text("error")) {
+            ("BLOCK_JOB_READY", _) => *job = Job::Ready,
+            ("BLOCK_JOB_COMPLETED", None) if self.finishing => *job = Job::Done,
+            ("BLOCK_JOB_COMPLETED", error) => {
+                *job = Job::Failed(error.unwrap_or("it ended before its time").to_string());
+            }
+            ("BLOCK_JOB_CANCELLED", _) => *job = Job::Failed("it was cancelled".into()),
+            _ => {}
+        }
+    }
+
+    /// Looks how far they are: bytes to copy and bytes copied.
+    pub(crate) async fn look(&mut self, qmp: &Qmp) -> Result<(u64, u64), qmp::Error> {
+        let jobs: Vec<BlockJob> = qmp.execute(&commands::QueryBlockJobs {}).await?;
+        let ours: Vec<&BlockJob> = jobs.iter().filter(|j| self.jobs.contains_key(&j.device)).collect();
+        // A job that has ended is not listed any more; what it has copied stays copied.
+        if ours.len() == self.jobs.len() {
+            self.progress = (ours.iter().map(|j| j.len).sum(), ours.iter().map(|j| j.offset).sum());
+        }
+        Ok(self.progress)
+    }
+
+    /// Whether both sides are the same, and will be.
+    pub(crate) fn are_ready(&self) -> bool {
+        self.jobs.values().all(|j| *j == Job::Ready)
+    }
+
+    /// Whether they have ended in order.
+    pub(crate) fn are_done(&self) -> bool {
+        self.jobs.values().all(|j| *j == Job::Done)
+    }
+
+    /// What went wrong with one of them.
+    pub(crate) fn failure(&self) -> Option<String> {
+        self.jobs.iter().find_map(|(id, job)| match job {
+            Job::Failed(why) => Some(format!("copying a disk ({id}) failed: {why}")),
+            _ => None,
+        })
+    }
+
+    /// The guest stands still: bring over what is left and end. [`Mirrors::are_done`] tells when.
+    pub(crate) async fn finish(&mut self, qmp: &Qmp) -> Result<(), qmp::Error> {
+        if std::mem::replace(&mut self.finishing, true) {
+            return Ok(());
+        }
+        for device in self.jobs.keys() {
+            // Of a mirror that is ready, this is its orderly end.
+            qmp.execute(&commands::BlockJobCancel { device: device.clone(), force: false }).await?;
+        }
+        Ok(())
+    }
+
+    /// Closes the connections to the target.
+    pub(crate) async fn close(&self, qmp: &Qmp) {
+        for node_name in self.jobs.keys() {
+            if let Err(error) = qmp.execute(&commands::BlockdevDel { node_name: node_name.clone() }).await {
+                tracing::debug!(%error, "closing a mirror");
+            }
+        }
+    }
+
+    /// Ends the copying without a result; the guest's own disks are untouched.
+    pub(crate) async fn abandon(&mut self, qmp: &Qmp) {
+        let mut events = qmp.subscribe();
+        for (device, job) in &self.jobs {
+            if matches!(job, Job::Copying | Job::Ready) {
+                let cancel = commands::BlockJobCancel { device: device.clone(), force: true };
+                if let Err(error) = qmp.execute(&cancel).await {
+                    tracing::debug!(%error, "ending a mirror");
+                }
+            }
+        }
+        // The nodes are free when the jobs have ended.
+        let wait = async {
+            while self.jobs.values().any(|j| matches!(j, Job::Copying | Job::Ready)) {
+                let Some(event) = events.next().await else { return };
+                self.event(&event);
+            }
+        };
+        let _ = tokio::time::timeout(std::time::Duration::from_secs(2), wait).await;
+        self.close(qmp).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mirrors() -> Mirrors {
+        let jobs = ["mirror0", "mirror1"].map(|id| (id.to_string(), Job::Copying)).into();
+        Mirrors { jobs, from_event: 5, finishing: false, progress: (0, 0) }
+    }
+
+    fn event(number: u64, name: &str, data: serde_json::Value) -> Event {
+        Event { number, at_us: 0, name: name.into(), data }
+    }
+
+    #[test]
+    fn ready_means_all_and_done_means_after_the_end_was_asked_for() {
+        let mut m = mirrors();
+        m.event(&event(4, "BLOCK_JOB_READY", json!({"device": "mirror0"})));
+        m.event(&event(6, "BLOCK_JOB_READY", json!({"device": "mirror1"})));
+        assert!(!m.are_ready(), "the first was of an earlier migration");
+        m.event(&event(7, "BLOCK_JOB_READY", json!({"device": "mirror0"})));
+        assert!(m.are_ready() && m.failure().is_none());
+        m.finishing = true;
+        m.event(&event(8, "BLOCK_JOB_COMPLETED", json!({"device": "mirror0"})));
+        assert!(!m.are_done());
+        m.event(&event(9, "BLOCK_JOB_COMPLETED", json!({"device": "mirror1"})));
+        assert!(m.are_done());
+    }
+
+    #[test]
+    fn an_end_before_its_time_or_with_an_error_is_a_failure() {
+        let mut m = mirrors();
+        m.event(&event(6, "BLOCK_JOB_COMPLETED", json!({"device": "mirror0"})));
+        assert!(m.failure().unwrap().contains("before its time"));
+        let mut m = mirrors();
+        m.finishing = true;
+        m.event(&event(6, "BLOCK_JOB_COMPLETED", json!({"device": "mirror0", "error": "No space left"})));
+        assert!(m.failure().unwrap().contains("No space left"));
+    }
+}
