@@ -9,6 +9,8 @@ mod observe;
 pub mod table;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod walk_tests;
 
 use godwit_api::condition;
 use godwit_api::migration::MigrationPhaseTransitionTimestamp;
