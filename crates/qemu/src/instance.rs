@@ -464,6 +464,10 @@ impl Outgoing {
                 Ok(state) => state,
                 Err(error) => return self.settle_without_answer(error),
             };
+            // The answer may have overtaken whoever brings the events; they are all there.
+            for event in self.qemu.qmp.events() {
+                self.event(&event);
+            }
             match (self.facts().status, state) {
                 (MigrationStatus::Completed, RunState::Postmigrate) => {
                     return Settled::Departed(Departed { qemu: self.qemu, facts: self.tracker.facts().clone() });
@@ -484,7 +488,10 @@ impl Outgoing {
     }
 
     /// The monitor is gone, so QEMU is. If it had said `completed`, the target has everything and nothing runs here.
-    fn settle_without_answer(self, error: qmp::Error) -> Settled {
+    fn settle_without_answer(mut self, error: qmp::Error) -> Settled {
+        for event in self.qemu.qmp.events() {
+            self.event(&event);
+        }
         if self.facts().status == MigrationStatus::Completed && self.qemu.process.ended().is_some() {
             let facts = self.tracker.facts().clone();
             return Settled::Departed(Departed { qemu: self.qemu, facts });

@@ -78,7 +78,8 @@ fn is_final(status: MigrationStatus) -> bool {
 #[derive(Clone, Debug)]
 pub struct Tracker {
     facts: Facts,
-    /// Events before this one belong to an earlier migration of the same QEMU (its own arrival, or a failed try).
+    /// Events before this one are taken already, or belong to an earlier migration of the same QEMU (its own arrival, or a
+    /// failed try).
     from_event: u64,
     /// Time and bytes sent at the last look.
     last_look: Option<(i64, u64)>,
@@ -109,6 +110,7 @@ impl Tracker {
         if event.number < self.from_event {
             return;
         }
+        self.from_event = event.number + 1;
         match event.name.as_str() {
             "MIGRATION" => {
                 let status = event.text("status").map_or(MigrationStatus::Other, MigrationStatus::from_name);
@@ -118,7 +120,8 @@ impl Tracker {
                 let pass = event.data.get("pass").and_then(serde_json::Value::as_u64).unwrap_or(0);
                 self.facts.passes = self.facts.passes.max(pass);
             }
-            "STOP" if !self.facts.is_final() => self.facts.stop_us = Some(event.at_us),
+            // A STOP after the switchover's is not the switchover's; QEMU's last word may overtake it.
+            "STOP" if self.facts.stop_us.is_none() || !self.facts.is_final() => self.facts.stop_us = Some(event.at_us),
             "RESUME" => self.facts.resume_us = Some(event.at_us),
             _ => {}
         }
@@ -127,6 +130,9 @@ impl Tracker {
     fn status(&mut self, status: MigrationStatus, at_us: i64) {
         // The last word stands. (Post-copy and recovery are not used yet; they would not come after one either.)
         if self.facts.is_final() {
+            if status == self.facts.status {
+                self.facts.end_us = self.facts.end_us.map(|end| end.min(at_us));
+            }
             return;
         }
         self.facts.status = status;
@@ -296,6 +302,19 @@ mod tests {
         // The STOP of the QEMU that is told to quit is not the switchover's.
         tracker.event(&event(9, 99, "STOP", ""));
         assert_eq!(tracker.facts().stop_us, Some(30));
+    }
+
+    #[test]
+    fn numbers_that_overtake_events_do_not_lose_them() {
+        let mut tracker = Tracker::new(0);
+        tracker.event(&event(0, 10, "MIGRATION", "active"));
+        tracker.look(&MigrationInfo { status: MigrationStatus::Completed, ..MigrationInfo::default() }, 50);
+        assert_eq!((tracker.facts().stop_us, tracker.facts().end_us), (None, Some(50)));
+        tracker.event(&event(1, 30, "STOP", ""));
+        tracker.event(&event(2, 40, "MIGRATION", "completed"));
+        assert_eq!((tracker.facts().stop_us, tracker.facts().end_us), (Some(30), Some(40)));
+        tracker.event(&event(1, 99, "STOP", ""));
+        assert_eq!(tracker.facts().stop_us, Some(30), "taken already");
     }
 
     #[test]
