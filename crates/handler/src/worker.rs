@@ -90,13 +90,14 @@ impl Meter {
         Self { moved: (0, Instant::now()), low: (u64::MAX, Instant::now()) }
     }
 
-    /// Takes a look: bytes moved so far, bytes that remain.
-    fn look(&mut self, moved: u64, remaining: u64) {
+    /// Takes a look: bytes moved so far, bytes of memory that remain if memory is being sent.
+    fn look(&mut self, moved: u64, remaining: Option<u64>) {
         if moved != self.moved.0 {
             self.moved = (moved, Instant::now());
         }
-        if remaining < self.low.0 {
-            self.low = (remaining, Instant::now());
+        match remaining {
+            Some(remaining) if remaining >= self.low.0 => {}
+            low => self.low = (low.unwrap_or(u64::MAX), Instant::now()),
         }
     }
 }
@@ -294,7 +295,9 @@ impl Worker {
                 .and_then(|s| facts::migration(s, &m.uid, MigrationRole::Source))
         {
             let carried = source.link.carried.total();
-            source.meter.look(carried.wrapping_add(sent.processed_bytes), sent.remaining_bytes);
+            // While disks are copied nothing of the memory is sent yet; that is not being stuck.
+            let remaining = (sent.status == "active" && sent.total_bytes > 0).then_some(sent.remaining_bytes);
+            source.meter.look(carried.wrapping_add(sent.processed_bytes), remaining);
             if let Some(endpoint) = act::endpoint(m) {
                 source.link.moved(endpoint);
             }

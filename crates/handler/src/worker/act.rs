@@ -411,8 +411,8 @@ impl Worker {
     }
 }
 
-/// Whether disks that are local to a node can be copied while the guest runs.
-const CAN_MIRROR: bool = false;
+/// Disks that are local to a node can be copied while the guest runs: launchers mirror them over the blocks channel.
+const CAN_MIRROR: bool = true;
 
 fn wants_migration(vmi: &VirtualMachineInstance) -> bool {
     serde_json::to_value(&vmi.spec.eviction_strategy).is_ok_and(|s| s == "LiveMigrate")
