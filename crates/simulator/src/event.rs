@@ -1,0 +1,140 @@
+//! What can happen.
+
+use godwit_control::{Kind, Name, Object, Ref};
+use serde_json::Value;
+
+/// One piece of news of a watch.
+#[derive(Clone, Debug)]
+pub enum News {
+    /// The object exists in this state.
+    Here(Object),
+    /// The object is gone; its last state.
+    Gone(Object),
+}
+
+/// A write of a node's agent.
+#[derive(Clone, Debug)]
+pub struct NodeWrite {
+    /// To what.
+    pub target: Ref,
+    /// It must still be this one.
+    pub uid: String,
+    /// The merge patch; `None` deletes with grace 0.
+    pub patch: Option<Value>,
+    /// Through the status subresource.
+    pub status: bool,
+}
+
+/// An event. `generation` is the life of the controllers, `epoch` that of a node's agent, `boot` that of a node: what was
+/// meant for an earlier life does not arrive.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// News for the controllers.
+    News { generation: u64, kind: Kind, news: News },
+    /// A broken watch is taken up again with a list.
+    Relist { generation: u64, kind: Kind },
+    /// The list arrives.
+    Listed { generation: u64, kind: Kind, objects: Vec<Object> },
+    /// A wake-up that a decision asked for.
+    Wake { generation: u64 },
+    /// The next write of a plan.
+    Effect { generation: u64, chain: u64 },
+    /// A plan has been carried out, or could not be.
+    Conclude { generation: u64, chain: u64 },
+    /// The controllers start.
+    ControllersStart { generation: u64 },
+    /// News for a node.
+    NodeNews { node: usize, epoch: u64, target: Ref, object: Option<Object> },
+    /// A node's agent starts or reaches the API again, and lists.
+    AgentLists { node: usize, epoch: u64 },
+    /// The handler looks at a VMI.
+    Look { node: usize, epoch: u64, vmi: Name },
+    /// The kubelet looks at a pod.
+    Sync { node: usize, epoch: u64, pod: Name },
+    /// A node's write reaches the API.
+    Write { node: usize, epoch: u64, write: NodeWrite },
+    /// A pod's image is there.
+    Pulled { node: usize, boot: u64, pod: Name, uid: String },
+    /// A guest has booted.
+    Booted { launcher: u64 },
+    /// A target's QEMU waits for the guest.
+    Prepared { launcher: u64, uid: String },
+    /// An outgoing migration takes its next step.
+    Transfer { launcher: u64, token: u64 },
+    /// An outgoing migration whose link is cut breaks off.
+    Broken { launcher: u64, token: u64 },
+    /// The go arrives at the target's handler.
+    Go { uid: String, source: u64, epoch: u64, target_node: usize },
+    /// The answer to it arrives at the source's handler.
+    GoAnswered { uid: String, node: usize, epoch: u64, from: usize, answer: Answer },
+    /// A launcher that was told to has ended.
+    Ended { launcher: u64 },
+    /// A node says that it lives.
+    Heartbeat { node: usize, boot: u64 },
+    /// Owned objects of what is gone are deleted.
+    Collect { owner: String },
+    /// A user asks for a migration.
+    AskMigration { vmi: Name },
+    /// A user deletes a migration.
+    CancelMigration { name: Name },
+    /// Something goes wrong, and then again later.
+    Fault(Fault),
+    /// A blow lands on a migration.
+    Strike { uid: String, vmi: Name, blow: crate::Blow },
+    /// A node that died boots.
+    Boot { node: usize },
+    /// A node that was cut off is reached again.
+    NodeHeals { node: usize },
+    /// A cordoned node takes pods again.
+    Uncordon { node: usize },
+    /// A cut link works again.
+    LinkHeals { link: (usize, usize) },
+    /// Users and faults stop.
+    Calm,
+    /// Whether everything is at rest.
+    AtRest,
+}
+
+/// What the target says to the go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// The guest runs here.
+    Running,
+    /// The guest is lost.
+    Lost,
+}
+
+/// Faults that come at times of their own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// A watch of the controllers breaks.
+    WatchBreak,
+    /// The controllers restart.
+    ControllerRestart,
+    /// A node's agent restarts.
+    AgentRestart,
+    /// A launcher is killed.
+    LauncherKill,
+    /// A node dies.
+    NodeDeath,
+    /// A node is cut off.
+    NodeCut,
+    /// A link is cut.
+    LinkCut,
+    /// A node is cordoned for a while.
+    Cordon,
+}
+
+impl Fault {
+    /// All of them.
+    pub const ALL: [Fault; 8] = [
+        Fault::WatchBreak,
+        Fault::ControllerRestart,
+        Fault::AgentRestart,
+        Fault::LauncherKill,
+        Fault::NodeDeath,
+        Fault::NodeCut,
+        Fault::LinkCut,
+        Fault::Cordon,
+    ];
+}

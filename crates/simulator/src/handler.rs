@@ -1,0 +1,447 @@
+//! The handler of a node, at the level of facts: what crate `handler` decides and writes (docs/hand-over.md), without QEMU.
+
+use std::sync::Arc;
+
+use godwit_api::VmiPhase;
+use godwit_api::vmi::{AbortStatus, VirtualMachineInstance, VirtualMachineInstanceMigrationState as State};
+use godwit_control::{Kind, Name, Object, Ref, Stored, names};
+use serde_json::{Map, Value, json};
+
+use crate::event::{Answer, Event, NodeWrite};
+use crate::machine::{Domain, Launcher, Status, Transfer};
+use crate::sim::{MS, SECOND, Sim};
+use crate::store::seconds;
+
+/// How long the target may be out of reach before the start is given up.
+const REACH_WITHIN: u64 = 30 * SECOND;
+/// Between two attempts to reach it, or to give the go.
+const REDIAL_AFTER: u64 = SECOND / 2;
+/// Between two progress reports (the real one reports each second).
+const REPORT_EVERY: u64 = 10 * SECOND;
+/// The target reports the end when the source has not for so long.
+const SOURCE_REPORTS_WITHIN: u64 = 30 * SECOND;
+const ABORTED: &str = "Live migration has been aborted";
+
+/// Changes of one VMI, written as one patch on the revision that was looked at.
+#[derive(Default)]
+struct Changes {
+    status: Map<String, Value>,
+    migration: Map<String, Value>,
+    labels: Map<String, Value>,
+}
+
+impl Changes {
+    fn phase(&mut self, phase: &str) {
+        self.status.insert("phase".to_owned(), json!(phase));
+    }
+
+    fn state(&mut self, key: &str, value: Value) {
+        self.migration.insert(key.to_owned(), value);
+    }
+}
+
+/// The VMI as its handler on one node sees it.
+struct Sight {
+    index: usize,
+    node: String,
+    vmi: Arc<VirtualMachineInstance>,
+}
+
+impl Sight {
+    fn own_node(&self) -> bool {
+        self.vmi.status.node_name.as_deref() == Some(self.node.as_str())
+    }
+}
+
+fn is(text: &Option<String>, wanted: &str) -> bool {
+    text.as_deref() == Some(wanted)
+}
+
+impl Sim {
+    /// The handler looks at a VMI and does what is to be done.
+    pub fn look(&mut self, index: usize, epoch: u64, name: &Name) {
+        let Some(node) = self.nodes.get_mut(index) else { return };
+        if node.epoch != epoch || !node.up || !node.alive {
+            return;
+        }
+        if node.looks.get(name).is_some_and(|due| *due <= self.now) {
+            node.looks.remove(name);
+        }
+        let target = Ref::new(Kind::VirtualMachineInstance, name.clone());
+        // One write at a time: what is written now may change everything.
+        if node.writing.contains(&target) {
+            return;
+        }
+        let Some(Object::VirtualMachineInstance(vmi)) = node.cache.get(&target).cloned() else { return };
+        let sight = Sight { index, node: node.name.clone(), vmi };
+        let mut changes = Changes::default();
+        self.act(&sight, &mut changes);
+        self.end_strays(&sight);
+        if changes.status.is_empty() && changes.migration.is_empty() && changes.labels.is_empty() {
+            return;
+        }
+        let mut status = changes.status;
+        if !changes.migration.is_empty() {
+            status.insert("migrationState".to_owned(), Value::Object(changes.migration));
+        }
+        let mut metadata = json!({"resourceVersion": sight.vmi.metadata.resource_version});
+        if let (false, Some(metadata)) = (changes.labels.is_empty(), metadata.as_object_mut()) {
+            metadata.insert("labels".to_owned(), Value::Object(changes.labels));
+        }
+        let patch = Some(json!({"metadata": metadata, "status": status}));
+        let write = NodeWrite { target, uid: sight.vmi.uid().to_owned(), patch, status: false };
+        self.send_write(index, write);
+    }
+
+    /// The launcher of a pod of the VMI on this node, if the handler knows the pod.
+    fn pod_here(&self, sight: &Sight, pod: Option<&str>) -> Option<(u64, Launcher)> {
+        let name = Name::new(sight.vmi.namespace(), pod?);
+        let node = self.nodes.get(sight.index)?;
+        let Some(Object::Pod(pod)) = node.cache.get(&Ref::new(Kind::Pod, name)) else { return None };
+        if pod.label(names::LABEL_CREATED_BY) != Some(sight.vmi.uid()) {
+            return None;
+        }
+        self.launcher_of(pod.uid()).map(|(id, launcher)| (id, launcher.clone()))
+    }
+
+    fn act(&mut self, sight: &Sight, changes: &mut Changes) {
+        let state = sight.vmi.status.migration_state.clone().filter(|state| state.migration_uid.is_some());
+        let Some(m) = state else {
+            if sight.own_node() {
+                let first = self.launchers.values().find(|launcher| {
+                    launcher.node == sight.index && launcher.vmi_uid == sight.vmi.uid() && launcher.receives.is_none()
+                });
+                let pod = first.map(|launcher| launcher.pod.name.clone());
+                self.own_life(sight, pod.as_deref(), changes);
+            }
+            return;
+        };
+        let (source, target) = (is(&m.source_node, &sight.node), is(&m.target_node, &sight.node));
+        match (m.completed == Some(true), m.failed == Some(true)) {
+            (true, false) if target => {
+                if let Some((_, launcher)) = self.pod_here(sight, m.target_pod.as_deref())
+                    && launcher.resumed.is_some()
+                    && (!sight.own_node() || m.target_node_domain_ready_timestamp.is_none())
+                {
+                    self.arrived(sight, changes);
+                }
+                self.own_life(sight, m.target_pod.as_deref(), changes);
+            }
+            (true, false) if source => self.departed(sight, &m),
+            (true, true) if source => self.own_life(sight, m.source_pod.as_deref(), changes),
+            (false, _) if source => {
+                if self.source(sight, &m, changes) {
+                    self.own_life(sight, m.source_pod.as_deref(), changes);
+                }
+            }
+            (false, _) if target => self.target(sight, &m, changes),
+            _ => {}
+        }
+    }
+
+    /// The guest's own life on its node.
+    fn own_life(&mut self, sight: &Sight, pod: Option<&str>, changes: &mut Changes) {
+        let Some((id, launcher)) = self.pod_here(sight, pod) else { return };
+        let (phase, deleting) = (&sight.vmi.status.phase, sight.vmi.deleting());
+        if sight.vmi.is_final() {
+            return;
+        }
+        let begun = matches!(phase, VmiPhase::Scheduled | VmiPhase::Running);
+        match launcher.domain {
+            Domain::Undefined if launcher.ended.is_some() => {}
+            Domain::Undefined if deleting => self.stop_launcher(id, MS),
+            Domain::Undefined if *phase == VmiPhase::Scheduled && !launcher.ordered => {
+                if let Some(launcher) = self.launchers.get_mut(&id) {
+                    launcher.ordered = true;
+                }
+                let after = self.random.between(20 * MS, SECOND);
+                self.at(after, Event::Booted { launcher: id });
+            }
+            Domain::Undefined if *phase == VmiPhase::Running && launcher.receives.is_none() => changes.phase("Failed"),
+            Domain::Running if launcher.ended.is_none() => {
+                if *phase == VmiPhase::Scheduled {
+                    changes.phase("Running");
+                }
+                if sight.vmi.condition("LiveMigratable").is_none() {
+                    let mut conditions = sight.vmi.status.conditions.clone();
+                    conditions.push(godwit_api::Condition::new("LiveMigratable", true));
+                    changes.status.insert("conditions".to_owned(), json!(conditions));
+                    changes.status.insert("migrationMethod".to_owned(), json!("LiveMigration"));
+                }
+                if deleting {
+                    self.stop_launcher(id, 10 * SECOND);
+                }
+            }
+            Domain::Shutdown if begun => changes.phase("Succeeded"),
+            Domain::Crashed if begun => changes.phase("Failed"),
+            _ => {}
+        }
+    }
+
+    /// The source half. Returns whether the guest's own life is to be looked after as well.
+    fn source(&mut self, sight: &Sight, m: &State, changes: &mut Changes) -> bool {
+        let Some(uid) = m.migration_uid.as_deref() else { return true };
+        let Some((id, launcher)) = self.pod_here(sight, m.source_pod.as_deref()) else { return true };
+        let sent = launcher.sends.clone().filter(|transfer| transfer.uid == uid);
+        if let Some(transfer) = sent.as_ref().filter(|transfer| transfer.status == Status::Completed) {
+            self.hand_over(sight, m, id, transfer, changes);
+            return false;
+        }
+        if sight.vmi.is_final() {
+            return false;
+        }
+        if launcher.ended.is_some() {
+            self.failed(m, "the source's launcher is gone, and the guest with it", changes);
+            return true;
+        }
+        match sent {
+            None if launcher.domain != Domain::Running => {
+                self.failed(m, "the guest ended before the migration began", changes);
+            }
+            None => self.begin(sight, m, uid, id, changes),
+            Some(transfer) if transfer.status == Status::Active => self.under_way(sight, m, id, &transfer, changes),
+            Some(transfer) => {
+                let wanted = m.abort_requested == Some(true) || m.abort_status.is_some();
+                let reason = match transfer.why {
+                    Some(why) => format!("{ABORTED}: {why}"),
+                    None if wanted || transfer.status == Status::Cancelled => ABORTED.to_owned(),
+                    None => "Live migration failed: the stream broke".to_owned(),
+                };
+                self.failed(m, &reason, changes);
+            }
+        }
+        true
+    }
+
+    /// Not started yet: reach the target, then start.
+    fn begin(&mut self, sight: &Sight, m: &State, uid: &str, id: u64, changes: &mut Changes) {
+        if m.abort_requested == Some(true) {
+            return self.failed(m, ABORTED, changes);
+        }
+        if sight.vmi.deleting() {
+            return self.failed(m, "Live migration has been aborted: the VMI is being deleted", changes);
+        }
+        if m.start_timestamp.is_some() {
+            return self.failed(m, "the launcher has no record of the migration that was started", changes);
+        }
+        let port = m.target_direct_migration_node_ports.keys().next().and_then(|port| port.parse::<u64>().ok());
+        let (Some(port), Some(to)) = (port, m.target_node.as_deref()) else { return };
+        let Some(to) = self.nodes.iter().position(|node| node.name == to) else { return };
+        let listening = self.nodes.get(to).filter(|node| node.up).and_then(|node| node.listening.get(uid)).copied();
+        let target = listening.filter(|(open, _)| *open == port && self.reaches(sight.index, to));
+        let now = self.now;
+        let Some(node) = self.nodes.get_mut(sight.index) else { return };
+        let (since, reached) = *node.dialled.entry(uid.to_owned()).or_insert((now, None));
+        match target {
+            Some((_, target)) if reached == Some(port) => self.send(id, uid, target),
+            Some(_) => {
+                node.dialled.insert(uid.to_owned(), (since, Some(port)));
+                let after = self.random.between(MS, 10 * MS);
+                self.look_after(sight.index, &sight.vmi.key(), after);
+            }
+            None if now - since >= REACH_WITHIN => {
+                self.failed(m, "Live migration failed: the target cannot be reached", changes);
+            }
+            None => self.look_after(sight.index, &sight.vmi.key(), REDIAL_AFTER),
+        }
+    }
+
+    /// Memory is being sent.
+    fn under_way(&mut self, sight: &Sight, m: &State, id: u64, transfer: &Transfer, changes: &mut Changes) {
+        let name = sight.vmi.key();
+        if m.start_timestamp.is_none() {
+            let (started, mode) = (seconds(self.moment(transfer.started)), json!("PreCopy"));
+            changes.state("startTimestamp", started);
+            changes.state("mode", mode);
+            return;
+        }
+        if m.abort_requested == Some(true) && m.abort_status.is_none() {
+            self.cancel_transfer(id, None);
+            changes.state("abortStatus", json!("Aborting"));
+            return;
+        }
+        let configuration = m.migration_configuration.clone().unwrap_or_default();
+        let memory = self.guests.get(&name).map_or(0, |guest| guest.memory);
+        let budget = godwit_api::config::completion_timeout_seconds(&configuration, memory).unwrap_or(0) * SECOND;
+        let patience = u64::try_from(configuration.progress_timeout.unwrap_or(0)).unwrap_or(0) * SECOND;
+        let elapsed = self.now - transfer.started;
+        if sight.vmi.deleting() {
+            return self.cancel_transfer(id, Some("the VMI is being deleted"));
+        }
+        if budget > 0 && elapsed > budget {
+            return self.cancel_transfer(id, Some("not completed in time"));
+        }
+        if transfer.endless && patience > 0 && elapsed > patience {
+            return self.cancel_transfer(id, Some("the guest writes faster than the link carries"));
+        }
+        let now = self.now;
+        let Some(node) = self.nodes.get_mut(sight.index) else { return };
+        let reported = node.reported.get(&transfer.uid).copied().unwrap_or(transfer.started);
+        if now - reported >= REPORT_EVERY {
+            node.reported.insert(transfer.uid.clone(), now);
+            changes.state("progress", json!({"totalMilliseconds": elapsed / 1000}));
+        }
+        self.look_after(sight.index, &name, REPORT_EVERY);
+    }
+
+    /// The source's QEMU is done for good: only the go matters.
+    fn hand_over(&mut self, sight: &Sight, m: &State, id: u64, transfer: &Transfer, changes: &mut Changes) {
+        let answer = self.nodes.get(sight.index).and_then(|node| node.answers.get(&transfer.uid)).copied();
+        let aborted = m.abort_requested == Some(true);
+        match answer {
+            Some(Answer::Running) => {
+                if m.start_timestamp.is_none() {
+                    let started = seconds(self.moment(transfer.started));
+                    changes.state("startTimestamp", started);
+                }
+                if aborted {
+                    changes.state("abortStatus", json!("Failed"));
+                }
+                changes.state("completed", json!(true));
+                let ended = seconds(self.time());
+                changes.state("endTimestamp", ended);
+            }
+            Some(Answer::Lost) => {
+                if !sight.vmi.is_final() {
+                    changes.phase("Failed");
+                }
+                self.failed(m, "the guest was handed over and is lost", changes);
+                if aborted {
+                    changes.state("abortStatus", json!("Failed"));
+                }
+            }
+            None if sight.vmi.is_final() => {
+                self.failed(m, "the target was lost after the guest had been handed over", changes);
+            }
+            None => {
+                self.give_go(id, &transfer.uid);
+                self.look_after(sight.index, &sight.vmi.key(), REDIAL_AFTER);
+            }
+        }
+    }
+
+    /// The target half.
+    fn target(&mut self, sight: &Sight, m: &State, changes: &mut Changes) {
+        let Some(uid) = m.migration_uid.as_deref() else { return };
+        let Some((id, launcher)) = self.pod_here(sight, m.target_pod.as_deref()) else { return };
+        if launcher.ended.is_some() || launcher.receives.as_deref() != Some(uid) {
+            return;
+        }
+        let open = self.nodes.get(sight.index).and_then(|node| node.listening.get(uid)).copied();
+        if let (Some(resumed), Domain::Running) = (launcher.resumed, launcher.domain) {
+            if open.is_none() {
+                self.listen(id, uid);
+                self.publish(sight, uid, m, changes);
+            }
+            let waited = self.now - resumed;
+            if m.target_node_domain_ready_timestamp.is_none() || !sight.own_node() {
+                self.arrived(sight, changes);
+            } else if waited >= SOURCE_REPORTS_WITHIN {
+                changes.state("completed", json!(true));
+                let ended = seconds(self.time());
+                changes.state("endTimestamp", ended);
+            } else {
+                self.look_after(sight.index, &sight.vmi.key(), SOURCE_REPORTS_WITHIN - waited);
+            }
+            return;
+        }
+        if sight.vmi.is_final() {
+            if launcher.domain == Domain::Incoming {
+                self.stop_launcher(id, MS);
+            }
+            return;
+        }
+        match launcher.domain {
+            Domain::Undefined if !launcher.ordered => {
+                if let Some(launcher) = self.launchers.get_mut(&id) {
+                    launcher.ordered = true;
+                }
+                let after = self.random.between(30 * MS, 800 * MS);
+                self.at(after, Event::Prepared { launcher: id, uid: uid.to_owned() });
+            }
+            Domain::Incoming => {
+                if open.is_none() {
+                    self.listen(id, uid);
+                }
+                self.publish(sight, uid, m, changes);
+            }
+            _ => {}
+        }
+    }
+
+    /// Where the target listens.
+    fn publish(&mut self, sight: &Sight, uid: &str, m: &State, changes: &mut Changes) {
+        let Some((port, _)) = self.nodes.get(sight.index).and_then(|node| node.listening.get(uid)).copied() else {
+            return;
+        };
+        let port = port.to_string();
+        let published = &m.target_direct_migration_node_ports;
+        if published.len() == 1 && published.contains_key(&port) && m.target_node_address.is_some() {
+            return;
+        }
+        let mut ports: Map<String, Value> = published.keys().map(|old| (old.clone(), Value::Null)).collect();
+        ports.insert(port, json!(0));
+        changes.state("targetNodeAddress", json!(format!("10.88.0.{}", 11 + sight.index)));
+        changes.state("targetDirectMigrationNodePorts", Value::Object(ports));
+        changes.state("targetNodeDomainDetected", json!(true));
+    }
+
+    /// The guest lives here now.
+    fn arrived(&mut self, sight: &Sight, changes: &mut Changes) {
+        let at = seconds(self.time());
+        changes.labels.insert(names::LABEL_NODE_NAME.to_owned(), json!(sight.node));
+        changes.status.insert("nodeName".to_owned(), json!(sight.node));
+        changes.state("targetNodeDomainDetected", json!(true));
+        changes.state("targetNodeDomainReadyTimestamp", at);
+    }
+
+    /// The guest has left: the launcher that sent it ends.
+    fn departed(&mut self, sight: &Sight, m: &State) {
+        if let Some((id, launcher)) = self.pod_here(sight, m.source_pod.as_deref())
+            && launcher.domain == Domain::MigratedAway
+            && launcher.ended.is_none()
+        {
+            self.stop_launcher(id, MS);
+        }
+    }
+
+    /// Targets of migrations that did not happen end.
+    fn end_strays(&mut self, sight: &Sight) {
+        let m = sight.vmi.status.migration_state.as_ref();
+        let strays: Vec<u64> = self
+            .launchers
+            .iter()
+            .filter(|(_, launcher)| launcher.node == sight.index && launcher.vmi_uid == sight.vmi.uid())
+            .filter(|(_, launcher)| launcher.ended.is_none() && launcher.resumed.is_none())
+            .filter(|(_, launcher)| {
+                let Some(uid) = launcher.receives.as_deref() else { return false };
+                let own = m.filter(|m| is(&m.migration_uid, uid));
+                match launcher.domain {
+                    // A migration that is over, or that another one has followed.
+                    Domain::Incoming => match own {
+                        Some(own) => own.completed == Some(true) && own.failed == Some(true),
+                        None => true,
+                    },
+                    Domain::Undefined => own.is_some_and(|own| own.failed == Some(true)),
+                    _ => false,
+                }
+            })
+            .map(|(id, _)| *id)
+            .collect();
+        for id in strays {
+            self.stop_launcher(id, MS);
+        }
+    }
+
+    /// The guest stays; say so.
+    fn failed(&mut self, m: &State, reason: &str, changes: &mut Changes) {
+        if m.abort_requested == Some(true) || m.abort_status == Some(AbortStatus::Aborting) {
+            changes.state("abortStatus", json!("Succeeded"));
+        }
+        changes.state("completed", json!(true));
+        changes.state("failed", json!(true));
+        changes.state("failureReason", json!(reason));
+        let ended = seconds(self.time());
+        changes.state("endTimestamp", ended);
+    }
+}

@@ -1,0 +1,527 @@
+//! What really exists: nodes, links, launchers with their QEMUs, guests, and memory on its way. Truth, not API.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use godwit_control::{Name, Object, Ref};
+
+use crate::event::{Answer, Event};
+use crate::sim::{MS, SECOND, Sim};
+
+/// A pre-copy ends when what remains can be sent in this many seconds.
+const MAX_DOWNTIME: f64 = 0.3;
+/// A connection on which nothing is acknowledged for so long is broken off (docs/hand-over.md).
+const BROKEN_AFTER: u64 = 10 * SECOND;
+
+/// A node and the memory of its agent (handler and kubelet).
+pub struct Node {
+    /// Its name.
+    pub name: String,
+    /// It is powered on.
+    pub alive: bool,
+    /// It reaches nothing and nobody.
+    pub cut: bool,
+    /// The agent runs and has listed.
+    pub up: bool,
+    /// Counts the agent's lives.
+    pub epoch: u64,
+    /// Counts the node's lives.
+    pub boot: u64,
+    /// What the agent knows of the API.
+    pub cache: BTreeMap<Ref, Object>,
+    /// When the last piece of news on its way arrives.
+    pub last_news: u64,
+    /// Migrations that the handler listens for: port and launcher.
+    pub listening: BTreeMap<String, (u64, u64)>,
+    /// Migrations whose target the handler tries to reach since, and the port that it has reached.
+    pub dialled: BTreeMap<String, (u64, Option<u64>)>,
+    /// Answers to the go.
+    pub answers: BTreeMap<String, Answer>,
+    /// Writes under way.
+    pub writing: BTreeSet<Ref>,
+    /// Looks that are due.
+    pub looks: BTreeMap<Name, u64>,
+    /// Pods whose image is being pulled.
+    pub pulling: BTreeSet<String>,
+    /// When progress was last reported.
+    pub reported: BTreeMap<String, u64>,
+}
+
+impl Node {
+    /// A node that has not booted.
+    pub fn new(name: String) -> Self {
+        Self {
+            name,
+            alive: false,
+            cut: false,
+            up: false,
+            epoch: 0,
+            boot: 0,
+            cache: BTreeMap::new(),
+            last_news: 0,
+            listening: BTreeMap::new(),
+            dialled: BTreeMap::new(),
+            answers: BTreeMap::new(),
+            writing: BTreeSet::new(),
+            looks: BTreeMap::new(),
+            pulling: BTreeSet::new(),
+            reported: BTreeMap::new(),
+        }
+    }
+
+    /// The agent's memory is gone.
+    pub fn forget(&mut self) {
+        self.epoch += 1;
+        self.up = false;
+        self.cache.clear();
+        self.listening.clear();
+        self.dialled.clear();
+        self.answers.clear();
+        self.writing.clear();
+        self.looks.clear();
+        self.reported.clear();
+    }
+}
+
+/// What a launcher's QEMU does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Domain {
+    /// There is none yet.
+    Undefined,
+    /// The guest boots or runs.
+    Running,
+    /// Stopped for the switchover of an outgoing migration.
+    Stopped,
+    /// Waits for a guest to come in.
+    Incoming,
+    /// Has sent its guest away; never runs it again.
+    MigratedAway,
+    /// The guest has ended by itself or as asked.
+    Shutdown,
+    /// QEMU has died.
+    Crashed,
+}
+
+/// How an outgoing migration stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Status {
+    /// Memory is being sent.
+    Active,
+    /// The target has everything; written down.
+    Completed,
+    /// Did not work out.
+    Failed,
+    /// Was cancelled.
+    Cancelled,
+}
+
+/// An outgoing migration.
+#[derive(Clone, Debug)]
+pub struct Transfer {
+    /// The migration.
+    pub uid: String,
+    /// The launcher that receives.
+    pub target: u64,
+    /// How it stands.
+    pub status: Status,
+    /// When it began.
+    pub started: u64,
+    /// Why the handler cancelled it, if it did.
+    pub why: Option<&'static str>,
+    /// Marks the step that is awaited.
+    token: u64,
+    /// When the step is due; `None` while the link is cut, or when the guest writes faster than the link carries.
+    due: Option<u64>,
+    /// What is left of the step while the link is cut.
+    left: u64,
+    /// It will never converge.
+    pub endless: bool,
+    /// How long the switchover takes.
+    switch: u64,
+}
+
+/// A launcher: the process of one pod.
+#[derive(Clone, Debug)]
+pub struct Launcher {
+    /// Where it runs.
+    pub node: usize,
+    /// Its pod.
+    pub pod: Name,
+    /// Its pod's UID.
+    pub pod_uid: String,
+    /// The VMI.
+    pub vmi: Name,
+    /// The VMI's UID.
+    pub vmi_uid: String,
+    /// The migration that it was made for.
+    pub receives: Option<String>,
+    /// What its QEMU does.
+    pub domain: Domain,
+    /// Guest memory is complete here.
+    pub loaded: bool,
+    /// When the guest that came in went on.
+    pub resumed: Option<u64>,
+    /// The last outgoing migration.
+    pub sends: Option<Transfer>,
+    /// The process has ended, well or badly.
+    pub ended: Option<bool>,
+    /// It was told to end.
+    pub stopping: bool,
+    /// It was told to start or to receive.
+    pub ordered: bool,
+}
+
+impl Launcher {
+    /// Whether it runs the guest, or would by itself.
+    pub fn runs(&self) -> bool {
+        self.ended.is_none() && matches!(self.domain, Domain::Running)
+    }
+}
+
+/// How fast a guest writes and is copied. Bytes and bytes a second.
+#[derive(Clone, Copy, Debug)]
+pub struct Guest {
+    /// Memory.
+    pub memory: u64,
+    /// What it writes.
+    pub dirty: u64,
+    /// What the link carries.
+    pub bandwidth: u64,
+}
+
+/// Why a launcher ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Why {
+    /// An injected fault.
+    Fault,
+    /// Somebody has ordered it through the API.
+    Order,
+}
+
+impl Sim {
+    /// Whether two nodes reach each other.
+    pub fn reaches(&self, one: usize, other: usize) -> bool {
+        let open = |node: usize| self.nodes.get(node).is_some_and(|node| node.alive && !node.cut);
+        open(one) && open(other) && !self.cut_links.contains(&(one.min(other), one.max(other)))
+    }
+
+    /// The launcher of a pod.
+    pub fn launcher_of(&self, pod_uid: &str) -> Option<(u64, &Launcher)> {
+        self.launchers.iter().find(|(_, launcher)| launcher.pod_uid == pod_uid).map(|(id, launcher)| (*id, launcher))
+    }
+
+    /// Launchers on a node that have not ended.
+    pub fn living_on(&self, node: usize) -> Vec<u64> {
+        let living = self.launchers.iter().filter(|(_, launcher)| launcher.node == node && launcher.ended.is_none());
+        living.map(|(id, _)| *id).collect()
+    }
+
+    /// A launcher ends. Checks that no guest is lost by an order that no user gave.
+    pub fn end_launcher(&mut self, id: u64, why: Why) {
+        let Some(launcher) = self.launchers.get(&id).filter(|launcher| launcher.ended.is_none()).cloned() else {
+            return;
+        };
+        let holds = self.holds_guest(&launcher);
+        self.note(format!(
+            "launcher {} on {} ends ({why:?}, {:?}{})",
+            launcher.pod,
+            self.name_of(launcher.node),
+            launcher.domain,
+            if holds { ", with the guest" } else { "" }
+        ));
+        if holds && why == Why::Order && !self.asked.contains(&launcher.vmi_uid) {
+            self.violate(format!(
+                "the guest of {} was ended in {} on {} although nobody asked for its end",
+                launcher.vmi,
+                launcher.pod,
+                self.name_of(launcher.node)
+            ));
+        }
+        if holds && why == Why::Fault {
+            self.stats.guests_killed += 1;
+        }
+        if let Some(launcher) = self.launchers.get_mut(&id) {
+            launcher.ended = Some(why == Why::Order);
+            launcher.domain = match (why, launcher.domain) {
+                (Why::Fault, Domain::MigratedAway) | (Why::Order, Domain::MigratedAway) => Domain::MigratedAway,
+                (Why::Fault, _) => Domain::Crashed,
+                (Why::Order, _) => Domain::Shutdown,
+            };
+        }
+        self.fail_transfers(|transfer, source| transfer.target == id || source == id);
+        self.tell_agent(&launcher);
+    }
+
+    /// Whether the guest lives (or would live, when the go comes) in this launcher and nowhere else.
+    fn holds_guest(&self, launcher: &Launcher) -> bool {
+        match launcher.domain {
+            Domain::Running | Domain::Stopped => true,
+            Domain::Incoming => launcher.loaded,
+            _ => false,
+        }
+    }
+
+    /// The agent of the launcher's node notices a change.
+    pub fn tell_agent(&mut self, launcher: &Launcher) {
+        let after = self.random.between(MS / 5, 3 * MS);
+        self.look_after(launcher.node, &launcher.vmi, after);
+        let Some(epoch) = self.nodes.get(launcher.node).map(|node| node.epoch) else { return };
+        self.at(after, Event::Sync { node: launcher.node, epoch, pod: launcher.pod.clone() });
+    }
+
+    /// Active transfers break; their guests go on at the source.
+    pub fn fail_transfers(&mut self, hit: impl Fn(&Transfer, u64) -> bool) {
+        let mut told = Vec::new();
+        for (id, launcher) in &mut self.launchers {
+            let Some(transfer) = launcher.sends.as_mut().filter(|transfer| transfer.status == Status::Active) else {
+                continue;
+            };
+            if hit(transfer, *id) {
+                transfer.status = Status::Failed;
+                transfer.token += 1;
+                if launcher.ended.is_none() && launcher.domain == Domain::Stopped {
+                    launcher.domain = Domain::Running;
+                }
+                told.push(launcher.clone());
+            }
+        }
+        for launcher in told {
+            self.note(format!("migration of {} from {} breaks", launcher.vmi, self.name_of(launcher.node)));
+            self.tell_agent(&launcher);
+        }
+    }
+
+    /// The guest boots.
+    pub fn boot_guest(&mut self, id: u64) {
+        if let Some(launcher) = self.launchers.get_mut(&id)
+            && launcher.ended.is_none()
+            && launcher.domain == Domain::Undefined
+            && launcher.receives.is_none()
+        {
+            launcher.domain = Domain::Running;
+            let launcher = launcher.clone();
+            self.note(format!("{} runs in {} on {}", launcher.vmi, launcher.pod, self.name_of(launcher.node)));
+            self.tell_agent(&launcher);
+        }
+    }
+
+    /// A target's QEMU waits.
+    pub fn prepared(&mut self, id: u64, uid: &str) {
+        let Some(launcher) = self.launchers.get_mut(&id).filter(|launcher| launcher.ended.is_none()) else { return };
+        if launcher.domain == Domain::Undefined && launcher.receives.as_deref() == Some(uid) {
+            launcher.domain = Domain::Incoming;
+        }
+        let launcher = launcher.clone();
+        self.listen(id, uid);
+        self.tell_agent(&launcher);
+    }
+
+    /// The handler of a launcher's node listens for a migration, on a port of its own.
+    pub fn listen(&mut self, id: u64, uid: &str) {
+        let port = self.random.between(20_000, 60_000);
+        let node = self.launchers.get(&id).map(|launcher| launcher.node);
+        if let Some(node) = node.and_then(|node| self.nodes.get_mut(node)).filter(|node| node.alive && node.up) {
+            node.listening.insert(uid.to_owned(), (port, id));
+        }
+    }
+
+    /// The source's QEMU begins to send.
+    pub fn send(&mut self, id: u64, uid: &str, target: u64) {
+        let Some(launcher) = self.launchers.get(&id).cloned() else { return };
+        let Some(guest) = self.guests.get(&launcher.vmi).copied() else { return };
+        let bandwidth = guest.bandwidth as f64;
+        let (mut bytes, mut seconds) = (guest.memory as f64, 0.0);
+        for _ in 0..100 {
+            seconds += bytes / bandwidth;
+            bytes = (guest.dirty as f64 * (bytes / bandwidth)).min(guest.memory as f64);
+            if bytes / bandwidth <= MAX_DOWNTIME {
+                break;
+            }
+        }
+        let endless = bytes / bandwidth > MAX_DOWNTIME;
+        let copy = (seconds * 1e6) as u64;
+        let switch = (bytes / bandwidth * 1e6) as u64 + self.random.between(2 * MS, 20 * MS);
+        let token = self.random.next();
+        let (now, node) = (self.now, launcher.node);
+        self.note(format!(
+            "{} is sent from {} ({copy} µs{})",
+            launcher.vmi,
+            self.name_of(node),
+            if endless { ", endless" } else { "" }
+        ));
+        let transfer = Transfer {
+            uid: uid.to_owned(),
+            target,
+            status: Status::Active,
+            started: now,
+            why: None,
+            token,
+            due: (!endless).then_some(now + copy),
+            left: copy,
+            endless,
+            switch,
+        };
+        if let Some(launcher) = self.launchers.get_mut(&id) {
+            launcher.sends = Some(transfer);
+        }
+        if !endless {
+            self.at(copy, Event::Transfer { launcher: id, token });
+        }
+        self.tell_agent(&launcher);
+    }
+
+    /// The awaited step of an outgoing migration: first the switchover begins, then the target has everything.
+    pub fn step_transfer(&mut self, id: u64, token: u64) {
+        let now = self.now;
+        let Some(launcher) = self.launchers.get_mut(&id).filter(|launcher| launcher.ended.is_none()) else { return };
+        let (domain, node) = (launcher.domain, launcher.node);
+        let Some(transfer) = launcher.sends.as_mut() else { return };
+        if transfer.token != token || transfer.status != Status::Active || transfer.due.is_none() {
+            return;
+        }
+        if domain == Domain::Running {
+            launcher.domain = Domain::Stopped;
+            transfer.due = Some(now + transfer.switch);
+            let after = transfer.switch;
+            return self.at(after, Event::Transfer { launcher: id, token });
+        }
+        let (target, uid) = (transfer.target, transfer.uid.clone());
+        let receives = self
+            .launchers
+            .get(&target)
+            .is_some_and(|target| target.ended.is_none() && target.domain == Domain::Incoming);
+        if !receives {
+            return self.fail_transfers(|_, source| source == id);
+        }
+        if let Some(target) = self.launchers.get_mut(&target) {
+            target.loaded = true;
+        }
+        let Some(launcher) = self.launchers.get_mut(&id) else { return };
+        launcher.domain = Domain::MigratedAway;
+        if let Some(transfer) = &mut launcher.sends {
+            transfer.status = Status::Completed;
+        }
+        let launcher = launcher.clone();
+        self.note(format!("{} is over from {}: completed", launcher.vmi, self.name_of(node)));
+        if self.nodes.get(node).is_some_and(|node| node.up) {
+            self.give_go(id, &uid);
+        }
+        self.tell_agent(&launcher);
+    }
+
+    /// A cut link has lasted for too long.
+    pub fn break_transfer(&mut self, id: u64, token: u64) {
+        self.fail_transfers(|transfer, source| source == id && transfer.token == token);
+    }
+
+    /// The handler cancels. Returns whether it came in time.
+    pub fn cancel_transfer(&mut self, id: u64, why: Option<&'static str>) {
+        let Some(launcher) = self.launchers.get_mut(&id).filter(|launcher| launcher.ended.is_none()) else { return };
+        let Some(transfer) = launcher.sends.as_mut().filter(|transfer| transfer.status == Status::Active) else {
+            return;
+        };
+        transfer.status = Status::Cancelled;
+        transfer.why = why;
+        transfer.token += 1;
+        launcher.domain = Domain::Running;
+        let launcher = launcher.clone();
+        self.note(format!("sending {} from {} is cancelled", launcher.vmi, self.name_of(launcher.node)));
+        self.tell_agent(&launcher);
+    }
+
+    /// Links have been cut or work again: transfers stand still or go on.
+    pub fn links_changed(&mut self) {
+        let now = self.now;
+        let mut later = Vec::new();
+        let ids: Vec<u64> = self.launchers.keys().copied().collect();
+        for id in ids {
+            let Some(launcher) = self.launchers.get(&id).filter(|launcher| launcher.ended.is_none()) else { continue };
+            let Some(transfer) = launcher.sends.as_ref().filter(|transfer| transfer.status == Status::Active) else {
+                continue;
+            };
+            let target = self.launchers.get(&transfer.target).map_or(launcher.node, |target| target.node);
+            let open = self.reaches(launcher.node, target);
+            let Some(transfer) = self.launchers.get_mut(&id).and_then(|launcher| launcher.sends.as_mut()) else {
+                continue;
+            };
+            match transfer.due {
+                Some(due) if !open => {
+                    transfer.left = due.saturating_sub(now);
+                    transfer.due = None;
+                    later.push((BROKEN_AFTER, Event::Broken { launcher: id, token: transfer.token }));
+                }
+                None if open && !transfer.endless => {
+                    transfer.token += 1;
+                    transfer.due = Some(now + transfer.left);
+                    later.push((transfer.left, Event::Transfer { launcher: id, token: transfer.token }));
+                }
+                None if !open && transfer.endless => {
+                    later.push((BROKEN_AFTER, Event::Broken { launcher: id, token: transfer.token }));
+                }
+                None if open => transfer.token += 1,
+                _ => {}
+            }
+        }
+        for (after, event) in later {
+            self.at(after, event);
+        }
+    }
+
+    /// The source's handler tells the target's to go on, if it reaches it. Lost messages are repeated by the handler.
+    pub fn give_go(&mut self, source: u64, uid: &str) {
+        let Some(launcher) = self.launchers.get(&source) else { return };
+        let node = launcher.node;
+        let Some(target) = launcher.sends.as_ref().and_then(|transfer| self.launchers.get(&transfer.target)) else {
+            return;
+        };
+        let target_node = target.node;
+        if self.reaches(node, target_node) && self.nodes.get(target_node).is_some_and(|node| node.up) {
+            let Some(epoch) = self.nodes.get(node).map(|node| node.epoch) else { return };
+            let after = self.random.between(MS / 5, 3 * MS);
+            self.at(after, Event::Go { uid: uid.to_owned(), source, epoch, target_node });
+        }
+    }
+
+    /// The go arrives.
+    pub fn take_go(&mut self, uid: &str, source: u64, epoch: u64, target_node: usize) {
+        let Some(from) = self.launchers.get(&source).map(|launcher| launcher.node) else { return };
+        if !self.reaches(from, target_node) {
+            return;
+        }
+        let Some(node) = self.nodes.get(target_node).filter(|node| node.up) else { return };
+        let Some((_, id)) = node.listening.get(uid).copied() else { return };
+        let now = self.now;
+        let Some(launcher) = self.launchers.get_mut(&id) else { return };
+        let answer = match launcher.domain {
+            _ if launcher.ended.is_some() => Answer::Lost,
+            Domain::Incoming if launcher.loaded => {
+                launcher.domain = Domain::Running;
+                launcher.resumed = Some(now);
+                let launcher = launcher.clone();
+                self.note(format!("{} goes on in {} on {}", launcher.vmi, launcher.pod, self.name_of(target_node)));
+                self.tell_agent(&launcher);
+                Answer::Running
+            }
+            Domain::Running => Answer::Running,
+            _ => Answer::Lost,
+        };
+        let after = self.random.between(MS / 5, 3 * MS);
+        self.at(after, Event::GoAnswered { uid: uid.to_owned(), node: from, epoch, from: target_node, answer });
+    }
+
+    /// The answer arrives.
+    pub fn take_answer(&mut self, uid: String, node: usize, epoch: u64, from: usize, answer: Answer) {
+        if !self.reaches(node, from) {
+            return;
+        }
+        let source = self.launchers.values().find(|launcher| {
+            launcher.node == node && launcher.sends.as_ref().is_some_and(|transfer| transfer.uid == uid)
+        });
+        let vmi = source.map(|launcher| launcher.vmi.clone());
+        if let Some(node) = self.nodes.get_mut(node).filter(|node| node.epoch == epoch) {
+            node.answers.insert(uid, answer);
+        }
+        if let Some(vmi) = vmi {
+            self.look_after(node, &vmi, MS / 2);
+        }
+    }
+}

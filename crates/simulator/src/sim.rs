@@ -1,0 +1,282 @@
+//! Virtual time and the order of events.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use godwit_api::MigrationPhase;
+use godwit_control::Name;
+use jiff::{SignedDuration, Timestamp};
+
+use crate::control_loop::Controllers;
+use crate::event::{Event, Fault};
+use crate::machine::{Guest, Launcher, Node, Why};
+use crate::random::Random;
+use crate::store::Store;
+use crate::trace::Trace;
+use crate::{Faults, Options, Report};
+
+/// A millisecond of virtual time; its unit is the microsecond.
+pub const MS: u64 = 1_000;
+/// A second of virtual time.
+pub const SECOND: u64 = 1_000_000;
+/// After the faults stop everything must come to rest within this time. The longest wait of the controllers is for an abort of
+/// a migration that runs far beyond its time limit.
+const SETTLE_LIMIT: u64 = 5 * 3600 * SECOND;
+/// Between two looks whether everything is at rest.
+const REST_EVERY: u64 = 20 * SECOND;
+/// When virtual time begins, in seconds since the epoch.
+const BEGIN: i64 = 1_700_000_000;
+
+/// Counts for the report.
+#[derive(Default)]
+pub struct Stats {
+    /// See [`Report`].
+    pub decisions: u64,
+    /// See [`Report`].
+    pub writes: u64,
+    /// See [`Report`].
+    pub conflicts: u64,
+    /// See [`Report`].
+    pub most_at_once: u32,
+    /// See [`Report`].
+    pub most_from_one_node: u32,
+    /// See [`Report`].
+    pub guests_killed: u64,
+}
+
+/// One simulation.
+pub struct Sim {
+    /// Microseconds since the beginning.
+    pub now: u64,
+    sequence: u64,
+    events: BTreeMap<(u64, u64), Event>,
+    /// All that is left to chance.
+    pub random: Random,
+    /// The API server.
+    pub store: Store,
+    /// The controllers.
+    pub controllers: Controllers,
+    /// The nodes.
+    pub nodes: Vec<Node>,
+    /// Every launcher that ever started.
+    pub launchers: BTreeMap<u64, Launcher>,
+    /// The number of the next launcher.
+    pub next_launcher: u64,
+    /// Links that are cut, lower node first.
+    pub cut_links: BTreeSet<(usize, usize)>,
+    /// The guests, by VMI.
+    pub guests: BTreeMap<Name, Guest>,
+    /// What is simulated.
+    pub options: Options,
+    /// What happened.
+    pub trace: Trace,
+    /// Counts.
+    pub stats: Stats,
+    /// UIDs of VMIs whose end a user has asked for.
+    pub asked: BTreeSet<String>,
+    /// The last phase of each migration, by UID.
+    pub phases: BTreeMap<String, MigrationPhase>,
+    /// The blow has landed.
+    pub struck: bool,
+    /// Migrations that users have asked for.
+    pub asked_migrations: u64,
+    calm: bool,
+    rested: u32,
+    violation: Option<String>,
+}
+
+impl Sim {
+    /// How often a node renews its lease (a third of the lease's time).
+    pub const HEARTBEAT: u64 = 40 * SECOND;
+
+    /// A simulation that has not begun.
+    pub fn new(options: Options) -> Self {
+        let nodes = (1..=options.nodes).map(|number| Node::new(format!("node{number}"))).collect();
+        Self {
+            now: 0,
+            sequence: 0,
+            events: BTreeMap::new(),
+            random: Random::new(options.seed),
+            store: Store::default(),
+            controllers: Controllers::new(),
+            nodes,
+            launchers: BTreeMap::new(),
+            next_launcher: 1,
+            cut_links: BTreeSet::new(),
+            guests: BTreeMap::new(),
+            trace: Trace::new(options.full_trace),
+            options,
+            stats: Stats::default(),
+            asked: BTreeSet::new(),
+            phases: BTreeMap::new(),
+            struck: false,
+            asked_migrations: 0,
+            calm: false,
+            rested: 0,
+            violation: None,
+        }
+    }
+
+    /// The time of the moment.
+    pub fn time(&self) -> Timestamp {
+        self.moment(self.now)
+    }
+
+    /// The time of a moment.
+    pub fn moment(&self, at: u64) -> Timestamp {
+        let since = SignedDuration::from_micros(i64::try_from(at).unwrap_or(i64::MAX));
+        Timestamp::from_second(BEGIN).unwrap_or_default().checked_add(since).unwrap_or(Timestamp::MAX)
+    }
+
+    /// The moment of a time, rounded up.
+    pub fn microsecond(&self, time: Timestamp) -> u64 {
+        let since = time.as_nanosecond() - i128::from(BEGIN) * 1_000_000_000;
+        u64::try_from((since + 999) / 1000).unwrap_or(0)
+    }
+
+    /// Something happens later.
+    pub fn at(&mut self, after: u64, event: Event) {
+        self.sequence += 1;
+        self.events.insert((self.now.saturating_add(after), self.sequence), event);
+    }
+
+    /// Adds a line to the trace.
+    pub fn note(&mut self, what: String) {
+        self.trace.add(self.now, &what);
+    }
+
+    /// Whether a fault with this probability strikes now.
+    pub fn faulty(&mut self, per_mille: impl Fn(&Faults) -> u32) -> bool {
+        let per_mille = per_mille(&self.options.faults);
+        !self.calm && self.random.chance(per_mille)
+    }
+
+    /// Something that must always hold does not; only the first counts.
+    pub fn violate(&mut self, what: String) {
+        self.trace.add(self.now, &format!("VIOLATION: {what}"));
+        self.violation.get_or_insert(what);
+    }
+
+    /// Tells everybody of what has been written.
+    pub fn spread(&mut self) {
+        loop {
+            let commits = self.store.take_commits();
+            if commits.is_empty() {
+                return;
+            }
+            for commit in commits {
+                self.feed_controllers(&commit);
+                self.feed_nodes(&commit);
+                self.check_commit(&commit);
+                if commit.gone {
+                    let owner = commit.latest.metadata().uid.clone().unwrap_or_default();
+                    let after = self.random.between(10 * MS, 500 * MS);
+                    self.at(after, Event::Collect { owner });
+                }
+            }
+        }
+    }
+
+    /// Runs to the end.
+    pub fn run(mut self) -> Report {
+        self.found();
+        let duration = u64::try_from(self.options.duration.as_micros()).unwrap_or(u64::MAX / 4);
+        self.at(duration, Event::Calm);
+        let mut events = 0;
+        while let Some(((at, _), event)) = self.events.pop_first() {
+            self.now = at;
+            events += 1;
+            self.handle(event);
+            self.check_guests();
+            if self.violation.is_some() || self.rested > 1 {
+                break;
+            }
+            if at > duration.saturating_add(SETTLE_LIMIT) {
+                let stuck = self.unrest().unwrap_or_else(|| "nothing".to_owned());
+                self.violate(format!("not at rest long after the last fault: {stuck}"));
+                break;
+            }
+        }
+        let of = |wanted: MigrationPhase| self.phases.values().filter(|phase| **phase == wanted).count() as u64;
+        Report {
+            seed: self.options.seed,
+            succeeded: of(MigrationPhase::Succeeded),
+            failed: of(MigrationPhase::Failed),
+            violation: self.violation,
+            trace_hash: self.trace.hash(),
+            virtual_time: Duration::from_micros(self.now),
+            events,
+            decisions: self.stats.decisions,
+            writes: self.stats.writes,
+            conflicts: self.stats.conflicts,
+            most_at_once: self.stats.most_at_once,
+            most_from_one_node: self.stats.most_from_one_node,
+            guests_killed: self.stats.guests_killed,
+            trace: self.trace.into_lines(),
+        }
+    }
+
+    fn handle(&mut self, event: Event) {
+        match event {
+            Event::News { generation, kind, news } => self.take_news(generation, kind, news),
+            Event::Relist { generation, kind } => self.relist(generation, kind),
+            Event::Listed { generation, kind, objects } => self.take_list(generation, kind, objects),
+            Event::Wake { generation } => self.wake_controllers(generation),
+            Event::Effect { generation, chain } => self.carry_out_next(generation, chain),
+            Event::Conclude { generation, chain } => self.conclude(generation, chain),
+            Event::ControllersStart { generation } => self.start_controllers(generation),
+            Event::NodeNews { node, epoch, target, object } => self.take_node_news(node, epoch, target, object),
+            Event::AgentLists { node, epoch } => self.agent_lists(node, epoch),
+            Event::Look { node, epoch, vmi } => self.look(node, epoch, &vmi),
+            Event::Sync { node, epoch, pod } => self.sync_pod(node, epoch, &pod),
+            Event::Write { node, epoch, write } => self.take_write(node, epoch, write),
+            Event::Pulled { node, boot, pod, uid } => self.pulled(node, boot, pod, uid),
+            Event::Booted { launcher } => self.boot_guest(launcher),
+            Event::Prepared { launcher, uid } => self.prepared(launcher, &uid),
+            Event::Transfer { launcher, token } => self.step_transfer(launcher, token),
+            Event::Broken { launcher, token } => self.break_transfer(launcher, token),
+            Event::Go { uid, source, epoch, target_node } => self.take_go(&uid, source, epoch, target_node),
+            Event::GoAnswered { uid, node, epoch, from, answer } => self.take_answer(uid, node, epoch, from, answer),
+            Event::Ended { launcher } => self.end_launcher(launcher, Why::Order),
+            Event::Heartbeat { node, boot } => self.heartbeat(node, boot),
+            Event::Collect { owner } => self.collect(&owner),
+            Event::AskMigration { vmi } => self.ask_migration(&vmi),
+            Event::CancelMigration { name } => self.cancel_migration(&name),
+            Event::Fault(fault) => self.strike_by_chance(fault),
+            Event::Strike { uid, vmi, blow } => self.strike(&uid, &vmi, blow),
+            Event::Boot { node } => self.boot_node(node),
+            Event::NodeHeals { node } => self.heal_node(node),
+            Event::Uncordon { node } => self.cordon(node, false),
+            Event::LinkHeals { link } => {
+                self.cut_links.remove(&link);
+                self.links_changed();
+            }
+            Event::Calm => {
+                self.calm = true;
+                self.note(format!("users and faults stop"));
+                self.at(REST_EVERY, Event::AtRest);
+            }
+            Event::AtRest => {
+                self.rested = if self.unrest().is_none() { self.rested + 1 } else { 0 };
+                self.at(REST_EVERY, Event::AtRest);
+            }
+        }
+    }
+
+    /// How long until the next of something that happens so often in an hour; `None` for never.
+    pub fn interval(&mut self, fault: Fault) -> Option<u64> {
+        let faults = &self.options.faults;
+        let per_hour = match fault {
+            Fault::WatchBreak => faults.watch_breaks_per_hour,
+            Fault::ControllerRestart => faults.controller_restarts_per_hour,
+            Fault::AgentRestart => faults.agent_restarts_per_hour,
+            Fault::LauncherKill => faults.launcher_kills_per_hour,
+            Fault::NodeDeath => faults.node_deaths_per_hour,
+            Fault::NodeCut => faults.node_cuts_per_hour,
+            Fault::LinkCut => faults.link_cuts_per_hour,
+            Fault::Cordon => faults.cordons_per_hour,
+        };
+        let mean = (3600 * SECOND).checked_div(u64::from(per_hour))?;
+        (!self.calm).then(|| self.random.between(0, 2 * mean))
+    }
+}

@@ -1,0 +1,391 @@
+//! The API server as far as controllers and nodes can tell: revisions, optimistic concurrency, finalizers, graceful
+//! deletion of pods, patches, and KubeVirt's admission (the real rules).
+
+use std::collections::BTreeMap;
+
+use godwit_api::admission::{self, Lookup, Operation, Request, User};
+use godwit_control::{Kind, Name, Object, Ref, has_status_subresource};
+use godwit_machinery::patch;
+use jiff::Timestamp;
+use serde_json::{Map, Value, json};
+
+use crate::random::Random;
+
+/// Why a request was not carried out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// 409: there is one of this name.
+    Exists,
+    /// 409: the revision or the UID is another one.
+    Conflict,
+    /// 404.
+    NotFound,
+    /// Anything else, with the reason.
+    Invalid(String),
+}
+
+/// One change that watchers are told of.
+#[derive(Clone, Debug)]
+pub struct Commit {
+    /// The state before.
+    pub before: Option<Object>,
+    /// The state after; the last one, at the revision of the deletion, when it is gone.
+    pub latest: Object,
+    /// It does not exist any more.
+    pub gone: bool,
+}
+
+#[derive(Clone, Debug)]
+struct Entry {
+    value: Value,
+    object: Object,
+}
+
+/// All objects.
+#[derive(Debug, Default)]
+pub struct Store {
+    objects: BTreeMap<Ref, Entry>,
+    revision: u64,
+    commits: Vec<Commit>,
+}
+
+impl Store {
+    /// The object, if there is one.
+    pub fn get(&self, target: &Ref) -> Option<&Object> {
+        self.objects.get(target).map(|entry| &entry.object)
+    }
+
+    /// All objects of a kind, by name.
+    pub fn list(&self, kind: Kind) -> impl Iterator<Item = &Object> {
+        let start = Ref::new(kind, Name::default());
+        self.objects.range(start..).take_while(move |(target, _)| target.kind == kind).map(|(_, entry)| &entry.object)
+    }
+
+    /// Every object.
+    pub fn all(&self) -> impl Iterator<Item = &Object> {
+        self.objects.values().map(|entry| &entry.object)
+    }
+
+    /// Takes the changes since the last call.
+    pub fn take_commits(&mut self) -> Vec<Commit> {
+        std::mem::take(&mut self.commits)
+    }
+
+    /// Makes an object, by way of admission.
+    pub fn create(
+        &mut self,
+        kind: Kind,
+        value: Value,
+        user: &str,
+        now: Timestamp,
+        random: &mut Random,
+    ) -> Result<Object, Refusal> {
+        if self.objects.contains_key(&Ref::new(kind, name_of(&value))) {
+            return Err(Refusal::Exists);
+        }
+        let admitted = if kind.group() == "kubevirt.io" { self.admit(kind, value, user)? } else { value };
+        self.insert(kind, admitted, now, random)
+    }
+
+    /// Makes an object that has been admitted (before another one changed the answer, perhaps).
+    pub fn insert(
+        &mut self,
+        kind: Kind,
+        mut value: Value,
+        now: Timestamp,
+        random: &mut Random,
+    ) -> Result<Object, Refusal> {
+        let target = Ref::new(kind, name_of(&value));
+        if self.objects.contains_key(&target) {
+            return Err(Refusal::Exists);
+        }
+        if let Some(map) = value.as_object_mut() {
+            map.insert("apiVersion".to_owned(), json!(kind.api_version()));
+            map.insert("kind".to_owned(), json!(kind.kind()));
+            if has_status_subresource(kind) && !matches!(kind, Kind::Node) {
+                map.remove("status");
+            }
+        }
+        let metadata = metadata(&mut value);
+        metadata.insert("uid".to_owned(), json!(random.uid()));
+        metadata.insert("creationTimestamp".to_owned(), seconds(now));
+        metadata.insert("generation".to_owned(), json!(1));
+        self.put(target, value)
+    }
+
+    /// What admission makes of an object.
+    pub fn admit(&self, kind: Kind, value: Value, user: &str) -> Result<Value, Refusal> {
+        let refused = |denial: Box<admission::Denial>| Refusal::Invalid(denial.message.clone());
+        let user = User { name: user.to_owned(), groups: Vec::new() };
+        let name = name_of(&value);
+        let version = kind.version();
+        let request = |object| Request {
+            operation: Operation::Create,
+            group: kind.group(),
+            version,
+            kind: kind.kind(),
+            resource: kind.plural(),
+            subresource: "",
+            namespace: &name.namespace,
+            name: &name.name,
+            object: Some(object),
+            old_object: None,
+            user: &user,
+            dry_run: false,
+            lookup: self,
+        };
+        let mutated = admission::mutate(&request(&value)).map_err(refused)?.object;
+        admission::validate(&request(&mutated)).map_err(refused)?;
+        Ok(mutated)
+    }
+
+    /// Carries out a merge patch, of the status alone or of everything else.
+    pub fn merge(&mut self, target: &Ref, status: bool, body: &Value) -> Result<Object, Refusal> {
+        self.change(target, status, body.pointer("/metadata/resourceVersion").cloned(), |old| {
+            patch::merge_patch(old, body).map_err(|status| Refusal::Invalid(format!("{status:?}")))
+        })
+    }
+
+    /// Carries out a JSON patch of everything but the status.
+    pub fn json(&mut self, target: &Ref, body: &Value) -> Result<Object, Refusal> {
+        self.change(target, false, None, |old| {
+            patch::json_patch(old, body).map_err(|status| Refusal::Invalid(format!("{status:?}")))
+        })
+    }
+
+    fn change(
+        &mut self,
+        target: &Ref,
+        status: bool,
+        expected: Option<Value>,
+        patched: impl FnOnce(&Value) -> Result<Value, Refusal>,
+    ) -> Result<Object, Refusal> {
+        let entry = self.objects.get(target).ok_or(Refusal::NotFound)?;
+        if expected.is_some_and(|expected| Some(&expected) != entry.value.pointer("/metadata/resourceVersion")) {
+            return Err(Refusal::Conflict);
+        }
+        let old = &entry.value;
+        let mut new = patched(old)?;
+        if status {
+            let changed = new.get("status").cloned();
+            new = old.clone();
+            set(&mut new, "status", changed);
+        } else if has_status_subresource(target.kind) {
+            set(&mut new, "status", old.get("status").cloned());
+        }
+        // What only the server writes.
+        for field in
+            ["uid", "creationTimestamp", "resourceVersion", "generation", "deletionTimestamp", "name", "namespace"]
+        {
+            let kept = old.pointer(&format!("/metadata/{field}")).cloned();
+            if let Some(metadata) = new.get_mut("metadata") {
+                set(metadata, field, kept);
+            }
+        }
+        if new == *old {
+            return Ok(entry.object.clone());
+        }
+        if new.get("spec") != old.get("spec") {
+            let generation = old.pointer("/metadata/generation").and_then(Value::as_u64).unwrap_or(0);
+            metadata(&mut new).insert("generation".to_owned(), json!(generation + 1));
+        }
+        let released = target.kind != Kind::Pod && is_deleting(&new) && !has_finalizers(&new);
+        if released { self.remove(target, new) } else { self.put(target.clone(), new) }
+    }
+
+    /// Asks for deletion. `None`: it is gone. Pods on a node stay until their kubelet deletes them with grace 0.
+    pub fn delete(
+        &mut self,
+        target: &Ref,
+        uid: &str,
+        grace: Option<u32>,
+        now: Timestamp,
+    ) -> Result<Option<Object>, Refusal> {
+        let entry = self.objects.get(target).ok_or(Refusal::NotFound)?;
+        if !uid.is_empty() && entry.object.metadata().uid.as_deref() != Some(uid) {
+            return Err(Refusal::Conflict);
+        }
+        let mut value = entry.value.clone();
+        let at_once = match (&entry.object, target.kind) {
+            (Object::Pod(pod), _) => {
+                let unbound = pod.spec.as_ref().is_none_or(|spec| spec.node_name.is_none());
+                unbound || grace == Some(0) || godwit_control::placement::is_finished(pod)
+            }
+            _ => true,
+        };
+        if at_once && !has_finalizers(&value) {
+            return self.remove(target, value).map(|_| None);
+        }
+        if is_deleting(&value) {
+            return Ok(Some(entry.object.clone()));
+        }
+        metadata(&mut value).insert("deletionTimestamp".to_owned(), seconds(now));
+        self.put(target.clone(), value).map(Some)
+    }
+
+    /// Binds a pod to a node.
+    pub fn bind(&mut self, pod: &Ref, uid: &str, node: &str) -> Result<Object, Refusal> {
+        let entry = self.objects.get(pod).ok_or(Refusal::NotFound)?;
+        let bound = entry.value.pointer("/spec/nodeName").is_some_and(|node| !node.is_null());
+        if entry.object.metadata().uid.as_deref() != Some(uid) || bound || is_deleting(&entry.value) {
+            return Err(Refusal::Conflict);
+        }
+        let mut value = entry.value.clone();
+        if let Some(spec) = value.get_mut("spec") {
+            set(spec, "nodeName", Some(json!(node)));
+        }
+        let scheduled = json!([{"type": "PodScheduled", "status": "True"}]);
+        set(&mut value, "status", Some(json!({"phase": "Pending", "conditions": scheduled})));
+        self.put(pod.clone(), value)
+    }
+
+    fn put(&mut self, target: Ref, mut value: Value) -> Result<Object, Refusal> {
+        let object = self.stamp(&target, &mut value)?;
+        let before = self.objects.insert(target, Entry { value, object: object.clone() }).map(|entry| entry.object);
+        self.commits.push(Commit { before, latest: object.clone(), gone: false });
+        Ok(object)
+    }
+
+    fn remove(&mut self, target: &Ref, mut value: Value) -> Result<Object, Refusal> {
+        let latest = self.stamp(target, &mut value)?;
+        let before = self.objects.remove(target).map(|entry| entry.object);
+        self.commits.push(Commit { before, latest: latest.clone(), gone: true });
+        Ok(latest)
+    }
+
+    fn stamp(&mut self, target: &Ref, value: &mut Value) -> Result<Object, Refusal> {
+        metadata(value).insert("resourceVersion".to_owned(), json!((self.revision + 1).to_string()));
+        let object = Object::from_value(target.kind, value.clone())
+            .map_err(|error| Refusal::Invalid(format!("{target} cannot be read: {error}")))?;
+        self.revision += 1;
+        Ok(object)
+    }
+}
+
+impl Lookup for Store {
+    fn get(&self, kind: &str, namespace: &str, name: &str) -> Option<Value> {
+        let kind = Kind::ALL.iter().find(|known| known.kind() == kind)?;
+        self.objects.get(&Ref::new(*kind, Name::new(namespace, name))).map(|entry| entry.value.clone())
+    }
+
+    fn list(&self, kind: &str, namespace: &str, label: Option<(&str, &str)>) -> Vec<Value> {
+        let carries = |value: &Value| {
+            label.is_none_or(|(key, wanted)| {
+                let labels = value.pointer("/metadata/labels");
+                labels.and_then(|labels| labels.get(key)).and_then(Value::as_str) == Some(wanted)
+            })
+        };
+        self.objects
+            .iter()
+            .filter(|(target, _)| target.kind.kind() == kind)
+            .filter(|(target, _)| namespace.is_empty() || target.name.namespace == namespace)
+            .filter(|(_, entry)| carries(&entry.value))
+            .map(|(_, entry)| entry.value.clone())
+            .collect()
+    }
+}
+
+/// A time as Kubernetes writes it: whole seconds.
+pub fn seconds(at: Timestamp) -> Value {
+    json!(Timestamp::from_second(at.as_second()).unwrap_or(at).to_string())
+}
+
+fn name_of(value: &Value) -> Name {
+    let text = |path: &str| value.pointer(path).and_then(Value::as_str).unwrap_or_default().to_owned();
+    Name::new(text("/metadata/namespace"), text("/metadata/name"))
+}
+
+/// The metadata to write to; whatever is no object becomes one.
+fn metadata(value: &mut Value) -> &mut Map<String, Value> {
+    if !value.get("metadata").is_some_and(Value::is_object) {
+        set(value, "metadata", Some(json!({})));
+    }
+    match value.get_mut("metadata") {
+        Some(Value::Object(map)) => map,
+        _ => unreachable!("set above"),
+    }
+}
+
+fn set(value: &mut Value, key: &str, to: Option<Value>) {
+    if !value.is_object() {
+        *value = json!({});
+    }
+    if let Some(map) = value.as_object_mut() {
+        match to {
+            Some(to) => {
+                map.insert(key.to_owned(), to);
+            }
+            None => {
+                map.remove(key);
+            }
+        }
+    }
+}
+
+fn is_deleting(value: &Value) -> bool {
+    value.pointer("/metadata/deletionTimestamp").is_some_and(|at| !at.is_null())
+}
+
+fn has_finalizers(value: &Value) -> bool {
+    value.pointer("/metadata/finalizers").and_then(Value::as_array).is_some_and(|all| !all.is_empty())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn store_with(kind: Kind, value: Value) -> (Store, Ref) {
+        let mut store = Store::default();
+        let object = store.create(kind, value, "test", Timestamp::UNIX_EPOCH, &mut Random::new(1)).unwrap();
+        let target = object.reference();
+        store.take_commits();
+        (store, target)
+    }
+
+    #[test]
+    fn a_patch_on_an_old_revision_is_refused() {
+        let (mut store, target) = store_with(Kind::ConfigMap, json!({"metadata": {"namespace": "n", "name": "c"}}));
+        let revision = store.get(&target).unwrap().metadata().resource_version.clone();
+        let body = |text: &str| json!({"metadata": {"resourceVersion": revision}, "data": {"a": text}});
+        store.merge(&target, false, &body("1")).unwrap();
+        assert_eq!(store.merge(&target, false, &body("2")).unwrap_err(), Refusal::Conflict);
+        assert_eq!(store.take_commits().len(), 1);
+        store.merge(&target, false, &json!({"data": {"a": "1"}})).unwrap();
+        assert!(store.take_commits().is_empty(), "nothing changed, nothing is told");
+    }
+
+    #[test]
+    fn finalizers_hold_what_is_deleted() {
+        let object = json!({"metadata": {"namespace": "n", "name": "c", "finalizers": ["x/y"]}});
+        let (mut store, target) = store_with(Kind::ConfigMap, object);
+        assert!(store.delete(&target, "other", None, Timestamp::UNIX_EPOCH).is_err());
+        assert!(store.delete(&target, "", None, Timestamp::UNIX_EPOCH).unwrap().is_some());
+        assert!(store.get(&target).unwrap().metadata().deletion_timestamp.is_some());
+        store.json(&target, &json!([{"op": "remove", "path": "/metadata/finalizers"}])).unwrap();
+        assert!(store.get(&target).is_none());
+        assert!(store.take_commits().last().unwrap().gone);
+    }
+
+    #[test]
+    fn a_pod_on_a_node_waits_for_its_kubelet() {
+        let pod = json!({"metadata": {"namespace": "n", "name": "p"}, "spec": {"containers": []}});
+        let (mut store, target) = store_with(Kind::Pod, pod);
+        let uid = store.get(&target).unwrap().metadata().uid.clone().unwrap();
+        store.bind(&target, &uid, "node1").unwrap();
+        assert_eq!(store.bind(&target, &uid, "node2").unwrap_err(), Refusal::Conflict);
+        assert!(store.delete(&target, "", None, Timestamp::UNIX_EPOCH).unwrap().is_some());
+        assert!(store.delete(&target, "", Some(0), Timestamp::UNIX_EPOCH).unwrap().is_none());
+    }
+
+    #[test]
+    fn status_and_the_rest_are_written_apart() {
+        let pod = json!({"metadata": {"namespace": "n", "name": "p"}, "spec": {"containers": []}});
+        let (mut store, target) = store_with(Kind::Pod, pod);
+        store
+            .merge(&target, true, &json!({"metadata": {"labels": {"a": "b"}}, "status": {"phase": "Running"}}))
+            .unwrap();
+        let Some(Object::Pod(pod)) = store.get(&target) else { panic!() };
+        assert_eq!(pod.status.as_ref().unwrap().phase.as_deref(), Some("Running"));
+        assert!(pod.metadata.labels.is_none());
+    }
+}

@@ -1,0 +1,191 @@
+//! How the cluster is founded, and what users do in it.
+
+use godwit_control::{Kind, Name, Object, Ref, names};
+use serde_json::{Value, json};
+
+use crate::event::{Event, Fault};
+use crate::machine::Guest;
+use crate::sim::{MS, SECOND, Sim};
+
+const MEBI: u64 = 1 << 20;
+const NAMESPACE: &str = "default";
+const USER: &str = "admin";
+
+impl Sim {
+    fn create(&mut self, kind: Kind, value: Value) {
+        let now = self.time();
+        if let Err(refusal) = self.store.create(kind, value, USER, now, &mut self.random) {
+            self.violate(format!("a {} of the simulation's own is refused: {refusal:?}", kind.kind()));
+        }
+        self.spread();
+    }
+
+    /// Nodes, classes, VMs; and when things will happen.
+    pub fn found(&mut self) {
+        self.create(
+            Kind::KubeVirt,
+            json!({"metadata": {"namespace": names::KUBEVIRT_NAMESPACE, "name": names::KUBEVIRT_NAME}, "spec": {}}),
+        );
+        self.create(
+            Kind::StorageClass,
+            json!({"metadata": {"name": "shared"}, "provisioner": godwit_api::initial::SHARED_PROVISIONER, "volumeBindingMode": "Immediate"}),
+        );
+        for index in 0..self.nodes.len() {
+            let name = self.name_of(index).to_owned();
+            self.create(
+                Kind::Node,
+                json!({
+                    "metadata": {
+                        "name": name,
+                        "labels": {"kubernetes.io/hostname": name, names::LABEL_SCHEDULABLE: "true"},
+                    },
+                    "status": {
+                        "allocatable": {"cpu": "64", "memory": "512Gi", "pods": "500"},
+                        "conditions": [{"type": "Ready", "status": "True"}],
+                    },
+                }),
+            );
+            self.boot_node(index);
+        }
+        self.restart_controllers(MS);
+        let duration = u64::try_from(self.options.duration.as_micros()).unwrap_or(u64::MAX / 4);
+        for number in 0..self.options.vms {
+            self.found_vm(number, duration);
+        }
+        for fault in Fault::ALL {
+            if let Some(after) = self.interval(fault) {
+                self.at(5 * SECOND + after, Event::Fault(fault));
+            }
+        }
+    }
+
+    fn found_vm(&mut self, number: u32, duration: u64) {
+        let name = format!("vm{number}");
+        let memory = self.random.between(1, 16) * 128 * MEBI;
+        let bandwidth = self.random.between(32, 512) * MEBI;
+        let busy = self.faulty(|faults| faults.busy_guests_per_mille);
+        let dirty = if busy { bandwidth * 2 } else { self.random.between(0, bandwidth * 7 / 10) };
+        let key = Name::new(NAMESPACE, name.as_str());
+        self.guests.insert(key.clone(), Guest { memory, dirty, bandwidth });
+        let claim = number % 2 == 0;
+        if claim {
+            self.create(
+                Kind::PersistentVolumeClaim,
+                json!({"metadata": {"namespace": NAMESPACE, "name": name}, "spec": {
+                    "storageClassName": "shared", "accessModes": ["ReadWriteMany"],
+                    "resources": {"requests": {"storage": "1Gi"}},
+                }}),
+            );
+        }
+        let (disks, volumes) = match claim {
+            true => (
+                json!([{"name": "disk", "disk": {"bus": "virtio"}}]),
+                json!([{"name": "disk", "persistentVolumeClaim": {"claimName": name}}]),
+            ),
+            false => (json!([]), json!([])),
+        };
+        self.create(
+            Kind::VirtualMachine,
+            json!({"metadata": {"namespace": NAMESPACE, "name": name}, "spec": {
+                "runStrategy": "Always",
+                "template": {"spec": {
+                    "terminationGracePeriodSeconds": 5,
+                    "domain": {"memory": {"guest": format!("{}Mi", memory / MEBI)}, "devices": {"disks": disks}},
+                    "volumes": volumes,
+                }},
+            }}),
+        );
+        let begin = (duration / 3).min(15 * SECOND);
+        for _ in 0..self.options.migrations {
+            let after = if self.options.at_once { begin } else { self.random.between(begin, duration) };
+            self.at(after, Event::AskMigration { vmi: key.clone() });
+        }
+    }
+
+    /// A user asks for a migration, and may change their mind.
+    pub fn ask_migration(&mut self, vmi: &Name) {
+        let now = self.time();
+        self.asked_migrations += 1;
+        let number = self.asked_migrations;
+        let body =
+            |name: &str| json!({"metadata": {"namespace": vmi.namespace, "name": name}, "spec": {"vmiName": vmi.name}});
+        let name = format!("move{number}");
+        // Two requests at the same moment are admitted side by side: neither sees the other.
+        let twin = if self.faulty(|faults| faults.twins_per_mille) {
+            self.store.admit(Kind::Migration, body(&format!("{name}b")), USER).ok()
+        } else {
+            None
+        };
+        match self.store.create(Kind::Migration, body(&name), USER, now, &mut self.random) {
+            Ok(_) => self.note(format!("a user asks to move {vmi}: {name}")),
+            Err(refusal) => self.note(format!("moving {vmi} is refused: {refusal:?}")),
+        }
+        if let Some(twin) = twin {
+            self.note(format!("a user asks to move {vmi} at the same moment: {name}b"));
+            let _ = self.store.insert(Kind::Migration, twin, now, &mut self.random);
+        }
+        self.spread();
+        if self.faulty(|faults| faults.cancels_per_mille) {
+            let longest = if self.random.chance(500) { 3 * SECOND } else { 60 * SECOND };
+            let after = self.random.between(MS, longest);
+            self.at(after, Event::CancelMigration { name: Name::new(vmi.namespace.as_str(), name) });
+        }
+    }
+
+    /// A user deletes a migration, or now and then its VMI.
+    pub fn cancel_migration(&mut self, name: &Name) {
+        let now = self.time();
+        let target = Ref::new(Kind::Migration, name.clone());
+        let Some(Object::Migration(migration)) = self.store.get(&target).cloned() else { return };
+        let cancel = self.options.blow.is_some() || self.random.chance(800);
+        let target = if cancel {
+            target
+        } else {
+            let vmi = Ref::new(Kind::VirtualMachineInstance, Name::new(name.namespace.as_str(), migration.vmi_name()));
+            if let Some(uid) = self.store.get(&vmi).and_then(|vmi| vmi.metadata().uid.clone()) {
+                self.asked.insert(uid);
+            }
+            vmi
+        };
+        self.note(format!("a user deletes {target}"));
+        let _ = self.store.delete(&target, "", None, now);
+        self.spread();
+    }
+
+    /// An administrator cordons a node, or takes that back.
+    pub fn cordon(&mut self, index: usize, cordoned: bool) {
+        let target = Ref::new(Kind::Node, Name::cluster(self.name_of(index)));
+        let spec = json!([{"op": "add", "path": "/spec", "value": {}}]);
+        let flag = json!([{"op": "add", "path": "/spec/unschedulable", "value": cordoned}]);
+        if self.store.json(&target, &flag).is_err() {
+            let _ = self.store.json(&target, &spec);
+            let _ = self.store.json(&target, &flag);
+        }
+        self.note(format!("{target} is {}", if cordoned { "cordoned" } else { "uncordoned" }));
+        self.spread();
+        if cordoned {
+            let after = self.random.between(SECOND, 400 * SECOND);
+            self.at(after, Event::Uncordon { node: index });
+        }
+    }
+
+    /// The garbage collector: what belonged to nothing but the owner goes.
+    pub fn collect(&mut self, owner: &str) {
+        let now = self.time();
+        let living: std::collections::BTreeSet<String> =
+            self.store.all().filter_map(|object| object.metadata().uid.clone()).collect();
+        let orphans: Vec<(Ref, String)> = self
+            .store
+            .all()
+            .filter(|object| {
+                let owners = object.metadata().owner_references.as_deref().unwrap_or_default();
+                owners.iter().any(|one| one.uid == owner) && !owners.iter().any(|one| living.contains(&one.uid))
+            })
+            .map(|object| (object.reference(), object.metadata().uid.clone().unwrap_or_default()))
+            .collect();
+        for (target, uid) in orphans {
+            let _ = self.store.delete(&target, &uid, None, now);
+        }
+        self.spread();
+    }
+}
