@@ -154,11 +154,6 @@ impl Networks {
         })
     }
 
-    /// A netlink connection into the node's namespace.
-    pub(crate) fn links(&self) -> &Links {
-        &self.links
-    }
-
     fn take_address(&self) -> Option<Ipv4Addr> {
         let mut addresses = self.addresses.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let room = self.range.room();
