@@ -73,8 +73,8 @@ pub async fn plan(inputs: &Inputs<'_>) -> Result<Plan, Error> {
     machine.acpi = domain.features.as_ref().and_then(|f| f.acpi.as_ref()).is_none_or(|a| a.enabled.unwrap_or(true));
     let firmware = domain.firmware.as_ref();
     // A VMI's own UID is as good as any when none is asked for, and the same at both ends.
-    machine.uuid =
-        firmware.and_then(|f| f.uuid.clone()).or_else(|| Some(vmi.uid().to_string()).filter(|u| !u.is_empty()));
+    let own = Some(vmi.uid()).filter(|uid| is_uuid(uid)).map(str::to_owned);
+    machine.uuid = firmware.and_then(|f| f.uuid.clone()).or(own);
     machine.serial_number = firmware.and_then(|f| f.serial.clone());
     let local_disks = disks(inputs, &mut machine).await?;
     machine.nics = nics(inputs)?;
@@ -84,6 +84,12 @@ pub async fn plan(inputs: &Inputs<'_>) -> Result<Plan, Error> {
 
 fn invalid(message: impl Into<String>) -> Error {
     Error::Invalid(message.into())
+}
+
+fn is_uuid(text: &str) -> bool {
+    let groups: Vec<&str> = text.split('-').collect();
+    groups.iter().map(|g| g.len()).eq([8, 4, 4, 4, 12])
+        && groups.iter().all(|g| g.chars().all(|c| c.is_ascii_hexdigit()))
 }
 
 fn machine_type(inputs: &Inputs<'_>) -> String {
@@ -333,6 +339,13 @@ mod tests {
         vmi["status"] = json!({"machine": {"type": "pc-q35-7.2"}});
         assert_eq!(try_plan(vmi.clone(), &wired(), true).await.unwrap().machine.machine_type, "pc-q35-7.2");
         assert_eq!(try_plan(vmi, &wired(), false).await.unwrap().machine.machine_type, "q35");
+    }
+
+    #[tokio::test]
+    async fn a_uid_that_is_no_uuid_is_not_given_to_qemu() {
+        let mut vmi = vmi();
+        vmi["metadata"]["uid"] = json!("u-1");
+        assert_eq!(try_plan(vmi, &wired(), false).await.unwrap().machine.uuid, None);
     }
 
     #[tokio::test]

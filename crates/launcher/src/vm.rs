@@ -207,6 +207,9 @@ impl Vm {
             tokio::select! {
                 Some(request) = orders.recv() => {
                     let answer = self.obey(request.order).await;
+                    if answer.is_err() && matches!(self.stage, Stage::Empty) {
+                        self.detach();
+                    }
                     self.publish();
                     // Whoever asked may have given up; what was done is in the state.
                     let _ = request.reply.send(answer);
@@ -356,6 +359,14 @@ impl Vm {
         self.now.machine_type = Some(qemu.machine_type().to_string());
         self.now.qemu_pid = Some(qemu.process().pid());
         Ok(())
+    }
+
+    /// Forgets a QEMU that could not be started.
+    fn detach(&mut self) {
+        self.console = None;
+        self.events = None;
+        self.now =
+            State { vmi_uid: self.uid.clone(), launcher_rss_bytes: self.now.launcher_rss_bytes, ..State::default() };
     }
 
     async fn pause(&mut self, pause: bool) -> Result<(), Refused> {
