@@ -472,3 +472,53 @@ async fn a_flight_cancelled_while_disks_are_copied_leaves_no_mirror_behind() {
     }
     source.qemu().quit().await;
 }
+
+/// Everything at once, except network interfaces, whose taps need a network namespace of their own.
+fn with_everything(place: &Place, end: &str, machine_type: &str) -> Machine {
+    let mut machine = with_disk(place, end, |_| {});
+    let first = machine.disks[0].clone();
+    for (bus, kind) in [(Bus::Sata, DiskKind::CdRom), (Bus::Sata, DiskKind::Disk), (Bus::Scsi, DiskKind::Disk)] {
+        let path = place.path(&format!("{end}-disk{}", machine.disks.len()));
+        std::fs::write(&path, vec![0u8; 1 << 20]).unwrap();
+        let read_only = kind == DiskKind::CdRom;
+        let serial = Some("serial, with a comma".to_string());
+        machine.disks.push(Disk { path, bus, kind, read_only, serial, boot_index: Some(9), ..first.clone() });
+        machine.disks.last_mut().unwrap().boot_index = Some(machine.disks.len() as u32);
+    }
+    machine.disks[0].cache = Cache::Writethrough;
+    machine.machine_type = machine_type.into();
+    machine.cpu.cores = 2;
+    machine.rng = true;
+    machine.balloon = true;
+    machine.guest_agent = Some(place.path(&format!("{end}-agent")));
+    machine.uuid = Some("5cd0a2f1-0000-4000-8000-000000000001".into());
+    machine.serial_number = Some("S,1".into());
+    machine.clock_offset_seconds = 3600;
+    machine
+}
+
+#[tokio::test]
+async fn a_machine_with_every_device_is_built_and_flies() {
+    for machine_type in ["q35", "pc"] {
+        let place = Place::new(busy());
+        let machine = with_everything(&place, "source", machine_type);
+        let prelaunch = Prelaunch::launch(&qemu(), &machine).await.unwrap();
+        let mut here = Console::open(&place.path("source-serial")).await;
+        let source = prelaunch.start().await.unwrap();
+        let mut story = Story::default();
+        here.hear(&mut story, 1).await;
+        let mut machine = with_everything(&place, "target", machine_type);
+        machine.machine_type = source.qemu().machine_type().to_string();
+        let target = Incoming::launch(&qemu(), &machine, &place.path("flight")).await.unwrap();
+        let mut there = Console::open(&place.path("target-serial")).await;
+        let flight = source.migrate(&place.path("flight"), &Options::default(), None).await;
+        let mut outgoing = flight.map_err(|e| e.1).unwrap();
+        follow(&mut outgoing).await;
+        let Settled::Departed(departed) = outgoing.settle().await else { panic!("it did not leave") };
+        let running = target.go().await.map_err(|e| e.error).unwrap();
+        departed.qemu().quit().await;
+        here.drain(&mut story).await;
+        there.hear(&mut story, 2).await;
+        running.qemu().quit().await;
+    }
+}
