@@ -112,13 +112,6 @@ fn cluster_roles() -> Vec<Value> {
         "serviceaccounts",
         "services",
     ];
-    let machines = [
-        "virtualmachines",
-        "virtualmachineinstances",
-        "virtualmachineinstancemigrations",
-        "virtualmachineinstancepresets",
-        "virtualmachineinstancereplicasets",
-    ];
     let mut roles = vec![
         role(
             "cluster-admin",
@@ -162,9 +155,6 @@ fn cluster_roles() -> Vec<Value> {
                 rule(&["authorization.k8s.io"], &["localsubjectaccessreviews"], &["create"]),
             ],
         ),
-        role("kubevirt.io:view", &[to_view, to_edit, to_admin], vec![rule(&[KUBEVIRT], &machines, &READ)]),
-        role("kubevirt.io:edit", &[to_edit, to_admin], vec![rule(&[KUBEVIRT], &machines, &WRITE)]),
-        role("kubevirt.io:default", &[], vec![rule(&[KUBEVIRT], &["kubevirts"], &READ)]),
         role("system:discovery", &[], vec![paths(&discovery)]),
         role(
             "system:public-info-viewer",
@@ -318,7 +308,6 @@ fn cluster_role_bindings() -> Vec<Value> {
         bind("cluster-admin", "cluster-admin", json!([group("system:masters")])),
         bind("system:discovery", "system:discovery", json!([group("system:authenticated")])),
         bind("system:basic-user", "system:basic-user", json!([group("system:authenticated")])),
-        bind("kubevirt.io:default", "kubevirt.io:default", json!([group("system:authenticated")])),
         bind(
             "system:public-info-viewer",
             "system:public-info-viewer",

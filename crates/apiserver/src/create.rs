@@ -53,7 +53,6 @@ pub(crate) async fn create(cx: &Context, kind: &Arc<Kind>, bytes: &Bytes) -> Rep
         return Err(Status::method_not_allowed());
     }
     let object = intake::object(cx, kind, bytes, "CreateOptions")?;
-    cx.warn(strategy::unsupported(kind));
     let dry_run = cx.dry_run()?;
     let manager = managed::Manager::of(cx)?;
     let stored = insert(cx, kind, &cx.info.namespace, object, dry_run, &manager).await?;
@@ -70,6 +69,7 @@ pub(crate) async fn insert(
     manager: &managed::Manager,
 ) -> Result<Stored, Status> {
     let resource = &kind.resource;
+    cx.warn(strategy::unsupported(kind, &object));
     place(kind, namespace, &mut object)?;
     if !meta::resource_version(&object).is_empty() {
         return Err(Status::bad_request("resourceVersion should not be set on objects to be created"));

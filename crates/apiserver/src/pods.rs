@@ -194,6 +194,11 @@ pub(crate) struct Tally {
     pub(crate) desired: usize,
 }
 
+fn is_ready(pod: &Value) -> bool {
+    let conditions = pod.pointer("/status/conditions").and_then(Value::as_array);
+    !meta::is_deleting(pod) && conditions.into_iter().flatten().any(|c| c["type"] == "Ready" && c["status"] == "True")
+}
+
 /// Counts what a budget says about the pods of its namespace.
 pub(crate) fn tally(budget: &Value, pods: &[Arc<Value>]) -> Option<(LabelSelector, Tally)> {
     let selector = LabelSelector::from_object(budget.pointer("/spec/selector").unwrap_or(&Value::Null)).ok()?;
@@ -201,13 +206,8 @@ pub(crate) fn tally(budget: &Value, pods: &[Arc<Value>]) -> Option<(LabelSelecto
         .iter()
         .filter(|pod| selector.matches(pod) && !matches!(text(pod, "/status/phase"), "Succeeded" | "Failed"))
         .collect();
-    let ready = |pod: &Value| {
-        let conditions = pod.pointer("/status/conditions").and_then(Value::as_array);
-        !meta::is_deleting(pod)
-            && conditions.into_iter().flatten().any(|c| c["type"] == "Ready" && c["status"] == "True")
-    };
     let expected = counted.len();
-    let healthy = counted.iter().filter(|pod| ready(pod)).count();
+    let healthy = counted.iter().filter(|pod| is_ready(pod)).count();
     let least = budget.pointer("/spec/minAvailable").and_then(|value| wanted(value, expected));
     let most = budget.pointer("/spec/maxUnavailable").and_then(|value| wanted(value, expected));
     let desired = least.or_else(|| most.map(|most| expected.saturating_sub(most))).unwrap_or(0);
@@ -227,7 +227,10 @@ fn budget_allows(cx: &Context, namespace: &str, pod: &Value) -> Result<(), Statu
         let why = "This pod has more than one PodDisruptionBudget, which the eviction subresource does not support.";
         return Err(Status::internal_error(why));
     }
-    if tally.healthy > tally.desired {
+    // A pod that is not ready does not count; it may go where the budget is met without it, or always if it says so.
+    let always = text(budget, "/spec/unhealthyPodEvictionPolicy") == "AlwaysAllow";
+    let unready = !is_ready(pod) && (always || (tally.desired > 0 && tally.healthy >= tally.desired));
+    if tally.healthy > tally.desired || unready {
         return Ok(());
     }
     let why = format!(

@@ -120,6 +120,9 @@ fn finish(cx: &Context, kind: &Kind, change: &Change<'_>, old: &Value, mut new: 
     let counts = meta::counts_generations(&resource.gv.group, &resource.plural, resource.builtin);
     meta::prepare_update(old, &mut new, door, counts);
     strategy::update(kind, old, &mut new, subresource);
+    if kind.is("apiextensions.k8s.io", "customresourcedefinitions") && subresource.is_empty() {
+        cx.warn(strategy::unsupported(kind, &new));
+    }
     meta::set(&mut new, "resourceVersion", old.pointer("/metadata/resourceVersion").cloned());
     let write = Write {
         operation: Operation::Update,
