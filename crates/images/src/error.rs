@@ -78,6 +78,14 @@ impl Error {
         move |source| Self::Io { what, path, source }
     }
 
+    /// The cause without the image's name, for messages that have it already.
+    pub fn cause(&self) -> String {
+        match self {
+            Self::Pull { reason, .. } => reason.clone(),
+            other => other.to_string(),
+        }
+    }
+
     /// The reason that Kubernetes gives in `status.containerStatuses[].state.waiting.reason` when it happens while a
     /// container's image is fetched.
     pub fn waiting_reason(&self) -> &'static str {

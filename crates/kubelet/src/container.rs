@@ -161,7 +161,7 @@ impl Task {
             signal: None,
             reason: "StartError".into(),
             message: Some(failure),
-            started_at: None,
+            started_at: Some(spec::now()),
             finished_at: spec::now(),
         };
         let _ = spec::write(&folder, EXIT, &exit);
@@ -212,6 +212,7 @@ impl Task {
     async fn image(&self) -> Option<Unpacked> {
         let image = self.container.image.clone().unwrap_or_default();
         if plan::is_host(&image) {
+            self.normal("Pulled", format!("Container image {image:?} already present on machine"));
             self.change(|info| info.image_id = format!("{image}@{}", env!("CARGO_PKG_VERSION")));
             return None;
         }
@@ -239,14 +240,14 @@ impl Task {
                 Err(error) => error,
             };
             let reason = error.waiting_reason();
-            self.warn("Failed", format!("Failed to pull image {image:?}: {error}"));
+            self.warn("Failed", format!("Failed to pull image {image:?}: {}", error.cause()));
             self.warn("Failed", format!("Error: {reason}"));
             self.change(|info| info.wait(reason, Some(error.to_string())));
             let delay = backoff.next(Instant::now(), 0);
             let back_off = || {
                 if reason == "ErrImagePull" {
                     self.normal("BackOff", format!("Back-off pulling image {image:?}"));
-                    let text = format!("Back-off pulling image {image:?}: {reason}: {error}");
+                    let text = format!("Back-off pulling image {image:?}: {reason}: {}", error.cause());
                     self.change(|info| info.wait("ImagePullBackOff", Some(text)));
                 }
             };

@@ -1,11 +1,12 @@
 //! Events, in the words of Kubernetes' kubelet. Sent in the background; one that cannot be written is only logged.
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Event, EventSource, ObjectReference, Pod};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
-use kube::api::PostParams;
+use kube::api::{Patch, PatchParams, PostParams};
 use kube::{Api, Client, ResourceExt};
 use tokio::sync::mpsc;
 
@@ -18,14 +19,45 @@ pub(crate) struct Events {
 
 static NUMBER: AtomicU64 = AtomicU64::new(0);
 
+/// What was said before: the same again only counts, as with Kubernetes.
+#[derive(Default)]
+struct Known(BTreeMap<Saying, (String, i32)>);
+
+/// Whom it is about, reason, message.
+type Saying = (Option<String>, Option<String>, Option<String>);
+
+/// So many different events are remembered; then all are forgotten.
+const REMEMBERED: usize = 4096;
+
+impl Known {
+    async fn write(&mut self, api: &Api<Event>, event: &Event) -> Result<(), kube::Error> {
+        let key = (event.involved_object.uid.clone(), event.reason.clone(), event.message.clone());
+        if let Some((name, count)) = self.0.get_mut(&key) {
+            *count += 1;
+            let patch = serde_json::json!({ "count": *count, "lastTimestamp": event.last_timestamp });
+            match api.patch(name, &PatchParams::default(), &Patch::Merge(patch)).await {
+                // It has expired meanwhile.
+                Err(kube::Error::Api(answer)) if answer.code == 404 => {}
+                other => return other.map(|_| ()),
+            }
+        }
+        if self.0.len() >= REMEMBERED {
+            self.0.clear();
+        }
+        self.0.insert(key, (event.metadata.name.clone().unwrap_or_default(), 1));
+        api.create(&PostParams::default(), event).await.map(|_| ())
+    }
+}
+
 impl Events {
     pub(crate) fn start(client: Client, node: &str) -> Self {
         let (sender, mut receiver) = mpsc::unbounded_channel::<Event>();
         tokio::spawn(async move {
+            let mut known = Known::default();
             while let Some(event) = receiver.recv().await {
                 let namespace = event.metadata.namespace.clone().unwrap_or_else(|| "default".into());
                 let api: Api<Event> = Api::namespaced(client.clone(), &namespace);
-                if let Err(error) = api.create(&PostParams::default(), &event).await {
+                if let Err(error) = known.write(&api, &event).await {
                     let reason = event.reason.unwrap_or_default();
                     tracing::debug!(%error, reason, object = ?event.involved_object.name, "cannot write an event");
                 }

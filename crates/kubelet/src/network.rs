@@ -174,15 +174,16 @@ impl Networks {
 
     /// The pod's network: the one it has, or a new one. Errors are texts for a `FailedCreatePodSandBox` event.
     pub(crate) async fn attach(&self, pod: &Pod, folder: &Path) -> Result<PodNetwork, String> {
-        if let Some(network) = spec::read::<PodNetwork>(folder, FILE)
-            && Namespace::exists(&network.namespace)
-        {
-            return Ok(network);
+        let before = spec::read::<PodNetwork>(folder, FILE);
+        if let Some(network) = before.as_ref().filter(|network| Namespace::exists(&network.namespace)) {
+            return Ok(network.clone());
         }
         let wanted = self.wanted(pod).await?;
         let uid = pod.uid().unwrap_or_default();
         let short: String = uid.chars().filter(char::is_ascii_alphanumeric).take(8).collect();
-        let ip = self.take_address().ok_or("no addresses left in the node's pod range")?;
+        // After a restart of the machine the namespace is gone, but the address is still the pod's.
+        let ip = before.map(|network| network.ip).or_else(|| self.take_address());
+        let ip = ip.ok_or("no addresses left in the node's pod range")?;
         let network =
             PodNetwork { namespace: format!("gw-{}-p-{short}", self.cluster_id), ip, attachments: Vec::new() };
         match self.make(network, &short, wanted).await {
@@ -195,6 +196,7 @@ impl Networks {
             }
             Err(error) => {
                 self.give_back(ip);
+                let _ = fs::remove_file(folder.join(FILE));
                 let _ = Namespace::delete(&format!("gw-{}-p-{short}", self.cluster_id));
                 Err(error.to_string())
             }

@@ -125,8 +125,8 @@ fn memory() -> u64 {
 
 fn status(options: &Options, before: Option<&NodeStatus>) -> NodeStatus {
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
-    let disk = nix::sys::statvfs::statvfs(&options.root)
-        .map_or(0, |stat| u64::from(stat.blocks()).saturating_mul(stat.fragment_size()));
+    let disk =
+        nix::sys::statvfs::statvfs(&options.root).map_or(0, |stat| stat.blocks().saturating_mul(stat.fragment_size()));
     let mut resources = BTreeMap::from([
         ("cpu".to_owned(), Quantity(processors.to_string())),
         ("memory".to_owned(), Quantity(format!("{}Ki", memory()))),

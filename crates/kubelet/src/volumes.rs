@@ -82,7 +82,9 @@ async fn one(
 
     if let Some(source) = &volume.empty_dir {
         let path = place("empty-dir");
-        if path.is_dir() {
+        // What was in memory went with a restart of the machine.
+        let in_memory = source.medium.as_deref() == Some("Memory");
+        if path.is_dir() && (!in_memory || is_tmpfs(&path)) {
             return Ok((path, false));
         }
         fs::create_dir_all(&path).map_err(text("make", &path))?;
@@ -113,7 +115,7 @@ async fn one(
         let unpacked = context.images.ensure(&reference, policy, &Auth::Anonymous).await;
         return unpacked.map(|unpacked| (unpacked.path, true)).map_err(|error| Failure::Image {
             reason: error.waiting_reason(),
-            message: error.to_string(),
+            message: error.cause(),
             reference,
         });
     }
@@ -161,6 +163,10 @@ async fn one(
     let path = place(kind);
     write_files(&path, &files, default_mode, kind == "secret" || kind == "projected", group)?;
     Ok((path, true))
+}
+
+fn is_tmpfs(path: &Path) -> bool {
+    nix::sys::statfs::statfs(path).is_ok_and(|stat| stat.filesystem_type() == nix::sys::statfs::TMPFS_MAGIC)
 }
 
 fn tmpfs(path: &Path, size: Option<u64>) -> Result<(), Failure> {

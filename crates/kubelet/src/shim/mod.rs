@@ -47,7 +47,7 @@ pub fn main(args: &[OsString]) -> ExitCode {
             signal: None,
             reason: "StartError".into(),
             message: Some(message),
-            started_at: None,
+            started_at: Some(spec::now()),
             finished_at: spec::now(),
         }
     });
