@@ -44,7 +44,17 @@ impl Sim {
                     self.violate(format!("migration {} is gone without an end", migration.key()));
                 }
             }
-            Object::VirtualMachineInstance(_) => self.check_limits(),
+            Object::VirtualMachineInstance(vmi) => {
+                if !vmi.is_final() {
+                    let node =
+                        vmi.status.node_name.as_deref().and_then(|name| self.nodes.iter().position(|n| n.name == name));
+                    let launchers = self.launchers.values_mut().filter(|one| one.vmi_uid == vmi.uid());
+                    for launcher in launchers.filter(|one| Some(one.node) == node) {
+                        launcher.cut_off_early = false;
+                    }
+                }
+                self.check_limits();
+            }
             _ => {}
         }
     }
@@ -104,6 +114,14 @@ impl Sim {
         }
     }
 
+    /// Whether a VMI is still said to run whose guest was lost with its target, see [`crate::Known::Stranded`].
+    pub fn is_stranded(&self) -> bool {
+        self.store.list(Kind::VirtualMachineInstance).any(|vmi| {
+            let uid = vmi.metadata().uid.as_deref().unwrap_or_default();
+            self.stranded.contains(uid)
+        })
+    }
+
     /// Why the cluster is not at rest yet, if it is not.
     pub fn unrest(&self) -> Option<String> {
         if !self.controllers.is_idle() {
@@ -124,6 +142,9 @@ impl Sim {
             let node = vmi.status.node_name.as_deref().unwrap_or_default();
             if vmi.deleting() || vmi.status.phase != VmiPhase::Running {
                 return Some(format!("VMI {} is {} on {node:?}", vmi.key(), vmi.status.phase.as_str()));
+            }
+            if self.stranded.contains(vmi.uid()) {
+                continue;
             }
             let mut running = self.launchers.values().filter(|one| one.runs() && one.vmi_uid == vmi.uid());
             match (running.next(), running.next()) {

@@ -45,11 +45,24 @@ impl Sim {
         }
     }
 
+    /// The source's QEMU is done: perhaps something breaks right now.
+    pub fn strike_hand_over(&mut self, uid: &str, vmi: &Name) {
+        if self.faulty(|faults| faults.hand_over_per_mille)
+            && let Some(blow) = self.random.pick(&Blow::ALL).copied()
+        {
+            let after = self.random.between(0, 12 * MS);
+            self.at(after, Event::Strike { uid: uid.to_owned(), vmi: vmi.clone(), blow });
+        }
+    }
+
     /// A blow lands on a migration, as far as it still has what is hit.
     pub fn strike(&mut self, uid: &str, vmi: &Name, blow: Blow) {
         let target = self.launchers.iter().find(|(_, launcher)| launcher.receives.as_deref() == Some(uid));
         let target = target.map(|(id, launcher)| (*id, launcher.node));
-        let source = self.launchers.iter().find(|(_, launcher)| launcher.vmi == *vmi && launcher.runs());
+        let source = self.launchers.iter().find(|(_, launcher)| {
+            let sends = launcher.sends.as_ref().is_some_and(|transfer| transfer.uid == uid);
+            launcher.vmi == *vmi && (sends || launcher.runs())
+        });
         let source = source.map(|(id, launcher)| (*id, launcher.node));
         self.note(format!("{blow:?} hits the migration of {vmi}"));
         match (blow, source, target) {
@@ -69,6 +82,9 @@ impl Sim {
             (Blow::RestartController, ..) => {
                 let after = self.random.between(50 * MS, 5 * SECOND);
                 self.restart_controllers(after);
+            }
+            (Blow::CutSourceNode, Some((_, node)), _) | (Blow::CutTargetNode, _, Some((_, node))) => {
+                self.cut_node(node);
             }
             (Blow::RestartSourceAgent, Some((_, node)), _) | (Blow::RestartTargetAgent, _, Some((_, node))) => {
                 self.restart_agent(node);
@@ -126,7 +142,14 @@ impl Sim {
     fn cut_node(&mut self, index: usize) {
         let Some(node) = self.nodes.get_mut(index).filter(|node| node.alive && !node.cut) else { return };
         node.cut = true;
-        self.note(format!("{} is cut off", self.name_of(index)));
+        let name = node.name.clone();
+        self.note(format!("{name} is cut off"));
+        for launcher in self.launchers.values_mut().filter(|one| one.node == index && one.receives.is_some()) {
+            let vmi = Ref::new(Kind::VirtualMachineInstance, launcher.vmi.clone());
+            if let Some(Object::VirtualMachineInstance(vmi)) = self.store.get(&vmi) {
+                launcher.cut_off_early |= vmi.status.node_name.as_deref() != Some(name.as_str());
+            }
+        }
         self.links_changed();
         let after = self.random.between(SECOND, 150 * SECOND);
         self.at(after, Event::NodeHeals { node: index });

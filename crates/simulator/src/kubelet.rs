@@ -282,6 +282,7 @@ impl Sim {
                 ended: None,
                 stopping: false,
                 ordered: false,
+                cut_off_early: false,
             },
         );
         self.note(format!("launcher {name} starts on {}", self.name_of(index)));

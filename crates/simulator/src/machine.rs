@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use godwit_control::{Name, Object, Ref};
 
+use crate::Known;
 use crate::event::{Answer, Event};
 use crate::sim::{MS, SECOND, Sim};
 
@@ -168,6 +169,8 @@ pub struct Launcher {
     pub stopping: bool,
     /// It was told to start or to receive.
     pub ordered: bool,
+    /// Its node was cut off before the API said that the guest is here.
+    pub cut_off_early: bool,
 }
 
 impl Launcher {
@@ -228,7 +231,13 @@ impl Sim {
             launcher.domain,
             if holds { ", with the guest" } else { "" }
         ));
-        if holds && why == Why::Order && !self.asked.contains(&launcher.vmi_uid) {
+        if holds && why == Why::Fault && launcher.domain == Domain::Incoming {
+            self.stranded.insert(launcher.vmi_uid.clone());
+        }
+        let given_up = holds && why == Why::Order && launcher.cut_off_early;
+        if given_up {
+            self.known.insert(Known::GivenUp);
+        } else if holds && why == Why::Order && !self.asked.contains(&launcher.vmi_uid) {
             self.violate(format!(
                 "the guest of {} was ended in {} on {} although nobody asked for its end",
                 launcher.vmi,
@@ -401,6 +410,7 @@ impl Sim {
             transfer.status = Status::Completed;
         }
         let launcher = launcher.clone();
+        self.strike_hand_over(&uid, &launcher.vmi);
         self.note(format!("{} is over from {}: completed", launcher.vmi, self.name_of(node)));
         if self.nodes.get(node).is_some_and(|node| node.up) {
             self.give_go(id, &uid);

@@ -32,6 +32,22 @@ fn explore() {
         };
         let report = simulate(options);
         events += report.events;
+        if std::env::var("STATS").is_ok() {
+            println!(
+                "seed {seed}: {} good, {} bad, {} guests killed, {} conflicts, {} writes, {} decisions, {} events, {:?}",
+                report.succeeded,
+                report.failed,
+                report.guests_killed,
+                report.conflicts,
+                report.writes,
+                report.decisions,
+                report.events,
+                report.virtual_time
+            );
+        }
+        if !report.known.is_empty() {
+            println!("seed {seed}: known: {:?}", report.known);
+        }
         if let Some(violation) = &report.violation {
             bad += 1;
             println!("seed {seed}: {violation}");
