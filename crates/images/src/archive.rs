@@ -87,7 +87,7 @@ pub(crate) fn import(store: &Store, path: &Path, name: Option<&str>) -> Result<V
             return Err(content.bad("an image in it has no name; give one"));
         }
         for name in names {
-            infos.push(store.name(&normalize(&name)?, descriptor.clone())?);
+            infos.push(store.name(&normalize(&name)?, descriptor.clone(), true)?);
         }
     }
     Ok(infos)

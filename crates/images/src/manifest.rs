@@ -18,6 +18,8 @@ pub const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 pub const LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
 /// Annotation that names an image in an index.
 pub const REF_NAME: &str = "org.opencontainers.image.ref.name";
+/// Annotation of images that were built or imported here: no registry is asked for them.
+pub const LOCAL: &str = "dev.godwit.local";
 /// Annotation with the time of building (RFC 3339).
 pub const CREATED: &str = "org.opencontainers.image.created";
 

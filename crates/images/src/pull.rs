@@ -55,14 +55,17 @@ pub enum Auth {
 }
 
 impl Store {
-    /// The image as a tree on disk, fetched as `policy` says. Unpacking runs on a blocking thread.
+    /// The image as a tree on disk, fetched as `policy` says. Images that were built or imported here are never fetched:
+    /// what a registry has under their name is something else. Unpacking runs on a blocking thread.
     ///
     /// # Errors
     /// [`Error::Absent`], [`Error::Pull`] with the registry's words, and those of [`Store::unpack`].
     pub async fn ensure(&self, reference: &str, policy: PullPolicy, auth: &Auth) -> Result<Unpacked> {
         let present = self.resolve(reference)?;
+        let local = self.is_local(reference)?;
         let digest = match (present, policy) {
             (Some(digest), PullPolicy::IfNotPresent | PullPolicy::Never) => digest,
+            (Some(digest), PullPolicy::Always) if local => digest,
             (None, PullPolicy::Never) => return Err(Error::Absent(reference.into())),
             (_, PullPolicy::Always) | (None, PullPolicy::IfNotPresent) => self.pull(reference, auth).await?,
         };
@@ -116,7 +119,7 @@ impl Store {
         let descriptor = self.put_document(&media_type, &bytes)?;
         debug_assert_eq!(descriptor.digest, digest_of(&bytes));
         let digest = descriptor.digest.clone();
-        self.name(&full, descriptor)?;
+        self.name(&full, descriptor, false)?;
         Ok(digest)
     }
 
@@ -199,6 +202,11 @@ mod tests {
         let text = error.to_string();
         assert!(text.contains(&name) && text.contains("refused"), "{text}");
         assert_eq!(error.waiting_reason(), "ErrImagePull");
+        let file = place.path().join("file");
+        std::fs::write(&file, "x").unwrap();
+        store.build(&name, &[crate::FileEntry { source: file, destination: "/x".into(), mode: 0o644 }]).unwrap();
+        store.ensure(&name, PullPolicy::Always, &Auth::Anonymous).await.unwrap();
+        store.remove(&name).unwrap();
         let never = store.ensure(&name, PullPolicy::Never, &Auth::Anonymous).await.unwrap_err();
         assert_eq!(never.waiting_reason(), "ErrImageNeverPull");
     }

@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use sha2::{Digest, Sha256};
 
 use crate::manifest::{
-    CONFIG, CREATED, ConfigFile, DOCKER_INDEX, Descriptor, INDEX, ImageConfig, ImageManifest, Index, LAYER, MANIFEST,
-    Platform, REF_NAME, RootFs,
+    CONFIG, CREATED, ConfigFile, DOCKER_INDEX, Descriptor, INDEX, ImageConfig, ImageManifest, Index, LAYER, LOCAL,
+    MANIFEST, Platform, REF_NAME, RootFs,
 };
 use crate::{Error, Result, archive, layer, normalize};
 
@@ -111,9 +111,12 @@ impl Store {
         self.write(&self.root.join("index.json"), &bytes)
     }
 
-    /// Gives a manifest in the store a name, taking the name from whatever had it.
-    pub(crate) fn name(&self, reference: &str, mut manifest: Descriptor) -> Result<ImageInfo> {
+    /// Gives a manifest in the store a name, taking the name from whatever had it. `local`: it was made here.
+    pub(crate) fn name(&self, reference: &str, mut manifest: Descriptor, local: bool) -> Result<ImageInfo> {
         manifest.annotations.insert(REF_NAME.into(), reference.into());
+        if local {
+            manifest.annotations.insert(LOCAL.into(), "true".into());
+        }
         manifest.platform = None;
         let digest = manifest.digest.clone();
         self.change_index(|index| {
@@ -244,7 +247,7 @@ impl Store {
             annotations: Default::default(),
         };
         let descriptor = self.put_json(MANIFEST, &manifest)?;
-        self.name(&reference, descriptor)
+        self.name(&reference, descriptor, true)
     }
 
     /// Takes the images of an archive (`docker save`, `skopeo copy … oci-archive:`, `buildah push … oci-archive:`) into the
@@ -289,6 +292,16 @@ impl Store {
         }
         // An image that was pulled by digest has its blob, and maybe the name only of another.
         Ok(pinned.filter(|digest| self.manifest(digest).is_ok()).map(str::to_owned))
+    }
+
+    /// Whether the image was built or imported here, so that no registry need know it.
+    ///
+    /// # Errors
+    /// As [`Self::resolve`].
+    pub fn is_local(&self, reference: &str) -> Result<bool> {
+        let full = normalize(reference)?;
+        let named = |manifest: &Descriptor| manifest.annotations.get(REF_NAME) == Some(&full);
+        Ok(self.index()?.manifests.iter().any(|manifest| named(manifest) && manifest.annotations.contains_key(LOCAL)))
     }
 
     /// How the image is to be run.

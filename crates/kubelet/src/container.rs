@@ -219,7 +219,9 @@ impl Task {
         let policy = PullPolicy::of(self.container.image_pull_policy.as_deref(), &image);
         let mut backoff = Backoff::default();
         loop {
-            let present = matches!(self.context.images.resolve(&image), Ok(Some(_))) && policy != PullPolicy::Always;
+            let images = &self.context.images;
+            let asked = policy == PullPolicy::Always && !images.is_local(&image).unwrap_or(false);
+            let present = matches!(images.resolve(&image), Ok(Some(_))) && !asked;
             if !present && policy != PullPolicy::Never {
                 self.normal("Pulling", format!("Pulling image {image:?}"));
             }

@@ -110,11 +110,13 @@ impl Context {
 
     /// Waits before an image is asked for again, but not longer than until somebody adds it to the store.
     async fn wait_for_image(&self, reference: &str, delay: Duration, then: impl FnOnce()) {
+        let present = || matches!(self.images.resolve(reference), Ok(Some(_)));
+        let was_present = present();
         let end = tokio::time::Instant::now() + delay;
         let mut then = Some(then);
         while tokio::time::Instant::now() < end {
             tokio::time::sleep(Duration::from_secs(1)).await;
-            if matches!(self.images.resolve(reference), Ok(Some(_))) {
+            if !was_present && present() {
                 return;
             }
             // The first reason is to be seen for a while before the general one.

@@ -32,7 +32,7 @@ pub(super) fn enter(spec: &ContainerSpec) -> Result<(), Failure> {
         Root::Image { lower } => image(spec, &root, lower)?,
     }
     let opened: OwnedFd = File::open(&root).map_err(failed(format!("open {}", root.display())))?.into();
-    kernel_file_systems(spec, &opened, &root)?;
+    kernel_file_systems(spec, &opened)?;
     if !spec.termination_log.is_empty() {
         let file = spec.folder.join(TERMINATION_LOG);
         let made = File::create(&file).and_then(|f| f.set_permissions(fs::Permissions::from_mode(0o666)));
@@ -147,7 +147,7 @@ fn image(spec: &ContainerSpec, root: &Path, lower: &Path) -> Result<(), Failure>
         .map_err(failed("mount the image"))
 }
 
-fn kernel_file_systems(spec: &ContainerSpec, opened: &OwnedFd, root: &Path) -> Result<(), Failure> {
+fn kernel_file_systems(spec: &ContainerSpec, opened: &OwnedFd) -> Result<(), Failure> {
     // In an image these could be links to anywhere: they are opened as if the image were the root.
     let place = |name: &str| -> Result<PathBuf, Failure> {
         let fd = make_in(opened, Path::new(name), true).map_err(failed(format!("make /{name}")))?;
@@ -185,7 +185,6 @@ fn kernel_file_systems(spec: &ContainerSpec, opened: &OwnedFd, root: &Path) -> R
     for (name, target) in links.into_iter().chain([("stdout", "/proc/self/fd/1"), ("stderr", "/proc/self/fd/2")]) {
         symlink(target, dev.join(name)).map_err(failed(format!("make /dev/{name}")))?;
     }
-    let _ = root;
     Ok(())
 }
 
