@@ -152,7 +152,11 @@ fn is_here(registry: &str) -> bool {
 fn reason(error: &OciDistributionError) -> String {
     match error {
         OciDistributionError::ImageManifestNotFoundError(_) => "not found".into(),
-        OciDistributionError::RegistryError { envelope, .. } => {
+        OciDistributionError::RegistryError { envelope, .. } if !envelope.errors.is_empty() => {
+            use oci_client::errors::OciErrorCode::{ManifestUnknown, NameUnknown, NotFound};
+            if envelope.errors.iter().all(|e| matches!(e.code, ManifestUnknown | NameUnknown | NotFound)) {
+                return "not found".into();
+            }
             let texts: Vec<String> = envelope.errors.iter().map(|e| format!("{:?}: {}", e.code, e.message)).collect();
             texts.join("; ")
         }
@@ -188,6 +192,75 @@ mod tests {
     fn only_own_registries_go_without_tls() {
         assert!(is_here("localhost:5000") && is_here("127.0.0.1"));
         assert!(!is_here("localhost.example.com") && !is_here("quay.io:443"));
+    }
+
+    const UNKNOWN: &[u8] = br#"{"errors":[{"code":"MANIFEST_UNKNOWN","message":"manifest unknown"}]}"#;
+
+    /// A registry that answers each path with a document, and everything else with 404.
+    async fn registry(documents: std::collections::BTreeMap<String, (String, Vec<u8>)>) -> u16 {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        tokio::spawn(async move {
+            loop {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                let mut request = Vec::new();
+                while !request.ends_with(b"\r\n\r\n") {
+                    let mut byte = [0];
+                    if stream.read_exact(&mut byte).await.is_err() {
+                        break;
+                    }
+                    request.extend(byte);
+                }
+                let line = String::from_utf8_lossy(&request).lines().next().unwrap_or_default().to_owned();
+                let path = line.split(' ').nth(1).unwrap_or_default();
+                let (status, kind, body) = match documents.get(path) {
+                    Some((kind, body)) => ("200 OK", kind.as_str(), body.clone()),
+                    None => ("404 Not Found", "application/json", UNKNOWN.to_vec()),
+                };
+                let length = body.len();
+                let head = format!(
+                    "HTTP/1.1 {status}\r\ncontent-type: {kind}\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n"
+                );
+                let _ = stream.write_all(&[head.as_bytes(), &body].concat()).await;
+            }
+        });
+        port
+    }
+
+    #[tokio::test]
+    async fn images_come_from_a_registry_and_are_checked() {
+        let place = tempfile::tempdir().unwrap();
+        // What the registry has is built in another store first.
+        let origin = Store::open(place.path().join("origin")).unwrap();
+        let file = place.path().join("file");
+        std::fs::write(&file, "content").unwrap();
+        let entry = crate::FileEntry { source: file, destination: "/disk/x".into(), mode: 0o644 };
+        let built = origin.build("demo:1", &[entry]).unwrap();
+        let manifest = origin.manifest(&built.digest).unwrap();
+        let mut documents = std::collections::BTreeMap::new();
+        documents.insert("/v2/".into(), ("application/json".into(), b"{}".to_vec()));
+        let bytes = origin.document(&built.digest).unwrap();
+        documents.insert("/v2/demo/manifests/1".into(), (MANIFEST.to_owned(), bytes.clone()));
+        documents.insert("/v2/bad/manifests/1".into(), (MANIFEST.to_owned(), bytes));
+        for blob in manifest.layers.iter().chain([&manifest.config]) {
+            let bytes = std::fs::read(origin.blob(&blob.digest).unwrap()).unwrap();
+            let kind = "application/octet-stream".to_owned();
+            documents.insert(format!("/v2/demo/blobs/{}", blob.digest), (kind.clone(), bytes));
+            documents.insert(format!("/v2/bad/blobs/{}", blob.digest), (kind, b"something else".to_vec()));
+        }
+        let port = registry(documents).await;
+        let store = Store::open(place.path().join("store")).unwrap();
+        let bad = store.ensure(&format!("127.0.0.1:{port}/bad:1"), PullPolicy::Always, &Auth::Anonymous).await;
+        assert!(matches!(bad, Err(Error::Pull { .. } | Error::Damaged { .. })), "{bad:?}");
+        assert!(store.list().unwrap().is_empty());
+        let name = format!("127.0.0.1:{port}/demo:1");
+        let unpacked = store.ensure(&name, PullPolicy::IfNotPresent, &Auth::Anonymous).await.unwrap();
+        assert_eq!(unpacked.digest, built.digest);
+        assert_eq!(std::fs::read_to_string(unpacked.path.join("disk/x")).unwrap(), "content");
+        assert!(!store.is_local(&name).unwrap());
+        let none = store.ensure(&format!("127.0.0.1:{port}/none:1"), PullPolicy::IfNotPresent, &Auth::Anonymous).await;
+        assert!(none.unwrap_err().to_string().ends_with("not found"));
     }
 
     #[tokio::test]

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use godwit_images::{Auth, PullPolicy, Unpacked};
+use godwit_images::{PullPolicy, Unpacked};
 use k8s_openapi::api::core::v1::{Container, Pod};
 use kube::ResourceExt;
 use nix::sys::signal::Signal;
@@ -226,7 +226,7 @@ impl Task {
                 self.normal("Pulling", format!("Pulling image {image:?}"));
             }
             let begun = Instant::now();
-            let error = match self.context.images.ensure(&image, policy, &Auth::Anonymous).await {
+            let error = match self.context.image(&image, policy).await {
                 Ok(unpacked) => {
                     self.normal(
                         "Pulled",

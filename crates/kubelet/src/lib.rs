@@ -30,6 +30,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::StreamExt;
+use godwit_images::{Auth, PullPolicy, Unpacked};
+use godwit_network::Namespace;
 use k8s_openapi::api::core::v1::Pod;
 use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Api, Client, ResourceExt};
@@ -106,6 +108,26 @@ impl Context {
 
     fn group(&self, pod: &Pod, container: &str) -> cgroup::Group {
         cgroup::Group::new(self.group_name(&pod.uid().unwrap_or_default()).join(container))
+    }
+
+    /// The image, unpacked. Registries are spoken to from the machine's own network: a standalone node's reaches only other
+    /// nodes.
+    async fn image(&self, reference: &str, policy: PullPolicy) -> Result<Unpacked, godwit_images::Error> {
+        let here = matches!(self.images.resolve(reference), Ok(Some(_)));
+        let local = self.images.is_local(reference).unwrap_or(false);
+        if policy == PullPolicy::Never || (here && (local || policy == PullPolicy::IfNotPresent)) {
+            return self.images.ensure(reference, policy, &Auth::Anonymous).await;
+        }
+        let failed = |reason: String| godwit_images::Error::Pull { reference: reference.into(), reason };
+        let (images, name) = (self.images.clone(), reference.to_owned());
+        let pulled = tokio::task::spawn_blocking(move || {
+            Namespace::of_pid(1)?.run(|| {
+                let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+                runtime.map(|runtime| runtime.block_on(images.ensure(&name, policy, &Auth::Anonymous)))
+            })
+        });
+        let pulled = pulled.await.map_err(|e| failed(e.to_string()))?;
+        pulled.map_err(|e| failed(e.to_string()))?.map_err(|e| failed(e.to_string()))?
     }
 
     /// Waits before an image is asked for again, but not longer than until somebody adds it to the store.

@@ -5,7 +5,7 @@ use std::fs;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt, chown};
 use std::path::{Component, Path, PathBuf};
 
-use godwit_images::{Auth, PullPolicy};
+use godwit_images::PullPolicy;
 use k8s_openapi::api::core::v1::{
     DownwardAPIVolumeFile, HostPathVolumeSource, KeyToPath, PersistentVolume, PersistentVolumeClaim, Pod, Volume,
 };
@@ -112,7 +112,7 @@ async fn one(
     if let Some(source) = &volume.image {
         let reference = source.reference.clone().unwrap_or_default();
         let policy = PullPolicy::of(source.pull_policy.as_deref(), &reference);
-        let unpacked = context.images.ensure(&reference, policy, &Auth::Anonymous).await;
+        let unpacked = context.image(&reference, policy).await;
         return unpacked.map(|unpacked| (unpacked.path, true)).map_err(|error| Failure::Image {
             reason: error.waiting_reason(),
             message: error.cause(),
