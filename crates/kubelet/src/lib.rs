@@ -121,7 +121,7 @@ impl Context {
         let failed = |reason: String| godwit_images::Error::Pull { reference: reference.into(), reason };
         let (images, name) = (self.images.clone(), reference.to_owned());
         let pulled = tokio::task::spawn_blocking(move || {
-            Namespace::of_pid(1)?.run(|| {
+            Namespace::origin()?.run(|| {
                 let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
                 runtime.map(|runtime| runtime.block_on(images.ensure(&name, policy, &Auth::Anonymous)))
             })

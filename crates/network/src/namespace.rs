@@ -5,7 +5,7 @@ use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -15,6 +15,9 @@ use crate::{Error, Links, Result};
 
 /// Where named namespaces are mounted, the same directory as iproute2's.
 pub const NETNS_DIR: &str = "/run/netns";
+
+/// See [`Namespace::origin`].
+static ORIGIN: OnceLock<Namespace> = OnceLock::new();
 
 /// An open network namespace. Cheap to clone; holding one keeps the namespace alive even after its name is deleted.
 #[derive(Clone, Debug)]
@@ -92,6 +95,14 @@ impl Namespace {
     /// Only when /proc is not mounted.
     pub fn current() -> Result<Self> {
         Self::open_path(Path::new("/proc/thread-self/ns/net"), "of this thread")
+    }
+
+    /// The namespace in which this process began, also after it has moved into another with [`Self::enter`].
+    ///
+    /// # Errors
+    /// As [`Self::current`].
+    pub fn origin() -> Result<Self> {
+        ORIGIN.get().cloned().map_or_else(Self::current, Ok)
     }
 
     /// Opens a namespace file (nsfs); `label` names it in messages.
@@ -190,6 +201,12 @@ impl Namespace {
     /// # Errors
     /// No permission.
     pub fn enter(&self) -> Result<()> {
+        // The first thread to go anywhere is still where the process began.
+        if ORIGIN.get().is_none()
+            && let Ok(here) = Self::current()
+        {
+            let _ = ORIGIN.set(here);
+        }
         setns(&self.file, CloneFlags::CLONE_NEWNET)
             .map_err(|e| Error::io(format!("enter network namespace {}", self.label), e))
     }
@@ -394,6 +411,15 @@ mod tests {
         assert_eq!(read(), before);
         assert!(inside.sysctl("kernel.panic", "1").is_err());
         assert!(inside.sysctl("net/../kernel/panic", "1").is_err());
+    }
+
+    #[test]
+    fn a_process_knows_where_it_began() {
+        let scratch = Scratch::new("origin");
+        let inside = Namespace::create(&format!("{}-a", scratch.0)).unwrap();
+        let began = Namespace::current().unwrap().inode().unwrap();
+        let seen = inside.run(|| Namespace::origin().unwrap().inode().unwrap()).unwrap();
+        assert_eq!(seen, began);
     }
 
     #[test]
