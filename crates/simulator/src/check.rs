@@ -122,6 +122,14 @@ impl Sim {
         })
     }
 
+    /// Whether a VMI still carries the label of a target although no migration is left, see [`crate::Known::LabelLeft`].
+    pub fn is_label_left(&self) -> bool {
+        let label = names::LABEL_MIGRATION_TARGET_NODE_NAME;
+        self.store
+            .list(Kind::VirtualMachineInstance)
+            .any(|vmi| vmi.metadata().labels.as_ref().is_some_and(|labels| labels.contains_key(label)))
+    }
+
     /// Why the cluster is not at rest yet, if it is not.
     pub fn unrest(&self) -> Option<String> {
         if !self.controllers.is_idle() {
@@ -165,10 +173,127 @@ impl Sim {
             if count != 1 {
                 return Some(format!("VMI {} has {count} launcher pods", vmi.key()));
             }
-            if vmi.label(names::LABEL_MIGRATION_TARGET_NODE_NAME).is_some() {
-                return Some(format!("VMI {} still carries the label of a migration's target", vmi.key()));
-            }
         }
         None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::Options;
+    use crate::machine::{Domain, Launcher, Why};
+
+    fn sim() -> Sim {
+        Sim::new(Options::default())
+    }
+
+    fn launcher(node: usize, domain: Domain) -> Launcher {
+        Launcher {
+            node,
+            pod: Name::new("default", format!("pod{node}")),
+            pod_uid: format!("pod{node}"),
+            vmi: Name::new("default", "vm"),
+            vmi_uid: "vmi".to_owned(),
+            receives: None,
+            domain,
+            loaded: false,
+            resumed: None,
+            sends: None,
+            ended: None,
+            stopping: false,
+            ordered: false,
+            cut_off_early: false,
+            forgotten: false,
+            orphaned: false,
+        }
+    }
+
+    fn put_migration(sim: &mut Sim, name: &str, vmi: &str, phase: &str) {
+        let now = sim.time();
+        let body = json!({"metadata": {"namespace": "default", "name": name}, "spec": {"vmiName": vmi}});
+        let object = sim.store.insert(Kind::Migration, body, now, &mut sim.random).unwrap();
+        say(sim, &object.reference(), phase);
+    }
+
+    fn say(sim: &mut Sim, target: &Ref, phase: &str) {
+        sim.store.merge(target, true, &json!({"status": {"phase": phase}})).unwrap();
+        sim.spread();
+    }
+
+    #[test]
+    fn two_launchers_of_one_guest_are_seen() {
+        let mut sim = sim();
+        sim.launchers.insert(1, launcher(0, Domain::Running));
+        sim.launchers.insert(2, launcher(1, Domain::Incoming));
+        sim.check_guests();
+        assert_eq!(sim.violation(), None);
+        sim.launchers.insert(3, launcher(2, Domain::Running));
+        sim.check_guests();
+        assert!(sim.violation().is_some_and(|what| what.contains("executed twice")));
+    }
+
+    #[test]
+    fn a_guest_that_is_ended_unasked_is_seen() {
+        for (domain, why, asked, bad) in [
+            (Domain::Running, Why::Order, false, true),
+            (Domain::Running, Why::Order, true, false),
+            (Domain::Running, Why::Fault, false, false),
+            (Domain::MigratedAway, Why::Order, false, false),
+        ] {
+            let mut sim = sim();
+            sim.launchers.insert(1, launcher(0, domain));
+            if asked {
+                sim.asked.insert("vmi".to_owned());
+            }
+            sim.end_launcher(1, why);
+            assert_eq!(sim.violation().is_some(), bad, "{domain:?} {why:?} {asked}");
+        }
+    }
+
+    #[test]
+    fn phases_that_go_back_are_seen() {
+        for (path, bad) in [
+            (vec!["Pending", "Running", "Succeeded"], false),
+            (vec!["Scheduled", "Scheduling"], true),
+            (vec!["Failed", "Succeeded"], true),
+        ] {
+            let mut sim = sim();
+            put_migration(&mut sim, "m", "vm", "");
+            for phase in &path {
+                say(&mut sim, &Ref::new(Kind::Migration, Name::new("default", "m")), phase);
+            }
+            assert_eq!(sim.violation().is_some(), bad, "{path:?}");
+        }
+    }
+
+    #[test]
+    fn too_many_migrations_are_seen() {
+        let mut sim = sim();
+        for number in 0..PER_CLUSTER {
+            put_migration(&mut sim, &format!("m{number}"), &format!("vm{number}"), "Running");
+        }
+        assert_eq!(sim.violation(), None);
+        put_migration(&mut sim, "more", "more", "Scheduling");
+        assert!(sim.violation().is_some_and(|what| what.contains("under way")));
+
+        let mut sim = super::tests::sim();
+        put_migration(&mut sim, "one", "vm", "Running");
+        put_migration(&mut sim, "two", "vm", "Pending");
+        assert_eq!(sim.violation(), None);
+        put_migration(&mut sim, "three", "vm", "Scheduling");
+        assert!(sim.violation().is_some_and(|what| what.contains("default/vm")));
+    }
+
+    #[test]
+    fn what_is_stuck_is_seen() {
+        let mut sim = sim();
+        assert_eq!(sim.unrest(), None);
+        put_migration(&mut sim, "m", "vm", "Scheduling");
+        assert!(sim.unrest().is_some_and(|what| what.contains("default/m is Scheduling")));
+        say(&mut sim, &Ref::new(Kind::Migration, Name::new("default", "m")), "Failed");
+        assert_eq!(sim.unrest(), None);
     }
 }

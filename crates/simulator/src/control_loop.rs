@@ -268,7 +268,7 @@ impl Sim {
         let mut learned = Vec::new();
         let mut good = self.carry_out(&key, effect, &mut learned);
         if good && self.faulty(|faults| faults.lost_answers_per_mille) {
-            self.note(format!("  the answer is lost"));
+            self.note("  the answer is lost".to_owned());
             learned.clear();
             good = false;
         }

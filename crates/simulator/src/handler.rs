@@ -101,7 +101,8 @@ impl Sim {
         if pod.label(names::LABEL_CREATED_BY) != Some(sight.vmi.uid()) {
             return None;
         }
-        self.launcher_of(pod.uid()).map(|(id, launcher)| (id, launcher.clone()))
+        let found = self.launcher_of(pod.uid()).filter(|(_, launcher)| !launcher.forgotten);
+        found.map(|(id, launcher)| (id, launcher.clone()))
     }
 
     fn act(&mut self, sight: &Sight, changes: &mut Changes) {
@@ -130,7 +131,8 @@ impl Sim {
             (true, false) if source => self.departed(sight, &m),
             (true, true) if source => self.own_life(sight, m.source_pod.as_deref(), changes),
             (false, _) if source => {
-                if self.source(sight, &m, changes) {
+                let goes_on = self.source(sight, &m, changes);
+                if goes_on {
                     self.own_life(sight, m.source_pod.as_deref(), changes);
                 }
             }

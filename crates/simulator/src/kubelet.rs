@@ -19,7 +19,8 @@ impl Sim {
         self.nodes.iter().position(|node| node.name == name)
     }
 
-    /// Which nodes watch an object: pods by their node, VMIs by the handler's two labels (docs/architecture.md).
+    /// Which nodes watch an object: pods by their node, VMIs by the handler's two labels (docs/architecture.md). A handler that
+    /// still has a launcher of a VMI reads it though no label shows it any more.
     fn watchers(&self, object: &Object) -> Vec<usize> {
         let names: [Option<&str>; 2] = match object {
             Object::Pod(pod) => [pod.spec.as_ref().and_then(|spec| spec.node_name.as_deref()), None],
@@ -29,6 +30,10 @@ impl Sim {
             _ => [None, None],
         };
         let mut nodes: Vec<usize> = names.into_iter().flatten().filter_map(|name| self.index_of(name)).collect();
+        if let Object::VirtualMachineInstance(vmi) = object {
+            let launchers = self.launchers.values().filter(|one| one.ended.is_none() && one.vmi_uid == vmi.uid());
+            nodes.extend(launchers.map(|launcher| launcher.node));
+        }
         nodes.sort_unstable();
         nodes.dedup();
         nodes
@@ -82,6 +87,11 @@ impl Sim {
         let all: Vec<Object> = kinds.iter().flat_map(|kind| self.store.list(*kind)).cloned().collect();
         let mine: Vec<Object> = all.into_iter().filter(|object| self.watchers(object).contains(&index)).collect();
         let Some(node) = self.nodes.get_mut(index) else { return };
+        if !node.up {
+            for launcher in self.launchers.values_mut().filter(|one| one.node == index && one.ended.is_some()) {
+                launcher.forgotten = true;
+            }
+        }
         let mut targets: Vec<Ref> = node.cache.keys().cloned().collect();
         node.cache = mine.into_iter().map(|object| (object.reference(), object)).collect();
         node.up = true;
@@ -158,7 +168,7 @@ impl Sim {
         match &answer {
             Ok(_) => {
                 let what = write.patch.as_ref().and_then(|patch| patch.get("status"));
-                let what = what.map_or_else(|| "deletes".to_owned(), |status| brief(status));
+                let what = what.map_or_else(|| "deletes".to_owned(), brief);
                 self.note(format!("[{name}] {what} of {}", write.target));
             }
             Err(refusal) => self.note(format!("[{name}] writes {}: {refusal:?}", write.target)),
@@ -283,6 +293,8 @@ impl Sim {
                 stopping: false,
                 ordered: false,
                 cut_off_early: false,
+                forgotten: false,
+                orphaned: false,
             },
         );
         self.note(format!("launcher {name} starts on {}", self.name_of(index)));

@@ -192,8 +192,12 @@ impl Blow {
 /// A weakness that is known and not mended yet (docs/simulator.md says how each is to be mended).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Known {
-    /// The target died between the source's `completed` and the go: nobody says so, the VMI stays `Running` with no guest.
+    /// The target died between the source's `completed` and its own first word in the API: nobody says so, and the VMI stays
+    /// `Running` with no guest.
     Stranded,
+    /// A cancelled migration was given up after two minutes without an answer and left; its late end leaves the label of the
+    /// target's node on the VMI.
+    LabelLeft,
     /// The target's node was cut off right after the go: the controller gives the VMI up and ends the guest that runs there.
     GivenUp,
 }

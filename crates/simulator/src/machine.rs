@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use godwit_control::{Name, Object, Ref};
+use godwit_control::{Kind, Name, Object, Ref};
 
 use crate::Known;
 use crate::event::{Answer, Event};
@@ -169,6 +169,10 @@ pub struct Launcher {
     pub stopping: bool,
     /// It was told to start or to receive.
     pub ordered: bool,
+    /// It ended before the handler that runs now could see it: nothing is known of it but its pod.
+    pub forgotten: bool,
+    /// The guest that is complete here is lost: the source died before it gave the go.
+    pub orphaned: bool,
     /// Its node was cut off before the API said that the guest is here.
     pub cut_off_early: bool,
 }
@@ -231,7 +235,7 @@ impl Sim {
             launcher.domain,
             if holds { ", with the guest" } else { "" }
         ));
-        if holds && why == Why::Fault && launcher.domain == Domain::Incoming {
+        if holds && why == Why::Fault && launcher.loaded && !self.is_said_to_be_on(&launcher.vmi, launcher.node) {
             self.stranded.insert(launcher.vmi_uid.clone());
         }
         let given_up = holds && why == Why::Order && launcher.cut_off_early;
@@ -256,6 +260,15 @@ impl Sim {
                 (Why::Order, _) => Domain::Shutdown,
             };
         }
+        // A guest whose source dies before the go is lost, and nobody's doing but the fault's (docs/hand-over.md).
+        if let Some(transfer) = launcher.sends.as_ref().filter(|sent| sent.status == Status::Completed)
+            && let Some(target) = self.launchers.get_mut(&transfer.target)
+            && target.domain == Domain::Incoming
+            && why == Why::Fault
+        {
+            target.orphaned = true;
+            self.stats.guests_killed += 1;
+        }
         self.fail_transfers(|transfer, source| transfer.target == id || source == id);
         self.tell_agent(&launcher);
     }
@@ -264,7 +277,15 @@ impl Sim {
     fn holds_guest(&self, launcher: &Launcher) -> bool {
         match launcher.domain {
             Domain::Running | Domain::Stopped => true,
-            Domain::Incoming => launcher.loaded,
+            Domain::Incoming => launcher.loaded && !launcher.orphaned,
+            _ => false,
+        }
+    }
+
+    /// Whether the API says that a VMI is on a node.
+    fn is_said_to_be_on(&self, vmi: &Name, node: usize) -> bool {
+        match self.store.get(&Ref::new(Kind::VirtualMachineInstance, vmi.clone())) {
+            Some(Object::VirtualMachineInstance(vmi)) => vmi.status.node_name.as_deref() == Some(self.name_of(node)),
             _ => false,
         }
     }

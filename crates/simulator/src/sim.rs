@@ -163,6 +163,12 @@ impl Sim {
         self.violation.get_or_insert(what);
     }
 
+    /// The first thing that did not hold.
+    #[cfg(test)]
+    pub fn violation(&self) -> Option<&str> {
+        self.violation.as_deref()
+    }
+
     /// Tells everybody of what has been written.
     pub fn spread(&mut self) {
         loop {
@@ -260,13 +266,16 @@ impl Sim {
             }
             Event::Calm => {
                 self.calm = true;
-                self.note(format!("users and faults stop"));
+                self.note("users and faults stop".to_owned());
                 self.at(REST_EVERY, Event::AtRest);
             }
             Event::AtRest => {
                 self.rested = if self.unrest().is_none() { self.rested + 1 } else { 0 };
                 if self.rested > 1 && self.is_stranded() {
                     self.known.insert(Known::Stranded);
+                }
+                if self.rested > 1 && self.is_label_left() {
+                    self.known.insert(Known::LabelLeft);
                 }
                 self.at(REST_EVERY, Event::AtRest);
             }

@@ -7,7 +7,7 @@ use godwit_api::admission::{self, Lookup, Operation, Request, User};
 use godwit_control::{Kind, Name, Object, Ref, has_status_subresource};
 use godwit_machinery::patch;
 use jiff::Timestamp;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use crate::random::Random;
 
@@ -106,10 +106,9 @@ impl Store {
                 map.remove("status");
             }
         }
-        let metadata = metadata(&mut value);
-        metadata.insert("uid".to_owned(), json!(random.uid()));
-        metadata.insert("creationTimestamp".to_owned(), seconds(now));
-        metadata.insert("generation".to_owned(), json!(1));
+        set_metadata(&mut value, "uid", json!(random.uid()));
+        set_metadata(&mut value, "creationTimestamp", seconds(now));
+        set_metadata(&mut value, "generation", json!(1));
         self.put(target, value)
     }
 
@@ -187,7 +186,7 @@ impl Store {
         }
         if new.get("spec") != old.get("spec") {
             let generation = old.pointer("/metadata/generation").and_then(Value::as_u64).unwrap_or(0);
-            metadata(&mut new).insert("generation".to_owned(), json!(generation + 1));
+            set_metadata(&mut new, "generation", json!(generation + 1));
         }
         let released = target.kind != Kind::Pod && is_deleting(&new) && !has_finalizers(&new);
         if released { self.remove(target, new) } else { self.put(target.clone(), new) }
@@ -219,7 +218,7 @@ impl Store {
         if is_deleting(&value) {
             return Ok(Some(entry.object.clone()));
         }
-        metadata(&mut value).insert("deletionTimestamp".to_owned(), seconds(now));
+        set_metadata(&mut value, "deletionTimestamp", seconds(now));
         self.put(target.clone(), value).map(Some)
     }
 
@@ -254,7 +253,7 @@ impl Store {
     }
 
     fn stamp(&mut self, target: &Ref, value: &mut Value) -> Result<Object, Refusal> {
-        metadata(value).insert("resourceVersion".to_owned(), json!((self.revision + 1).to_string()));
+        set_metadata(value, "resourceVersion", json!((self.revision + 1).to_string()));
         let object = Object::from_value(target.kind, value.clone())
             .map_err(|error| Refusal::Invalid(format!("{target} cannot be read: {error}")))?;
         self.revision += 1;
@@ -295,14 +294,13 @@ fn name_of(value: &Value) -> Name {
     Name::new(text("/metadata/namespace"), text("/metadata/name"))
 }
 
-/// The metadata to write to; whatever is no object becomes one.
-fn metadata(value: &mut Value) -> &mut Map<String, Value> {
+/// Writes a field of the metadata.
+fn set_metadata(value: &mut Value, key: &str, to: Value) {
     if !value.get("metadata").is_some_and(Value::is_object) {
         set(value, "metadata", Some(json!({})));
     }
-    match value.get_mut("metadata") {
-        Some(Value::Object(map)) => map,
-        _ => unreachable!("set above"),
+    if let Some(metadata) = value.get_mut("metadata") {
+        set(metadata, key, Some(to));
     }
 }
 

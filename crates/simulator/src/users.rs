@@ -67,7 +67,7 @@ impl Sim {
         let dirty = if busy { bandwidth * 2 } else { self.random.between(0, bandwidth * 7 / 10) };
         let key = Name::new(NAMESPACE, name.as_str());
         self.guests.insert(key.clone(), Guest { memory, dirty, bandwidth });
-        let claim = number % 2 == 0;
+        let claim = number.is_multiple_of(2);
         if claim {
             self.create(
                 Kind::PersistentVolumeClaim,

@@ -5,7 +5,7 @@ use std::time::Duration;
 use godwit_simulator::{Faults, Options, simulate};
 
 /// Seeds that showed a violation once, of the controllers or of the simulator; see docs/simulator.md.
-const REGRESSIONS: [u64; 5] = [39, 52, 91, 110, 205];
+const REGRESSIONS: [u64; 8] = [39, 52, 91, 110, 120, 205, 443, 1033];
 
 /// Short runs in which all happens close together.
 fn stormy(seed: u64) -> Options {
@@ -56,14 +56,18 @@ fn seeds_100_to_200() {
 }
 
 #[test]
-fn seeds_200_to_300() {
-    run(200..300);
-}
-
-#[test]
 fn regressions() {
     for seed in REGRESSIONS {
         simulate(long(seed)).expect_sound();
+    }
+}
+
+#[test]
+#[ignore = "the weaknesses that docs/simulator.md lists are not mended yet"]
+fn known_weaknesses_are_mended() {
+    for seed in 0..300 {
+        let report = simulate(long(seed));
+        assert!(report.expect_sound().known.is_empty(), "seed {seed}: {:?}", report.known);
     }
 }
 
