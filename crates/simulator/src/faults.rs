@@ -72,6 +72,13 @@ impl Sim {
                     self.cancel_migration(&name);
                 }
             }
+            (Blow::DeleteTargetPod, _, Some((id, _))) => {
+                let Some(launcher) = self.launchers.get(&id) else { return };
+                let (pod, uid, now) = (launcher.pod.clone(), launcher.pod_uid.clone(), self.time());
+                self.asked.insert(uid.clone());
+                let _ = self.store.delete(&Ref::new(Kind::Pod, pod), &uid, None, now);
+                self.spread();
+            }
             (Blow::KillTarget, _, Some((id, _))) | (Blow::KillSource, Some((id, _)), _) => {
                 self.end_launcher(id, Why::Fault);
             }

@@ -150,6 +150,8 @@ impl Faults {
 pub enum Blow {
     /// A user deletes it.
     Cancel,
+    /// A user deletes its target pod, which ends within its grace period.
+    DeleteTargetPod,
     /// Its target launcher is killed.
     KillTarget,
     /// Its source launcher is killed.
@@ -174,8 +176,9 @@ pub enum Blow {
 
 impl Blow {
     /// All of them.
-    pub const ALL: [Blow; 11] = [
+    pub const ALL: [Blow; 12] = [
         Blow::Cancel,
+        Blow::DeleteTargetPod,
         Blow::KillTarget,
         Blow::KillSource,
         Blow::KillTargetNode,

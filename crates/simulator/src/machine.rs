@@ -235,13 +235,18 @@ impl Sim {
             launcher.domain,
             if holds { ", with the guest" } else { "" }
         ));
-        if holds && why == Why::Fault && launcher.loaded && !self.is_said_to_be_on(&launcher.vmi, launcher.node) {
+        let struck = why == Why::Fault || self.asked.contains(&launcher.pod_uid);
+        if holds && struck && launcher.loaded && !self.is_said_to_be_on(&launcher.vmi, launcher.node) {
             self.stranded.insert(launcher.vmi_uid.clone());
         }
         let given_up = holds && why == Why::Order && launcher.cut_off_early;
         if given_up {
             self.known.insert(Known::GivenUp);
-        } else if holds && why == Why::Order && !self.asked.contains(&launcher.vmi_uid) {
+        } else if holds
+            && why == Why::Order
+            && !self.asked.contains(&launcher.vmi_uid)
+            && !self.asked.contains(&launcher.pod_uid)
+        {
             self.violate(format!(
                 "the guest of {} was ended in {} on {} although nobody asked for its end",
                 launcher.vmi,

@@ -72,7 +72,7 @@ pub struct Sim {
     pub trace: Trace,
     /// Counts.
     pub stats: Stats,
-    /// UIDs of VMIs whose end a user has asked for.
+    /// UIDs of VMIs and pods whose end a user has asked for.
     pub asked: BTreeSet<String>,
     /// The last phase of each migration, by UID.
     pub phases: BTreeMap<String, MigrationPhase>,

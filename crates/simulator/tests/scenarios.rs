@@ -57,6 +57,11 @@ fn target_dies_at_each_phase() {
 }
 
 #[test]
+fn target_pod_is_deleted_at_each_phase() {
+    hit_at_each_phase(Blow::DeleteTargetPod, |_, _| {});
+}
+
+#[test]
 fn targets_node_dies_at_each_phase() {
     hit_at_each_phase(Blow::KillTargetNode, |_, _| {});
 }
