@@ -11,9 +11,10 @@
 //! `cont` is sent by three functions only: [`Prelaunch::start`], [`Incoming::go`] and [`Running::unpause`]. A [`Departed`] QEMU
 //! (postmigrate) has none of them, since its guest may run elsewhere.
 
+use crate::accelerator::Accelerator;
 use crate::blocks::{self, Blocks, Mirrors};
 use crate::machine::{self, Machine};
-use crate::migration::{DowntimeRamp, Facts, Options, Tracker};
+use crate::migration::{self, DowntimeRamp, Facts, Options, Tracker};
 use crate::process::{Ended, Process};
 use crate::qmp::commands::{self, CapabilityState, MigrationStatus, RunState, VersionTriple};
 use crate::qmp::{self, Event, Events, Qmp};
@@ -24,6 +25,8 @@ use std::time::Duration;
 const START_LIMIT: Duration = Duration::from_secs(20);
 /// How long QEMU may take to reach the run state that follows from what it has announced.
 const SETTLE_LIMIT: Duration = Duration::from_secs(10);
+/// How long a guest is held at most while QEMU begins to send it.
+const TRACKING_LIMIT: Duration = Duration::from_secs(1);
 /// How long a target may take to say that it has loaded what the source knows it has.
 const LOAD_LIMIT: Duration = Duration::from_secs(2);
 /// How long the guest may stand still for the last blocks of its disks; then it runs on at the source.
@@ -69,6 +72,7 @@ pub struct Qemu {
     version: VersionTriple,
     machine_type: String,
     capabilities: Vec<String>,
+    accelerator: Accelerator,
 }
 
 impl Qemu {
@@ -97,7 +101,7 @@ impl Qemu {
         let machine_type = qmp.execute(&get).await?;
         let machine_type = machine_type.as_str().unwrap_or(&machine.machine_type);
         let machine_type = machine_type.strip_suffix("-machine").unwrap_or(machine_type).to_string();
-        Ok(Qemu { process, qmp, version, machine_type, capabilities })
+        Ok(Qemu { process, qmp, version, machine_type, capabilities, accelerator: machine.accelerator })
     }
 
     /// QEMU's version.
@@ -108,6 +112,12 @@ impl Qemu {
     /// The machine type with its version, for example `pc-q35-7.2`.
     pub fn machine_type(&self) -> &str {
         &self.machine_type
+    }
+
+    /// Whether pages that the guest writes to are all seen while it is sent, pass after pass
+    /// ([`migration::tracks_writes`]).
+    pub fn tracks_writes(&self) -> bool {
+        migration::tracks_writes(self.accelerator, self.version)
     }
 
     /// Whether this QEMU knows a migration capability.
@@ -249,7 +259,7 @@ impl Running {
                 Err(error) => return Err((self, error.into())),
             },
         };
-        let ramp = DowntimeRamp::new(options.max_downtime_ms);
+        let ramp = self.ramp(options);
         let mut tracker = Tracker::new(self.qemu.qmp.event_count());
         tracker.limit(ramp.limit_ms());
         let mut outgoing = Outgoing {
@@ -274,11 +284,17 @@ impl Running {
 
     async fn prepare(&self, options: &Options, mirrors: bool) -> Result<(), qmp::Error> {
         self.qemu.set_capabilities(options.auto_converge, mirrors).await?;
+        // Sent in one go, the guest stands still for most of the time: no cap makes that longer.
+        let cap = options.bandwidth.filter(|b| *b > 0 && self.qemu.tracks_writes());
         let parameters = commands::MigrateSetParameters {
-            max_bandwidth: Some(options.bandwidth.filter(|b| *b > 0).unwrap_or(UNLIMITED)),
-            downtime_limit: Some(DowntimeRamp::new(options.max_downtime_ms).limit_ms()),
+            max_bandwidth: Some(cap.unwrap_or(UNLIMITED)),
+            downtime_limit: Some(self.ramp(options).limit_ms()),
         };
         self.qemu.qmp.execute(&parameters).await.map(drop)
+    }
+
+    fn ramp(&self, options: &Options) -> DowntimeRamp {
+        if self.qemu.tracks_writes() { DowntimeRamp::new(options.max_downtime_ms) } else { DowntimeRamp::one_pass() }
     }
 }
 
@@ -372,12 +388,36 @@ impl Outgoing {
     async fn begin_memory(&mut self) -> Result<(), qmp::Error> {
         let Memory::Waits { uri } = std::mem::replace(&mut self.memory, Memory::Begun) else { return Ok(()) };
         self.tracker.memory_from(self.qemu.qmp.event_count());
-        match self.qemu.qmp.execute(&commands::Migrate { uri }).await {
+        let hold = !self.qemu.tracks_writes() && !self.paused;
+        if hold {
+            self.qemu.qmp.execute(&commands::Stop {}).await?;
+        }
+        let begun = match self.qemu.qmp.execute(&commands::Migrate { uri }).await {
             // No answer is no refusal: it may be on its way, so it is followed.
             Ok(_) | Err(qmp::Error::Timeout { .. } | qmp::Error::Unreadable { .. }) => Ok(()),
             Err(error) => {
                 self.memory = Memory::Never;
                 Err(error)
+            }
+        };
+        if hold {
+            if begun.is_ok() {
+                self.wait_for_tracking().await;
+            }
+            self.qemu.qmp.execute(&commands::Cont {}).await?;
+        }
+        begun
+    }
+
+    /// Until QEMU has begun to note the pages that the guest writes to; what is written in between would be lost where
+    /// [`Qemu::tracks_writes`] says no.
+    async fn wait_for_tracking(&self) {
+        let end = tokio::time::Instant::now() + TRACKING_LIMIT;
+        while tokio::time::Instant::now() < end {
+            match self.qemu.qmp.execute(&commands::QueryMigrate {}).await {
+                Ok(info) if !matches!(info.status, MigrationStatus::None | MigrationStatus::Setup) => return,
+                Ok(_) => tokio::time::sleep(Duration::from_millis(1)).await,
+                Err(_) => return,
             }
         }
     }

@@ -8,8 +8,9 @@
 //!                    └→ failed, or QEMU exits                       nothing was run here
 //! ```
 
+use crate::accelerator::Accelerator;
 use crate::qmp::Event;
-use crate::qmp::commands::{MigrationInfo, MigrationStatus};
+use crate::qmp::commands::{MigrationInfo, MigrationStatus, VersionTriple};
 
 /// What an outgoing migration is told.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -122,6 +123,10 @@ impl Tracker {
             }
             // A STOP after the switchover's is not the switchover's; QEMU's last word may overtake it.
             "STOP" if self.facts.stop_us.is_none() || !self.facts.is_final() => self.facts.stop_us = Some(event.at_us),
+            // Held for a moment while the sending begins (see `tracks_writes`): that was not the switchover.
+            "RESUME" if matches!(self.facts.status, MigrationStatus::Setup | MigrationStatus::Active) => {
+                self.facts.stop_us = None;
+            }
             "RESUME" => self.facts.resume_us = Some(event.at_us),
             _ => {}
         }
@@ -229,6 +234,16 @@ impl Tracker {
     }
 }
 
+/// Whether a QEMU sees every page that the guest writes to between two passes over its memory.
+///
+/// The translator (TCG) of QEMU before 9.0 does not: when it takes stock of written pages while the guest runs, it leaves the
+/// guest's write permissions cached, and pages written again through them are never sent. Measured with 7.2 and a Linux guest
+/// that rewrites memory: damaged in 19 of 20 moves at 64 MiB/s, in none of 14 that were sent in one pass. Such a guest is
+/// sent in one pass: for a moment while it runs, the rest while it stands still.
+pub fn tracks_writes(accelerator: Accelerator, version: VersionTriple) -> bool {
+    accelerator == Accelerator::Kvm || version >= VersionTriple { major: 9, minor: 0, micro: 0 }
+}
+
 /// The standstill that a source allows itself. QEMU spends the whole allowance on a real link, so it begins small and grows
 /// only when another pass no longer brings the end nearer.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -241,12 +256,19 @@ pub struct DowntimeRamp {
 
 /// Where the ramp begins, in milliseconds: as short as a busy host can switch over.
 const FIRST_LIMIT_MS: u64 = 25;
+/// The most that QEMU takes for `downtime-limit`.
+const LONGEST_LIMIT_MS: u64 = 2_000_000;
 
 impl DowntimeRamp {
     /// Never more than this many milliseconds.
     pub fn new(ceiling_ms: u64) -> Self {
         let ceiling_ms = ceiling_ms.max(1);
         DowntimeRamp { limit_ms: FIRST_LIMIT_MS.min(ceiling_ms), ceiling_ms, pass: 0, least: None }
+    }
+
+    /// As long as it takes: QEMU switches over at the first opportunity, before a second pass.
+    pub fn one_pass() -> Self {
+        DowntimeRamp { limit_ms: LONGEST_LIMIT_MS, ceiling_ms: LONGEST_LIMIT_MS, pass: 0, least: None }
     }
 
     /// The allowance now, in milliseconds.
@@ -302,6 +324,33 @@ mod tests {
         // The STOP of the QEMU that is told to quit is not the switchover's.
         tracker.event(&event(9, 99, "STOP", ""));
         assert_eq!(tracker.facts().stop_us, Some(30));
+    }
+
+    #[test]
+    fn being_held_at_the_start_is_not_the_switchover() {
+        let mut tracker = Tracker::new(0);
+        for (n, (at, name, status)) in [
+            (5, "STOP", ""),
+            (10, "MIGRATION", "setup"),
+            (15, "RESUME", ""),
+            (20, "MIGRATION", "active"),
+            (30, "STOP", ""),
+            (40, "MIGRATION", "completed"),
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            tracker.event(&event(n as u64, at, name, status));
+        }
+        assert_eq!((tracker.facts().stop_us, tracker.facts().resume_us), (Some(30), None));
+    }
+
+    #[test]
+    fn only_old_translators_lose_track_of_writes() {
+        let version = |major, minor| VersionTriple { major, minor, micro: 0 };
+        assert!(!tracks_writes(Accelerator::Tcg, version(7, 2)));
+        assert!(tracks_writes(Accelerator::Kvm, version(7, 2)));
+        assert!(tracks_writes(Accelerator::Tcg, version(10, 0)));
     }
 
     #[test]

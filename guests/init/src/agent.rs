@@ -5,24 +5,29 @@ use nix::ifaddrs::getifaddrs;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::fs::OpenOptions;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{Read, Write};
 use std::time::Duration;
 
 const PORT_NAME: &str = "org.qemu.guest_agent.0";
 
 /// Serves the agent channel for ever; without one, returns.
+///
+/// The port stays open all the time, as qemu-ga's does: closing it would tell the host that the agent is gone. While nobody
+/// is at the other end, reads end at once.
 pub fn serve(hostname: &str) {
     let Some(path) = find_port() else { return };
+    let Ok(mut port) = OpenOptions::new().read(true).write(true).open(&path) else { return };
+    let mut pending = Vec::new();
+    let mut chunk = [0_u8; 4096];
     loop {
-        if let Ok(port) = OpenOptions::new().read(true).write(true).open(&path)
-            && let Ok(mut answers) = port.try_clone()
-        {
-            for line in BufReader::new(port).split(b'\n').map_while(Result::ok) {
-                answer(&line, hostname, &mut answers);
-            }
+        match port.read(&mut chunk) {
+            Ok(length) if length > 0 => pending.extend_from_slice(chunk.get(..length).unwrap_or_default()),
+            _ => std::thread::sleep(Duration::from_millis(100)),
         }
-        // Nobody at the other end: reads end at once until a host connects.
-        std::thread::sleep(Duration::from_millis(200));
+        while let Some(end) = pending.iter().position(|byte| *byte == b'\n') {
+            let line: Vec<u8> = pending.drain(..=end).collect();
+            answer(&line, hostname, &mut port);
+        }
     }
 }
 
@@ -57,7 +62,9 @@ fn answer(line: &[u8], hostname: &str, out: &mut impl Write) {
             crate::boot::power_off();
             return;
         }
-        other => json!({"error": {"class": "CommandNotFound", "desc": format!("The command {other} has not been found")}}),
+        other => {
+            json!({"error": {"class": "CommandNotFound", "desc": format!("The command {other} has not been found")}})
+        }
     };
     let mut bytes = reply.to_string().into_bytes();
     bytes.push(b'\n');
@@ -103,12 +110,10 @@ fn interfaces() -> Value {
         let Some(address) = item.address else { continue };
         let bits = |octets: &[u8]| octets.iter().map(|o| o.count_ones()).sum::<u32>();
         if let Some(ip) = address.as_sockaddr_in() {
-            let prefix =
-                item.netmask.and_then(|m| m.as_sockaddr_in().map(|m| bits(&m.ip().octets()))).unwrap_or(32);
+            let prefix = item.netmask.and_then(|m| m.as_sockaddr_in().map(|m| bits(&m.ip().octets()))).unwrap_or(32);
             entry.1.push(json!({"ip-address": ip.ip().to_string(), "ip-address-type": "ipv4", "prefix": prefix}));
         } else if let Some(ip) = address.as_sockaddr_in6() {
-            let prefix =
-                item.netmask.and_then(|m| m.as_sockaddr_in6().map(|m| bits(&m.ip().octets()))).unwrap_or(128);
+            let prefix = item.netmask.and_then(|m| m.as_sockaddr_in6().map(|m| bits(&m.ip().octets()))).unwrap_or(128);
             entry.1.push(json!({"ip-address": ip.ip().to_string(), "ip-address-type": "ipv6", "prefix": prefix}));
         } else if let Some(mac) = address.as_link_addr().and_then(nix::sys::socket::LinkAddr::addr) {
             entry.0 = mac.map(|octet| format!("{octet:02x}")).join(":");

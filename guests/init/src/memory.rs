@@ -22,7 +22,9 @@ pub struct Memory {
 
 /// Content of word `word` of page `page` in generation `generation`: cheap, and different everywhere.
 fn content(page: usize, word: usize, generation: u64) -> u64 {
-    (page as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ (word as u64).wrapping_mul(0xC2B2_AE3D_27D4_EB4F) ^ generation.rotate_left(17)
+    (page as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15)
+        ^ (word as u64).wrapping_mul(0xC2B2_AE3D_27D4_EB4F)
+        ^ generation.rotate_left(17)
 }
 
 /// Fills the set, then rewrites one half at the given rate, verifying each page before, and sums up the other half
