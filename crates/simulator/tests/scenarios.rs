@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use godwit_simulator::{Blow, MigrationPhase as Phase, Options, Report, simulate};
+use godwit_simulator::{Blow, Faults, MigrationPhase as Phase, Options, Report, simulate};
 
 const PHASES: [Phase; 6] =
     [Phase::Pending, Phase::Scheduling, Phase::Scheduled, Phase::PreparingTarget, Phase::TargetReady, Phase::Running];
@@ -108,5 +108,18 @@ fn limits_hold_for_20_vms_on_4_nodes() {
         assert_eq!((report.succeeded, report.failed), (20, 0));
         // They are used to the full, and never exceeded (which every run checks after every event).
         assert_eq!((report.most_at_once, report.most_from_one_node), (5, 2));
+    }
+}
+
+#[test]
+fn everything_at_each_phase_on_caches_that_lag() {
+    let faults =
+        Faults { late_news_per_mille: 400, conflicts_per_mille: 100, lost_answers_per_mille: 50, ..Faults::NONE };
+    for blow in Blow::ALL {
+        for phase in PHASES {
+            for seed in 100..103 {
+                simulate(Options { blow: Some((phase.clone(), blow)), faults, ..one_vm(seed) }).expect_sound();
+            }
+        }
     }
 }
