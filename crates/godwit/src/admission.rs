@@ -14,7 +14,10 @@ impl Admission for KubeVirtAdmission {
     fn mutate(&self, request: &AdmissionRequest<'_>) -> Result<MutateOutcome, Status> {
         with(request, |rules_request| {
             let mutation = rules::mutate(rules_request).map_err(|denial| status(*denial, request))?;
-            Ok(MutateOutcome { object: (!mutation.object.is_null()).then_some(mutation.object), warnings: mutation.warnings })
+            Ok(MutateOutcome {
+                object: (!mutation.object.is_null()).then_some(mutation.object),
+                warnings: mutation.warnings,
+            })
         })
     }
 
@@ -85,9 +88,8 @@ impl rules::Lookup for ByKind<'_> {
     }
 
     fn list(&self, kind: &str, namespace: &str, label: Option<(&str, &str)>) -> Vec<Value> {
-        let carries = |object: &Value| {
-            label.is_none_or(|(key, value)| object["metadata"]["labels"][key].as_str() == Some(value))
-        };
+        let carries =
+            |object: &Value| label.is_none_or(|(key, value)| object["metadata"]["labels"][key].as_str() == Some(value));
         let all = self.0.list(GROUP, &plural(kind), namespace);
         all.iter().filter(|object| carries(object)).map(|object| (**object).clone()).collect()
     }

@@ -37,8 +37,7 @@ fn store(data_dir: &Path) -> anyhow::Result<Store> {
 }
 
 fn entry(pair: &str) -> anyhow::Result<FileEntry> {
-    let (source, destination) =
-        pair.split_once(':').with_context(|| format!("{pair:?} is not SOURCE:DESTINATION"))?;
+    let (source, destination) = pair.split_once(':').with_context(|| format!("{pair:?} is not SOURCE:DESTINATION"))?;
     let mode = std::fs::metadata(source).map(|m| std::os::unix::fs::PermissionsExt::mode(&m.permissions()) & 0o7777);
     let mode = mode.with_context(|| format!("cannot read {source}"))?;
     Ok(FileEntry { source: PathBuf::from(source), destination: destination.to_owned(), mode })

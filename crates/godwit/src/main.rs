@@ -29,7 +29,10 @@ fn run(args: Args) -> anyhow::Result<ExitCode> {
         Command::Shim(shim) => return Ok(godwit_kubelet::shim::main(&shim.arguments)),
         Command::Launcher(launcher) => {
             log_to_stderr();
-            return one_thread()?.block_on(godwit_launcher::run(launcher.into())).map(|()| ExitCode::SUCCESS).context("launcher");
+            return one_thread()?
+                .block_on(godwit_launcher::run(launcher.into()))
+                .map(|()| ExitCode::SUCCESS)
+                .context("launcher");
         }
         Command::Node(ref node) => {
             log_to_stderr();

@@ -74,7 +74,10 @@ fn pure_crates_hold_no_async_and_no_io_crates() {
         let manifest = std::fs::read_to_string(root.join(name).join("Cargo.toml")).expect("manifest");
         for forbidden in ["tokio", "kube", "hyper", "axum", "rand", "nix", "rustix", "uuid"] {
             let normal = manifest.split("[dev-dependencies]").next().unwrap_or_default();
-            if normal.lines().any(|line| line.starts_with(&format!("{forbidden}.")) || line.starts_with(&format!("{forbidden} "))) {
+            if normal
+                .lines()
+                .any(|line| line.starts_with(&format!("{forbidden}.")) || line.starts_with(&format!("{forbidden} ")))
+            {
                 wrong.push(format!("{name} depends on {forbidden}"));
             }
         }

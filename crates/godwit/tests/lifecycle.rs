@@ -22,7 +22,8 @@ async fn config_map(cluster: &Cluster, name: &str) -> Option<Value> {
 #[tokio::test(flavor = "multi_thread")]
 async fn objects_survive_kill_and_down_and_up_again() {
     let cluster = Cluster::start(2).await;
-    let make = |name: &str| json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}, "data": {"k": name}});
+    let make =
+        |name: &str| json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}, "data": {"k": name}});
     cluster.apply(make("one")).await.expect("apply");
     let before = status_of(&cluster);
     assert_eq!(before["nodes"].as_array().expect("nodes").len(), 2);

@@ -54,8 +54,7 @@ pub async fn up(options: &Options) -> Result<Up, Error> {
     }
     for node in &cluster.nodes {
         if process::find(&layout, node).is_none() {
-            let arguments =
-                ["node".into(), "--data-dir".into(), data_dir.clone(), "--name".into(), node.to_owned()];
+            let arguments = ["node".into(), "--data-dir".into(), data_dir.clone(), "--name".into(), node.to_owned()];
             process::start(&layout, node, &arguments)?;
         }
     }
@@ -78,8 +77,9 @@ pub async fn admin_client(layout: &Layout) -> Result<Client, Error> {
 pub async fn client(kubeconfig: &Path) -> Result<Client, Error> {
     let failed = |error: kube::config::KubeconfigError| Error::io("use", kubeconfig, std::io::Error::other(error));
     let file = kube::config::Kubeconfig::read_from(kubeconfig).map_err(failed)?;
-    let config =
-        kube::Config::from_custom_kubeconfig(file, &kube::config::KubeConfigOptions::default()).await.map_err(failed)?;
+    let config = kube::Config::from_custom_kubeconfig(file, &kube::config::KubeConfigOptions::default())
+        .await
+        .map_err(failed)?;
     Ok(Client::try_from(config)?)
 }
 

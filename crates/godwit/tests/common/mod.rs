@@ -36,6 +36,12 @@ impl Cluster {
         self.folder.path()
     }
 
+    /// Name of one of the cluster's network namespaces.
+    pub fn namespace(&self, what: &str) -> String {
+        let layout = godwit_standalone::Layout::open(self.folder.path()).expect("layout");
+        layout.load().expect("cluster.json").expect("a cluster").namespace(what)
+    }
+
     pub fn kubeconfig(&self) -> PathBuf {
         self.folder.path().join("kubeconfig")
     }
@@ -201,7 +207,8 @@ impl Cluster {
         for entry in std::fs::read_dir(self.folder.path().join("log")).into_iter().flatten().flatten() {
             let log = std::fs::read_to_string(entry.path()).unwrap_or_default();
             let lines: Vec<_> = log.lines().collect();
-            words += &format!("--- {}\n{}\n", entry.path().display(), lines[lines.len().saturating_sub(40)..].join("\n"));
+            words +=
+                &format!("--- {}\n{}\n", entry.path().display(), lines[lines.len().saturating_sub(40)..].join("\n"));
         }
         words
     }
@@ -274,7 +281,11 @@ pub fn kubectls() -> Vec<PathBuf> {
         .filter(|path| path.exists())
         .collect();
     if found.is_empty() {
-        found.extend(std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default()).map(|p| p.join("kubectl")).find(|p| p.exists()));
+        found.extend(
+            std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default())
+                .map(|p| p.join("kubectl"))
+                .find(|p| p.exists()),
+        );
     }
     if found.is_empty() {
         println!("SKIPPED: no kubectl on this machine (looked for kubectl.1.27 … 1.33 and kubectl in PATH)");

@@ -65,7 +65,8 @@ pub struct Journey {
 impl Journey {
     /// Begins to watch the VMI and the migration, before the latter exists.
     pub async fn watch(client: Client, vmi: &str, migration: &str) -> Result<Self, Error> {
-        let vmis: Api<DynamicObject> = Api::default_namespaced_with(client.clone(), &kubevirt("VirtualMachineInstance"));
+        let vmis: Api<DynamicObject> =
+            Api::default_namespaced_with(client.clone(), &kubevirt("VirtualMachineInstance"));
         let migrations: Api<DynamicObject> =
             Api::default_namespaced_with(client, &kubevirt("VirtualMachineInstanceMigration"));
         let before = vmis.get(vmi).await?;
@@ -110,15 +111,24 @@ impl Journey {
             } else {
                 let phase = text(&object, "/status/phase");
                 if !phase.is_empty() && phases.last().is_none_or(|(seen, _)| *seen != phase) {
-                    bar.println(format!("           {:<16} {:>6.0} ms", phase, self.started.elapsed().as_secs_f64() * 1e3));
+                    bar.println(format!(
+                        "           {:<16} {:>6.0} ms",
+                        phase,
+                        self.started.elapsed().as_secs_f64() * 1e3
+                    ));
                     phases.push((phase.clone(), self.started.elapsed()));
                 }
                 if phase == "Failed" {
-                    return Err(Error::Demo(format!("the migration failed: {}", object.data.get("status").cloned().unwrap_or_default())));
+                    return Err(Error::Demo(format!(
+                        "the migration failed: {}",
+                        object.data.get("status").cloned().unwrap_or_default()
+                    )));
                 }
             }
             let over = phases.last().is_some_and(|(phase, _)| phase == "Succeeded");
-            if let Some(vmi) = last.as_ref().filter(|vmi| over && vmi.data.pointer("/status/migrationState/completed") == Some(&true.into()))
+            if let Some(vmi) = last
+                .as_ref()
+                .filter(|vmi| over && vmi.data.pointer("/status/migrationState/completed") == Some(&true.into()))
             {
                 bar.finish_and_clear();
                 return Ok(Travelled {

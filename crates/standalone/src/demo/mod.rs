@@ -81,7 +81,12 @@ async fn run(options: &DemoOptions, data_dir: &Path) -> Result<(), Error> {
     journey::apply(&client, VMI).await?;
     let started = std::time::Instant::now();
     let before = guest.wait_for_facts(&client, "rhel8-server-nfs", Duration::from_secs(120)).await?;
-    println!("guest      {} answers after {:.1} s, boot token {}", before.hostname, started.elapsed().as_secs_f64(), before.token);
+    println!(
+        "guest      {} answers after {:.1} s, boot token {}",
+        before.hostname,
+        started.elapsed().as_secs_f64(),
+        before.token
+    );
     let pinger = guest.start_pinging(PING_EVERY)?;
     tokio::time::sleep(Duration::from_secs(2)).await;
     let before = guest.facts().await?;

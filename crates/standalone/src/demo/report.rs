@@ -9,9 +9,15 @@ use godwit_network::pinger::Report as Pings;
 ///
 /// # Errors
 /// [`Error::Demo`] naming everything that shows that the guest did not simply run on.
-pub fn print_and_judge(travelled: &Travelled, before: &Facts, after: Option<&Facts>, pings: &Pings) -> Result<(), Error> {
+pub fn print_and_judge(
+    travelled: &Travelled,
+    before: &Facts,
+    after: Option<&Facts>,
+    pings: &Pings,
+) -> Result<(), Error> {
     let number = |name: &str| travelled.state.pointer(&format!("/progress/{name}")).and_then(serde_json::Value::as_u64);
-    let shown = |value: Option<u64>, unit: &str| value.map_or_else(|| "not reported".to_owned(), |v| format!("{v} {unit}"));
+    let shown =
+        |value: Option<u64>, unit: &str| value.map_or_else(|| "not reported".to_owned(), |v| format!("{v} {unit}"));
     println!();
     println!("node       {} → {}", travelled.from, travelled.to);
     println!("address    {} → {}", travelled.addresses.0, travelled.addresses.1);
@@ -20,7 +26,11 @@ pub fn print_and_judge(travelled: &Travelled, before: &Facts, after: Option<&Fac
         phases.push(format!("{phase} {:.0} ms", at.as_secs_f64() * 1e3));
     }
     println!("phases     {}", phases.join(" · "));
-    println!("memory     {} sent in {}", shown(number("bytesProcessed").map(|b| b >> 20), "MiB"), shown(number("totalMilliseconds"), "ms"));
+    println!(
+        "memory     {} sent in {}",
+        shown(number("bytesProcessed").map(|b| b >> 20), "MiB"),
+        shown(number("totalMilliseconds"), "ms")
+    );
     println!(
         "downtime   {} by QEMU's count, {} from STOP on the source to RESUME on the target",
         shown(number("qemuDowntimeMilliseconds"), "ms"),
@@ -40,7 +50,10 @@ pub fn print_and_judge(travelled: &Travelled, before: &Facts, after: Option<&Fac
         None => wrong.push("it does not answer any more".to_owned()),
         Some(after) => {
             println!("uptime     {:.1} s → {:.1} s", seconds(before), seconds(after));
-            println!("checksum   {} → {}, {} pages verified, {} damaged", before.checksum, after.checksum, after.verified_pages, after.corrupt_pages);
+            println!(
+                "checksum   {} → {}, {} pages verified, {} damaged",
+                before.checksum, after.checksum, after.verified_pages, after.corrupt_pages
+            );
             if before.token != after.token {
                 wrong.push("it was started anew: its boot token changed".to_owned());
             }
