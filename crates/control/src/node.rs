@@ -117,3 +117,9 @@ pub fn is_lost(name: &str, view: &View<'_>) -> bool {
 pub fn is_silent(node: &Node) -> bool {
     ready_condition(node).is_some_and(|condition| condition.status == "Unknown")
 }
+
+/// Since when the node has been in reach, if it says so.
+pub fn reachable_since(node: &Node) -> Option<Timestamp> {
+    let ready = ready_condition(node).filter(|condition| condition.status != "Unknown")?;
+    ready.last_transition_time.as_ref().map(|time| time.0)
+}

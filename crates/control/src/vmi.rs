@@ -24,8 +24,10 @@ use crate::plan::{EventType, Plan, VM_CONTROLLER, View};
 use crate::world::World;
 
 /// When the source pod of a handed-over migration ends, its guest may already run at the target: the handlers have this
-/// long to say so before the VMI counts as lost.
+/// long to say so before the VMI counts as lost. It counts only while the target's node can be reached.
 const HAND_OVER_GRACE: SignedDuration = SignedDuration::from_secs(60);
+/// Between two looks at a target's node that cannot be reached.
+const LOOK_AGAIN: SignedDuration = SignedDuration::from_secs(10);
 /// The target's handler has this long to end a target that is not needed any more.
 const ABANDON_LIMIT: SignedDuration = SignedDuration::from_secs(15);
 /// `Ready` is `False` with this reason when the launcher pod has ended.
@@ -66,6 +68,7 @@ pub fn decide(name: &Name, view: &View<'_>) -> Plan {
         drive(vmi, &mut after, view, &mut plan, &mut events);
         sweep(vmi, view, &mut plan);
     }
+    unlabel(&mut after, view.world);
     mirror(&mut after, view);
     if after.status.phase != vmi.status.phase {
         note_phase(&mut after, view.now);
@@ -175,31 +178,31 @@ fn start(
 fn lose(
     vmi: &Arc<VirtualMachineInstance>,
     after: &mut VirtualMachineInstance,
-    phase: VmiPhase,
+    mut phase: VmiPhase,
     why: (&str, &str),
     view: &View<'_>,
     plan: &mut Plan,
     events: &mut Plan,
 ) {
-    // The guest may be on its way, or have arrived without the target's handler having said so yet.
-    let in_hand_over = vmi.status.migration_state.as_ref().is_some_and(|state| {
-        let left = state.completed == Some(true) && state.failed != Some(true);
-        let target = state.target_pod.as_deref().and_then(|pod| view.world.pods.get(&Name::new(vmi.namespace(), pod)));
-        let alive = target.is_some_and(|pod| !pod.deleting() && !placement::is_finished(pod));
-        (migration::is_unresolved(state) || left) && state.target_node != vmi.status.node_name && alive
-    });
-    if in_hand_over {
-        let told = vmi.condition(conditions::READY).filter(|told| told.reason.as_deref() == Some(why.0));
-        let since = told.and_then(|told| told.last_transition_time.as_ref()).map_or(view.now, |time| time.0);
-        let end = since + HAND_OVER_GRACE;
-        if view.now < end {
-            plan.wake(end);
-            let mut told = Condition::new(conditions::READY, false).because(why.0, why.1);
-            // This time is the beginning of the grace period: it counts from now, not from an earlier "not ready".
-            told.last_transition_time = Some(Time(since));
-            condition::remove(&mut after.status.conditions, conditions::READY);
-            after.status.conditions.push(told);
-            return;
+    let told = vmi.condition(conditions::READY).filter(|told| told.reason.as_deref() == Some(why.0));
+    let since = told.and_then(|told| told.last_transition_time.as_ref()).map_or(view.now, |time| time.0);
+    match at_target(vmi, view) {
+        AtTarget::No => {}
+        // It has left the pod that ended well; what happened to the pod where it went is what happened to it.
+        AtTarget::Ended => phase = VmiPhase::Failed,
+        AtTarget::Yes => return,
+        AtTarget::OutOfReach => return plan.wake(view.now + LOOK_AGAIN),
+        AtTarget::Perhaps { reachable_since } => {
+            let end = since.max(reachable_since) + HAND_OVER_GRACE;
+            if view.now < end {
+                plan.wake(end);
+                let mut told = Condition::new(conditions::READY, false).because(why.0, why.1);
+                // This time is the beginning of the grace period: it counts from now, not from an earlier "not ready".
+                told.last_transition_time = Some(Time(since));
+                condition::remove(&mut after.status.conditions, conditions::READY);
+                after.status.conditions.push(told);
+                return;
+            }
         }
     }
     let node = vmi.status.node_name.as_deref().unwrap_or_default();
@@ -209,6 +212,48 @@ fn lose(
         events.record(vmi.as_ref(), crate::NODE_CONTROLLER, EventType::Normal, reason::NODE_UNRESPONSIVE, text);
     }
     after.status.phase = phase;
+}
+
+/// Whether a guest that is not at the source any more may be at the target of its migration.
+enum AtTarget {
+    /// There is no target, or it has ended.
+    No,
+    /// It was handed over to a target that has failed since, or is gone.
+    Ended,
+    /// The source's handler says so; the target's has yet to.
+    Yes,
+    /// Only the target's node knows, and it cannot be reached: what runs there is not to be ended meanwhile.
+    OutOfReach,
+    /// Its handler has not said so, and could have since then.
+    Perhaps { reachable_since: Timestamp },
+}
+
+fn at_target(vmi: &VirtualMachineInstance, view: &View<'_>) -> AtTarget {
+    let Some(state) = vmi.status.migration_state.as_ref().filter(|state| state.target_node != vmi.status.node_name)
+    else {
+        return AtTarget::No;
+    };
+    let arrives = state.completed == Some(true) && state.failed != Some(true);
+    if !arrives && !migration::is_unresolved(state) {
+        return AtTarget::No;
+    }
+    let target = state.target_pod.as_deref().and_then(|pod| view.world.pods.get(&Name::new(vmi.namespace(), pod)));
+    let ended_well =
+        target.and_then(|pod| pod.status.as_ref()).is_some_and(|status| status.phase.as_deref() == Some("Succeeded"));
+    if target.is_none_or(|pod| pod.deleting() || placement::is_finished(pod)) {
+        return if arrives && !ended_well { AtTarget::Ended } else { AtTarget::No };
+    }
+    if arrives {
+        return AtTarget::Yes;
+    }
+    let node = state.target_node.as_deref().and_then(|node| view.world.nodes.get(&Name::cluster(node)));
+    match node {
+        Some(node) if crate::node::is_silent(node) => AtTarget::OutOfReach,
+        _ => {
+            let since = node.and_then(|node| crate::node::reachable_since(node));
+            AtTarget::Perhaps { reachable_since: since.unwrap_or(Timestamp::MIN) }
+        }
+    }
 }
 
 /// What keeps the pod from starting, as the kubelet says it.
@@ -271,6 +316,25 @@ fn sweep(vmi: &VirtualMachineInstance, view: &View<'_>, plan: &mut Plan) {
                 None => plan.delete(pod.as_ref()),
             }
         }
+    }
+}
+
+/// Takes the target's label away when the guest is not on its way any more, and no migration is left that would do it.
+fn unlabel(vmi: &mut VirtualMachineInstance, world: &World) {
+    let Some(state) = &vmi.status.migration_state else { return };
+    let settled = state.failed == Some(true) || vmi.status.node_name == state.target_node;
+    let name = vmi.key();
+    let cared_for = || {
+        let mut migrations = world.migrations_of(&name);
+        migrations.any(|one| Some(one.uid()) == state.migration_uid.as_deref() && !one.is_final())
+    };
+    if state.completed == Some(true)
+        && settled
+        && vmi.label(names::LABEL_MIGRATION_TARGET_NODE_NAME).is_some()
+        && !cared_for()
+        && let Some(labels) = &mut vmi.metadata.labels
+    {
+        labels.remove(names::LABEL_MIGRATION_TARGET_NODE_NAME);
     }
 }
 

@@ -196,6 +196,98 @@ fn a_guest_that_is_nowhere_is_given_up_in_the_end() {
     );
 }
 
+/// A VMI in the middle of a migration, whose source pod has just ended. Returns the target's node.
+fn source_ended(cluster: &mut Cluster) -> String {
+    add_vmi(cluster, "demo", spec());
+    run(cluster, "demo");
+    let source = pod(cluster, "demo");
+    cluster.put(
+        Kind::Migration,
+        json!({
+            "metadata": {"name": "job", "namespace": "default", "uid": "uid-job"}, "spec": {"vmiName": "demo"},
+        }),
+    );
+    cluster.settle();
+    cluster.run_kubelets();
+    cluster.settle();
+    let started = json!({"status": {"migrationState": {"startTimestamp": cluster.now.to_string()}}});
+    cluster.patch(Kind::VirtualMachineInstance, &name("demo"), started);
+    cluster.patch(Kind::Pod, &source, json!({"status": {"phase": "Succeeded"}}));
+    cluster.settle();
+    vmi(cluster, "demo")["status"]["migrationState"]["targetNode"].as_str().unwrap().to_owned()
+}
+
+#[test]
+fn a_guest_that_the_source_has_handed_over_is_not_given_up() {
+    let mut cluster = cluster();
+    source_ended(&mut cluster);
+    let target = vmi(&cluster, "demo")["status"]["migrationState"]["targetPod"].as_str().unwrap().to_owned();
+    let said = json!({"status": {"migrationState": {"completed": true, "endTimestamp": cluster.now.to_string()}}});
+    cluster.patch(Kind::VirtualMachineInstance, &name("demo"), said);
+    for _ in 0..3 {
+        cluster.settle();
+        cluster.pass(3600);
+    }
+    cluster.settle();
+    assert_eq!(vmi(&cluster, "demo")["status"]["phase"], "Running");
+    assert!(cluster.get(Kind::Pod, &name(&target)).unwrap()["metadata"].get("deletionTimestamp").is_none());
+    // Only the end of the target pod is the end of the guest.
+    cluster.patch(Kind::Pod, &name(&target), json!({"status": {"phase": "Failed"}}));
+    cluster.settle();
+    assert_eq!(vmi(&cluster, "demo")["status"]["phase"], "Failed");
+}
+
+#[test]
+fn a_guest_on_a_node_out_of_reach_is_not_given_up() {
+    let mut cluster = cluster();
+    let node = Name::cluster(source_ended(&mut cluster));
+    let ready = |cluster: &mut Cluster, status: &str| {
+        let at = cluster.now.to_string();
+        let condition = json!([{"type": "Ready", "status": status, "lastTransitionTime": at}]);
+        cluster.patch(Kind::Node, &node, json!({"status": {"conditions": condition}}));
+        cluster.settle();
+    };
+    cluster.pass(40);
+    ready(&mut cluster, "Unknown");
+    cluster.pass(3600);
+    cluster.settle();
+    assert_eq!(vmi(&cluster, "demo")["status"]["phase"], "Running");
+    assert!(cluster.decide(&Key::Vmi(name("demo"))).wake_at.is_some(), "it is looked at again");
+    ready(&mut cluster, "True");
+    cluster.pass(59);
+    cluster.settle();
+    assert_eq!(vmi(&cluster, "demo")["status"]["phase"], "Running", "its handler gets the same time as any other");
+    cluster.pass(1);
+    cluster.settle();
+    assert_ne!(vmi(&cluster, "demo")["status"]["phase"], "Running", "then it counts as lost");
+}
+
+#[test]
+fn the_label_of_a_target_does_not_outlive_its_migration() {
+    let label =
+        |cluster: &Cluster| vmi(cluster, "demo")["metadata"]["labels"][names::LABEL_MIGRATION_TARGET_NODE_NAME].clone();
+    let mut cluster = cluster();
+    add_vmi(&mut cluster, "demo", spec());
+    run(&mut cluster, "demo");
+    let state = json!({"migrationUid": "uid-gone", "sourceNode": "node1", "targetNode": "node2"});
+    let on_its_way = json!({
+        "metadata": {"labels": {names::LABEL_MIGRATION_TARGET_NODE_NAME: "node2"}}, "status": {"migrationState": state},
+    });
+    cluster.patch(Kind::VirtualMachineInstance, &name("demo"), on_its_way);
+    cluster.settle();
+    assert_eq!(label(&cluster), "node2", "its end is not known yet");
+    cluster.patch(
+        Kind::VirtualMachineInstance,
+        &name("demo"),
+        json!({"status": {"migrationState": {"completed": true}}}),
+    );
+    cluster.settle();
+    assert_eq!(label(&cluster), "node2", "the target's handler has yet to say that the guest is there");
+    cluster.patch(Kind::VirtualMachineInstance, &name("demo"), json!({"status": {"migrationState": {"failed": true}}}));
+    cluster.settle();
+    assert!(label(&cluster).is_null());
+}
+
 #[test]
 fn pods_without_their_vmi_are_removed() {
     let mut cluster = cluster();

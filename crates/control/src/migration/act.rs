@@ -280,7 +280,12 @@ pub fn sentence(fact: Fact, situation: &Situation<'_>) -> String {
         Fact::Completed | Fact::Over => "The migration is over.".to_owned(),
         Fact::SourceFailed => {
             let reason = situation.own_state().and_then(|state| state.failure_reason.as_deref());
-            format!("{}; the guest stays where it was.", reason.unwrap_or("The source reported a failure"))
+            let reason = reason.unwrap_or("The source reported a failure");
+            // A guest that was lost after it had been handed over stays nowhere.
+            match situation.vmi.is_some_and(|vmi| vmi.is_final()) {
+                true => format!("{reason}."),
+                false => format!("{reason}; the guest stays where it was."),
+            }
         }
         Fact::Aborting => "Waits until the handler of the source node has aborted.".to_owned(),
         Fact::AbortBeforeStartUnanswered | Fact::AbortUnanswered => {
