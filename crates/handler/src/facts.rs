@@ -23,6 +23,8 @@ pub struct Facts {
     pub target: Option<TargetView>,
     /// The channels that this process holds open as a migration's source.
     pub source: Option<SourceView>,
+    /// The migration's target pod has ended, in words. It is asked for only while the go is not confirmed.
+    pub target_ended: Option<String>,
 }
 
 /// The part of a VMI that decisions need.

@@ -111,6 +111,12 @@ pub fn pod(pod: &Pod) -> Option<LauncherPod> {
         vmi_name: annotation(n::ANNOTATION_DOMAIN).or_else(|| label(n::LABEL_DEPRECATED_VM_NAME))?,
         migration_uid: label(n::LABEL_MIGRATION_JOB_UID),
         addresses,
-        terminal: status.and_then(|s| s.phase.as_deref()).is_some_and(|p| p == "Succeeded" || p == "Failed"),
+        terminal: status.and_then(|s| s.phase.as_deref()).is_some_and(is_terminal),
     })
+}
+
+/// Whether all processes of a pod in this phase have ended.
+#[must_use]
+pub fn is_terminal(phase: &str) -> bool {
+    matches!(phase, "Succeeded" | "Failed")
 }

@@ -8,13 +8,14 @@ use std::time::{Duration, Instant};
 use godwit_api::vmi::VirtualMachineInstance;
 use godwit_launcher::rpc::{MigrationRole, State};
 use jiff::Timestamp;
+use k8s_openapi::api::core::v1::Pod as ApiPod;
 use kube::api::{Api, Patch, PatchParams};
 use tokio::sync::{Notify, mpsc};
 
 use crate::channel::TargetChannels;
 use crate::context::Context;
 use crate::decide::{self, Plan};
-use crate::facts::{self, Facts, Launcher, PodView, SourceView, TargetView};
+use crate::facts::{self, Facts, Go, Launcher, MigrationView, PodView, SourceView, TargetView};
 use crate::follow::Follower;
 use crate::networks::Wired;
 use crate::sockets::SocketDir;
@@ -28,6 +29,9 @@ mod act;
 const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
 /// Between two reads of a VMI that no watch of this node shows any more, while something is still to be done for it.
 const REREAD: Duration = Duration::from_secs(1);
+
+/// Between two looks at the target's pod while the go is not confirmed.
+const LOOK_AT_TARGET: Duration = Duration::from_secs(1);
 
 /// How long the API may take. A node that is cut off from it must still be able to cancel what goes over the same link.
 const API_LIMIT: Duration = Duration::from_secs(5);
@@ -119,6 +123,8 @@ pub struct Worker {
     migratable: (Option<Instant>, write::Migratable),
     /// Since when this process knows of the present migration.
     known: Option<(String, Instant)>,
+    /// The migration whose target pod was last looked at, when, and why it has ended if it has.
+    target_seen: Option<(String, Instant, Option<String>)>,
     /// What was complained about last, so that a complaint is not repeated at each attempt.
     complaint: Option<String>,
 }
@@ -149,6 +155,7 @@ impl Worker {
             source: None,
             migratable: (None, write::Migratable::default()),
             known: None,
+            target_seen: None,
             complaint: None,
         };
         tokio::spawn(worker.run());
@@ -261,6 +268,7 @@ impl Worker {
     /// One look, one decision, its actions.
     async fn round(&mut self) -> Result<Option<Duration>, Stop> {
         let Some(vmi) = self.vmi.clone() else { return Ok(None) };
+        self.look_at_target(&vmi).await;
         let facts = self.look(&vmi);
         let Plan { actions, wake } = decide::decide(&facts);
         for action in actions {
@@ -269,6 +277,49 @@ impl Worker {
             self.act(&vmi, &facts, action).await?;
         }
         Ok(wake)
+    }
+
+    /// While the go is not confirmed: has the target's pod ended? Then nobody is left there to say so.
+    async fn look_at_target(&mut self, vmi: &VirtualMachineInstance) {
+        let view = view::vmi(vmi);
+        let Some(m) = view.migration.filter(|m| self.is_unconfirmed(m)) else {
+            self.target_seen = None;
+            return;
+        };
+        if let Some((uid, at, ended)) = &self.target_seen
+            && *uid == m.uid
+            && (ended.is_some() || at.elapsed() < LOOK_AT_TARGET)
+        {
+            return;
+        }
+        let api: Api<ApiPod> = Api::namespaced(self.context.client.clone(), &self.namespace);
+        let ended = match limited(api.get_opt(&m.target_pod)).await {
+            Ok(None) => Some(format!("the target's pod {} is gone", m.target_pod)),
+            Ok(Some(pod)) => {
+                let phase = pod.status.and_then(|status| status.phase).unwrap_or_default();
+                view::is_terminal(&phase).then(|| format!("the target's pod {} has ended ({phase})", m.target_pod))
+            }
+            Err(error) => {
+                tracing::info!(vmi = self.name, migration = m.uid, error, "cannot look at the target's pod");
+                None
+            }
+        };
+        if let Some(ended) = &ended {
+            tracing::error!(vmi = self.name, migration = m.uid, ended, "the go cannot be confirmed any more");
+        }
+        self.target_seen = Some((m.uid, Instant::now(), ended));
+    }
+
+    /// Whether the source here has completed and its go has met an obstacle.
+    fn is_unconfirmed(&self, m: &MigrationView) -> bool {
+        let launcher = self.pods.get(&m.source_pod).map(|pod| pod.follower.now());
+        let sent = launcher.as_ref().and_then(Launcher::last);
+        let sent = sent.and_then(|state| facts::migration(state, &m.uid, MigrationRole::Source));
+        let go = self.source.as_ref().filter(|source| source.link.uid == m.uid).map(|source| source.link.now().go);
+        m.source_node == self.context.node
+            && !m.completed
+            && sent.is_some_and(|sent| sent.status == "completed")
+            && matches!(go, None | Some(Go::Trying(_)))
     }
 
     fn look(&mut self, vmi: &VirtualMachineInstance) -> Facts {
@@ -310,6 +361,7 @@ impl Worker {
             pods,
             target: self.target.as_ref().map(Target::view),
             source: self.source.as_ref().map(Source::view),
+            target_ended: self.target_seen.as_ref().and_then(|(_, _, ended)| ended.clone()),
         }
     }
 

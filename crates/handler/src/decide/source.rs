@@ -208,23 +208,7 @@ fn hand_over(
             }
             plan.event("Migrated", format!("The VirtualMachineInstance migrated to node {}.", m.target_node));
         }
-        Go::Lost(reason) => {
-            let reason = format!("the guest was handed over and is lost: {reason}");
-            let mut changes = Vec::new();
-            if !facts.vmi.is_final() {
-                changes.push(Change::Phase("Failed"));
-            }
-            if m.abort_requested {
-                changes.push(Change::Abort("Failed"));
-            }
-            plan.warn("Migrated", failed_message(&m.uid, &reason));
-            changes.push(Change::Failed(reason));
-            // The event must not be lost behind the write, after which nothing is left to decide; the order is the same
-            // as everywhere else all the same: write, then tell.
-            let event = plan.actions.pop();
-            plan.write(changes);
-            plan.actions.extend(event);
-        }
+        Go::Lost(reason) => lost(facts, m, reason, plan),
         // The controller has given the guest up (the target's pod is gone, say): nobody is left to be told.
         Go::NotDue | Go::Trying(_) if facts.vmi.is_final() => {
             if link.is_some() {
@@ -232,6 +216,8 @@ fn hand_over(
             }
             fail(m, "the target was lost after the guest had been handed over".into(), plan);
         }
+        // Its handler cannot say so any more: QEMU has ended with the pod, whether the go had reached it or not.
+        Go::NotDue | Go::Trying(_) if let Some(why) = ended_unseen(facts, m) => lost(facts, m, why, plan),
         Go::NotDue | Go::Trying(_) => {
             // With a link the go is on its way, without waiting for this decision; it is repeated by the link itself.
             if link.is_none() && m.target_address.is_some() && m.port(channel::CONTROL).is_some() {
@@ -240,6 +226,29 @@ fn hand_over(
             plan.wake(REDIAL_AFTER);
         }
     }
+}
+
+/// Why the target has ended, unless the API says that the guest has lived there: then its end is its own affair.
+fn ended_unseen<'a>(facts: &'a Facts, m: &MigrationView) -> Option<&'a str> {
+    let arrived = m.target_ready || facts.vmi.node_name.as_deref() == Some(&m.target_node);
+    facts.target_ended.as_deref().filter(|_| !arrived)
+}
+
+/// The guest was handed over and is nowhere. The memory here is stale by then, for all that is known, and is not run.
+fn lost(facts: &Facts, m: &MigrationView, why: &str, plan: &mut Plan) {
+    let reason = format!("the guest was handed over and is lost: {why}");
+    let mut changes = Vec::new();
+    if !facts.vmi.is_final() {
+        changes.push(Change::Phase("Failed"));
+        changes.push(Change::Unsynchronized(reason.clone()));
+    }
+    if m.abort_requested {
+        changes.push(Change::Abort("Failed"));
+    }
+    let event = failed_message(&m.uid, &reason);
+    changes.push(Change::Failed(reason));
+    plan.write(changes);
+    plan.warn("Migrated", event);
 }
 
 /// The guest stays; say so.

@@ -32,6 +32,7 @@ fn pod(name: &str, launcher: Launcher) -> PodView {
 
 fn facts(phase: &str, pods: Vec<PodView>) -> Facts {
     Facts {
+        target_ended: None,
         node: ME.into(),
         now: now(),
         vmi: VmiView { phase: phase.into(), grace_seconds: 30, node_name: Some(ME.into()), ..VmiView::default() },
@@ -446,6 +447,27 @@ fn a_guest_lost_at_the_target_is_failed() {
     assert_eq!(writes(&plan)[0], Change::Phase("Failed"));
     assert!(failure(&plan).contains("QEMU was killed"));
     assert!(matches!(plan.actions.last(), Some(Action::Event { warning: true, .. })), "told after it is written");
+}
+
+#[test]
+fn a_target_pod_that_ended_before_the_go_was_confirmed_is_a_lost_guest() {
+    let completed = || answers(sent("completed"));
+    for link in [None, Some(SourceView { go: Go::Trying("no route to host".into()), ..link() })] {
+        let mut facts = source_facts(started(), completed(), link);
+        facts.target_ended = Some("its pod has failed".into());
+        let plan = decide(&facts);
+        assert_eq!(writes(&plan)[0], Change::Phase("Failed"));
+        assert!(failure(&plan).contains("its pod has failed"));
+        assert!(orders(&plan).is_empty(), "the source's memory is not run again");
+    }
+    // It ran there before: how it ended is not for this node to say.
+    let mut facts = source_facts(MigrationView { target_ready: true, ..started() }, completed(), None);
+    facts.target_ended = Some("its pod has failed".into());
+    assert!(writes(&decide(&facts)).is_empty());
+    let running = SourceView { go: Go::Running(us()), ..link() };
+    let mut facts = source_facts(started(), completed(), Some(running));
+    facts.target_ended = Some("its pod has failed".into());
+    assert_eq!(failure(&decide(&facts)), "");
 }
 
 #[test]

@@ -310,6 +310,33 @@ fn a_go_is_given_although_both_handlers_restart_in_between() {
 }
 
 #[test]
+fn a_target_that_ends_unseen_after_the_hand_over_is_a_lost_guest() {
+    blocking(async {
+        let (mut cluster, source) = running().await;
+        source.slow.store(true, SeqCst);
+        let target = cluster.hand_off();
+        target.deaf.store(true, SeqCst);
+        until("it has started", || cluster.vm()["status"]["migrationState"]["startTimestamp"].is_string()).await;
+        source.finish.notify_one();
+        until("the source has completed", || source.now().migration.is_some_and(|m| m.status == "completed")).await;
+        // The node dies; when it is back, its kubelet says that the pod has failed, and its handler knows nothing.
+        cluster.kill(1);
+        drop(target);
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        assert_eq!(cluster.vm()["status"]["phase"], "Running", "it may yet be reached");
+        cluster.api.merge("pods", "two", &json!({ "status": { "phase": "Failed" } }));
+        cluster.restart(1);
+        until("it is given up", || cluster.vm()["status"]["phase"] == "Failed").await;
+        let vm = cluster.vm();
+        let m = &vm["status"]["migrationState"];
+        assert_eq!((&m["failed"], &m["completed"]), (&json!(true), &json!(true)));
+        let reason = m["failureReason"].as_str().unwrap();
+        assert!(reason.contains("the target's pod two has ended (Failed)"), "{reason}");
+        assert!(!source.executes(), "what is there is stale");
+    });
+}
+
+#[test]
 fn a_deleted_vmi_is_shut_down() {
     blocking(async {
         let (cluster, source) = running().await;
