@@ -1,0 +1,269 @@
+//! Guests with all that can be attached to them.
+
+#![allow(clippy::expect_used, clippy::unwrap_used)]
+
+mod common;
+
+use common::{Cluster, rom_vmi, status, text};
+use godwit_guest_rom::{Line, Parameters};
+use godwit_network::Namespace;
+use kube::api::{DynamicObject, Patch};
+use serde_json::{Value, json};
+use std::io::{Read, Write};
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// What the demo guest says of itself on port 80.
+fn ask(namespace: &Namespace, address: IpAddr) -> Result<Value, String> {
+    let mut stream = namespace
+        .connect(SocketAddr::from((address, 80)), Duration::from_secs(2))
+        .map_err(|error| error.to_string())?;
+    stream.set_read_timeout(Some(Duration::from_secs(5))).map_err(|error| error.to_string())?;
+    stream.write_all(b"GET / HTTP/1.0\r\n\r\n").map_err(|error| error.to_string())?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).map_err(|error| error.to_string())?;
+    let body = answer.split("\r\n\r\n").nth(1).unwrap_or_default();
+    serde_json::from_str(body).map_err(|error| format!("{error} in {answer:?}"))
+}
+
+/// Asks until there is an answer; a minute is more than enough for a guest to boot.
+async fn facts(cluster: &Cluster, node: &str, vmi: &str) -> (IpAddr, Value) {
+    let namespace = Namespace::open(&cluster.namespace(node)).expect("the node's namespace");
+    let deadline = Instant::now() + Duration::from_secs(60);
+    let mut last = String::new();
+    while Instant::now() < deadline {
+        let object = cluster.vmis().get(vmi).await.expect("VMI");
+        if let Ok(address) = status(&object, "interfaces/0/ipAddress").parse() {
+            let namespace = namespace.clone();
+            match tokio::task::spawn_blocking(move || ask(&namespace, address)).await.expect("ask") {
+                Ok(facts) => return (address, facts),
+                Err(error) => last = error,
+            }
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let object = cluster.vmis().get(vmi).await.expect("VMI");
+    panic!("{vmi} does not answer {node}: {last}; it is {}\n{}", object.data, cluster.words());
+}
+
+async fn succeeds(cluster: &Cluster, migration: &str) {
+    let over = |m: &DynamicObject| ["Succeeded", "Failed"].contains(&status(m, "phase").as_str());
+    let migration = cluster.wait(&cluster.migrations(), migration, "it is over", over).await;
+    assert_eq!(status(&migration, "phase"), "Succeeded", "{}\n{}", migration.data, cluster.words());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn behind_masquerade_a_guest_is_reached_before_and_after_its_move() {
+    let cluster = Cluster::start(2).await;
+    let folder = std::env::var_os("GODWIT_GUEST")
+        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/demo-guest"), PathBuf::from);
+    let pair = |file: &str| format!("{}:/boot/{file}", folder.join(file).display());
+    let image = "godwit.local/demo-guest:latest";
+    let built = cluster.godwit(&["image", "build", image, &pair("vmlinuz"), &pair("initrd")]);
+    assert!(built.status.success(), "run `make guest` first: {}", text(&built.stderr));
+    cluster
+        .apply(json!({
+            "apiVersion": "kubevirt.io/v1", "kind": "VirtualMachineInstance", "metadata": {"name": "inner"},
+            "spec": {
+                "terminationGracePeriodSeconds": 0,
+                "domain": {
+                    "memory": {"guest": "192Mi"},
+                    "devices": {"rng": {}, "interfaces": [{"name": "default", "masquerade": {}}]},
+                    "firmware": {"kernelBoot": {
+                        "kernelArgs": "console=ttyS0 quiet godwit.hostname=inner",
+                        "container": {"image": image, "kernelPath": "/boot/vmlinuz", "initrdPath": "/boot/initrd"},
+                    }},
+                },
+                "networks": [{"name": "default", "pod": {}}],
+            },
+        }))
+        .await
+        .expect("apply");
+    let (address, before) = facts(&cluster, "node1", "inner").await;
+    let (_, same) = facts(&cluster, "node2", "inner").await;
+    assert_eq!(before["token"], same["token"], "both nodes reach the one guest");
+    let from = status(&cluster.vmis().get("inner").await.expect("VMI"), "nodeName");
+
+    cluster.migrate("inner", "move").await;
+    succeeds(&cluster, "move").await;
+    let moved = |vmi: &DynamicObject| {
+        status(vmi, "nodeName") != from
+            && status(vmi, "interfaces/0/ipAddress").parse::<IpAddr>().is_ok_and(|now| now != address)
+    };
+    cluster.wait(&cluster.vmis(), "inner", "it has its new pod's address", moved).await;
+    for node in ["node1", "node2"] {
+        let (now, after) = facts(&cluster, node, "inner").await;
+        assert_ne!(now, address);
+        assert_eq!(after["token"], before["token"], "it was started anew");
+        assert_eq!(after["corruptPages"], 0, "{after}");
+        assert!(after["uptimeMilliseconds"].as_u64() > before["uptimeMilliseconds"].as_u64(), "{before} {after}");
+    }
+}
+
+/// Process and command line of every QEMU in the VMI's active pods. (The guest's name and UUID are in the command line, but
+/// follow from the VMI's name: another test's guest may have the same.)
+fn qemus(vmi: &DynamicObject) -> Vec<(i32, String)> {
+    let pods = vmi.data.pointer("/status/activePods").and_then(Value::as_object).expect("activePods");
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir("/proc").expect("/proc").flatten() {
+        let Ok(pid) = entry.file_name().to_string_lossy().parse::<i32>() else { continue };
+        let arguments = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        let arguments = text(&arguments).replace('\0', " ");
+        let groups = std::fs::read_to_string(entry.path().join("cgroup")).unwrap_or_default();
+        if arguments.contains("qemu-system") && pods.keys().any(|uid| groups.contains(uid.as_str())) {
+            found.push((pid, arguments));
+        }
+    }
+    found
+}
+
+fn claim(name: &str, class: &str, mode: &str) -> Value {
+    json!({
+        "apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": name},
+        "spec": {
+            "storageClassName": class, "accessModes": [mode],
+            "resources": {"requests": {"storage": "8Mi"}},
+        },
+    })
+}
+
+fn with_claim(name: &str, claim: &str) -> Value {
+    let mut vmi = rom_vmi(name);
+    vmi["spec"]["domain"]["devices"]["disks"] = json!([{"name": "data", "disk": {"bus": "virtio"}}]);
+    vmi["spec"]["volumes"] = json!([{"name": "data", "persistentVolumeClaim": {"claimName": claim}}]);
+    vmi
+}
+
+fn condition<'a>(object: &'a DynamicObject, type_: &str) -> &'a Value {
+    let all = object.data.pointer("/status/conditions").and_then(Value::as_array);
+    all.and_then(|all| all.iter().find(|condition| condition["type"] == type_)).unwrap_or(&Value::Null)
+}
+
+async fn runs(cluster: &Cluster, vmi: &str) -> DynamicObject {
+    let ready = |vmi: &DynamicObject| status(vmi, "phase") == "Running" && !condition(vmi, "LiveMigratable").is_null();
+    cluster.wait(&cluster.vmis(), vmi, "it runs", ready).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_moves_with_every_kind_of_volume() {
+    let cluster = Cluster::start(2).await;
+    cluster.build_rom_image(Parameters::default());
+    let disk = cluster.data_dir().join("disk.img");
+    std::fs::File::create(&disk).and_then(|file| file.set_len(4 << 20)).expect("disk");
+    let pair = format!("{}:/disk/disk.img", disk.display());
+    let built = cluster.godwit(&["image", "build", "godwit.local/disk:1", &pair]);
+    assert!(built.status.success(), "{}", text(&built.stderr));
+    for object in [
+        claim("shared", "shared", "ReadWriteMany"),
+        json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "config"}, "data": {"a": "b"}}),
+        json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "secret"}, "stringData": {"word": "x"}}),
+    ] {
+        cluster.apply(object).await.expect("apply");
+    }
+    let volumes = json!([
+        {"name": "root", "containerDisk": {"image": "godwit.local/disk:1"}},
+        {"name": "scratch", "emptyDisk": {"capacity": "4Mi"}},
+        {"name": "shared", "persistentVolumeClaim": {"claimName": "shared"}},
+        {"name": "seed", "cloudInitNoCloud": {"userData": "#cloud-config\nhostname: all\n"}},
+        {"name": "config", "configMap": {"name": "config"}},
+        {"name": "secret", "secret": {"secretName": "secret"}},
+    ]);
+    let names: Vec<String> = volumes.as_array().expect("list").iter().map(|v| v["name"].to_string()).collect();
+    let names: Vec<&str> = names.iter().map(|name| name.trim_matches('"')).collect();
+    let mut vmi = rom_vmi("all");
+    vmi["spec"]["domain"]["devices"]["disks"] =
+        names.iter().map(|name| json!({"name": name, "disk": {"bus": "virtio"}})).collect();
+    vmi["spec"]["volumes"] = volumes;
+    cluster.apply(vmi).await.expect("apply");
+    let before = runs(&cluster, "all").await;
+    assert_eq!(condition(&before, "LiveMigratable")["status"], "True", "{}", before.data);
+    assert_eq!(status(&before, "migrationMethod"), "BlockMigration");
+    let running = qemus(&before);
+    assert_eq!(running.len(), 1, "{running:?}");
+    for name in &names {
+        assert!(running[0].1.contains(name), "no {name} in {}", running[0].1);
+    }
+
+    cluster.migrate("all", "move").await;
+    succeeds(&cluster, "move").await;
+    let after = runs(&cluster, "all").await;
+    assert_ne!(status(&before, "nodeName"), status(&after, "nodeName"));
+    assert_eq!(status(&after, "migrationState/mode"), "PreCopy", "{}", after.data);
+    let target = status(&after, "migrationState/targetPod");
+    let beats = |line: &Line| matches!(line, Line::Beat { errors: 0, .. });
+    while !cluster.lines(&target).await.iter().any(beats) {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert!(!cluster.lines(&target).await.iter().any(|line| matches!(line, Line::Start { .. })), "it started anew");
+    // The source's QEMU goes with its pod.
+    while !qemus(&before).is_empty() {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert_eq!(qemus(&after).len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_on_a_local_claim_stays() {
+    let cluster = Cluster::start(2).await;
+    cluster.build_rom_image(Parameters::default());
+    cluster.apply(claim("own", "local", "ReadWriteOnce")).await.expect("apply");
+    cluster.apply(with_claim("homely", "own")).await.expect("apply");
+    let vmi = runs(&cluster, "homely").await;
+    let told = condition(&vmi, "LiveMigratable");
+    let message = "cannot migrate VMI: PVC own is not shared, live migration requires that all PVCs must be shared \
+                   (using ReadWriteMany access mode)";
+    assert_eq!((told["status"].as_str(), told["reason"].as_str()), (Some("False"), Some("DisksNotLiveMigratable")));
+    assert_eq!(told["message"], message);
+    let refused = cluster
+        .apply(json!({"apiVersion": "kubevirt.io/v1", "kind": "VirtualMachineInstanceMigration",
+            "metadata": {"name": "move"}, "spec": {"vmiName": "homely"}}))
+        .await
+        .expect_err("refused");
+    let kube::Error::Api(answer) = refused else { panic!("{refused}") };
+    assert_eq!(
+        answer.message,
+        format!(
+            "admission webhook \"migration-create-validator.kubevirt.io\" denied the request: Cannot migrate VMI, \
+             Reason: DisksNotLiveMigratable, Message: {message}"
+        )
+    );
+    assert_eq!(answer.code, 400);
+    assert!(cluster.migrations().get_opt("move").await.expect("get").is_none());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vm_keeps_its_guest_running_until_it_is_halted() {
+    let cluster = Cluster::start(1).await;
+    cluster.build_rom_image(Parameters::default());
+    let template = json!({"metadata": {"labels": {"app": "kept"}}, "spec": rom_vmi("kept")["spec"]});
+    cluster
+        .apply(json!({"apiVersion": "kubevirt.io/v1", "kind": "VirtualMachine", "metadata": {"name": "kept"},
+            "spec": {"runStrategy": "Always", "template": template}}))
+        .await
+        .expect("apply");
+    let other = |uid: Option<String>| {
+        move |vmi: &DynamicObject| status(vmi, "phase") == "Running" && vmi.metadata.uid != uid
+    };
+    let first = cluster.wait(&cluster.vmis(), "kept", "it runs", other(None)).await;
+    assert_eq!(first.metadata.labels.as_ref().and_then(|l| l.get("app")).map(String::as_str), Some("kept"));
+    assert_eq!(first.metadata.owner_references.as_ref().map(|owners| owners[0].kind.as_str()), Some("VirtualMachine"));
+    let runs = |vm: &DynamicObject| status(vm, "printableStatus") == "Running" && status(vm, "ready") == "true";
+    cluster.wait(&cluster.vms(), "kept", "it is ready", runs).await;
+
+    // A user deletes the guest.
+    cluster.vmis().delete("kept", &Default::default()).await.expect("delete");
+    let second = cluster.wait(&cluster.vmis(), "kept", "it runs again", other(first.metadata.uid)).await;
+    // Its QEMU dies.
+    let running = qemus(&second);
+    assert_eq!(running.len(), 1, "{running:?}");
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(running[0].0), nix::sys::signal::Signal::SIGKILL).expect("kill");
+    let third = cluster.wait(&cluster.vmis(), "kept", "it runs once more", other(second.metadata.uid)).await;
+
+    let halt = Patch::Merge(json!({"spec": {"runStrategy": "Halted"}}));
+    cluster.vms().patch("kept", &Default::default(), &halt).await.expect("patch");
+    cluster.wait_gone(&cluster.vmis(), "kept").await;
+    let stopped = |vm: &DynamicObject| status(vm, "printableStatus") == "Stopped" && status(vm, "created") == "false";
+    cluster.wait(&cluster.vms(), "kept", "it is stopped", stopped).await;
+    assert_eq!(qemus(&third), Vec::new());
+}
