@@ -345,7 +345,7 @@ impl Door {
     }
 }
 
-async fn accept(stream: &mut Served) -> io::Result<()> {
+async fn accept(stream: &mut (impl tokio::io::AsyncWrite + Unpin)) -> io::Result<()> {
     write_line(stream, &Welcome { accepted: true, refused: None }).await
 }
 
@@ -354,21 +354,32 @@ async fn refuse(stream: &mut Served, reason: &str) -> io::Result<()> {
     stream.shutdown().await
 }
 
-async fn serve_control(mut stream: Served, control: Arc<dyn TargetControl>) -> io::Result<()> {
+async fn serve_control<S>(mut stream: S, control: Arc<dyn TargetControl>) -> io::Result<()>
+where
+    S: tokio::io::AsyncBufRead + tokio::io::AsyncWrite + Unpin,
+{
     accept(&mut stream).await?;
-    while let Some(request) = read_line::<Request, _>(&mut stream).await? {
+    loop {
+        let request = match read_line::<Request, _>(&mut stream).await {
+            Ok(Some(request)) => request,
+            Ok(None) => return Ok(()),
+            // The source drops the channel when it needs it no more; between two lines nothing can have been cut off.
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
+            Err(error) => return Err(error),
+        };
         let answer = control.clone().answer(request).await;
         write_line(&mut stream, &answer).await?;
     }
-    Ok(())
 }
 
 /// One JSON value a line; `None` at the end of the stream.
 async fn read_line<T: DeserializeOwned, R: tokio::io::AsyncBufRead + Unpin>(stream: &mut R) -> io::Result<Option<T>> {
     let mut line = Vec::new();
-    let n = stream.take(MAX_LINE).read_until(b'\n', &mut line).await?;
-    if n == 0 {
-        return Ok(None);
+    match stream.take(MAX_LINE).read_until(b'\n', &mut line).await {
+        Ok(0) => return Ok(None),
+        // Cut off in the middle of a line, with or without a word: told apart from an end between two lines below.
+        Err(error) if error.kind() != io::ErrorKind::UnexpectedEof || line.is_empty() => return Err(error),
+        Ok(_) | Err(_) => {}
     }
     if line.last() != Some(&b'\n') {
         return Err(io::Error::new(io::ErrorKind::InvalidData, "a line that is too long or cut off"));
@@ -469,6 +480,11 @@ impl Control {
             Ok(result) => result.map_err(io),
             Err(_) => Err(io(io::ErrorKind::TimedOut.into())),
         }
+    }
+
+    /// Takes leave, so that the other end does not take it for a broken connection.
+    pub async fn close(mut self, limit: Duration) {
+        let _ = tokio::time::timeout(limit, self.stream.shutdown()).await;
     }
 
     /// Waits until the other end goes away. Nothing is sent unasked on this channel, so whatever arrives is the end.

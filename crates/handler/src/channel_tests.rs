@@ -235,3 +235,34 @@ async fn a_long_stream_arrives_whole_and_the_answer_comes_back() {
     assert_eq!(stage.channels.carried.back.load(Relaxed), bytes);
     println!("{:.0} MiB/s through both pumps and TLS", bytes as f64 / seconds / 1048576.0);
 }
+
+/// Says something, then breaks as TLS does without close_notify.
+struct Cut(&'static [u8]);
+
+impl tokio::io::AsyncRead for Cut {
+    fn poll_read(
+        mut self: std::pin::Pin<&mut Self>,
+        _: &mut std::task::Context<'_>,
+        buffer: &mut tokio::io::ReadBuf<'_>,
+    ) -> std::task::Poll<io::Result<()>> {
+        if self.0.is_empty() {
+            return std::task::Poll::Ready(Err(io::ErrorKind::UnexpectedEof.into()));
+        }
+        buffer.put_slice(std::mem::take(&mut self.0));
+        std::task::Poll::Ready(Ok(()))
+    }
+}
+
+#[tokio::test]
+async fn a_source_that_leaves_between_two_lines_is_no_error() {
+    let serve = |said| {
+        let stream = BufReader::new(tokio::io::join(Cut(said), tokio::io::sink()));
+        serve_control(stream, Arc::new(Echo))
+    };
+    let line = serde_json::to_string(&Request::Clock).unwrap() + "\n";
+    let line: &'static str = Box::leak(line.into_boxed_str());
+    serve(b"").await.unwrap();
+    serve(line.as_bytes()).await.unwrap();
+    let cut = serve(&line.as_bytes()[..line.len() - 2]).await.unwrap_err();
+    assert_eq!(cut.kind(), io::ErrorKind::InvalidData);
+}

@@ -13,6 +13,8 @@ use serde_json::{Map, Value, json};
 const EVERY: Duration = Duration::from_secs(60);
 /// Before the next attempt when the API does not answer.
 const RETRY: Duration = Duration::from_secs(2);
+/// The same while the cluster is starting.
+const SOON: Duration = Duration::from_millis(200);
 /// How long the farewell may take.
 const FAREWELL: Duration = Duration::from_secs(2);
 
@@ -44,10 +46,15 @@ pub async fn run(
     let api: Api<Node> = Api::all(client);
     let mut shutdown = std::pin::pin!(shutdown);
     let mut offer = offer;
+    let began = std::time::Instant::now();
     loop {
         let now = offer.borrow_and_update().clone();
         let next = match beat(&api, &node, true, &now).await {
             Ok(()) => EVERY,
+            Err(error) if crate::is_early(&error, began.elapsed()) => {
+                tracing::debug!(node, "waiting for the node's object");
+                SOON
+            }
             Err(error) => {
                 tracing::warn!(%error, node, "heartbeat not written; trying again");
                 RETRY

@@ -31,6 +31,7 @@ mod write;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use godwit_launcher::rpc::Accelerator;
 use kube::Client;
@@ -130,8 +131,30 @@ fn version_in(text: &str) -> Option<String> {
     word.starts_with(|c: char| c.is_ascii_digit()).then(|| word.to_owned())
 }
 
+/// How long a handler that has just started may find that the cluster's definitions, or its own node, are still to come:
+/// on one machine everything starts at the same time.
+const STARTING: Duration = Duration::from_secs(20);
+
+/// Whether an error says no more than that the cluster is still starting.
+fn is_early(error: &kube::Error, since_start: Duration) -> bool {
+    since_start < STARTING && matches!(error, kube::Error::Api(status) if status.code == 404)
+}
+
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
+    #[test]
+    fn what_is_missing_at_the_start_is_waited_for() {
+        let answer = |code: u16| {
+            let status = kube::core::Status { code, ..kube::core::Status::default() };
+            kube::Error::Api(Box::new(status))
+        };
+        assert!(super::is_early(&answer(404), Duration::from_millis(100)));
+        assert!(!super::is_early(&answer(403), Duration::from_millis(100)));
+        assert!(!super::is_early(&answer(404), Duration::from_secs(60)));
+    }
+
     #[test]
     fn qemus_version_is_read() {
         let said = "QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)\nCopyright (c) 2003-2022";

@@ -270,6 +270,9 @@ impl Run {
                     let ms = began.elapsed().as_millis() as u64;
                     tracing::info!(migration = %self.uid, ms, "go confirmed: the guest runs at the target");
                     self.set(|s| s.go = Go::Running(resume_us));
+                    if let Some(open) = control {
+                        open.close(DIAL_LIMIT).await;
+                    }
                     return;
                 }
                 Ok(Answer::Lost { reason }) => {
@@ -306,6 +309,7 @@ impl Run {
         if let Err(error) = control.ask(Request::Abandon, DIAL_LIMIT).await {
             tracing::info!(migration = %self.uid, %error, "the target could not be told that the guest stays");
         }
+        control.close(DIAL_LIMIT).await;
     }
 }
 

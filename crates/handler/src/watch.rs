@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::pin::pin;
 use std::sync::Arc;
+use std::time::Instant;
 
 use futures::StreamExt;
 use godwit_api::names;
@@ -83,10 +84,23 @@ pub async fn run(context: Arc<Context>) {
     }
 }
 
+/// A watch is taken up again by itself; the log says what is in its way.
+fn interrupted(what: &str, error: &watcher::Error, began: Instant) {
+    match error {
+        watcher::Error::InitialListFailed(cause) | watcher::Error::WatchStartFailed(cause)
+            if crate::is_early(cause, began.elapsed()) =>
+        {
+            tracing::debug!("waiting for the definition of {what}");
+        }
+        _ => tracing::warn!(%error, "watch of {what} interrupted; it goes on by itself"),
+    }
+}
+
 async fn vmis(api: Api<VirtualMachineInstance>, config: watcher::Config, seen: UnboundedSender<Seen>) {
     let mut known: BTreeSet<String> = BTreeSet::new();
     let mut listed: BTreeSet<String> = BTreeSet::new();
     let mut stream = pin!(watcher(api, config).default_backoff());
+    let began = Instant::now();
     while let Some(event) = stream.next().await {
         match event {
             Ok(Event::Init) => listed.clear(),
@@ -108,7 +122,7 @@ async fn vmis(api: Api<VirtualMachineInstance>, config: watcher::Config, seen: U
                 known.remove(vmi.uid());
                 let _ = seen.send(Seen::VmiUnseen(vmi.uid().to_owned()));
             }
-            Err(error) => tracing::warn!(%error, "watch of VMIs interrupted; it goes on by itself"),
+            Err(error) => interrupted("VMIs", &error, began),
         }
     }
 }
@@ -117,6 +131,7 @@ async fn pods(api: Api<Pod>, config: watcher::Config, seen: UnboundedSender<Seen
     let mut known: BTreeMap<String, view::LauncherPod> = BTreeMap::new();
     let mut listed: BTreeMap<String, view::LauncherPod> = BTreeMap::new();
     let mut stream = pin!(watcher(api, config).default_backoff());
+    let began = Instant::now();
     while let Some(event) = stream.next().await {
         match event {
             Ok(Event::Init) => listed.clear(),
@@ -150,7 +165,7 @@ async fn pods(api: Api<Pod>, config: watcher::Config, seen: UnboundedSender<Seen
                     let _ = seen.send(Seen::PodGone(pod));
                 }
             }
-            Err(error) => tracing::warn!(%error, "watch of pods interrupted; it goes on by itself"),
+            Err(error) => interrupted("pods", &error, began),
         }
     }
 }
