@@ -27,6 +27,8 @@ const START_LIMIT: Duration = Duration::from_secs(20);
 const SETTLE_LIMIT: Duration = Duration::from_secs(10);
 /// How long a guest is held at most while QEMU begins to send it.
 const TRACKING_LIMIT: Duration = Duration::from_secs(1);
+/// Bytes a second while it is held: a page or so in QEMU's slice of 100 ms.
+const HELD_BANDWIDTH: u64 = 4096;
 /// How long a target may take to say that it has loaded what the source knows it has.
 const LOAD_LIMIT: Duration = Duration::from_secs(2);
 /// How long the guest may stand still for the last blocks of its disks; then it runs on at the source.
@@ -263,6 +265,7 @@ impl Running {
         let mut tracker = Tracker::new(self.qemu.qmp.event_count());
         tracker.limit(ramp.limit_ms());
         let mut outgoing = Outgoing {
+            bandwidth: cap(options),
             qemu: self.qemu,
             paused: self.paused,
             tracker,
@@ -284,10 +287,8 @@ impl Running {
 
     async fn prepare(&self, options: &Options, mirrors: bool) -> Result<(), qmp::Error> {
         self.qemu.set_capabilities(options.auto_converge, mirrors).await?;
-        // Sent in one go, the guest stands still for most of the time: no cap makes that longer.
-        let cap = options.bandwidth.filter(|b| *b > 0 && self.qemu.tracks_writes());
         let parameters = commands::MigrateSetParameters {
-            max_bandwidth: Some(cap.unwrap_or(UNLIMITED)),
+            max_bandwidth: Some(cap(options)),
             downtime_limit: Some(self.ramp(options).limit_ms()),
         };
         self.qemu.qmp.execute(&parameters).await.map(drop)
@@ -296,6 +297,10 @@ impl Running {
     fn ramp(&self, options: &Options) -> DowntimeRamp {
         if self.qemu.tracks_writes() { DowntimeRamp::new(options.max_downtime_ms) } else { DowntimeRamp::one_pass() }
     }
+}
+
+fn cap(options: &Options) -> u64 {
+    options.bandwidth.filter(|bandwidth| *bandwidth > 0).unwrap_or(UNLIMITED)
 }
 
 fn now_us() -> i64 {
@@ -307,6 +312,8 @@ fn now_us() -> i64 {
 pub struct Outgoing {
     qemu: Qemu,
     paused: bool,
+    /// Most bytes a second.
+    bandwidth: u64,
     tracker: Tracker,
     ramp: DowntimeRamp,
     memory: Memory,
@@ -374,6 +381,16 @@ impl Outgoing {
         let info = self.qemu.qmp.execute(&commands::QueryMigrate {}).await?;
         self.tracker.look(&info, now_us());
         let facts = self.tracker.facts();
+        let second_pass = facts.passes > 1 && info.status == MigrationStatus::Active;
+        if second_pass
+            && !(self.paused || self.cancelled || self.qemu.tracks_writes())
+            && self.qemu.status().await? == RunState::Running
+        {
+            // It must not happen (see `DowntimeRamp::one_pass`), and what is at the target must not be used if it does.
+            self.cancelled = true;
+            self.give_up("this QEMU began a second pass, of which it loses pages; try again".into()).await?;
+            return Ok(());
+        }
         if facts.status == MigrationStatus::Active
             && let Some(limit) = self.ramp.look(facts.passes, facts.remaining_bytes)
         {
@@ -390,6 +407,8 @@ impl Outgoing {
         self.tracker.memory_from(self.qemu.qmp.event_count());
         let hold = !self.qemu.tracks_writes() && !self.paused;
         if hold {
+            // So slow that it cannot come to an end while the guest is held.
+            self.set_bandwidth(HELD_BANDWIDTH).await?;
             self.qemu.qmp.execute(&commands::Stop {}).await?;
         }
         let begun = match self.qemu.qmp.execute(&commands::Migrate { uri }).await {
@@ -405,8 +424,14 @@ impl Outgoing {
                 self.wait_for_tracking().await;
             }
             self.qemu.qmp.execute(&commands::Cont {}).await?;
+            self.set_bandwidth(self.bandwidth).await?;
         }
         begun
+    }
+
+    async fn set_bandwidth(&self, bytes_per_second: u64) -> Result<(), qmp::Error> {
+        let parameters = commands::MigrateSetParameters { max_bandwidth: Some(bytes_per_second), downtime_limit: None };
+        self.qemu.qmp.execute(&parameters).await.map(drop)
     }
 
     /// Until QEMU has begun to note the pages that the guest writes to; what is written in between would be lost where
