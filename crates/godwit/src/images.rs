@@ -25,7 +25,7 @@ pub async fn run(command: Image) -> anyhow::Result<()> {
             }
         }
         Image::Remove { data_dir, name } => {
-            store(&data_dir)?.remove(&name)?;
+            anyhow::ensure!(store(&data_dir)?.remove(&name)?, "there is no image {name} in {}", data_dir.display());
             println!("{name} removed");
         }
     }

@@ -242,9 +242,8 @@ async fn a_vm_keeps_its_guest_running_until_it_is_halted() {
             "spec": {"runStrategy": "Always", "template": template}}))
         .await
         .expect("apply");
-    let other = |uid: Option<String>| {
-        move |vmi: &DynamicObject| status(vmi, "phase") == "Running" && vmi.metadata.uid != uid
-    };
+    let other =
+        |uid: Option<String>| move |vmi: &DynamicObject| status(vmi, "phase") == "Running" && vmi.metadata.uid != uid;
     let first = cluster.wait(&cluster.vmis(), "kept", "it runs", other(None)).await;
     assert_eq!(first.metadata.labels.as_ref().and_then(|l| l.get("app")).map(String::as_str), Some("kept"));
     assert_eq!(first.metadata.owner_references.as_ref().map(|owners| owners[0].kind.as_str()), Some("VirtualMachine"));

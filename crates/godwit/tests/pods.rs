@@ -184,10 +184,8 @@ async fn a_pod_has_what_its_spec_says() {
 /// The kernel holds the container to its limit. The path is the container's own view of its cgroup.
 fn assert_memory_limit(said: &str, wanted: u64) {
     let path = said.lines().find_map(|line| line.strip_prefix("memory=")).expect("a cgroup");
-    let files = [
-        format!("/sys/fs/cgroup/memory{path}/memory.limit_in_bytes"),
-        format!("/sys/fs/cgroup{path}/memory.max"),
-    ];
+    let files =
+        [format!("/sys/fs/cgroup/memory{path}/memory.limit_in_bytes"), format!("/sys/fs/cgroup{path}/memory.max")];
     let found = files.iter().find_map(|file| std::fs::read_to_string(file).ok());
     assert_eq!(found.as_deref().map(str::trim), Some(wanted.to_string().as_str()), "{files:?}");
 }

@@ -27,7 +27,7 @@ impl PullPolicy {
     /// nobody's on the network (RFC 6762), so what is in the store under such a name is not asked for elsewhere.
     pub fn of(policy: Option<&str>, reference: &str) -> Self {
         let full = normalize(reference).unwrap_or_default();
-        let local = full.split('/').next().is_some_and(|registry| registry.ends_with(".local"));
+        let local = is_local_name(&full);
         match policy {
             Some("Never") => Self::Never,
             Some("IfNotPresent") => Self::IfNotPresent,
@@ -92,6 +92,11 @@ impl Store {
             user_agent: "godwit",
             ..ClientConfig::default()
         };
+        // Such an image is meant to be made here, so its absence is explained by that and not only by name resolution.
+        let failed = |reason: String| {
+            let hint = "; nor is it in the local store: add it with `godwit image build` or `godwit image import`";
+            failed(if is_local_name(&full) { reason + hint } else { reason })
+        };
         let client = oci_client::Client::try_from(config).map_err(|e| failed(reason(&e)))?;
         let auth = match auth {
             Auth::Anonymous => RegistryAuth::Anonymous,
@@ -140,6 +145,11 @@ impl Store {
         });
         put.await.map_err(|e| Error::Pull { reference: image.whole(), reason: e.to_string() })?
     }
+}
+
+/// Whether a full reference is of a registry called `*.local`.
+fn is_local_name(full: &str) -> bool {
+    full.split('/').next().is_some_and(|registry| registry.split(':').next().unwrap_or(registry).ends_with(".local"))
 }
 
 /// Whether a registry is on this machine; such ones are spoken to without TLS, as Docker does.
@@ -261,6 +271,17 @@ mod tests {
         assert!(!store.is_local(&name).unwrap());
         let none = store.ensure(&format!("127.0.0.1:{port}/none:1"), PullPolicy::IfNotPresent, &Auth::Anonymous).await;
         assert!(none.unwrap_err().to_string().ends_with("not found"));
+    }
+
+    #[tokio::test]
+    async fn an_image_that_is_to_be_made_here_is_missing_in_words_that_help() {
+        let place = tempfile::tempdir().unwrap();
+        let store = Store::open(place.path()).unwrap();
+        // Nothing listens on port 1, and no resolver knows the name.
+        let name = "godwit.local:1/demo:1";
+        let text = store.pull(name, &Auth::Anonymous).await.unwrap_err().to_string();
+        assert!(text.contains(name) && text.contains("`godwit image build`"), "{text}");
+        assert!(!is_local_name("quay.io/a.local/b:1") && is_local_name("x.local:5000/a:1"));
     }
 
     #[tokio::test]

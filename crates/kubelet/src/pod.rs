@@ -195,11 +195,12 @@ impl Life {
                     }
                     tokio::time::sleep(RETRY).await;
                 }
-                Err(Failure::Image { reference, reason, message }) => {
+                Err(Failure::Image { reference, error }) => {
+                    let (reason, message) = (error.waiting_reason(), error.cause());
                     let text = format!("Failed to pull image {reference:?}: {message}");
                     self.context.events.warning(&self.pod, None, "Failed", text);
                     self.context.events.warning(&self.pod, None, "Failed", format!("Error: {reason}"));
-                    waiting(reason, message.clone());
+                    waiting(reason, error.to_string());
                     let delay = backoff.next(std::time::Instant::now(), 0);
                     let back_off = || {
                         if reason == "ErrImagePull" {

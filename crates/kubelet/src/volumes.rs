@@ -20,8 +20,8 @@ pub(crate) type Volumes = BTreeMap<String, (PathBuf, bool)>;
 
 /// Why a volume is not there.
 pub(crate) enum Failure {
-    /// An image volume's image: the reason for the containers' state, and the text.
-    Image { reference: String, reason: &'static str, message: String },
+    /// An image volume's image.
+    Image { reference: String, error: godwit_images::Error },
     /// Everything else: a `FailedMount` event.
     Mount(String),
 }
@@ -113,11 +113,9 @@ async fn one(
         let reference = source.reference.clone().unwrap_or_default();
         let policy = PullPolicy::of(source.pull_policy.as_deref(), &reference);
         let unpacked = context.image(&reference, policy).await;
-        return unpacked.map(|unpacked| (unpacked.path, true)).map_err(|error| Failure::Image {
-            reason: error.waiting_reason(),
-            message: error.cause(),
-            reference,
-        });
+        return unpacked
+            .map(|unpacked| (unpacked.path, true))
+            .map_err(|error| Failure::Image { reference: reference.clone(), error });
     }
 
     let mut files = Files::new();
