@@ -231,8 +231,8 @@ pub fn sentence(fact: Fact, situation: &Situation<'_>) -> String {
         }
         Fact::GuestNotRunning => "Waits until the guest runs.".to_owned(),
         Fact::EarlierUnresolved => {
-            "Waits until the handler of the source node reports the end of an earlier migration of this VMI; check that \
-             the handler on that node runs."
+            "Waits until the handlers of both nodes report the end of an earlier migration of this VMI; check that they \
+             run and reach the API."
                 .to_owned()
         }
         Fact::OldPodRemains => "Waits until another launcher pod of the VMI has ended.".to_owned(),

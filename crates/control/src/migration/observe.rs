@@ -147,7 +147,7 @@ impl<'a> Situation<'a> {
             return Fact::NotMigratable.into();
         } else if vmi.status.phase != VmiPhase::Running || vmi.status.node_name.as_deref().unwrap_or("").is_empty() {
             Fact::GuestNotRunning
-        } else if self.state().is_some_and(is_unresolved) {
+        } else if is_on_its_way(vmi) {
             Fact::EarlierUnresolved
         } else if self.view.world.pods_of_vmi(vmi.uid()).filter(|pod| !placement::is_finished(pod)).count() > 1 {
             Fact::OldPodRemains
@@ -198,7 +198,7 @@ impl<'a> Situation<'a> {
         if placement::is_finished(pod) {
             return Fact::TargetPodDown.into();
         }
-        if self.state().is_some_and(is_unresolved) {
+        if self.vmi.is_some_and(|vmi| is_on_its_way(vmi)) {
             return Fact::OtherMigration.into();
         }
         self.within(self.since(), HAND_OVER_LIMIT, Fact::ReadyToHandOver, Fact::HandOverTooLong)
@@ -292,6 +292,15 @@ impl<'a> Situation<'a> {
 /// Whether a handed-over migration has not reported its end.
 pub fn is_unresolved(state: &State) -> bool {
     state.migration_uid.as_deref().is_some_and(|uid| !uid.is_empty()) && state.completed != Some(true)
+}
+
+/// Whether an earlier migration is not over for the guest: its end is not reported, or it went well and the target's
+/// handler has not said yet that the guest is there.
+fn is_on_its_way(vmi: &VirtualMachineInstance) -> bool {
+    vmi.status.migration_state.as_ref().is_some_and(|state| {
+        let arrives = state.completed == Some(true) && state.failed != Some(true);
+        is_unresolved(state) || arrives && state.target_node != vmi.status.node_name
+    })
 }
 
 /// Whether the launcher in the pod can take orders.

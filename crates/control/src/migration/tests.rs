@@ -383,6 +383,16 @@ fn a_guest_that_has_arrived_unreported_is_not_swept_away() {
     assert_eq!(phase(&cluster, "job"), "Succeeded");
     cluster.run_kubelets();
     assert_eq!(cluster.world.pods_of_vmi("uid-demo").count(), 2, "which of them holds the guest nobody has said");
+    // The source has ended; where the guest is said to be, it is not. No other migration begins from there.
+    let source = state(&cluster, "demo")["sourcePod"].as_str().unwrap().to_owned();
+    cluster.patch(Kind::Pod, &name(&source), json!({"status": {"phase": "Succeeded"}}));
+    migrate(&mut cluster, "next", "demo");
+    cluster.settle();
+    assert_eq!((phase(&cluster, "next").as_str(), target_pod(&cluster, "next")), ("Pending", None));
+    let target = state(&cluster, "demo")["targetNode"].clone();
+    cluster.patch(Kind::VirtualMachineInstance, &name("demo"), json!({"status": {"nodeName": target}}));
+    cluster.settle();
+    assert_eq!(phase(&cluster, "next"), "Scheduling");
 }
 
 #[test]
