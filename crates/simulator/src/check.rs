@@ -44,17 +44,7 @@ impl Sim {
                     self.violate(format!("migration {} is gone without an end", migration.key()));
                 }
             }
-            Object::VirtualMachineInstance(vmi) => {
-                if !vmi.is_final() {
-                    let node =
-                        vmi.status.node_name.as_deref().and_then(|name| self.nodes.iter().position(|n| n.name == name));
-                    let launchers = self.launchers.values_mut().filter(|one| one.vmi_uid == vmi.uid());
-                    for launcher in launchers.filter(|one| Some(one.node) == node) {
-                        launcher.cut_off_early = false;
-                    }
-                }
-                self.check_limits();
-            }
+            Object::VirtualMachineInstance(_) => self.check_limits(),
             _ => {}
         }
     }
@@ -114,22 +104,6 @@ impl Sim {
         }
     }
 
-    /// Whether a VMI is still said to run whose guest was lost with its target, see [`crate::Known::Stranded`].
-    pub fn is_stranded(&self) -> bool {
-        self.store.list(Kind::VirtualMachineInstance).any(|vmi| {
-            let uid = vmi.metadata().uid.as_deref().unwrap_or_default();
-            self.stranded.contains(uid)
-        })
-    }
-
-    /// Whether a VMI still carries the label of a target although no migration is left, see [`crate::Known::LabelLeft`].
-    pub fn is_label_left(&self) -> bool {
-        let label = names::LABEL_MIGRATION_TARGET_NODE_NAME;
-        self.store
-            .list(Kind::VirtualMachineInstance)
-            .any(|vmi| vmi.metadata().labels.as_ref().is_some_and(|labels| labels.contains_key(label)))
-    }
-
     /// Why the cluster is not at rest yet, if it is not.
     pub fn unrest(&self) -> Option<String> {
         if !self.controllers.is_idle() {
@@ -151,8 +125,8 @@ impl Sim {
             if vmi.deleting() || vmi.status.phase != VmiPhase::Running {
                 return Some(format!("VMI {} is {} on {node:?}", vmi.key(), vmi.status.phase.as_str()));
             }
-            if self.stranded.contains(vmi.uid()) {
-                continue;
+            if vmi.label(names::LABEL_MIGRATION_TARGET_NODE_NAME).is_some() {
+                return Some(format!("VMI {} still has the label of a target", vmi.key()));
             }
             let mut running = self.launchers.values().filter(|one| one.runs() && one.vmi_uid == vmi.uid());
             match (running.next(), running.next()) {
@@ -205,7 +179,6 @@ mod tests {
             ended: None,
             stopping: false,
             ordered: false,
-            cut_off_early: false,
             forgotten: false,
             orphaned: false,
         }

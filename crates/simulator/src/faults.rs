@@ -151,12 +151,6 @@ impl Sim {
         node.cut = true;
         let name = node.name.clone();
         self.note(format!("{name} is cut off"));
-        for launcher in self.launchers.values_mut().filter(|one| one.node == index && one.receives.is_some()) {
-            let vmi = Ref::new(Kind::VirtualMachineInstance, launcher.vmi.clone());
-            if let Some(Object::VirtualMachineInstance(vmi)) = self.store.get(&vmi) {
-                launcher.cut_off_early |= vmi.status.node_name.as_deref() != Some(name.as_str());
-            }
-        }
         self.links_changed();
         let after = self.random.between(SECOND, 150 * SECOND);
         self.at(after, Event::NodeHeals { node: index });

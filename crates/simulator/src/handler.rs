@@ -315,10 +315,28 @@ impl Sim {
             None if sight.vmi.is_final() => {
                 self.failed(m, "the target was lost after the guest had been handed over", changes);
             }
+            None if self.target_ended_unseen(sight, m) => {
+                changes.phase("Failed");
+                self.failed(m, "the guest was handed over and is lost with the target's pod", changes);
+                if aborted {
+                    changes.state("abortStatus", json!("Failed"));
+                }
+            }
             None => {
                 self.give_go(id, &transfer.uid);
                 self.look_after(sight.index, &sight.vmi.key(), REDIAL_AFTER);
             }
+        }
+    }
+
+    /// Whether the API, if this node reaches it, says that the target's pod has ended and never that the guest was there.
+    fn target_ended_unseen(&self, sight: &Sight, m: &State) -> bool {
+        let reached = self.nodes.get(sight.index).is_some_and(|node| node.alive && !node.cut);
+        let arrived = m.target_node_domain_ready_timestamp.is_some() || sight.vmi.status.node_name == m.target_node;
+        let Some(pod) = m.target_pod.as_deref().filter(|_| reached && !arrived) else { return false };
+        match self.store.get(&Ref::new(Kind::Pod, Name::new(sight.vmi.namespace(), pod))) {
+            Some(Object::Pod(pod)) => godwit_control::placement::is_finished(pod),
+            _ => true,
         }
     }
 

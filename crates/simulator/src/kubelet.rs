@@ -292,7 +292,6 @@ impl Sim {
                 ended: None,
                 stopping: false,
                 ordered: false,
-                cut_off_early: false,
                 forgotten: false,
                 orphaned: false,
             },
@@ -332,8 +331,8 @@ impl Sim {
             _ => true,
         };
         if !ready {
-            let conditions =
-                json!([{"type": "Ready", "status": "True", "lastHeartbeatTime": crate::store::seconds(now)}]);
+            let conditions = json!([{"type": "Ready", "status": "True", "lastHeartbeatTime": crate::store::seconds(now),
+                    "lastTransitionTime": crate::store::seconds(now)}]);
             let _ = self.store.merge(&target, true, &json!({"status": {"conditions": conditions}}));
         }
         self.spread();

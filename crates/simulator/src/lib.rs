@@ -192,19 +192,6 @@ impl Blow {
     ];
 }
 
-/// A weakness that is known and not mended yet (docs/simulator.md says how each is to be mended).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Known {
-    /// The target died between the source's `completed` and its own first word in the API: nobody says so, and the VMI stays
-    /// `Running` with no guest.
-    Stranded,
-    /// A cancelled migration was given up after two minutes without an answer and left; its late end leaves the label of the
-    /// target's node on the VMI.
-    LabelLeft,
-    /// The target's node was cut off right after the go: the controller gives the VMI up and ends the guest that runs there.
-    GivenUp,
-}
-
 /// What came of it.
 #[derive(Clone, Debug)]
 pub struct Report {
@@ -212,8 +199,6 @@ pub struct Report {
     pub seed: u64,
     /// The first thing that must always hold and did not.
     pub violation: Option<String>,
-    /// Known weaknesses of the controllers and handlers that showed; no violations until they are mended.
-    pub known: Vec<Known>,
     /// The last events before the end (or all of them, see [`Options::full_trace`]).
     pub trace: Vec<String>,
     /// Differs between any two runs that differ in anything that happened.

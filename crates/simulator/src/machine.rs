@@ -2,9 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use godwit_control::{Kind, Name, Object, Ref};
+use godwit_control::{Name, Object, Ref};
 
-use crate::Known;
 use crate::event::{Answer, Event};
 use crate::sim::{MS, SECOND, Sim};
 
@@ -173,8 +172,6 @@ pub struct Launcher {
     pub forgotten: bool,
     /// The guest that is complete here is lost: the source died before it gave the go.
     pub orphaned: bool,
-    /// Its node was cut off before the API said that the guest is here.
-    pub cut_off_early: bool,
 }
 
 impl Launcher {
@@ -235,14 +232,7 @@ impl Sim {
             launcher.domain,
             if holds { ", with the guest" } else { "" }
         ));
-        let struck = why == Why::Fault || self.asked.contains(&launcher.pod_uid);
-        if holds && struck && launcher.loaded && !self.is_said_to_be_on(&launcher.vmi, launcher.node) {
-            self.stranded.insert(launcher.vmi_uid.clone());
-        }
-        let given_up = holds && why == Why::Order && launcher.cut_off_early;
-        if given_up {
-            self.known.insert(Known::GivenUp);
-        } else if holds
+        if holds
             && why == Why::Order
             && !self.asked.contains(&launcher.vmi_uid)
             && !self.asked.contains(&launcher.pod_uid)
@@ -283,14 +273,6 @@ impl Sim {
         match launcher.domain {
             Domain::Running | Domain::Stopped => true,
             Domain::Incoming => launcher.loaded && !launcher.orphaned,
-            _ => false,
-        }
-    }
-
-    /// Whether the API says that a VMI is on a node.
-    fn is_said_to_be_on(&self, vmi: &Name, node: usize) -> bool {
-        match self.store.get(&Ref::new(Kind::VirtualMachineInstance, vmi.clone())) {
-            Some(Object::VirtualMachineInstance(vmi)) => vmi.status.node_name.as_deref() == Some(self.name_of(node)),
             _ => false,
         }
     }

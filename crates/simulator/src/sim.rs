@@ -13,7 +13,7 @@ use crate::machine::{Guest, Launcher, Node, Why};
 use crate::random::Random;
 use crate::store::Store;
 use crate::trace::Trace;
-use crate::{Faults, Known, Options, Report};
+use crate::{Faults, Options, Report};
 
 /// A millisecond of virtual time; its unit is the microsecond.
 pub const MS: u64 = 1_000;
@@ -80,10 +80,6 @@ pub struct Sim {
     pub struck: bool,
     /// Migrations that users have asked for.
     pub asked_migrations: u64,
-    /// VMIs whose target died between `completed` and the go.
-    pub stranded: BTreeSet<String>,
-    /// Known weaknesses that showed.
-    pub known: BTreeSet<Known>,
     calm: bool,
     rested: u32,
     violation: Option<String>,
@@ -115,8 +111,6 @@ impl Sim {
             phases: BTreeMap::new(),
             struck: false,
             asked_migrations: 0,
-            stranded: BTreeSet::new(),
-            known: BTreeSet::new(),
             calm: false,
             rested: 0,
             violation: None,
@@ -215,7 +209,6 @@ impl Sim {
             succeeded: of(MigrationPhase::Succeeded),
             failed: of(MigrationPhase::Failed),
             violation: self.violation,
-            known: self.known.into_iter().collect(),
             trace_hash: self.trace.hash(),
             virtual_time: Duration::from_micros(self.now),
             events,
@@ -271,12 +264,6 @@ impl Sim {
             }
             Event::AtRest => {
                 self.rested = if self.unrest().is_none() { self.rested + 1 } else { 0 };
-                if self.rested > 1 && self.is_stranded() {
-                    self.known.insert(Known::Stranded);
-                }
-                if self.rested > 1 && self.is_label_left() {
-                    self.known.insert(Known::LabelLeft);
-                }
                 self.at(REST_EVERY, Event::AtRest);
             }
         }

@@ -45,9 +45,6 @@ fn explore() {
                 report.virtual_time
             );
         }
-        if !report.known.is_empty() {
-            println!("seed {seed}: known: {:?}", report.known);
-        }
         if let Some(violation) = &report.violation {
             bad += 1;
             println!("seed {seed}: {violation}");

@@ -5,7 +5,7 @@ use std::time::Duration;
 use godwit_simulator::{Faults, Options, simulate};
 
 /// Seeds that showed a violation once, of the controllers or of the simulator; see docs/simulator.md.
-const REGRESSIONS: [u64; 8] = [39, 52, 91, 110, 120, 205, 443, 1033];
+const REGRESSIONS: [u64; 10] = [12, 39, 52, 53, 91, 110, 120, 205, 443, 1033];
 
 /// Short runs in which all happens close together.
 fn stormy(seed: u64) -> Options {
@@ -46,28 +46,19 @@ fn run(seeds: std::ops::Range<u64>) {
 }
 
 #[test]
-fn seeds_0_to_100() {
-    run(0..100);
+fn seeds_0_to_50() {
+    run(0..50);
 }
 
 #[test]
-fn seeds_100_to_200() {
-    run(100..200);
+fn seeds_50_to_100() {
+    run(50..100);
 }
 
 #[test]
 fn regressions() {
     for seed in REGRESSIONS {
         simulate(long(seed)).expect_sound();
-    }
-}
-
-#[test]
-#[ignore = "the weaknesses that docs/simulator.md lists are not mended yet"]
-fn known_weaknesses_are_mended() {
-    for seed in 0..300 {
-        let report = simulate(long(seed));
-        assert!(report.expect_sound().known.is_empty(), "seed {seed}: {:?}", report.known);
     }
 }
 
