@@ -3,6 +3,7 @@
 use nix::kmod::{ModuleInitFlags, finit_module};
 use nix::mount::{MsFlags, mount};
 use nix::sys::reboot::{RebootMode, reboot};
+use std::collections::BTreeSet;
 use std::ffi::CString;
 use std::fs;
 use std::io::Read;
@@ -68,16 +69,28 @@ pub fn set_hostname(name: &str) {
     let _ = nix::unistd::sethostname(name);
 }
 
-/// Waits for the ACPI power button and turns the machine off.
+/// Waits for the ACPI power button and turns the machine off. Which of the input devices the button is, is not settled (a
+/// keyboard may come first), so all of them are read.
 pub fn power_button() {
+    let mut known = BTreeSet::new();
+    loop {
+        for entry in fs::read_dir("/dev/input").into_iter().flatten().flatten() {
+            let name = entry.file_name();
+            if name.to_string_lossy().starts_with("event")
+                && !known.contains(&name)
+                && let Ok(device) = fs::File::open(entry.path())
+            {
+                known.insert(name);
+                std::thread::spawn(move || watch_for_power_key(device));
+            }
+        }
+        std::thread::sleep(Duration::from_secs(1));
+    }
+}
+
+fn watch_for_power_key(mut device: fs::File) {
     const EV_KEY: u16 = 1;
     const KEY_POWER: u16 = 116;
-    let mut device = loop {
-        match fs::File::open("/dev/input/event0") {
-            Ok(file) => break file,
-            Err(_) => std::thread::sleep(Duration::from_millis(200)),
-        }
-    };
     // struct input_event on 64-bit: two longs of time, type, code, value.
     let mut event = [0_u8; 24];
     while device.read_exact(&mut event).is_ok() {
