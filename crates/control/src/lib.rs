@@ -16,6 +16,7 @@ pub mod placement;
 mod placement_tests;
 mod plan;
 pub mod quantity;
+pub mod queue;
 pub mod selector;
 #[cfg(test)]
 mod testing;

@@ -8,7 +8,6 @@
 mod events;
 mod execute;
 mod intake;
-mod queue;
 mod run;
 #[cfg(test)]
 mod tests;

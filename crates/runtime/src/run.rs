@@ -13,8 +13,8 @@ use tracing::{debug, info, warn};
 
 use crate::execute::{Executor, Failure, Learned};
 use crate::intake::{News, watch_kind};
-use crate::queue::Queue;
 use crate::{Error, Options, events};
+use godwit_control::queue::Queue;
 
 /// How many pieces of news are taken in before decisions are made on them.
 const BATCH: usize = 256;

@@ -125,9 +125,6 @@ impl Sim {
             if vmi.deleting() || vmi.status.phase != VmiPhase::Running {
                 return Some(format!("VMI {} is {} on {node:?}", vmi.key(), vmi.status.phase.as_str()));
             }
-            if vmi.label(names::LABEL_MIGRATION_TARGET_NODE_NAME).is_some() {
-                return Some(format!("VMI {} still has the label of a target", vmi.key()));
-            }
             let mut running = self.launchers.values().filter(|one| one.runs() && one.vmi_uid == vmi.uid());
             match (running.next(), running.next()) {
                 (Some(launcher), None) if self.name_of(launcher.node) == node => {}
@@ -136,6 +133,9 @@ impl Sim {
                     return Some(format!("VMI {} runs on {real} and its status says {node}", vmi.key()));
                 }
                 _ => return Some(format!("VMI {} is Running and no launcher executes it", vmi.key())),
+            }
+            if vmi.label(names::LABEL_MIGRATION_TARGET_NODE_NAME).is_some() {
+                return Some(format!("VMI {} still has the label of a target", vmi.key()));
             }
             let pods = self.store.list(Kind::Pod).filter(|pod| match pod {
                 Object::Pod(pod) => {

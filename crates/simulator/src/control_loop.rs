@@ -7,9 +7,9 @@ use godwit_control::{
 };
 
 use crate::event::{Event, News};
-use crate::queue::Queue;
 use crate::sim::{MS, Sim};
 use crate::store::{Commit, Refusal};
+use godwit_control::queue::Queue;
 
 /// As who the controllers write.
 pub const CONTROLLER: &str = "system:serviceaccount:kubevirt:kubevirt-controller";

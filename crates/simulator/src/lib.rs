@@ -11,7 +11,6 @@ mod faults;
 mod handler;
 mod kubelet;
 mod machine;
-mod queue;
 mod random;
 mod sim;
 mod store;

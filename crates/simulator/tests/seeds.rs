@@ -5,7 +5,7 @@ use std::time::Duration;
 use godwit_simulator::{Faults, Options, simulate};
 
 /// Seeds that showed a violation once, of the controllers or of the simulator; see docs/simulator.md.
-const REGRESSIONS: [u64; 10] = [12, 39, 52, 53, 91, 110, 120, 205, 443, 1033];
+const REGRESSIONS: [u64; 12] = [12, 13, 39, 52, 53, 73, 91, 110, 120, 205, 443, 1033];
 
 /// Short runs in which all happens close together.
 fn stormy(seed: u64) -> Options {

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use godwit_control::{Key, Lane};
+use crate::{Key, Lane};
 use jiff::{SignedDuration, Timestamp};
 
 /// The first pause after a failure; it doubles with each further one.
@@ -114,7 +114,7 @@ impl Queue {
 
 #[cfg(test)]
 mod tests {
-    use godwit_control::Name;
+    use crate::Name;
 
     use super::*;
 
