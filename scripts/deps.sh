@@ -2,7 +2,15 @@
 # Installs what Godwit needs and is not there, and says what and why. Usage: scripts/deps.sh [stable|backports]
 set -euo pipefail
 qemu=${1:-stable}
+case $qemu in
+stable | backports) ;;
+*)
+    echo "deps: QEMU=$qemu is unknown: 'stable' is what the system has, 'backports' is QEMU 10.0 for Debian 12" >&2
+    exit 2
+    ;;
+esac
 missing=()
+newer=()
 
 # need PROGRAM PACKAGE WHY
 need() {
@@ -11,8 +19,34 @@ need() {
         missing+=("$2")
     fi
 }
-need qemu-system-x86_64 qemu-system-x86 "it runs the guests"
-need qemu-img qemu-utils "it makes the guests' disks"
+as_root() {
+    if [ "$(id -u)" -eq 0 ]; then "$@"; else sudo "$@"; fi
+}
+# --no-install-recommends: QEMU recommends a desktop's worth of libraries.
+install() {
+    as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends "$@" >/dev/null
+}
+# The installed QEMU's major version; 0 when there is none.
+qemu_major() {
+    local version
+    version=$(qemu-system-x86_64 --version 2>/dev/null | sed -n 's/.* version \([0-9]*\)\..*/\1/p') || true
+    echo "${version:-0}"
+}
+
+if [ "$qemu" = backports ] && [ "$(qemu_major)" -lt 10 ]; then
+    codename=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")
+    if [ "$codename" = bookworm ]; then
+        newer=(qemu-system-x86 qemu-utils)
+        echo "deps: QEMU 10.0 from Debian 12's backports, because its translator (TCG) keeps track of what a guest writes" \
+            "while it is sent; 7.2's does not, and its guests are sent in one pass"
+    else
+        echo "deps: QEMU=backports is for Debian 12 (bookworm), this is '${codename:-unknown}': taking the system's own QEMU"
+    fi
+fi
+if [ "${#newer[@]}" -eq 0 ]; then
+    need qemu-system-x86_64 qemu-system-x86 "it runs the guests"
+    need qemu-img qemu-utils "it makes the guests' disks"
+fi
 need ip iproute2 "you will want to look into the cluster's network namespaces"
 need nft nftables "it sets the address translation of masqueraded guests"
 need busybox busybox-static "it is the demo guest's user land"
@@ -20,22 +54,23 @@ need cc gcc "crates build C and assembler, and the tests' guest is written in as
 need make make "it runs these targets"
 need xz xz-utils "it unpacks kernel modules"
 
-as_root() {
-    if [ "$(id -u)" -eq 0 ]; then "$@"; else sudo "$@"; fi
-}
-
-if [ "${#missing[@]}" -gt 0 ] || { [ "$qemu" = backports ] && ! qemu-system-x86_64 --version | grep -qE 'version (1[0-9])\.'; }; then
-    if [ "$qemu" = backports ]; then
-        list=/etc/apt/sources.list.d/godwit-backports.list
-        echo "deps: QEMU 10.0 from Debian 12's backports (adds $list)"
-        echo "deb http://deb.debian.org/debian bookworm-backports main" | as_root tee "$list" >/dev/null
-    fi
+if [ "${#newer[@]}" -gt 0 ] && ! apt-cache policy | grep 'n=bookworm-backports' >/dev/null; then
+    list=/etc/apt/sources.list.d/godwit-backports.list
+    echo "deps: adding $list, because the system does not know Debian's backports yet"
+    echo "deb http://deb.debian.org/debian bookworm-backports main" | as_root tee "$list" >/dev/null
+fi
+if [ $((${#missing[@]} + ${#newer[@]})) -gt 0 ]; then
     as_root apt-get -qq update
-    export DEBIAN_FRONTEND=noninteractive
-    # --no-install-recommends: QEMU recommends a desktop's worth of libraries.
-    [ "${#missing[@]}" -eq 0 ] || as_root apt-get -qq install -y --no-install-recommends "${missing[@]}" >/dev/null
-    if [ "$qemu" = backports ]; then
-        as_root apt-get -qq install -y --no-install-recommends -t bookworm-backports qemu-system-x86 qemu-utils >/dev/null
+fi
+if [ "${#missing[@]}" -gt 0 ]; then
+    install "${missing[@]}"
+fi
+if [ "${#newer[@]}" -gt 0 ]; then
+    install -t bookworm-backports "${newer[@]}"
+    hash -r
+    if [ "$(qemu_major)" -lt 10 ]; then
+        echo "deps: $(command -v qemu-system-x86_64) is still $(qemu-system-x86_64 --version | head -1)" >&2
+        exit 1
     fi
 fi
 

@@ -68,6 +68,9 @@ fn run(args: Args) -> anyhow::Result<ExitCode> {
 async fn cluster_up(up: &args::Up) -> anyhow::Result<()> {
     let cluster = godwit_standalone::up(&up.into()).await?;
     println!("ready after {:.2} s: {}", cluster.took.as_secs_f64(), cluster.cluster.nodes.join(" "));
+    for offer in godwit_standalone::offers(&cluster).await? {
+        println!("guests are executed by {offer}");
+    }
     println!("export KUBECONFIG={}", cluster.layout.kubeconfig().display());
     if up.detach {
         return Ok(());

@@ -24,6 +24,8 @@ pub const ACCELERATOR: &str = "godwit.dev/accelerator";
 pub const ACCELERATOR_REASON: &str = "godwit.dev/accelerator-reason";
 /// Annotation with QEMU's version.
 pub const QEMU_VERSION: &str = "godwit.dev/qemu-version";
+/// Annotation with what this accelerator cannot do in this version of QEMU and what mends it, in a sentence.
+pub const SHORTCOMING: &str = "godwit.dev/qemu-shortcoming";
 
 /// What this node offers to guests.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -34,6 +36,8 @@ pub struct Offer {
     pub reason: Option<String>,
     /// For example `7.2.22`.
     pub qemu_version: Option<String>,
+    /// What is missing in that version, in a sentence.
+    pub shortcoming: Option<String>,
 }
 
 /// Beats until `shutdown` is done, then marks the node as not schedulable.
@@ -108,6 +112,8 @@ fn patch(schedulable: bool, offer: &Offer, now: Timestamp) -> Value {
     }
     if let Some(version) = &offer.qemu_version {
         annotations.insert(QEMU_VERSION.into(), json!(version));
+        // With another QEMU it may be gone: null takes it away.
+        annotations.insert(SHORTCOMING.into(), json!(offer.shortcoming));
     }
     json!({ "metadata": { "labels": labels, "annotations": annotations } })
 }
@@ -129,13 +135,18 @@ mod tests {
 
     #[test]
     fn a_beat_says_when_and_what() {
-        let offer = Offer { accelerator: Some("tcg".into()), reason: Some("no KVM".into()), qemu_version: None };
+        let offer = Offer { accelerator: Some("tcg".into()), reason: Some("no KVM".into()), ..Offer::default() };
         let now = "2026-11-20T20:00:00.123Z".parse().unwrap();
         let beat = patch(true, &offer, now);
         assert_eq!(beat["metadata"]["annotations"]["kubevirt.io/heartbeat"], "2026-11-20T20:00:00Z");
         assert_eq!(beat["metadata"]["labels"]["kubevirt.io/schedulable"], "true");
         assert_eq!(beat["metadata"]["labels"]["godwit.dev/accelerator"], "tcg");
         assert_eq!(beat["metadata"]["labels"]["machine-type.node.kubevirt.io/q35"], "true");
+        let offer = Offer { qemu_version: Some("7.2.22".into()), shortcoming: Some("old".into()), ..offer };
+        let old = patch(true, &offer, now);
+        assert_eq!(old["metadata"]["annotations"][SHORTCOMING], "old");
+        let newer = patch(true, &Offer { shortcoming: None, ..offer }, now);
+        assert!(newer["metadata"]["annotations"].get(SHORTCOMING).is_some_and(Value::is_null));
         let farewell = patch(false, &Offer::default(), now);
         assert_eq!(farewell["metadata"]["labels"], json!({ "kubevirt.io/schedulable": "false" }));
     }

@@ -113,22 +113,17 @@ async fn find_offer(wanted: Option<Accelerator>) -> (Option<Accelerator>, Offer)
             (probe.accelerator, probe.reason)
         }
     };
-    let qemu_version = qemu_version().await;
-    tracing::info!(%accelerator, reason, qemu = qemu_version, "what this node offers");
-    let offer = Offer { accelerator: Some(accelerator.as_str().to_owned()), reason: Some(reason), qemu_version };
+    let version = godwit_launcher::qemu_version().await;
+    let shortcoming = version.and_then(|version| godwit_launcher::shortcoming(accelerator, version));
+    let qemu_version = version.map(|version| version.to_string());
+    tracing::info!(%accelerator, reason, qemu = qemu_version, shortcoming, "what this node offers");
+    let offer = Offer {
+        accelerator: Some(accelerator.as_str().to_owned()),
+        reason: Some(reason),
+        qemu_version,
+        shortcoming: shortcoming.map(str::to_owned),
+    };
     (Some(accelerator), offer)
-}
-
-/// The version that the installed QEMU says it is, such as `7.2.22`.
-async fn qemu_version() -> Option<String> {
-    let output = tokio::process::Command::new("qemu-system-x86_64").arg("--version").kill_on_drop(true).output().await;
-    version_in(&String::from_utf8_lossy(&output.ok()?.stdout))
-}
-
-/// The version in `QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)`.
-fn version_in(text: &str) -> Option<String> {
-    let word = text.split("version ").nth(1)?.split_whitespace().next()?;
-    word.starts_with(|c: char| c.is_ascii_digit()).then(|| word.to_owned())
 }
 
 /// How long a handler that has just started may find that the cluster's definitions, or its own node, are still to come:
@@ -153,12 +148,5 @@ mod tests {
         assert!(super::is_early(&answer(404), Duration::from_millis(100)));
         assert!(!super::is_early(&answer(403), Duration::from_millis(100)));
         assert!(!super::is_early(&answer(404), Duration::from_secs(60)));
-    }
-
-    #[test]
-    fn qemus_version_is_read() {
-        let said = "QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)\nCopyright (c) 2003-2022";
-        assert_eq!(super::version_in(said).as_deref(), Some("7.2.22"));
-        assert_eq!(super::version_in("no such program"), None);
     }
 }

@@ -23,6 +23,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
 pub use godwit_qemu::accelerator::{Accelerator, Probe};
+pub use godwit_qemu::qmp::commands::VersionTriple;
 
 /// What a launcher is started with.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -116,5 +117,54 @@ pub async fn probe_accelerator() -> Probe {
             accelerator: Accelerator::Tcg,
             reason: "QEMU is not installed (package qemu-system-x86; `make deps` installs it)".into(),
         },
+    }
+}
+
+/// The version that the installed QEMU says it is, such as `7.2.22`; none where there is none.
+pub async fn qemu_version() -> Option<VersionTriple> {
+    let program = godwit_qemu::process::find_qemu()?;
+    let output = tokio::process::Command::new(program).arg("--version").kill_on_drop(true).output().await.ok()?;
+    version_in(&String::from_utf8_lossy(&output.stdout))
+}
+
+/// What an accelerator cannot do in this version of QEMU and what mends it, in a sentence; none where nothing is missing.
+pub fn shortcoming(accelerator: Accelerator, version: VersionTriple) -> Option<&'static str> {
+    (!godwit_qemu::migration::tracks_writes(accelerator, version)).then_some(
+        "translated guests of a QEMU before 9.0 are sent in one pass and stand still while what they wrote meanwhile \
+         follows; `make deps QEMU=backports` brings one that does better",
+    )
+}
+
+/// The version in `QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)`.
+fn version_in(text: &str) -> Option<VersionTriple> {
+    let word = text.split("version ").nth(1)?.split_whitespace().next()?;
+    let mut numbers = word.split('.').map(|n| {
+        let digits = n.find(|c: char| !c.is_ascii_digit()).map_or(n, |end| &n[..end]);
+        digits.parse::<u32>().ok()
+    });
+    let (major, minor) = (numbers.next()??, numbers.next()??);
+    Some(VersionTriple { major, minor, micro: numbers.next().flatten().unwrap_or(0) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn qemus_version_is_read() {
+        let read = |text: &str| version_in(text).map(|v| v.to_string());
+        let said = "QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)\nCopyright (c) 2003-2022";
+        assert_eq!(read(said).as_deref(), Some("7.2.22"));
+        assert_eq!(read("QEMU emulator version 10.1.0-rc1").as_deref(), Some("10.1.0"));
+        assert_eq!(read("QEMU emulator version x"), None);
+        assert_eq!(read("no such program"), None);
+    }
+
+    #[test]
+    fn only_a_translator_before_9_has_a_shortcoming() {
+        let version = |major| VersionTriple { major, minor: 2, micro: 0 };
+        assert!(shortcoming(Accelerator::Tcg, version(7)).is_some_and(|s| s.contains("QEMU=backports")));
+        assert_eq!(shortcoming(Accelerator::Tcg, version(10)), None);
+        assert_eq!(shortcoming(Accelerator::Kvm, version(7)), None);
     }
 }

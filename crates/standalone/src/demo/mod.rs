@@ -6,7 +6,7 @@ mod journey;
 mod report;
 
 use crate::layout::Layout;
-use crate::{Error, Options, admin_client, down, up};
+use crate::{Error, Options, admin_client, down, offers, up};
 use guest::Guest;
 use journey::Journey;
 use std::path::{Path, PathBuf};
@@ -74,6 +74,9 @@ pub async fn demo(options: &DemoOptions) -> Result<(), Error> {
 async fn run(options: &DemoOptions, data_dir: &Path) -> Result<(), Error> {
     let cluster = up(&Options { data_dir: data_dir.to_owned(), nodes: 3, api_port: Some(0) }).await?;
     println!("cluster    three nodes ready after {:.2} s", cluster.took.as_secs_f64());
+    for offer in offers(&cluster).await? {
+        println!("runs with  {offer}");
+    }
     guest::build_image(&cluster.layout, &options.guest)?;
     let client = admin_client(&cluster.layout).await?;
     journey::apply(&client, NETWORK).await?;
