@@ -196,12 +196,15 @@ async fn a_guest_moves_with_every_kind_of_volume() {
     assert_eq!(status(&after, "migrationState/mode"), "PreCopy", "{}", after.data);
     let target = status(&after, "migrationState/targetPod");
     let beats = |line: &Line| matches!(line, Line::Beat { errors: 0, .. });
+    let deadline = Instant::now() + Duration::from_secs(60);
     while !cluster.lines(&target).await.iter().any(beats) {
+        assert!(Instant::now() < deadline, "no beats: {}\n{}", cluster.console(&target).await, cluster.words());
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     assert!(!cluster.lines(&target).await.iter().any(|line| matches!(line, Line::Start { .. })), "it started anew");
     // The source's QEMU goes with its pod.
     while !qemus(&before).is_empty() {
+        assert!(Instant::now() < deadline, "{:?}\n{}", qemus(&before), cluster.words());
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     assert_eq!(qemus(&after).len(), 1);

@@ -7,6 +7,7 @@ mod common;
 use common::{Cluster, kubectls, status, text};
 use kube::api::{DynamicObject, LogParams};
 use serde_json::{Value, json};
+use std::time::{Duration, Instant};
 
 const BUSYBOX: &str = "godwit.local/busybox:1";
 
@@ -150,12 +151,14 @@ async fn a_pod_has_what_its_spec_says() {
         .expect("apply");
     let runs = |pod: &DynamicObject| status(pod, "phase") == "Running";
     let full = cluster.wait(&cluster.pods(), "full", "it runs", runs).await;
+    let deadline = Instant::now() + Duration::from_secs(60);
     let said = loop {
         let said = log(&cluster, "full", false).await;
+        assert!(Instant::now() < deadline, "it does not say all: {said}\n{}", cluster.words());
         if said.contains("memory=") {
             break said;
         }
-        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        tokio::time::sleep(Duration::from_millis(50)).await;
     };
     for line in [
         "config=green,colour size ",
