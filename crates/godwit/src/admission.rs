@@ -22,8 +22,24 @@ impl Admission for KubeVirtAdmission {
     }
 
     fn validate(&self, request: &AdmissionRequest<'_>) -> Result<Vec<String>, Status> {
+        if request.resource.gv.group.is_empty()
+            && request.resource.plural == "pods"
+            && request.subresource == "eviction"
+        {
+            return eviction(request);
+        }
         with(request, |rules_request| rules::validate(rules_request).map_err(|denial| status(*denial, request)))
     }
+}
+
+fn eviction(request: &AdmissionRequest<'_>) -> Result<Vec<String>, Status> {
+    let Some(pod) = request.lookup.get("", "pods", request.namespace, request.name) else { return Ok(Vec::new()) };
+    let vmi = rules::eviction::domain_of(&pod)
+        .and_then(|name| request.lookup.get(GROUP, &plural("VirtualMachineInstance"), request.namespace, &name));
+    let kubevirt = request.lookup.get(GROUP, &plural("KubeVirt"), "kubevirt", "kubevirt");
+    let strategy = kubevirt.as_ref().and_then(|k| k["spec"]["configuration"]["evictionStrategy"].as_str());
+    rules::eviction::evict(&pod, vmi.as_deref(), strategy).map_err(|denial| status(*denial, request))?;
+    Ok(Vec::new())
 }
 
 fn with<T: Default>(
