@@ -13,8 +13,16 @@ init=${CARGO_TARGET_DIR:-target}/guest/x86_64-unknown-linux-gnu/release/godwit-g
 
 # 2. The kernel, downloaded once.
 if [ ! -s "$out/vmlinuz" ] || [ ! -d "$out/kernel" ]; then
-    package=$(apt-cache depends linux-image-cloud-amd64 | sed -n 's/.*Depends: \(linux-image-[^ ]*\).*/\1/p' | head -n 1)
-    [ -n "$package" ] || { echo "guests/build.sh: apt knows no linux-image-cloud-amd64; run 'apt-get update'" >&2; exit 1; }
+    newest() {
+        apt-cache depends linux-image-cloud-amd64 2>/dev/null | sed -n 's/.*Depends: \(linux-image-[^ ]*\).*/\1/p' | head -n 1
+    }
+    package=$(newest)
+    if [ -z "$package" ]; then
+        echo "guest: fetching apt's package lists"
+        if [ "$(id -u)" -eq 0 ]; then apt-get -qq update; else sudo apt-get -qq update; fi
+        package=$(newest)
+    fi
+    [ -n "$package" ] || { echo "guests/build.sh: apt knows no linux-image-cloud-amd64: is this Debian?" >&2; exit 1; }
     scratch=$(mktemp -d)
     trap 'rm -rf "$scratch"' EXIT
     echo "guest: unpacking $package (not installing it)"
