@@ -14,7 +14,7 @@ init=${CARGO_TARGET_DIR:-target}/guest/x86_64-unknown-linux-gnu/release/godwit-g
 # 2. The kernel, downloaded once.
 if [ ! -s "$out/vmlinuz" ] || [ ! -d "$out/kernel" ]; then
     newest() {
-        apt-cache depends linux-image-cloud-amd64 2>/dev/null | sed -n 's/.*Depends: \(linux-image-[^ ]*\).*/\1/p' | head -n 1
+        apt-cache depends linux-image-cloud-amd64 2>/dev/null | sed -n 's/.*Depends: \(linux-image-[^ ]*\).*/\1/p' | head -n 1 || true
     }
     package=$(newest)
     if [ -z "$package" ]; then
