@@ -86,9 +86,12 @@ async fn cluster_up(up: &args::Up) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// kube's client logs every broken connection as an error; whoever made the call tells it with its meaning.
+const DEFAULT_LOG: &str = "info,kube=warn,kube_client::client::builder=off,hyper=warn,tower=warn,rustls=warn";
+
 fn log_to_stderr() {
     let filter = tracing_subscriber::EnvFilter::try_from_env("GODWIT_LOG")
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info,kube=warn,hyper=warn,tower=warn,rustls=warn"));
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(DEFAULT_LOG));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
 }
 
