@@ -122,6 +122,21 @@ fn a_vmi_gets_its_defaults() {
 }
 
 #[test]
+fn a_manifest_applied_again_is_the_same_spec() {
+    let mut world = World::new(vec![]);
+    let mut manifest = vmi("a");
+    let interfaces = json!([{ "name": "default", "masquerade": {} }]);
+    manifest["spec"]["domain"]["devices"]["interfaces"] = interfaces.clone();
+    manifest["spec"]["networks"] = json!([{ "name": "default", "pod": {} }]);
+    let (old, _) = world.create(&manifest).unwrap();
+    // What kubectl's merge patch makes of it: the list as the manifest has it, without the defaults of its items.
+    let mut new = old.clone();
+    new["spec"]["domain"]["devices"]["interfaces"] = interfaces;
+    let (kept, _) = world.admit(Operation::Update, &new, Some(&old)).unwrap();
+    assert_eq!(kept["spec"], old["spec"]);
+}
+
+#[test]
 fn a_vmi_belongs_to_its_owners() {
     let mut world = World::new(vec![]);
     let (old, _) = world.create(&vmi("a")).unwrap();

@@ -34,6 +34,12 @@ pub(super) fn mutate(request: &Request<'_>, object: &mut Value) {
             }
         }
         Operation::Update if !request.user.is_own() => {
+            // A manifest that is applied again replaces lists as a whole, and with them the defaults in their items: they
+            // are completed as they were at the creation, so that the same manifest is the same spec.
+            let configuration = configuration(request);
+            if let Some(spec) = object_at(object, "spec") {
+                complete_spec(spec, request.namespace, request.name, configuration.as_ref());
+            }
             // a VMI has no status subresource: what others write into the status is undone without a word
             let before = request.old_object.and_then(|old| old.get("status")).cloned();
             if let Some(object) = object.as_object_mut() {
