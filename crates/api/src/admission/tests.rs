@@ -123,7 +123,7 @@ fn a_vmi_gets_its_defaults() {
 
 #[test]
 fn a_manifest_applied_again_is_the_same_spec() {
-    let mut world = World::new(vec![]);
+    let world = World::new(vec![]);
     let mut manifest = vmi("a");
     let interfaces = json!([{ "name": "default", "masquerade": {} }]);
     manifest["spec"]["domain"]["devices"]["interfaces"] = interfaces.clone();
