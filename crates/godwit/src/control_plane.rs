@@ -2,6 +2,7 @@
 
 use crate::admission::KubeVirtAdmission;
 use crate::args::ControlPlane;
+use crate::shutdown::until;
 use anyhow::Context;
 use futures::future::BoxFuture;
 use godwit_apiserver::{Dialer, Options, TlsFiles};
@@ -60,11 +61,6 @@ async fn serve(layout: &Layout, cluster: &Cluster) -> anyhow::Result<()> {
     })
     .await;
     outcome
-}
-
-async fn until(mut stopped: watch::Receiver<bool>) {
-    // An error means that the sender is gone, which is as good as stopped.
-    let _ = stopped.wait_for(|stopped| *stopped).await;
 }
 
 fn files(layout: &Layout, identity: &str) -> TlsFiles {

@@ -5,6 +5,7 @@ mod args;
 mod control_plane;
 mod images;
 mod node;
+mod shutdown;
 
 use anyhow::Context;
 use args::{Args, Command};

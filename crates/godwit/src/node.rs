@@ -1,6 +1,7 @@
 //! One node's process: kubelet and handler, in the node's network namespace.
 
 use crate::args::Node;
+use crate::shutdown::until;
 use anyhow::Context;
 use godwit_network::Namespace;
 use godwit_standalone::{Cluster, Layout, pki};
@@ -62,9 +63,4 @@ async fn serve(layout: &Layout, cluster: &Cluster, name: &str, number: u8) -> an
     let ending = async { tokio::join!(kubelet, handler) };
     let _ = tokio::time::timeout(std::time::Duration::from_secs(2), ending).await;
     Ok(())
-}
-
-async fn until(mut stopped: watch::Receiver<bool>) {
-    // An error means that the sender is gone, which is as good as stopped.
-    let _ = stopped.wait_for(|stopped| *stopped).await;
 }
