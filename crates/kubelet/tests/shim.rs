@@ -78,7 +78,8 @@ impl Scratch {
         spec::read(&self.container(), spec::EXIT).unwrap()
     }
 
-    /// Runs to the end; what was written to both streams, and the exit.
+    /// Runs to the end; what was written to both streams, and the exit. The streams are two pipes: what order their lines
+    /// have among each other is chance, so a script that cares joins them itself.
     fn run(&mut self, spec: &ContainerSpec) -> (String, Exit) {
         let started = self.start(spec);
         let exit = self.end();
@@ -125,7 +126,7 @@ fn the_image_is_not_changed_and_mounts_are_where_they_belong() {
     let mut spec = scratch.spec(&[
         "sh",
         "-c",
-        "cat /var/data/file; touch /var/data/new || echo read-only; touch /rw/new /bin/mark; cat /trap/injected",
+        "exec 2>&1; cat /var/data/file; touch /var/data/new || echo read-only; touch /rw/new /bin/mark; cat /trap/injected",
     ]);
     let mount =
         |source: &Path, target: &str, read_only| Mount { source: source.into(), target: target.into(), read_only };
@@ -149,7 +150,7 @@ fn the_image_is_not_changed_and_mounts_are_where_they_belong() {
 #[test]
 fn users_are_those_of_the_image_and_lose_their_powers() {
     let mut scratch = Scratch::new();
-    let mut spec = scratch.spec(&["sh", "-c", "id -u; id -g; echo $HOME; touch /bin/x || echo refused"]);
+    let mut spec = scratch.spec(&["sh", "-c", "exec 2>&1; id -u; id -g; echo $HOME; touch /bin/x || echo refused"]);
     spec.user = "bob".into();
     let (text, _) = scratch.run(&spec);
     assert!(text.starts_with("77\n78\n/home/bob\n") && text.ends_with("refused"), "{text}");
@@ -169,7 +170,7 @@ fn the_host_image_is_this_machine_with_the_binary() {
     let mut spec = scratch.spec(&[
         "/bin/sh",
         "-c",
-        "/usr/bin/godwit -c 'echo it runs'; touch /usr/x || touch /etc/x || echo safe; touch /tmp/x /run/x && ls /var/run",
+        "exec 2>&1; /usr/bin/godwit -c 'echo it runs'; touch /usr/x || touch /etc/x || echo safe; touch /tmp/x /run/x && ls /var/run",
     ]);
     spec.root = Root::Host { binary };
     let sockets = scratch.folder.path().join("sockets");
