@@ -12,6 +12,10 @@ use crate::names::TAINT_DRAIN;
 pub const PARALLEL_MIGRATIONS_PER_CLUSTER: u32 = 5;
 /// How many migrations may leave one node at once.
 pub const PARALLEL_OUTBOUND_MIGRATIONS_PER_NODE: u32 = 2;
+/// How many migrations may arrive on one node at once.
+pub const PARALLEL_INBOUND_MIGRATIONS_PER_NODE: u32 = 2;
+/// How often an evacuation tries to move one VMI before it stops.
+pub const MAX_ATTEMPTS: u32 = 10;
 /// Bytes a second for one migration.
 pub const BANDWIDTH_PER_MIGRATION: &str = "64Mi";
 /// Seconds for each GiB to copy.
@@ -31,6 +35,8 @@ pub fn defaults() -> MigrationConfiguration {
         node_drain_taint_key: Some(TAINT_DRAIN.to_owned()),
         parallel_outbound_migrations_per_node: Some(PARALLEL_OUTBOUND_MIGRATIONS_PER_NODE),
         parallel_migrations_per_cluster: Some(PARALLEL_MIGRATIONS_PER_CLUSTER),
+        parallel_inbound_migrations_per_node: Some(PARALLEL_INBOUND_MIGRATIONS_PER_NODE),
+        max_attempts: Some(MAX_ATTEMPTS),
         allow_auto_converge: Some(false),
         bandwidth_per_migration: Some(Quantity::from(BANDWIDTH_PER_MIGRATION)),
         completion_timeout_per_gib: Some(COMPLETION_TIMEOUT_PER_GIB),
@@ -74,6 +80,10 @@ fn over(first: MigrationConfiguration, second: MigrationConfiguration) -> Migrat
         parallel_migrations_per_cluster: first
             .parallel_migrations_per_cluster
             .or(second.parallel_migrations_per_cluster),
+        parallel_inbound_migrations_per_node: first
+            .parallel_inbound_migrations_per_node
+            .or(second.parallel_inbound_migrations_per_node),
+        max_attempts: first.max_attempts.or(second.max_attempts),
         allow_auto_converge: first.allow_auto_converge.or(second.allow_auto_converge),
         bandwidth_per_migration: first.bandwidth_per_migration.or(second.bandwidth_per_migration),
         completion_timeout_per_gib: first.completion_timeout_per_gib.or(second.completion_timeout_per_gib),

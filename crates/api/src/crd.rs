@@ -6,7 +6,8 @@ use serde_json::{Map, Value, json};
 
 use crate::unimplemented::{Field, VM_FIELDS, VMI_FIELDS};
 use crate::{
-    KubeVirt, NetworkAttachmentDefinition, VirtualMachine, VirtualMachineInstance, VirtualMachineInstanceMigration,
+    KubeVirt, MigrationPolicy, MigrationRecord, NetworkAttachmentDefinition, VirtualMachine, VirtualMachineInstance,
+    VirtualMachineInstanceMigration,
 };
 
 /// What a client of the old version is told.
@@ -30,6 +31,7 @@ struct Definition {
     status_subresource: bool,
     versions: &'static [&'static str],
     schema: Value,
+    cluster_scoped: bool,
 }
 
 const BOTH: &[&str] = &["v1", "v1alpha3"];
@@ -55,6 +57,7 @@ pub fn crds() -> Vec<Value> {
         status_subresource: false,
         versions: BOTH,
         schema: vmi_schema(),
+        cluster_scoped: false,
     };
     let vm = Definition {
         group: "kubevirt.io",
@@ -71,6 +74,7 @@ pub fn crds() -> Vec<Value> {
         status_subresource: true,
         versions: BOTH,
         schema: vm_schema(),
+        cluster_scoped: false,
     };
     let vmim = Definition {
         group: "kubevirt.io",
@@ -88,10 +92,14 @@ pub fn crds() -> Vec<Value> {
             Column("Progress", "integer", ".status.migrationState.progress.percent", false),
             Column("Downtime", "integer", ".status.migrationState.progress.downtimeMilliseconds", false),
             AGE,
+            Column("Reason", "string", ".status.reason", false),
+            Column("Queue", "integer", ".status.queue.position", true),
+            Column("Message", "string", ".status.message", true),
         ],
         status_subresource: true,
         versions: BOTH,
         schema: vmim_schema(),
+        cluster_scoped: false,
     };
     let kubevirt = Definition {
         group: "kubevirt.io",
@@ -104,6 +112,7 @@ pub fn crds() -> Vec<Value> {
         status_subresource: true,
         versions: BOTH,
         schema: kubevirt_schema(),
+        cluster_scoped: false,
     };
     let nad = Definition {
         group: "k8s.cni.cncf.io",
@@ -116,8 +125,46 @@ pub fn crds() -> Vec<Value> {
         status_subresource: false,
         versions: &["v1"],
         schema: schema_of::<NetworkAttachmentDefinition>(),
+        cluster_scoped: false,
     };
-    [vmi, vm, vmim, kubevirt, nad].into_iter().map(manifest).collect()
+    let policy = Definition {
+        group: "migrations.kubevirt.io",
+        kind: "MigrationPolicy",
+        plural: "migrationpolicies",
+        singular: "migrationpolicy",
+        short_names: &[],
+        categories: &["all"],
+        columns: vec![],
+        status_subresource: true,
+        versions: &["v1alpha1"],
+        schema: policy_schema(),
+        cluster_scoped: true,
+    };
+    let record = Definition {
+        group: "godwit.io",
+        kind: "MigrationRecord",
+        plural: "migrationrecords",
+        singular: "migrationrecord",
+        short_names: &["mrec"],
+        categories: &[],
+        columns: vec![
+            Column("VMI", "string", ".spec.vmiName", false),
+            Column("From", "string", ".spec.sourceNode", false),
+            Column("To", "string", ".spec.targetNode", false),
+            Column("Result", "string", ".spec.result", false),
+            Column("Reason", "string", ".spec.reason", false),
+            Column("Downtime", "integer", ".spec.downtimeMilliseconds", false),
+            Column("Bytes", "integer", ".spec.bytesProcessed", false),
+            Column("By", "string", ".spec.requestedBy", false),
+            AGE,
+            Column("Message", "string", ".spec.message", true),
+        ],
+        status_subresource: false,
+        versions: &["v1alpha1"],
+        schema: schema_of::<MigrationRecord>(),
+        cluster_scoped: false,
+    };
+    [vmi, vm, vmim, kubevirt, nad, policy, record].into_iter().map(manifest).collect()
 }
 
 fn manifest(definition: Definition) -> Value {
@@ -141,7 +188,7 @@ fn manifest(definition: Definition) -> Value {
         },
         "spec": {
             "group": definition.group,
-            "scope": "Namespaced",
+            "scope": if definition.cluster_scoped { "Cluster" } else { "Namespaced" },
             "conversion": { "strategy": "None" },
             "names": names,
             "versions": versions,
@@ -164,7 +211,7 @@ fn served(definition: &Definition, version: &str) -> Value {
     let mut out = json!({
         "name": version,
         "served": true,
-        "storage": version == "v1",
+        "storage": version != "v1alpha3",
         "additionalPrinterColumns": columns,
         "schema": { "openAPIV3Schema": definition.schema },
     });
@@ -206,6 +253,16 @@ fn vmim_schema() -> Value {
     schema
 }
 
+fn policy_schema() -> Value {
+    let mut schema = schema_of::<MigrationPolicy>();
+    require(&mut schema, "", &["spec"]);
+    if let Some(spec) = node(&mut schema, "spec") {
+        // `experimental` is KubeVirt's alpha: kept, and said to be without effect
+        set(spec, "x-kubernetes-preserve-unknown-fields", json!(true));
+    }
+    schema
+}
+
 fn kubevirt_schema() -> Value {
     let mut schema = schema_of::<KubeVirt>();
     require(&mut schema, "", &["spec"]);
@@ -218,7 +275,13 @@ fn kubevirt_schema() -> Value {
         }
     }
     for path in ["spec.configuration.migrations", "spec.configuration.migrationConfiguration"] {
-        for field in ["parallelMigrationsPerCluster", "parallelOutboundMigrationsPerNode", "maxDowntimeMs"] {
+        for field in [
+            "parallelMigrationsPerCluster",
+            "parallelOutboundMigrationsPerNode",
+            "parallelInboundMigrationsPerNode",
+            "maxDowntimeMs",
+            "maxAttempts",
+        ] {
             if let Some(number) = node(&mut schema, &format!("{path}.{field}")) {
                 set(number, "minimum", json!(0));
             }

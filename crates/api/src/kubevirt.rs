@@ -66,6 +66,10 @@ api_struct! {
         parallel_outbound_migrations_per_node: Option<u32>,
         /// How many may run in the cluster at once.
         parallel_migrations_per_cluster: Option<u32>,
+        /// Godwit's own: how many may arrive on one node at once.
+        parallel_inbound_migrations_per_node: Option<u32>,
+        /// Godwit's own: how often an evacuation tries to move one VMI before it stops and says so.
+        max_attempts: Option<u32>,
         /// Slow the guest down when its memory changes faster than it can be sent.
         allow_auto_converge: Option<bool>,
         /// Bytes a second for one migration; 0 is unlimited.

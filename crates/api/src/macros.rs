@@ -4,15 +4,23 @@
 ///
 /// `k8s_openapi::{Resource, Metadata}` are what `kube::Api<T>` asks for. `apiVersion` and `kind` are written from the type
 /// and ignored on reading, so that an object served as `v1alpha3` is read as well.
+///
+/// `cluster` before the type makes it cluster-scoped.
 macro_rules! kind {
+    (cluster $ty:ident, $group:literal, $version:literal, $plural:literal, [$($field:ident),*]) => {
+        kind!(@ k8s_openapi::ClusterResourceScope, $ty, $group, $version, $plural, [$($field),*]);
+    };
     ($ty:ident, $group:literal, $version:literal, $plural:literal, [$($field:ident),*]) => {
+        kind!(@ k8s_openapi::NamespaceResourceScope, $ty, $group, $version, $plural, [$($field),*]);
+    };
+    (@ $scope:ty, $ty:ident, $group:literal, $version:literal, $plural:literal, [$($field:ident),*]) => {
         impl k8s_openapi::Resource for $ty {
             const API_VERSION: &'static str = concat!($group, "/", $version);
             const GROUP: &'static str = $group;
             const KIND: &'static str = stringify!($ty);
             const VERSION: &'static str = $version;
             const URL_PATH_SEGMENT: &'static str = $plural;
-            type Scope = k8s_openapi::NamespaceResourceScope;
+            type Scope = $scope;
         }
 
         impl k8s_openapi::ListableResource for $ty {

@@ -140,6 +140,10 @@ api_struct! {
         migration_state: Option<VirtualMachineInstanceMigrationState>,
         /// Where the other cluster can be reached.
         synchronization_addresses: Vec<String>,
+        /// Godwit's own: its place among those that wait for their turn, while it does.
+        queue: Option<MigrationQueuePlace>,
+        /// Godwit's own: the nodes that were looked at and why each was not taken, while no node takes the target pod.
+        nodes: Vec<NodeVerdict>,
         /// Godwit's own: one word on what it waits for or why it failed.
         reason: Option<String>,
         /// Godwit's own: the sentence for people, with what to do.
@@ -148,6 +152,26 @@ api_struct! {
 }
 
 always_or_default!(VirtualMachineInstanceMigrationStatus);
+
+api_struct! {
+    /// A place in the queue.
+    MigrationQueuePlace {
+        /// 1 is next.
+        position: Option<u32>,
+        /// The setting whose limit it waits for, e.g. `parallelMigrationsPerCluster`.
+        limit: Option<String>,
+    }
+}
+
+api_struct! {
+    /// Why a node does not take a target pod.
+    NodeVerdict {
+        /// The node.
+        node_name: String,
+        /// Why not, in the scheduler's words.
+        reasons: Vec<String>,
+    }
+}
 
 api_struct! {
     /// When a phase was first reached.

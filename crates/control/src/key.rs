@@ -204,7 +204,12 @@ impl Key {
                 keys.push(Key::Volume(name));
             }
             Object::StorageClass(_) => keys.extend(world.claims.names().cloned().map(Key::Claim)),
-            Object::Lease(_) | Object::NetworkAttachmentDefinition(_) => {}
+            Object::Lease(_)
+            | Object::NetworkAttachmentDefinition(_)
+            | Object::Namespace(_)
+            | Object::ResourceQuota(_)
+            | Object::MigrationPolicy(_)
+            | Object::MigrationRecord(_) => {}
         }
         keys.sort();
         keys.dedup();

@@ -5,10 +5,13 @@ use std::fmt;
 use std::sync::Arc;
 
 use godwit_api::{
-    KubeVirt, NetworkAttachmentDefinition, VirtualMachine, VirtualMachineInstance, VirtualMachineInstanceMigration,
+    KubeVirt, MigrationPolicy, MigrationRecord, NetworkAttachmentDefinition, VirtualMachine, VirtualMachineInstance,
+    VirtualMachineInstanceMigration,
 };
 use k8s_openapi::api::coordination::v1::Lease;
-use k8s_openapi::api::core::v1::{ConfigMap, Node, PersistentVolume, PersistentVolumeClaim, Pod};
+use k8s_openapi::api::core::v1::{
+    ConfigMap, Namespace, Node, PersistentVolume, PersistentVolumeClaim, Pod, ResourceQuota,
+};
 use k8s_openapi::api::storage::v1::StorageClass;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde_json::Value;
@@ -173,6 +176,11 @@ kinds! {
     PersistentVolume(PersistentVolume): "" "v1" "PersistentVolume" "persistentvolumes" false;
     StorageClass(StorageClass): "storage.k8s.io" "v1" "StorageClass" "storageclasses" false;
     ConfigMap(ConfigMap): "" "v1" "ConfigMap" "configmaps" true;
+    Namespace(Namespace): "" "v1" "Namespace" "namespaces" false;
+    ResourceQuota(ResourceQuota): "" "v1" "ResourceQuota" "resourcequotas" true;
+    MigrationPolicy(MigrationPolicy):
+        "migrations.kubevirt.io" "v1alpha1" "MigrationPolicy" "migrationpolicies" false;
+    MigrationRecord(MigrationRecord): "godwit.io" "v1alpha1" "MigrationRecord" "migrationrecords" true;
     Lease(Lease): "coordination.k8s.io" "v1" "Lease" "leases" true;
 }
 

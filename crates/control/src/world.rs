@@ -4,10 +4,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use godwit_api::{
-    KubeVirt, NetworkAttachmentDefinition, VirtualMachine, VirtualMachineInstance, VirtualMachineInstanceMigration,
+    KubeVirt, MigrationPolicy, MigrationRecord, NetworkAttachmentDefinition, VirtualMachine, VirtualMachineInstance,
+    VirtualMachineInstanceMigration,
 };
 use k8s_openapi::api::coordination::v1::Lease;
-use k8s_openapi::api::core::v1::{ConfigMap, Node, PersistentVolume, PersistentVolumeClaim, Pod};
+use k8s_openapi::api::core::v1::{
+    ConfigMap, Namespace, Node, PersistentVolume, PersistentVolumeClaim, Pod, ResourceQuota,
+};
 use k8s_openapi::api::storage::v1::StorageClass;
 
 use crate::names;
@@ -103,6 +106,14 @@ pub struct World {
     pub classes: Table<StorageClass>,
     /// ConfigMaps.
     pub config_maps: Table<ConfigMap>,
+    /// Namespaces.
+    pub namespaces: Table<Namespace>,
+    /// ResourceQuotas.
+    pub quotas: Table<ResourceQuota>,
+    /// MigrationPolicies.
+    pub policies: Table<MigrationPolicy>,
+    /// What remains of finished migrations.
+    pub records: Table<MigrationRecord>,
     /// Leases.
     pub leases: Table<Lease>,
 
@@ -279,6 +290,10 @@ tables! {
     PersistentVolume volumes,
     StorageClass classes,
     ConfigMap config_maps,
+    Namespace namespaces,
+    ResourceQuota quotas,
+    MigrationPolicy policies,
+    MigrationRecord records,
     Lease leases,
 }
 

@@ -16,6 +16,8 @@ pub const AGENT_VERSION_NOT_SUPPORTED: &str = "AgentVersionNotSupported";
 pub const SOFTWARE_EMULATION: &str = "SoftwareEmulation";
 /// The VMI shall leave its node.
 pub const EVICTION_REQUESTED: &str = "EvictionRequested";
+/// Godwit's own, on VMIs: the evacuation has given up moving it, and why.
+pub const EVACUATION_STOPPED: &str = "EvacuationStopped";
 /// A change needs a migration.
 pub const MIGRATION_REQUIRED: &str = "MigrationRequired";
 /// CPUs are being added.

@@ -71,6 +71,10 @@ pub const ANNOTATION_UNSCHEDULABLE_POD_TIMEOUT: &str = "kubevirt.io/migrationUns
 pub const ANNOTATION_PENDING_POD_TIMEOUT: &str = "kubevirt.io/migrationPendingPodTimeoutSeconds";
 /// Seconds for utility volumes, on VMIMs.
 pub const ANNOTATION_UTILITY_VOLUMES_TIMEOUT: &str = "kubevirt.io/migrationUtilityVolumesTimeoutSeconds";
+/// Godwit's own: the user who created a VMIM, on VMIMs. Set by admission; what a client says is replaced.
+pub const ANNOTATION_REQUESTED_BY: &str = "godwit.io/requested-by";
+/// KubeVirt's test hook: no back-off, on VMIMs.
+pub const ANNOTATION_TEST_IGNORE_BACKOFF: &str = "kubevirt.io/func-test-ignore-migration-backoff";
 /// The newest API version that the controller saw.
 pub const ANNOTATION_LATEST_OBSERVED_API_VERSION: &str = "kubevirt.io/latest-observed-api-version";
 /// The stored API version that the controller saw.

@@ -14,6 +14,10 @@ pub const KUBEVIRT_NAMESPACE: &str = "kubevirt";
 pub const KUBEVIRT_NAME: &str = "kubevirt";
 /// The seeds' configuration ConfigMap, in [`KUBEVIRT_NAMESPACE`].
 pub const CONFIG_MAP_NAME: &str = "kubevirt-config";
+/// Godwit's own: the ConfigMap in [`KUBEVIRT_NAMESPACE`] that holds the migrations' slots.
+pub const SLOTS_NAME: &str = "godwit-migration-slots";
+/// The Lease in [`KUBEVIRT_NAMESPACE`] that the leading controller holds.
+pub const CONTROLLER_LEASE: &str = "virt-controller";
 /// The controller's user.
 pub const CONTROLLER_USER: &str = "system:serviceaccount:kubevirt:kubevirt-controller";
 /// The handler's user.

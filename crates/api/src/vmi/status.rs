@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
+use crate::failure::FailureCause;
 use crate::kubevirt::MigrationConfiguration;
 use crate::{Condition, Quantity};
 
@@ -78,6 +79,8 @@ api_struct! {
         memory: Option<MemoryStatus>,
         /// The ControllerRevision of the VM's template.
         virtual_machine_revision_name: Option<String>,
+        /// Godwit's own: how the attempts to move it off its node have gone.
+        evacuation: Option<EvacuationStatus>,
         /// Godwit's own: `kvm` or `tcg`.
         accelerator: Option<String>,
         /// Godwit's own: the version of QEMU.
@@ -144,6 +147,25 @@ string_enum! {
 }
 
 api_struct! {
+    /// Godwit's own: how the attempts to move a VMI off its node have gone. Gone with the evacuation.
+    EvacuationStatus {
+        /// The node that it is to leave.
+        node_name: Option<String>,
+        /// Attempts that failed since the last success.
+        failed_attempts: Option<u32>,
+        /// The last migration that was counted.
+        #[serde(rename = "lastMigrationUID")]
+        last_migration_uid: Option<String>,
+        /// When the last attempt failed.
+        last_failure_timestamp: Option<Time>,
+        /// Why it failed.
+        last_failure: Option<FailureCause>,
+        /// Not tried again before this time.
+        next_attempt_timestamp: Option<Time>,
+    }
+}
+
+api_struct! {
     /// A migration under way or the last one.
     VirtualMachineInstanceMigrationState {
         /// The VirtualMachineInstanceMigration.
@@ -181,6 +203,8 @@ api_struct! {
         failed: Option<bool>,
         /// Why it failed.
         failure_reason: Option<String>,
+        /// Godwit's own: why it failed, out of a closed list.
+        failure_cause: Option<FailureCause>,
         /// Somebody asked to abort.
         abort_requested: Option<bool>,
         /// How far the abort has come.
@@ -288,6 +312,10 @@ api_struct! {
         total_milliseconds: Option<u64>,
         /// From the guest's stop at the source to its start at the target.
         downtime_milliseconds: Option<u64>,
+        /// When it will be over, as far as the rates of now tell; unset while they do not.
+        expected_end_timestamp: Option<Time>,
+        /// The standstill to expect if it switched over at the rates of now; unset while they do not tell.
+        expected_downtime_milliseconds: Option<u64>,
         /// What QEMU itself calls downtime.
         qemu_downtime_milliseconds: Option<u64>,
     }
