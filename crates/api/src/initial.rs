@@ -98,9 +98,16 @@ fn user_roles() -> Vec<Value> {
         rule(sub, &instance_actions, &["update"]),
         rule(group, &machines, &all),
         rule(group, &migrations, &read),
+        rule("migrations.kubevirt.io", &["migrationpolicies"], &read),
+        rule("godwit.io", &["migrationrecords"], &read),
     ];
-    let view =
-        vec![rule(sub, &read_subresources, &["get"]), rule(group, &machines, &read), rule(group, &migrations, &read)];
+    let view = vec![
+        rule(sub, &read_subresources, &["get"]),
+        rule(group, &machines, &read),
+        rule(group, &migrations, &read),
+        rule("migrations.kubevirt.io", &["migrationpolicies"], &read),
+        rule("godwit.io", &["migrationrecords"], &read),
+    ];
     let mut roles = vec![
         cluster_role("kubevirt.io:admin", Some("admin"), &edit),
         cluster_role("kubevirt.io:edit", Some("edit"), &edit),

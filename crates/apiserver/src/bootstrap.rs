@@ -261,6 +261,7 @@ fn components(read_write: &[&str]) -> Vec<Value> {
                         "export.kubevirt.io",
                         "nodemaintenance.kubevirt.io",
                         "nodemaintenance.medik8s.io",
+                        "godwit.io",
                     ],
                     &["*"],
                     &["*"],
@@ -318,4 +319,74 @@ fn cluster_role_bindings() -> Vec<Value> {
         bind("kubevirt-controller", "kubevirt-controller", json!([account("kubevirt-controller")])),
         bind("kubevirt-handler", "kubevirt-handler", json!([account("kubevirt-handler")])),
     ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rbac::{Action, Rule};
+
+    fn may(role: &str, group: &str, resource: &str, verb: &str) -> bool {
+        let role = cluster_roles().into_iter().find(|one| one["metadata"]["name"] == role).unwrap();
+        let rules: Vec<Rule> = serde_json::from_value(role["rules"].clone()).unwrap();
+        let (resource, subresource) = resource.split_once('/').unwrap_or((resource, ""));
+        let action = Action { verb, group, resource, subresource, namespace: "kubevirt", name: "one", path: "" };
+        rules.iter().any(|rule| rule.allows(&action))
+    }
+
+    /// What the controllers watch and write (`control`'s kinds); a right that is missing shows only as a watch that never
+    /// comes.
+    #[test]
+    fn the_controller_may_do_its_work() {
+        let role = "kubevirt-controller";
+        let watched = [
+            (KUBEVIRT, "virtualmachines"),
+            (KUBEVIRT, "virtualmachineinstances"),
+            (KUBEVIRT, "virtualmachineinstancemigrations"),
+            (KUBEVIRT, "kubevirts"),
+            ("migrations.kubevirt.io", "migrationpolicies"),
+            ("godwit.io", "migrationrecords"),
+            ("k8s.cni.cncf.io", "network-attachment-definitions"),
+            ("coordination.k8s.io", "leases"),
+            ("storage.k8s.io", "storageclasses"),
+            ("", "pods"),
+            ("", "nodes"),
+            ("", "persistentvolumeclaims"),
+            ("", "persistentvolumes"),
+            ("", "configmaps"),
+            ("", "namespaces"),
+            ("", "resourcequotas"),
+        ];
+        for (group, resource) in watched {
+            for verb in READ {
+                assert!(may(role, group, resource, verb), "{verb} {resource}.{group}");
+            }
+        }
+        let written = [
+            (KUBEVIRT, "virtualmachineinstancemigrations"),
+            (KUBEVIRT, "virtualmachineinstancemigrations/status"),
+            (KUBEVIRT, "virtualmachineinstances"),
+            (KUBEVIRT, "kubevirts/status"),
+            ("godwit.io", "migrationrecords"),
+            ("coordination.k8s.io", "leases"),
+            ("", "configmaps"),
+            ("", "pods"),
+            ("", "nodes"),
+        ];
+        for (group, resource) in written {
+            assert!(may(role, group, resource, "patch"), "patch {resource}.{group}");
+        }
+        for (group, resource) in [
+            (KUBEVIRT, "virtualmachineinstancemigrations"),
+            ("godwit.io", "migrationrecords"),
+            ("coordination.k8s.io", "leases"),
+            ("", "configmaps"),
+            ("", "pods"),
+        ] {
+            assert!(may(role, group, resource, "create") && may(role, group, resource, "delete"), "{resource}.{group}");
+        }
+        assert!(may(role, "", "events", "create") && may(role, "events.k8s.io", "events", "create"));
+        assert!(may(role, "", "pods/eviction", "create"));
+        assert!(!may(role, RBAC, "clusterroles", "create"));
+    }
 }

@@ -43,7 +43,7 @@ fn any(list: &[String], wanted: &str) -> bool {
 }
 
 impl Rule {
-    fn allows(&self, action: &Action<'_>) -> bool {
+    pub(crate) fn allows(&self, action: &Action<'_>) -> bool {
         if !any(&self.verbs, action.verb) {
             return false;
         }

@@ -2,7 +2,8 @@
 
 use godwit_api::condition;
 use godwit_api::kubevirt::KubeVirtPhase;
-use godwit_api::{Condition, KubeVirt, MigrationConfiguration};
+use godwit_api::policy::{Resolved, resolve};
+use godwit_api::{Condition, KubeVirt, MigrationConfiguration, VirtualMachineInstance};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
 use crate::names;
@@ -41,4 +42,12 @@ pub fn migration_configuration(world: &World) -> MigrationConfiguration {
     let kubevirt = world.kubevirts.get(&Name::new(names::KUBEVIRT_NAMESPACE, names::KUBEVIRT_NAME));
     let config_map = world.config_maps.get(&Name::new(names::KUBEVIRT_NAMESPACE, names::CONFIG_MAP_NAME));
     godwit_api::config::effective(kubevirt.map(AsRef::as_ref), config_map.and_then(|map| map.data.as_ref()))
+}
+
+/// What a migration of this VMI runs with: the cluster's configuration and the policy that fits best.
+pub fn migration_configuration_of(world: &World, vmi: &VirtualMachineInstance) -> Resolved {
+    let namespace = world.namespaces.get(&Name::cluster(vmi.metadata.namespace.as_deref().unwrap_or_default()));
+    let namespace_labels = namespace.and_then(|namespace| namespace.metadata.labels.as_ref());
+    let policies = world.policies.iter().map(AsRef::as_ref);
+    resolve(policies, vmi.metadata.labels.as_ref(), namespace_labels, &migration_configuration(world))
 }
