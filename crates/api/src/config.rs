@@ -7,6 +7,7 @@ use serde_json::{Map, Value};
 use crate::Quantity;
 use crate::kubevirt::{KubeVirt, MigrationConfiguration};
 use crate::names::TAINT_DRAIN;
+use crate::vmi::{MigrationMethod, VirtualMachineInstance};
 
 /// How many migrations may run in the cluster at once.
 pub const PARALLEL_MIGRATIONS_PER_CLUSTER: u32 = 5;
@@ -141,7 +142,33 @@ fn read_field(key: &str, value: &Value) -> Option<MigrationConfiguration> {
     serde_json::from_value(Value::Object(object)).ok()
 }
 
-/// How long a migration of this many bytes may take, in seconds; `None` is for ever.
+/// What a migration of the VMI has to copy at least once, in bytes: the guest's memory (`memory.guest`, else the memory
+/// request, else its limit), and with `migrationMethod` BlockMigration the disks that are not shared, as far as the VMI
+/// says how large they are.
+pub fn bytes_to_copy(vmi: &VirtualMachineInstance) -> u64 {
+    let domain = &vmi.spec.domain;
+    let guest = domain.memory.as_ref().and_then(|memory| memory.guest.as_ref());
+    let memory =
+        guest.or_else(|| domain.resources.requests.get("memory")).or_else(|| domain.resources.limits.get("memory"));
+    let memory = memory.and_then(|amount| amount.bytes().ok()).unwrap_or(0);
+    if vmi.status.migration_method != Some(MigrationMethod::BlockMigration) {
+        return memory;
+    }
+    let disks = vmi.spec.volumes.iter().map(|volume| {
+        let status = vmi.status.volume_status.iter().find(|status| status.name == volume.name);
+        let claim = status.and_then(|status| status.persistent_volume_claim_info.as_ref());
+        if claim.is_some_and(|claim| claim.access_modes.iter().any(|mode| mode == "ReadWriteMany")) {
+            return 0;
+        }
+        let said = status.and_then(|status| status.size).and_then(|size| u64::try_from(size).ok());
+        let asked = || volume.empty_disk.as_ref().map(|disk| &disk.capacity);
+        let held = || claim.and_then(|claim| claim.capacity.get("storage").or_else(|| claim.requests.get("storage")));
+        said.or_else(|| asked().or_else(held).and_then(|amount| amount.bytes().ok())).unwrap_or(0)
+    });
+    disks.fold(memory, u64::saturating_add)
+}
+
+/// How long a migration of this many bytes may take, in seconds; `None` is for ever (`completionTimeoutPerGiB` 0).
 ///
 /// Binary GiB, rounded up: the seeds give 6400 s for 8 GiB at 800 s each. (Today's KubeVirt counts decimal gigabytes and
 /// would give 7200 s; `reference/kubevirt-contract.md`, 4.4.)
@@ -216,5 +243,32 @@ mod tests {
         assert_eq!(completion_timeout_seconds(&configuration, 1 << 30), None);
         configuration.bandwidth_per_migration = Some(Quantity::from("0"));
         assert_eq!(bandwidth_bytes(&configuration), None);
+    }
+
+    #[test]
+    fn what_is_to_be_copied() {
+        let mut value = json!({
+            "spec": {
+                "domain": {"memory": {"guest": "1Gi"}, "resources": {"requests": {"memory": "2Gi"}}},
+                "volumes": [
+                    {"name": "scratch", "emptyDisk": {"capacity": "2Gi"}},
+                    {"name": "shared", "persistentVolumeClaim": {"claimName": "shared"}},
+                    {"name": "own", "persistentVolumeClaim": {"claimName": "own"}},
+                    {"name": "seed", "cloudInitNoCloud": {}},
+                ],
+            },
+            "status": {
+                "volumeStatus": [
+                    {"name": "shared", "target": "", "persistentVolumeClaimInfo": {
+                        "accessModes": ["ReadWriteMany"], "capacity": {"storage": "64Gi"}}},
+                    {"name": "own", "target": "", "persistentVolumeClaimInfo": {
+                        "accessModes": ["ReadWriteOnce"], "capacity": {"storage": "4Gi"}}},
+                ],
+            },
+        });
+        let of = |value: &Value| bytes_to_copy(&serde_json::from_value(value.clone()).unwrap());
+        assert_eq!(of(&value), 1 << 30, "memory only");
+        value["status"]["migrationMethod"] = json!("BlockMigration");
+        assert_eq!(of(&value), 7 << 30, "and the disks that are not shared");
     }
 }
