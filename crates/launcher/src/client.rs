@@ -48,6 +48,8 @@ pub enum Error {
         reason: Refusal,
         /// For a person.
         message: String,
+        /// What kind of failure of QEMU's it is, where it is one.
+        cause: Option<rpc::Cause>,
     },
     /// The answer is not what this build understands.
     #[error("the launcher's answer to {call} cannot be read: {message}")]
@@ -64,6 +66,14 @@ impl Error {
     pub fn refusal(&self) -> Option<Refusal> {
         match self {
             Error::Refused { reason, .. } => Some(*reason),
+            _ => None,
+        }
+    }
+
+    /// What kind of failure of QEMU's it is, when the launcher refused because of one.
+    pub fn cause(&self) -> Option<rpc::Cause> {
+        match self {
+            Error::Refused { cause, .. } => *cause,
             _ => None,
         }
     }
@@ -128,19 +138,40 @@ impl Client {
         self.call(Method::PUT, rpc::MIGRATION_TARGET, Some(order)).await
     }
 
-    /// Start the outgoing migration.
+    /// Start the outgoing migration. The same order again with another bandwidth changes the bandwidth.
     pub async fn migrate(&self, order: &rpc::SourceOrder) -> Result<rpc::State, Error> {
         self.call(Method::PUT, rpc::MIGRATION_SOURCE, Some(order)).await
     }
 
-    /// Cancel the outgoing migration. The state that comes back may already say `completed`: then it was too late.
+    /// Cancel the outgoing migration. The answer says which it was: `cancelled`, or too late
+    /// ([`rpc::MigrationFacts::handed_over`]), or still `cancelling` when QEMU takes its time.
     pub async fn cancel(&self, migration_uid: &str) -> Result<rpc::State, Error> {
         self.about(rpc::MIGRATION_CANCEL, migration_uid).await
     }
 
+    /// Source: run the guest at the target as soon as can be, and let the rest of its memory follow.
+    pub async fn post_copy(&self, migration_uid: &str) -> Result<rpc::State, Error> {
+        self.about(rpc::MIGRATION_POST_COPY, migration_uid).await
+    }
+
+    /// Source: stop the guest so that its migration comes to an end. It runs again at the target, or here if that fails.
+    pub async fn pause_to_migrate(&self, migration_uid: &str) -> Result<rpc::State, Error> {
+        self.about(rpc::MIGRATION_PAUSE, migration_uid).await
+    }
+
     /// Target: the source is stopped for good; run the guest.
     pub async fn go(&self, migration_uid: &str) -> Result<rpc::State, Error> {
-        self.about(rpc::MIGRATION_GO, migration_uid).await
+        self.hand(migration_uid, false).await
+    }
+
+    /// Target: the source is stopped for good; the guest is this end's now and stays paused as it was there.
+    pub async fn go_paused(&self, migration_uid: &str) -> Result<rpc::State, Error> {
+        self.hand(migration_uid, true).await
+    }
+
+    async fn hand(&self, migration_uid: &str, paused: bool) -> Result<rpc::State, Error> {
+        let order = rpc::GoOrder { migration_uid: migration_uid.into(), paused };
+        self.call(Method::POST, rpc::MIGRATION_GO, Some(&order)).await
     }
 
     /// Target: the guest lives elsewhere; end this QEMU.
@@ -230,18 +261,18 @@ impl Client {
             return Ok(response);
         }
         let bytes = collect(call, response.into_body()).await?;
-        let (reason, message) = match serde_json::from_slice::<ErrorBody>(&bytes) {
-            Ok(body) => (body.reason, body.message),
+        let (reason, message, cause) = match serde_json::from_slice::<ErrorBody>(&bytes) {
+            Ok(body) => (body.reason, body.message, body.cause),
             Err(_) => {
                 let reason = match status {
                     StatusCode::NOT_FOUND | StatusCode::METHOD_NOT_ALLOWED => Refusal::NotFound,
                     s if s.is_client_error() => Refusal::BadRequest,
                     _ => Refusal::Failed,
                 };
-                (reason, format!("{status}: {}", String::from_utf8_lossy(&bytes)))
+                (reason, format!("{status}: {}", String::from_utf8_lossy(&bytes)), None)
             }
         };
-        Err(Error::Refused { call: call.into(), reason, message })
+        Err(Error::Refused { call: call.into(), reason, message, cause })
     }
 }
 

@@ -5,6 +5,7 @@
 
 use godwit_api::VirtualMachineInstance;
 pub use godwit_qemu::accelerator::Accelerator;
+pub use godwit_qemu::failure::Cause;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -23,7 +24,11 @@ pub const MIGRATION_TARGET: &str = "/v1/migration/target";
 pub const MIGRATION_SOURCE: &str = "/v1/migration/source";
 /// Path of the cancellation of an outgoing migration ([`MigrationRef`]).
 pub const MIGRATION_CANCEL: &str = "/v1/migration/cancel";
-/// Path of the go for a target ([`MigrationRef`]).
+/// Path of the switch of a running migration to post-copy ([`MigrationRef`]).
+pub const MIGRATION_POST_COPY: &str = "/v1/migration/post-copy";
+/// Path that stops the guest so that its migration comes to an end ([`MigrationRef`]).
+pub const MIGRATION_PAUSE: &str = "/v1/migration/pause";
+/// Path of the go for a target ([`GoOrder`]).
 pub const MIGRATION_GO: &str = "/v1/migration/go";
 /// Path of the end of a target that will not be needed ([`MigrationRef`]).
 pub const MIGRATION_ABANDON: &str = "/v1/migration/abandon";
@@ -97,6 +102,9 @@ pub struct TargetOrder {
     /// `status.machine.type`, and without that the same default as the source took.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub machine_type: Option<String>,
+    /// The migration may switch to post-copy. A machine that cannot receive so says so ([`TargetReady::post_copy`]).
+    #[serde(default)]
+    pub allow_post_copy: bool,
 }
 
 /// Where a target receives.
@@ -108,9 +116,15 @@ pub struct TargetReady {
     /// The same for the blocks of disks that are not shared (NBD); none when every disk is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub blocks_socket: Option<String>,
+    /// It was allowed to receive in post-copy, and this machine can. Only then may the source be allowed it too: QEMU wants
+    /// the same on both ends.
+    #[serde(default)]
+    pub post_copy: bool,
 }
 
 /// Start the outgoing migration (`PUT /v1/migration/source`), once for a migration uid.
+///
+/// The same uid again with another bandwidth changes the bandwidth of the one that is under way; nothing else of it changes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct SourceOrder {
@@ -131,6 +145,21 @@ pub struct SourceOrder {
     /// Slow the guest down when it writes faster than the link carries.
     #[serde(default)]
     pub allow_auto_converge: bool,
+    /// It may be switched to post-copy ([`MIGRATION_POST_COPY`]). Only where the target said [`TargetReady::post_copy`].
+    #[serde(default)]
+    pub allow_post_copy: bool,
+}
+
+/// The source is stopped for good (`POST /v1/migration/go`).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct GoOrder {
+    /// UID of the VirtualMachineInstanceMigration.
+    pub migration_uid: String,
+    /// The guest was paused by its user at the source ([`MigrationFacts::guest_paused`]): it is the target's from now on, and
+    /// stays paused there until somebody unpauses it.
+    #[serde(default)]
+    pub paused: bool,
 }
 
 /// Names the migration that an order is about, so that an order that arrives late cannot hit the next one.
@@ -161,6 +190,8 @@ pub enum DomainPhase {
     Running,
     /// The guest is here and stopped on purpose.
     Paused,
+    /// A source in post-copy: the guest runs at the target, or will, and never here again; this QEMU still serves its memory.
+    HandedOver,
     /// The guest has shut itself down, or was told to; QEMU is gone. Or a target that was abandoned.
     Shutdown,
     /// QEMU ended in a way nobody asked for, or could not be started.
@@ -213,6 +244,27 @@ pub struct State {
     /// The last or current migration.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub migration: Option<MigrationFacts>,
+    /// The volumes that are disks of the guest, in the order of the VMI's disks.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub volumes: Vec<VolumeState>,
+}
+
+/// A volume as the guest has it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct VolumeState {
+    /// The volume's name in the VMI.
+    pub name: String,
+    /// The device that the guest most likely calls it by, for example `vda`.
+    pub target: String,
+    /// What the guest sees of it, in bytes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub size_bytes: Option<u64>,
+    /// The persistentVolumeClaim behind it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub claim: Option<String>,
+    /// Both nodes see it; otherwise a migration copies it.
+    pub shared: bool,
 }
 
 /// What the guest agent says about the inside.
@@ -277,6 +329,19 @@ pub enum MigrationRole {
     Target,
 }
 
+/// How a guest moves.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum MigrationMode {
+    /// Its memory is copied while it runs at the source.
+    #[default]
+    PreCopy,
+    /// It runs at the target while the rest of its memory follows.
+    PostCopy,
+    /// It was stopped at the source so that the copying comes to an end.
+    Paused,
+}
+
 /// A migration as this end's QEMU sees it. Times are microseconds since the Unix epoch by this host's clock.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -285,9 +350,25 @@ pub struct MigrationFacts {
     pub uid: String,
     /// Which end this is.
     pub role: MigrationRole,
-    /// QEMU's word: `setup`, `active`, `device`, `completed`, `failed`, `cancelling`, `cancelled`, …; `none` before it began.
-    /// A source reports `completed` only after it has written that down and forced it to the disk.
+    /// QEMU's word: `setup`, `active`, `device`, `postcopy-active`, `postcopy-paused`, `completed`, `failed`, `cancelling`,
+    /// `cancelled`, …; `none` before it began. A source reports `completed` and `postcopy-…` only after it has written down
+    /// that the guest has left, and forced that to the disk. `postcopy-paused` says that the link broke during post-copy.
     pub status: String,
+    /// How the guest moves; it only ever gets from pre-copy to one of the others.
+    #[serde(default)]
+    pub mode: MigrationMode,
+    /// Source: the guest will never run here again, which is written down. This, not the status, is what a go needs.
+    #[serde(default)]
+    pub handed_over: bool,
+    /// Source: the guest was paused by its user before it left. The go has to say so ([`GoOrder::paused`]).
+    #[serde(default)]
+    pub guest_paused: bool,
+    /// Source: this migration stands the guest still at present ([`MIGRATION_PAUSE`]); it runs again if the migration fails.
+    #[serde(default)]
+    pub paused_by_migration: bool,
+    /// Source: [`MIGRATION_POST_COPY`] would be obeyed now.
+    #[serde(default)]
+    pub post_copy_possible: bool,
     /// When it began.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub start_us: Option<i64>,
@@ -300,7 +381,7 @@ pub struct MigrationFacts {
     /// When it reached `completed`, `failed` or `cancelled`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub end_us: Option<i64>,
-    /// Target: QEMU has loaded everything and waits for the go.
+    /// Target: QEMU has what it needs to run the guest, and waits for the go.
     #[serde(default)]
     pub loaded: bool,
     /// Target: the go was given.
@@ -315,9 +396,15 @@ pub struct MigrationFacts {
     /// Bytes of guest memory that still have to be sent.
     #[serde(default)]
     pub remaining_bytes: u64,
-    /// Measured between the last two looks.
+    /// Measured over the last looks, a second at most; over all of it once it has ended. 0 until it can be told.
     #[serde(default)]
     pub bytes_per_second: u64,
+    /// Most bytes a second that it is allowed; none is unlimited.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bandwidth_limit: Option<u64>,
+    /// By how many per cent auto-converge slows the guest down at present.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub throttle_percent: Option<u64>,
     /// How fast the guest writes to its memory, as QEMU estimates it after each pass.
     #[serde(default)]
     pub dirty_bytes_per_second: u64,
@@ -334,9 +421,15 @@ pub struct MigrationFacts {
     /// target's `resume_us` minus the source's `stop_us`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub qemu_downtime_ms: Option<u64>,
-    /// Why it failed.
+    /// The standstill that QEMU expects if it switched over now, in milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expected_downtime_ms: Option<u64>,
+    /// Why it failed, in QEMU's words or this launcher's. The target's often are the telling ones.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
+    /// What kind of failure that is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cause: Option<Cause>,
 }
 
 impl MigrationFacts {
@@ -346,6 +439,11 @@ impl MigrationFacts {
             uid: uid.into(),
             role,
             status: "none".into(),
+            mode: MigrationMode::PreCopy,
+            handed_over: false,
+            guest_paused: false,
+            paused_by_migration: false,
+            post_copy_possible: false,
             start_us: None,
             stop_us: None,
             resume_us: None,
@@ -356,12 +454,16 @@ impl MigrationFacts {
             processed_bytes: 0,
             remaining_bytes: 0,
             bytes_per_second: 0,
+            bandwidth_limit: None,
+            throttle_percent: None,
             dirty_bytes_per_second: 0,
             iteration: 0,
             downtime_limit_ms: None,
             total_ms: None,
             qemu_downtime_ms: None,
+            expected_downtime_ms: None,
             error: None,
+            cause: None,
         }
     }
 
@@ -395,6 +497,8 @@ pub enum Refusal {
     Conflict,
     /// The VM cannot be built as asked: a missing file, an unsupported field.
     Invalid,
+    /// This QEMU on this machine, or this migration as it was started, cannot do that: it will be refused again.
+    Unsupported,
     /// The launcher or QEMU failed at it.
     Failed,
 }
@@ -407,6 +511,9 @@ pub struct ErrorBody {
     pub reason: Refusal,
     /// For a person.
     pub message: String,
+    /// What kind of failure of QEMU's it is, where it is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cause: Option<Cause>,
 }
 
 /// Where things are in the pod; a test puts them elsewhere.

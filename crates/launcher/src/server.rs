@@ -1,6 +1,6 @@
 //! The RPC's door: HTTP on `launcher.sock`.
 
-use crate::rpc::{self, DomainPhase, ErrorBody, Refusal, State};
+use crate::rpc::{self, DomainPhase, ErrorBody, MigrationMode, Refusal, State};
 use crate::vm::{Answer, Order, Refused, Request};
 use axum::Router;
 use axum::body::Body;
@@ -37,6 +37,8 @@ pub fn router(orders: mpsc::Sender<Request>, state: watch::Receiver<State>) -> R
         .route(rpc::MIGRATION_TARGET, put(|door, body| with(door, body, |o| Order::Target(Box::new(o)))))
         .route(rpc::MIGRATION_SOURCE, put(|door, body| with(door, body, Order::Source)))
         .route(rpc::MIGRATION_CANCEL, post(|door, body| with(door, body, Order::Cancel)))
+        .route(rpc::MIGRATION_POST_COPY, post(|door, body| with(door, body, Order::PostCopy)))
+        .route(rpc::MIGRATION_PAUSE, post(|door, body| with(door, body, Order::PauseToMigrate)))
         .route(rpc::MIGRATION_GO, post(|door, body| with(door, body, Order::Go)))
         .route(rpc::MIGRATION_ABANDON, post(|door, body| with(door, body, Order::Abandon)))
         .route(rpc::SHUTDOWN, post(|door, body| with(door, body, Order::Shutdown)))
@@ -65,7 +67,7 @@ async fn order(Shared(door): Shared<Door>, order: Order) -> Response {
         Ok(Ok(Answer::State(state))) => json(StatusCode::OK, &*state),
         Ok(Ok(Answer::Ready(ready))) => json(StatusCode::OK, &ready),
         Ok(Ok(Answer::Events(events))) => json(StatusCode::OK, &events),
-        Ok(Err(Refused { reason, message })) => refuse(reason, message),
+        Ok(Err(Refused { reason, message, cause })) => refuse_for(reason, message, cause),
         Err(_) => gone(),
     }
 }
@@ -78,14 +80,19 @@ fn json(status: StatusCode, body: &impl Serialize) -> Response {
 }
 
 fn refuse(reason: Refusal, message: String) -> Response {
+    refuse_for(reason, message, None)
+}
+
+fn refuse_for(reason: Refusal, message: String, cause: Option<rpc::Cause>) -> Response {
     let status = match reason {
         Refusal::BadRequest => StatusCode::BAD_REQUEST,
         Refusal::NotFound => StatusCode::NOT_FOUND,
         Refusal::Conflict => StatusCode::CONFLICT,
         Refusal::Invalid => StatusCode::UNPROCESSABLE_ENTITY,
+        Refusal::Unsupported => StatusCode::NOT_IMPLEMENTED,
         Refusal::Failed => StatusCode::INTERNAL_SERVER_ERROR,
     };
-    json(status, &ErrorBody { reason, message })
+    json(status, &ErrorBody { reason, message, cause })
 }
 
 async fn state_now(Shared(door): Shared<Door>) -> Response {
@@ -114,10 +121,13 @@ struct Sent {
 }
 
 /// The parts of a migration that somebody waits for, as opposed to its numbers.
-type Turn = Option<(String, String, bool, bool, bool)>;
+type Turn = Option<(String, String, [bool; 5], MigrationMode)>;
 
 fn turn(state: &State) -> Turn {
-    state.migration.as_ref().map(|m| (m.uid.clone(), m.status.clone(), m.loaded, m.gone, m.resume_us.is_some()))
+    state.migration.as_ref().map(|m| {
+        let flags = [m.loaded, m.gone, m.handed_over, m.paused_by_migration, m.resume_us.is_some()];
+        (m.uid.clone(), m.status.clone(), flags, m.mode)
+    })
 }
 
 /// The next state worth a line: turns at once, numbers at a pace. `None` at the launcher's end, after its last state.

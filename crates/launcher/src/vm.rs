@@ -8,8 +8,8 @@ use crate::console::{self, Console};
 use crate::plan::{self, AGENT, Inputs, SERIAL};
 use crate::record::{self, Record};
 use crate::rpc::{
-    Accelerator, DomainPhase, EventRecord, GuestAgentFacts, InterfaceOrder, MigrationRef, MigrationRole, Paths,
-    Refusal, ShutdownOrder, SourceOrder, State, TargetOrder, TargetReady, VmOrder, VolumeFacts,
+    Accelerator, Cause, DomainPhase, EventRecord, GoOrder, GuestAgentFacts, InterfaceOrder, MigrationRef,
+    MigrationRole, Paths, Refusal, ShutdownOrder, SourceOrder, State, TargetOrder, TargetReady, VmOrder, VolumeFacts,
 };
 use godwit_api::VirtualMachineInstance;
 use godwit_qemu::instance::{self, Departed, Incoming, Outgoing, Prelaunch, Qemu, Running};
@@ -44,7 +44,9 @@ pub enum Order {
     Target(Box<TargetOrder>),
     Source(SourceOrder),
     Cancel(MigrationRef),
-    Go(MigrationRef),
+    PostCopy(MigrationRef),
+    PauseToMigrate(MigrationRef),
+    Go(GoOrder),
     Abandon(MigrationRef),
     Shutdown(ShutdownOrder),
     Pause,
@@ -67,10 +69,12 @@ pub struct Refused {
     pub reason: Refusal,
     /// For a person.
     pub message: String,
+    /// What kind of failure of QEMU's it is, where it is one.
+    pub cause: Option<Cause>,
 }
 
 pub(crate) fn refused(reason: Refusal, message: impl Into<String>) -> Refused {
-    Refused { reason, message: message.into() }
+    Refused { reason, message: message.into(), cause: None }
 }
 
 impl From<plan::Error> for Refused {
@@ -239,7 +243,9 @@ impl Vm {
             Order::Target(order) => return self.prepare_target(*order).await.map(Answer::Ready),
             Order::Source(order) => self.migrate(order).await?,
             Order::Cancel(order) => self.cancel(&order.migration_uid).await?,
-            Order::Go(order) => self.go(&order.migration_uid).await?,
+            Order::PostCopy(order) => self.switch_to_post_copy(&order.migration_uid).await?,
+            Order::PauseToMigrate(order) => self.pause_to_migrate(&order.migration_uid).await?,
+            Order::Go(order) => self.go(&order).await?,
             Order::Abandon(order) => self.abandon(&order.migration_uid).await?,
             Order::Shutdown(order) => self.shut_down(Duration::from_secs(order.grace_seconds)).await,
             Order::Pause => self.pause(true).await?,
@@ -289,7 +295,8 @@ impl Vm {
             }
             _ => return Err(refused(Refusal::Conflict, "this launcher already has a VM")),
         }
-        let TargetOrder { migration_uid, vmi, interfaces, volumes, accelerator, machine_type } = order;
+        let TargetOrder { migration_uid, vmi, interfaces, volumes, accelerator, machine_type, allow_post_copy: _ } =
+            order;
         let told = vmi.status.accelerator.as_deref().and_then(accelerator_named);
         let (program, accelerator) = self.program(accelerator.or(told)).await?;
         let plan = self.plan(&vmi, &interfaces, &volumes, accelerator, machine_type.as_deref(), true).await?;

@@ -142,6 +142,7 @@ fn target_order() -> TargetOrder {
         volumes: Default::default(),
         accelerator: Some(Accelerator::Tcg),
         machine_type: None,
+        allow_post_copy: false,
     }
 }
 
@@ -153,6 +154,7 @@ fn source_order(bandwidth: Option<u64>) -> SourceOrder {
         bandwidth_bytes_per_second: bandwidth,
         max_downtime_ms: None,
         allow_auto_converge: false,
+        allow_post_copy: false,
     }
 }
 

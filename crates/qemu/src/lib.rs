@@ -6,6 +6,7 @@
 
 pub mod accelerator;
 pub mod blocks;
+pub mod failure;
 pub mod instance;
 pub mod machine;
 pub mod migration;

@@ -114,7 +114,7 @@ fn us() -> i64 {
 }
 
 fn conflict(message: &str) -> Response {
-    let body = ErrorBody { reason: Refusal::Conflict, message: message.into() };
+    let body = ErrorBody { reason: Refusal::Conflict, message: message.into(), cause: None };
     (StatusCode::CONFLICT, Json(body)).into_response()
 }
 
@@ -159,7 +159,7 @@ async fn target(Shared(launcher): Shared<Launcher>, Json(order): Json<TargetOrde
         // The return path: the source may call it complete only now.
         let _ = stream.write_all(b"k").await;
     });
-    Json(TargetReady { socket: "in.sock".into(), blocks_socket: None })
+    Json(TargetReady { socket: "in.sock".into(), blocks_socket: None, post_copy: false })
 }
 
 async fn source(Shared(launcher): Shared<Launcher>, Json(order): Json<SourceOrder>) -> Response {

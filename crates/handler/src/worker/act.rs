@@ -174,6 +174,7 @@ impl Worker {
             volumes,
             accelerator: vmi.status.accelerator.as_deref().and_then(accelerator).or(node_accelerator),
             machine_type: None,
+            allow_post_copy: false,
         };
         match pod.follower.client.prepare_target(&order).await {
             Ok(ready) => {
@@ -295,6 +296,7 @@ impl Worker {
             bandwidth_bytes_per_second: Some(m.bandwidth).filter(|b| *b > 0),
             max_downtime_ms: m.max_downtime_ms,
             allow_auto_converge: m.allow_auto_converge,
+            allow_post_copy: false,
         };
         let began = Instant::now();
         source.meter = Meter::new();

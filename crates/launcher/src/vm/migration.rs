@@ -3,7 +3,7 @@
 use super::{Refused, Stage, Vm, refused, short};
 use crate::plan::Plan;
 use crate::record::Record;
-use crate::rpc::{DomainPhase, MigrationFacts, MigrationRole, Refusal, SourceOrder, TargetReady};
+use crate::rpc::{DomainPhase, GoOrder, MigrationFacts, MigrationRole, Refusal, SourceOrder, TargetReady};
 use godwit_qemu::blocks::Blocks;
 use godwit_qemu::instance::{GoError, Incoming, Settled};
 use godwit_qemu::migration::{Facts, Options};
@@ -23,13 +23,13 @@ impl Vm {
         migration_uid: &str,
     ) -> Result<TargetReady, Refused> {
         if plan.local_disks.is_empty() {
-            return Ok(TargetReady { socket, blocks_socket: None });
+            return Ok(TargetReady { socket, blocks_socket: None, post_copy: false });
         }
         let blocks = format!("blocks-{}.sock", short(migration_uid));
         let path = self.paths.sockets.join(&blocks);
         let _ = std::fs::remove_file(&path);
         incoming.offer_blocks(&path, &plan.local_disks).await?;
-        Ok(TargetReady { socket, blocks_socket: Some(blocks) })
+        Ok(TargetReady { socket, blocks_socket: Some(blocks), post_copy: false })
     }
 
     pub(super) fn arriving(&mut self, migration_uid: String) {
@@ -118,8 +118,21 @@ impl Vm {
         Ok(())
     }
 
+    /// Lets the guest run at the target while the rest of its memory follows.
+    pub(super) async fn switch_to_post_copy(&mut self, uid: &str) -> Result<(), Refused> {
+        self.about(uid, MigrationRole::Source)?;
+        Err(refused(Refusal::Unsupported, "this launcher does not switch to post-copy"))
+    }
+
+    /// Stops the guest so that the migration comes to an end.
+    pub(super) async fn pause_to_migrate(&mut self, uid: &str) -> Result<(), Refused> {
+        self.about(uid, MigrationRole::Source)?;
+        Err(refused(Refusal::Unsupported, "this launcher does not pause a guest for its migration"))
+    }
+
     /// The source is stopped for good: run the guest. The same go again is no second one.
-    pub(super) async fn go(&mut self, uid: &str) -> Result<(), Refused> {
+    pub(super) async fn go(&mut self, order: &GoOrder) -> Result<(), Refused> {
+        let uid = &order.migration_uid;
         let gone = self.about(uid, MigrationRole::Target)?.gone;
         match std::mem::replace(&mut self.stage, Stage::Ended) {
             Stage::Incoming(mut incoming) => {
@@ -256,6 +269,7 @@ impl Vm {
                     None => MigrationFacts::new("", MigrationRole::Source),
                 };
                 fill(&mut facts, departed.facts());
+                facts.handed_over = true;
                 if let Err(error) = self.write_down(&facts) {
                     // It is true all the same, and the guest stands still until it is told.
                     tracing::error!(%error, "that the guest has left could not be written down");
