@@ -5,7 +5,7 @@ use crate::kinds::Kind;
 use crate::read::{entry_reply, object_reply, store_error};
 use crate::respond::{self, Reply};
 use crate::server::Context;
-use crate::{intake, managed, reviews, strategy};
+use crate::{intake, managed, quotas, reviews, strategy};
 use bytes::Bytes;
 use godwit_machinery::status::{Cause, Status};
 use godwit_machinery::{builtin, meta, names};
@@ -94,6 +94,7 @@ pub(crate) async fn insert(
             object,
         )?;
         let mut object = managed::created(kind, object, manager);
+        let claim = quotas::claim(&cx.inner, kind, namespace, &object).await?;
         if dry_run {
             if cx.store().get(&kind.key(namespace, &name)).is_some() {
                 let (group, plural) = kind.names();
@@ -102,7 +103,12 @@ pub(crate) async fn insert(
             return Ok(Stored::Draft(object));
         }
         kind.store(&mut object);
-        match cx.store().create(&kind.key(namespace, &name), encode(object)).await {
+        let key = kind.key(namespace, &name);
+        let stored = match claim {
+            Some(claim) => claim.store(key, encode(object)).await,
+            None => cx.store().create(&key, encode(object)).await,
+        };
+        match stored {
             Ok(entry) => return Ok(Stored::Entry(entry)),
             // A generated name that is taken is tried again with another one.
             Err(godwit_store::Error::Exists { .. }) if !given && attempt < 8 => {}

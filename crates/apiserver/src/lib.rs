@@ -19,6 +19,7 @@ mod listen;
 mod managed;
 mod paths;
 mod pods;
+mod quotas;
 mod rbac;
 mod read;
 mod render;
@@ -166,6 +167,7 @@ impl Server {
             dialer: parts.dialer,
             kubelet: kubelet.map(Arc::new),
             documents: paths::Documents::default(),
+            quotas: quotas::Quotas::default(),
             stopping: tokio::sync::watch::Sender::new(false),
         });
         bootstrap::objects(&inner, &parts.ca).await?;
@@ -173,6 +175,7 @@ impl Server {
         tasks.spawn(collector::run(inner.clone(), parts.ca));
         tasks.spawn(expire::run(inner.clone()));
         tasks.spawn(budgets::run(inner.clone()));
+        tasks.spawn(quotas::run(inner.clone()));
         Ok(Self { inner, _housekeeping: Arc::new(Housekeeping { _tasks: tasks }) })
     }
 

@@ -34,6 +34,7 @@ pub(crate) struct Inner {
     pub(crate) dialer: Arc<dyn Dialer>,
     pub(crate) kubelet: Option<Arc<rustls::ClientConfig>>,
     pub(crate) documents: paths::Documents,
+    pub(crate) quotas: crate::quotas::Quotas,
     /// True when the server stops: watches end.
     pub(crate) stopping: tokio::sync::watch::Sender<bool>,
 }

@@ -114,7 +114,6 @@ fn secret_strings(object: &mut Value) {
 /// What a client should know about an object that is stored and served, but on (parts of) which nothing here acts.
 pub(crate) fn unsupported(kind: &Kind, object: &Value) -> Vec<String> {
     let what = match kind.names() {
-        ("", "resourcequotas") => "ResourceQuota is stored but not enforced",
         ("", "services") => "Service is stored, but no address or load balancing is set up for it",
         ("scheduling.k8s.io", "priorityclasses") => "PriorityClass is stored, but nothing is preempted",
         ("apiextensions.k8s.io", "customresourcedefinitions") => return crd::warnings(object),

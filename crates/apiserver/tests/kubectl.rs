@@ -216,7 +216,15 @@ fn typed_creates_and_access() {
             "Yg== Opaque"
         );
         k.good(&["create", "serviceaccount", "robot", "-n", "team"], "");
-        k.good(&["create", "quota", "q", "--hard=pods=3", "-n", "team"], "");
+        has(&k.good(&["create", "quota", "q", "--hard=pods=3,configmaps=9", "-n", "team"], ""), "created");
+        k.good(&["wait", "quota/q", "--for=jsonpath={.status.hard.pods}=3", "-n", "team", "--timeout=10s"], "");
+        let table = k.good(&["get", "quota", "q", "-n", "team"], "");
+        has(&table, "configmaps: 2/9, pods: 0/3");
+        let told = k.good(&["describe", "quota", "q", "-n", "team"], "");
+        let lines: Vec<Vec<&str>> = told.lines().map(|line| line.split_whitespace().collect()).collect();
+        for wanted in [["Resource", "Used", "Hard"], ["configmaps", "2", "9"], ["pods", "0", "3"]] {
+            assert!(lines.contains(&wanted.to_vec()), "{told}");
+        }
         k.good(&["create", "poddisruptionbudget", "b", "--selector=app=x", "--min-available=1", "-n", "team"], "");
         k.good(&["create", "role", "r", "--verb=get,list", "--resource=pods", "-n", "team"], "");
         k.good(&["create", "rolebinding", "rb", "--role=r", "--serviceaccount=team:robot", "-n", "team"], "");

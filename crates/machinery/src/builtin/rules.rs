@@ -33,6 +33,7 @@ pub fn validate(resource: &Resource, object: &Value) -> Vec<FieldError> {
         }
         ("", "Secret") => keys(object, "data", &mut errors),
         ("", "PersistentVolumeClaim") => claim(object, &mut errors),
+        ("", "ResourceQuota") => resource_quota(object, &mut errors),
         ("policy", "PodDisruptionBudget") => budget(object, &mut errors),
         ("storage.k8s.io", "StorageClass") => needs(object, "provisioner", "provisioner", &mut errors),
         ("rbac.authorization.k8s.io", "RoleBinding" | "ClusterRoleBinding") => role_ref(object, &mut errors),
@@ -215,6 +216,33 @@ fn budget(object: &Value, errors: &mut Vec<FieldError>) {
     }
 }
 
+/// Amounts are not negative, and nothing is limited that nobody counts.
+fn resource_quota(object: &Value, errors: &mut Vec<FieldError>) {
+    use crate::{quantity::Quantity, quota};
+    for (name, amount) in object.pointer("/spec/hard").and_then(Value::as_object).into_iter().flatten() {
+        let field = format!("spec.hard[{name}]");
+        if quota::counts(name).is_none() {
+            invalid(&field, name, "must be a standard resource for quota", errors);
+        }
+        if let Some(amount) = Quantity::of(amount)
+            && amount < Quantity::new(0, crate::quantity::Format::DecimalSi)
+        {
+            invalid(&field, &amount.to_string(), "must be greater than or equal to 0", errors);
+        }
+    }
+    let Some(spec) = object.get("spec") else { return };
+    for (index, scope) in list(spec, "scopes") {
+        let holder = serde_json::json!({"scope": scope});
+        one_of(&holder, "scope", &format!("spec.scopes[{index}]"), &quota::SCOPES, errors);
+    }
+    let terms = spec.get("scopeSelector").into_iter().flat_map(|selector| list(selector, "matchExpressions"));
+    for (index, term) in terms {
+        let path = format!("spec.scopeSelector.matchExpressions[{index}]");
+        one_of(term, "scopeName", &format!("{path}.scopeName"), &quota::SCOPES, errors);
+        one_of(term, "operator", &format!("{path}.operator"), &["In", "NotIn", "Exists", "DoesNotExist"], errors);
+    }
+}
+
 fn role_ref(object: &Value, errors: &mut Vec<FieldError>) {
     let Some(role) = object.get("roleRef") else { return };
     one_of(role, "kind", "roleRef.kind", &["Role", "ClusterRole"], errors);
@@ -284,6 +312,16 @@ mod tests {
         assert!(with(json!({"minAvailable": -1}))[0].contains("greater than or equal to 0"));
         assert!(with(json!({"maxUnavailable": "half"}))[0].contains("valid percent string"));
         assert!(with(json!({"maxUnavailable": "101%"}))[0].contains("greater than 100%"));
+    }
+
+    #[test]
+    fn quotas_limit_what_is_counted() {
+        let with =
+            |spec: Value| check("ResourceQuota", json!({"metadata": {"name": "q", "namespace": "n"}, "spec": spec}));
+        assert!(with(json!({"hard": {"pods": "3", "requests.memory": "1Gi", "count/vms.example.com": 1}})).is_empty());
+        assert!(with(json!({"hard": {"podz": "3"}}))[0].contains("must be a standard resource for quota"));
+        assert!(with(json!({"hard": {"pods": "-1"}}))[0].contains("must be greater than or equal to 0"));
+        assert!(with(json!({"scopes": ["Odd"]}))[0].starts_with("spec.scopes[0]: Unsupported value: \"Odd\""));
     }
 
     #[test]

@@ -21,6 +21,7 @@ pub(super) enum Kind {
     StorageClass,
     Lease,
     DisruptionBudget,
+    ResourceQuota,
     Role,
     Binding,
     Definition,
@@ -110,6 +111,7 @@ const DISRUPTION_BUDGET: &[Heading] = &[
     heading("Allowed Disruptions", "integer"),
     AGE,
 ];
+const RESOURCE_QUOTA: &[Heading] = &[NAME, heading("Request", "string"), heading("Limit", "string"), AGE];
 const CREATED: &[Heading] = &[NAME, heading("Created At", "date")];
 const BINDING: &[Heading] = &[
     NAME,
@@ -135,6 +137,7 @@ impl Kind {
             ("", "PersistentVolume") => Kind::Volume,
             ("storage.k8s.io", "StorageClass") => Kind::StorageClass,
             ("coordination.k8s.io", "Lease") => Kind::Lease,
+            ("", "ResourceQuota") => Kind::ResourceQuota,
             ("policy", "PodDisruptionBudget") => Kind::DisruptionBudget,
             ("rbac.authorization.k8s.io", "Role" | "ClusterRole") => Kind::Role,
             ("rbac.authorization.k8s.io", "RoleBinding" | "ClusterRoleBinding") => Kind::Binding,
@@ -157,6 +160,7 @@ impl Kind {
             Kind::StorageClass => STORAGE_CLASS,
             Kind::Lease => LEASE,
             Kind::DisruptionBudget => DISRUPTION_BUDGET,
+            Kind::ResourceQuota => RESOURCE_QUOTA,
             Kind::Role | Kind::Definition => CREATED,
             Kind::Binding => BINDING,
             Kind::Other => OTHER,
@@ -223,6 +227,7 @@ impl Kind {
                 at(o, "status.disruptionsAllowed").and_then(Value::as_i64).unwrap_or_default().into(),
                 age,
             ],
+            Kind::ResourceQuota => quota(o, name, age),
             Kind::Role | Kind::Definition => vec![name, string("metadata.creationTimestamp")],
             Kind::Binding => binding(o, name, age),
             Kind::Other => vec![name, age],
@@ -315,6 +320,18 @@ fn claim(o: &Value, name: Value, age: Value) -> Vec<Value> {
         age,
         text(o, "spec.volumeMode").unwrap_or("<unset>").into(),
     ]
+}
+
+/// `pods: 1/3, requests.cpu: 0/2`, limits in a cell of their own.
+fn quota(o: &Value, name: Value, age: Value) -> Vec<Value> {
+    let (mut requests, mut limits) = (Vec::new(), Vec::new());
+    for (key, hard) in o.pointer("/status/hard").and_then(Value::as_object).into_iter().flatten() {
+        let used = o.pointer("/status/used").and_then(|used| used.get(key));
+        let plain = |value: Option<&Value>| value.and_then(Value::as_str).unwrap_or("0").to_owned();
+        let cell = format!("{key}: {}/{}", plain(used), plain(Some(hard)));
+        if key.starts_with("limits.") { limits.push(cell) } else { requests.push(cell) }
+    }
+    vec![name, requests.join(", ").into(), limits.join(", ").into(), age]
 }
 
 fn binding(o: &Value, name: Value, age: Value) -> Vec<Value> {
