@@ -15,6 +15,7 @@ pub fn view<'a>(world: &'a World, settings: &'a Settings) -> View<'a> {
 }
 
 /// A world that plans are carried out on.
+#[derive(Clone)]
 pub struct Cluster {
     pub world: World,
     pub settings: Settings,

@@ -321,17 +321,18 @@ fn sweep(vmi: &VirtualMachineInstance, view: &View<'_>, plan: &mut Plan) {
 
 /// Takes the target's label away when the guest is not on its way any more, and no migration is left that would do it.
 fn unlabel(vmi: &mut VirtualMachineInstance, world: &World) {
-    let Some(state) = &vmi.status.migration_state else { return };
-    let settled = state.failed == Some(true) || vmi.status.node_name == state.target_node;
-    let name = vmi.key();
-    let cared_for = || {
-        let mut migrations = world.migrations_of(&name);
-        migrations.any(|one| Some(one.uid()) == state.migration_uid.as_deref() && !one.is_final())
-    };
-    if state.completed == Some(true)
-        && settled
-        && vmi.label(names::LABEL_MIGRATION_TARGET_NODE_NAME).is_some()
-        && !cared_for()
+    if vmi.label(names::LABEL_MIGRATION_TARGET_NODE_NAME).is_none() {
+        return;
+    }
+    let uid = vmi.status.migration_state.as_ref().and_then(|state| state.migration_uid.as_deref());
+    let settled = vmi.status.migration_state.as_ref().is_none_or(|state| {
+        let arrived = state.failed == Some(true) || vmi.status.node_name == state.target_node;
+        uid.is_none_or(str::is_empty) || state.completed == Some(true) && arrived
+    });
+    let cared_for =
+        |world: &World| world.migrations_of(&vmi.key()).any(|one| Some(one.uid()) == uid && !one.is_final());
+    if settled
+        && !cared_for(world)
         && let Some(labels) = &mut vmi.metadata.labels
     {
         labels.remove(names::LABEL_MIGRATION_TARGET_NODE_NAME);

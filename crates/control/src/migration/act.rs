@@ -9,8 +9,9 @@ use godwit_api::vmi::{
 use godwit_api::{MigrationPhase as Phase, Quantity, VirtualMachineInstance};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
+use super::explain;
 use super::observe::Situation;
-use super::table::{Action, Fact};
+use super::table::{Action, Blame, Fact};
 use crate::launcher_pod::{self, Role};
 use crate::object::{Name, Stored};
 use crate::plan::{EventType, Plan, VM_CONTROLLER};
@@ -65,6 +66,15 @@ pub fn carry_out(
             told.status.migration_state.get_or_insert_default().abort_requested = Some(true);
             plan.update(vmi.as_ref(), &told);
         }
+        Action::NoteLateAbort => {
+            let Some(vmi) = situation.vmi else { return };
+            let mut told = vmi.as_ref().clone();
+            let state = told.status.migration_state.get_or_insert_default();
+            state.abort_requested = Some(true);
+            state.abort_status = Some(AbortStatus::Failed);
+            after.status.migration_state = Some(state.clone());
+            plan.update(vmi.as_ref(), &told);
+        }
         Action::WarnUnschedulable => {
             if migration.status.reason.as_deref() != Some(fact.word().as_str()) {
                 let text = events::target_pod_unschedulable(migration.namespace(), migration.vmi_name());
@@ -92,7 +102,9 @@ fn hand_over(situation: &Situation<'_>, plan: &mut Plan) {
         source_pod: source_pod.clone(),
         target_node: target_node.clone(),
         target_pod: target_pod.clone(),
+        migration_policy_name: situation.policy.clone(),
         migration_configuration: Some(situation.configuration.clone()),
+        migration_network_type: Some(names::MIGRATION_NETWORK_POD.to_owned()),
         source_state: Some(MigrationSourceState {
             node: source_node,
             pod: source_pod,
@@ -127,13 +139,17 @@ fn fail_on_vmi(fact: Fact, situation: &Situation<'_>, plan: &mut Plan, tell: &mu
     state.failed = Some(true);
     state.completed = Some(true);
     state.end_timestamp = Some(Time(situation.view.now));
+    state.failure_cause = match fact.blame() {
+        Some(Blame::Cause(cause)) => Some(cause),
+        Some(Blame::Reported) | None => state.failure_cause.take(),
+    };
     let reason = match fact {
         Fact::TargetPodDown => names::FAILURE_TARGET_POD_DOWN.to_owned(),
         Fact::AbortBeforeStartUnanswered => {
             state.abort_status = Some(AbortStatus::Succeeded);
             names::FAILURE_ABORTED.to_owned()
         }
-        other => sentence(other, situation),
+        other => explain::sentence(other, situation),
     };
     let text = if fact == Fact::TargetPodDown {
         events::migration_failed_target_pod_down(situation.migration.uid())
@@ -211,85 +227,5 @@ fn collect_garbage(situation: &Situation<'_>, plan: &mut Plan) {
     // Each migration drops itself: the decision about one never fights with the decision about another.
     if finished.iter().take(surplus).any(|other| other.uid() == migration.uid()) {
         plan.delete(migration);
-    }
-}
-
-/// The fact as a sentence for people, with what to do where there is something to do.
-pub fn sentence(fact: Fact, situation: &Situation<'_>) -> String {
-    let configuration = &situation.configuration;
-    let vmi = situation.migration.vmi_name();
-    match fact {
-        Fact::VmiGone => format!("The VMI {vmi:?} does not exist."),
-        Fact::VmiFinal => format!("The VMI {vmi:?} has ended or is being deleted."),
-        Fact::Cancelled => "The migration was deleted before it was handed over; the guest was not touched.".to_owned(),
-        Fact::OtherMigration => "Another migration of the same VMI is in progress; wait for it or delete it.".to_owned(),
-        Fact::NotMigratable => {
-            let condition = situation.vmi.and_then(|vmi| vmi.condition(names::conditions::LIVE_MIGRATABLE));
-            let (reason, message) = condition.map_or((None, None), |c| (c.reason.as_deref(), c.message.as_deref()));
-            let (reason, message) = (reason.unwrap_or("unknown"), message.unwrap_or("none given"));
-            format!("Cannot migrate VMI, Reason: {reason}, Message: {message}")
-        }
-        Fact::GuestNotRunning => "Waits until the guest runs.".to_owned(),
-        Fact::EarlierUnresolved => {
-            "Waits until the handlers of both nodes report the end of an earlier migration of this VMI; check that they \
-             run and reach the API."
-                .to_owned()
-        }
-        Fact::OldPodRemains => "Waits until another launcher pod of the VMI has ended.".to_owned(),
-        Fact::ClusterLimit => format!(
-            "Waits for its turn: {} migrations run in the cluster, which is the limit (parallelMigrationsPerCluster).",
-            configuration.parallel_migrations_per_cluster.unwrap_or_default()
-        ),
-        Fact::NodeLimit => format!(
-            "Waits for its turn: {} migrations leave the source node, which is the limit \
-             (parallelOutboundMigrationsPerNode).",
-            configuration.parallel_outbound_migrations_per_node.unwrap_or_default()
-        ),
-        Fact::WaitedTooLong => match &situation.migration.status.message {
-            Some(last) => format!("Waited for its turn for more than a day. Last: {last}"),
-            None => "Waited for its turn for more than a day.".to_owned(),
-        },
-        Fact::Eligible | Fact::MayStart => "Makes the target pod when it is its turn.".to_owned(),
-        Fact::TargetPodCreated | Fact::TargetPodStarting => "Waits until the target pod is ready.".to_owned(),
-        Fact::TargetPodUnschedulable | Fact::TargetPodUnschedulableTooLong => {
-            let conditions = situation.pod.and_then(|pod| pod.status.as_ref()).and_then(|s| s.conditions.as_ref());
-            let scheduled = conditions.into_iter().flatten().find(|condition| condition.type_ == "PodScheduled");
-            let why = scheduled.and_then(|condition| condition.message.as_deref()).unwrap_or("the scheduler does not say why");
-            format!("No node takes the target pod: {why}")
-        }
-        Fact::TargetPodPendingTooLong => {
-            "The target pod did not become ready in time; see the events of the pod.".to_owned()
-        }
-        Fact::TargetPodReady | Fact::ReadyToHandOver => "Tells the VMI of the migration.".to_owned(),
-        Fact::TargetPodDown => "The target pod has ended.".to_owned(),
-        Fact::TargetPodGone => "The target pod was removed.".to_owned(),
-        Fact::HandOverTooLong => "The VMI could not be told of the migration in time.".to_owned(),
-        Fact::HandedOver | Fact::Preparing => "Waits until the handler of the target node is ready to receive.".to_owned(),
-        Fact::PreparingTooLong => {
-            "The handler of the target node did not become ready in time; check that it runs.".to_owned()
-        }
-        Fact::StateCleared => "The VMI does not carry the migration any more.".to_owned(),
-        Fact::StateTakenOver => "The VMI carries another migration.".to_owned(),
-        Fact::TargetListening | Fact::Starting => "Waits until the handler of the source node starts to send.".to_owned(),
-        Fact::StartTooLong => {
-            "The handler of the source node did not start to send in time; check that it runs.".to_owned()
-        }
-        Fact::Started | Fact::InFlight => "The guest's memory is being sent.".to_owned(),
-        Fact::RunningTooLong => "The migration runs far beyond its time limit.".to_owned(),
-        Fact::Arriving => "Waits until the handler of the target node reports the guest.".to_owned(),
-        Fact::Completed | Fact::Over => "The migration is over.".to_owned(),
-        Fact::SourceFailed => {
-            let reason = situation.own_state().and_then(|state| state.failure_reason.as_deref());
-            let reason = reason.unwrap_or("The source reported a failure");
-            // A guest that was lost after it had been handed over stays nowhere.
-            match situation.vmi.is_some_and(|vmi| vmi.is_final()) {
-                true => format!("{reason}."),
-                false => format!("{reason}; the guest stays where it was."),
-            }
-        }
-        Fact::Aborting => "Waits until the handler of the source node has aborted.".to_owned(),
-        Fact::AbortBeforeStartUnanswered | Fact::AbortUnanswered => {
-            "The handler of the source node did not answer the request to abort; check that it runs.".to_owned()
-        }
     }
 }

@@ -3,31 +3,16 @@
 use std::sync::Arc;
 
 use godwit_api::MigrationPhase as Phase;
-use godwit_api::vmi::VirtualMachineInstanceMigrationState as State;
+use godwit_api::vmi::{AbortStatus, VirtualMachineInstanceMigrationState as State};
 use godwit_api::{MigrationConfiguration, VirtualMachineInstance, VirtualMachineInstanceMigration, VmiPhase};
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::Pod;
 
-use super::limits;
 use super::table::Fact;
+use super::{deadlines, explain, limits};
 use crate::object::{Name, Stored};
 use crate::plan::View;
-use crate::{kubevirt, launcher_pod, names, placement};
-
-/// A migration may wait for its turn this long.
-const QUEUE_LIMIT: SignedDuration = SignedDuration::from_hours(24);
-/// The hand-over is one write; it is given up after this long.
-const HAND_OVER_LIMIT: SignedDuration = SignedDuration::from_mins(5);
-/// The target's handler has this long to listen, the source's to start.
-const PREPARE_LIMIT: SignedDuration = SignedDuration::from_mins(5);
-/// A handler has this long to answer a request to abort.
-const ABORT_LIMIT: SignedDuration = SignedDuration::from_mins(2);
-/// The target has this long to report the guest after the source is done.
-const ARRIVAL_LIMIT: SignedDuration = SignedDuration::from_secs(60);
-/// The handler keeps the time limits of a running migration; the controller steps in this much later.
-const HANDLER_MARGIN: SignedDuration = SignedDuration::from_mins(10);
-/// For running migrations without a time limit.
-const RUN_LIMIT: SignedDuration = SignedDuration::from_hours(24);
+use crate::{kubevirt, names, placement};
 
 /// What counts about a migration, gathered once.
 pub struct Situation<'a> {
@@ -37,8 +22,10 @@ pub struct Situation<'a> {
     pub vmi: Option<&'a Arc<VirtualMachineInstance>>,
     /// Its target pod.
     pub pod: Option<&'a Arc<Pod>>,
-    /// The configuration in force.
+    /// The configuration for it: as it was resolved at the hand-over, before that the one in force now.
     pub configuration: MigrationConfiguration,
+    /// The MigrationPolicy that the configuration comes from, if one applies.
+    pub policy: Option<String>,
     /// The view it was gathered from.
     pub view: View<'a>,
 }
@@ -62,8 +49,16 @@ impl<'a> Situation<'a> {
     pub fn of(migration: &'a Arc<VirtualMachineInstanceMigration>, view: &View<'a>) -> Self {
         let vmi = view.world.vmis.get(&Name::new(migration.namespace(), migration.vmi_name()));
         let pod = view.world.pods_of_migration(migration.uid()).next();
-        let configuration = kubevirt::migration_configuration(view.world);
-        Self { migration, vmi, pod, configuration, view: *view }
+        let (configuration, policy) = match vmi.map(|vmi| kubevirt::migration_configuration_of(view.world, vmi)) {
+            Some(resolved) => (resolved.configuration, resolved.policy),
+            None => (kubevirt::migration_configuration(view.world), None),
+        };
+        let mut situation = Self { migration, vmi, pod, configuration, policy, view: *view };
+        // What was resolved at the hand-over holds to the end.
+        if let Some(configuration) = situation.own_state().and_then(|state| state.migration_configuration.clone()) {
+            situation.configuration = configuration;
+        }
+        situation
     }
 
     /// The migration that the VMI carries.
@@ -78,7 +73,7 @@ impl<'a> Situation<'a> {
     }
 
     /// Since when the migration has been in its phase.
-    fn since(&self) -> Timestamp {
+    pub fn since(&self) -> Timestamp {
         let status = &self.migration.status;
         let entered = status.phase_transition_timestamps.iter().find(|entry| entry.phase == status.phase);
         let entered = entered.and_then(|entry| entry.phase_transition_timestamp.as_ref());
@@ -109,7 +104,8 @@ impl<'a> Situation<'a> {
     fn before_hand_over(&self) -> Option<Fact> {
         match self.vmi {
             None => Some(Fact::VmiGone),
-            Some(vmi) if vmi.is_final() || vmi.is_deleting() => Some(Fact::VmiFinal),
+            Some(vmi) if vmi.is_deleting() => Some(Fact::VmiFinal),
+            Some(vmi) if vmi.is_final() => Some(end_of(vmi)),
             _ if self.migration.is_deleting() => Some(Fact::Cancelled),
             _ => None,
         }
@@ -157,7 +153,7 @@ impl<'a> Situation<'a> {
                 Err(limit) => limit,
             }
         };
-        self.within(self.since(), QUEUE_LIMIT, wait, Fact::WaitedTooLong)
+        self.within(self.since(), deadlines::QUEUE, wait, Fact::WaitedTooLong)
     }
 
     fn scheduling(&self) -> Observation {
@@ -171,19 +167,29 @@ impl<'a> Situation<'a> {
         if is_ready(pod) {
             return Fact::TargetPodReady.into();
         }
-        let created = pod.metadata.creation_timestamp.as_ref().map_or_else(|| self.since(), |time| time.0);
+        let created = self.target_pod_since(pod);
         let unplaced = is_unschedulable(pod);
-        let fact = if unplaced { Fact::TargetPodUnschedulable } else { Fact::TargetPodStarting };
-        let (annotation, default, late) = if unplaced {
-            let late = Fact::TargetPodUnschedulableTooLong;
-            (names::ANNOTATION_UNSCHEDULABLE_POD_TIMEOUT, names::UNSCHEDULABLE_POD_TIMEOUT_SECONDS, late)
-        } else {
-            let late = Fact::TargetPodPendingTooLong;
-            (names::ANNOTATION_PENDING_POD_TIMEOUT, names::PENDING_POD_TIMEOUT_SECONDS, late)
+        let fact = match explain::trouble(pod, self.view.world) {
+            _ if unplaced => Fact::TargetPodUnschedulable,
+            Some(explain::Trouble::Image(_)) => Fact::TargetPodImage,
+            Some(explain::Trouble::Claim(_)) => Fact::TargetPodVolumes,
+            Some(explain::Trouble::Other(_)) | None => Fact::TargetPodStarting,
         };
-        let seconds = self.migration.annotation(annotation).and_then(|text| text.trim().parse::<i64>().ok());
-        let seconds = seconds.filter(|seconds| (0..=i64::from(i32::MAX)).contains(seconds)).unwrap_or(default);
-        self.within(created, SignedDuration::from_secs(seconds), fact, late)
+        let limits = [
+            deadlines::unschedulable(self.migration)
+                .filter(|_| unplaced)
+                .map(|limit| (limit, Fact::TargetPodUnschedulableTooLong)),
+            deadlines::pending(self.migration).map(|limit| (limit, Fact::TargetPodPendingTooLong)),
+        ];
+        match limits.into_iter().flatten().min_by_key(|(limit, _)| *limit) {
+            Some((limit, late)) => self.within(created, limit, fact, late),
+            None => fact.into(),
+        }
+    }
+
+    /// Since when there has been a target pod.
+    pub fn target_pod_since(&self, pod: &Pod) -> Timestamp {
+        pod.metadata.creation_timestamp.as_ref().map_or_else(|| self.since(), |time| time.0)
     }
 
     fn scheduled(&self) -> Observation {
@@ -201,7 +207,7 @@ impl<'a> Situation<'a> {
         if self.vmi.is_some_and(|vmi| is_on_its_way(vmi)) {
             return Fact::OtherMigration.into();
         }
-        self.within(self.since(), HAND_OVER_LIMIT, Fact::ReadyToHandOver, Fact::HandOverTooLong)
+        self.within(self.since(), deadlines::HAND_OVER, Fact::ReadyToHandOver, Fact::HandOverTooLong)
     }
 
     /// What can have happened to a handed-over migration in any phase.
@@ -212,11 +218,12 @@ impl<'a> Situation<'a> {
             return Err(if other.is_empty() { Fact::StateCleared } else { Fact::StateTakenOver });
         };
         if state.failed == Some(true) {
-            return Err(Fact::SourceFailed);
+            // A handler gives a migration up when its VMI is being deleted.
+            return Err(if vmi.is_deleting() { Fact::VmiFinal } else { Fact::SourceFailed });
         }
         // The end of the guest after a completed migration is the guest's own affair.
         if vmi.is_final() && state.completed != Some(true) {
-            return Err(Fact::VmiFinal);
+            return Err(end_of(vmi));
         }
         Ok(state)
     }
@@ -236,21 +243,22 @@ impl<'a> Situation<'a> {
         if self.pod.is_none_or(|pod| pod.deleting() || placement::is_finished(pod)) {
             return Fact::TargetPodDown.into();
         }
-        if let Some(observation) = self.abort(state, Fact::AbortBeforeStartUnanswered) {
+        if let Some(observation) = self.abort(state, self.since(), Fact::AbortBeforeStartUnanswered) {
             return observation;
         }
         let (waiting, late) =
             if preparing { (Fact::Preparing, Fact::PreparingTooLong) } else { (Fact::Starting, Fact::StartTooLong) };
-        self.within(self.since(), PREPARE_LIMIT, waiting, late)
+        self.within(self.since(), deadlines::PREPARE, waiting, late)
     }
 
-    /// What an abort that was asked for, or is to be, makes of the migration.
-    fn abort(&self, state: &State, unanswered: Fact) -> Option<Observation> {
+    /// What an abort that was asked for, or is to be, makes of the migration. `latest` is when it was asked for if nobody
+    /// has deleted the migration.
+    fn abort(&self, state: &State, latest: Timestamp, unanswered: Fact) -> Option<Observation> {
         if state.abort_requested == Some(true) {
             let asked = self.migration.condition(names::conditions::MIGRATION_ABORT_REQUESTED);
             let asked = asked.and_then(|condition| condition.last_transition_time.as_ref());
-            let asked = asked.map_or_else(|| self.since(), |time| time.0);
-            return Some(self.within(asked, ABORT_LIMIT, Fact::Aborting, unanswered));
+            let asked = asked.map_or(latest, |time| time.0);
+            return Some(self.within(asked, deadlines::ABORT, Fact::Aborting, unanswered));
         }
         self.migration.is_deleting().then(|| Fact::Cancelled.into())
     }
@@ -261,32 +269,36 @@ impl<'a> Situation<'a> {
             Err(fact) => return fact.into(),
         };
         if state.completed == Some(true) {
+            let cancelled = self.migration.is_deleting() || state.abort_requested == Some(true);
+            let completed = if cancelled { Fact::CompletedDespiteCancel } else { Fact::Completed };
             let arrived = self.vmi.is_some_and(|vmi| vmi.status.node_name == state.target_node || vmi.is_final());
             if arrived {
-                return Fact::Completed.into();
+                return completed.into();
             }
             let end = state.end_timestamp.as_ref().map_or_else(|| self.since(), |time| time.0);
-            return self.within(end, ARRIVAL_LIMIT, Fact::Arriving, Fact::Completed);
+            return self.within(end, deadlines::ARRIVAL, Fact::Arriving, completed);
         }
-        if let Some(observation) = self.abort(state, Fact::AbortUnanswered) {
+        let vmi = self.vmi.map(AsRef::as_ref);
+        let end = deadlines::running(&self.configuration, vmi, state, self.since());
+        // Too late to abort: the guest is on its way, and how that ends will be told.
+        let too_late = state.abort_status == Some(AbortStatus::Failed);
+        if !too_late && let Some(observation) = self.abort(state, end.unwrap_or(self.view.now), Fact::AbortUnanswered) {
             return observation;
         }
-        self.within(self.since(), self.budget(), Fact::InFlight, Fact::RunningTooLong)
-    }
-
-    /// How long the migration may run before the controller steps in.
-    fn budget(&self) -> SignedDuration {
-        let per_gib = self.configuration.completion_timeout_per_gib.unwrap_or(0);
-        let guest = self.vmi.map_or(0, |vmi| launcher_pod::guest_memory(&vmi.spec));
-        let gigabytes = i64::try_from(guest / 1_000_000_000 + 1).unwrap_or(i64::MAX);
-        match per_gib.saturating_mul(gigabytes) {
-            0 => RUN_LIMIT,
-            // Twice: the budget is doubled when the guest is paused to let the migration end.
-            seconds => {
-                SignedDuration::from_secs(seconds.clamp(0, 1 << 32).saturating_mul(2)).saturating_add(HANDLER_MARGIN)
-            }
+        let fact = if too_late { Fact::AbortTooLate } else { Fact::InFlight };
+        match end {
+            Some(end) if self.view.now < end => Observation { fact, until: Some(end) },
+            Some(_) if too_late => Fact::AbortUnanswered.into(),
+            Some(_) => Fact::RunningTooLong.into(),
+            // A limit beyond the end of time never passes.
+            None => fact.into(),
         }
     }
+}
+
+/// How a VMI has ended, for its migration.
+fn end_of(vmi: &VirtualMachineInstance) -> Fact {
+    if vmi.status.phase == VmiPhase::Failed { Fact::GuestLost } else { Fact::VmiFinal }
 }
 
 /// Whether a handed-over migration has not reported its end.

@@ -3,6 +3,7 @@
 //! `docs/migration-states.md` is rendered from this table. Phases and event texts are KubeVirt's.
 
 use godwit_api::MigrationPhase as Phase;
+use godwit_api::failure::FailureCause;
 use godwit_api::names::events::{message, reason};
 
 use crate::plan::EventType;
@@ -14,6 +15,8 @@ pub enum Fact {
     VmiGone,
     /// The VMI has ended or is being deleted.
     VmiFinal,
+    /// The VMI has failed: the guest was lost where it ran.
+    GuestLost,
     /// The migration has been deleted by a user.
     Cancelled,
     /// Another migration of the same VMI is under way.
@@ -32,6 +35,10 @@ pub enum Fact {
     ClusterLimit,
     /// As many migrations as may leave the source node are leaving it.
     NodeLimit,
+    /// The namespace's quota has no room for the target pod.
+    QuotaFull,
+    /// The namespace's quota has had no room for too long.
+    QuotaFullTooLong,
     /// It has waited for its turn for too long.
     WaitedTooLong,
     /// There is room: the target pod can be made.
@@ -40,6 +47,10 @@ pub enum Fact {
     TargetPodCreated,
     /// The target pod is not ready yet.
     TargetPodStarting,
+    /// An image of the target pod cannot be pulled, for now.
+    TargetPodImage,
+    /// A claim of the target pod is missing or not bound.
+    TargetPodVolumes,
     /// No node takes the target pod, for now.
     TargetPodUnschedulable,
     /// No node has taken the target pod for too long.
@@ -82,10 +93,14 @@ pub enum Fact {
     Arriving,
     /// The migration has ended well.
     Completed,
+    /// It has ended well although it was to be cancelled.
+    CompletedDespiteCancel,
     /// The migration has ended badly; the guest runs at the source.
     SourceFailed,
     /// An abort has been asked for and is not answered yet.
     Aborting,
+    /// An abort was asked for and the source says that it is too late for it.
+    AbortTooLate,
     /// An abort was asked for before the start and nobody answered.
     AbortBeforeStartUnanswered,
     /// An abort was asked for while running and nobody answered.
@@ -111,6 +126,8 @@ pub enum Action {
     FailOnVmi,
     /// Ask the source's handler, through the VMI, to abort.
     RequestAbort,
+    /// Write into the VMI that the abort came too late.
+    NoteLateAbort,
     /// Warn that no node takes the target pod, once.
     WarnUnschedulable,
     /// Record an event on the migration.
@@ -134,6 +151,15 @@ const fn row(from: Phase, fact: Fact, to: Phase, actions: &'static [Action]) -> 
     Row { from, fact, to, actions }
 }
 
+/// Who knows why a migration failed.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Blame {
+    /// The fact itself says it.
+    Cause(FailureCause),
+    /// Whoever wrote the failure into the VMI (`migrationState.failureCause`).
+    Reported,
+}
+
 /// A migration failed: the event with its text.
 const fn failed(text: &'static str) -> Action {
     Action::Tell(EventType::Warning, reason::FAILED_MIGRATION, text)
@@ -153,6 +179,13 @@ const CLEARED: Action = failed(message::MIGRATION_FAILED_STATE_CLEARED);
 const TAKEN_OVER: Action = failed(message::MIGRATION_FAILED_STATE_TAKEN_OVER);
 const BY_SOURCE: Action = failed(message::MIGRATION_FAILED_BY_SOURCE);
 const SUCCEEDED: Action = Action::Tell(EventType::Normal, reason::SUCCESSFUL_MIGRATION, message::MIGRATION_SUCCEEDED);
+const TOO_LATE: Action = Action::Tell(
+    EventType::Warning,
+    reason::FAILED_ABORT_MIGRATION,
+    "Migration could not be canceled: the guest had already moved to the target node.",
+);
+const HAND_OVER_FAILED: Action =
+    Action::Tell(EventType::Warning, reason::FAILED_HAND_OVER, "Failed to set MigrationStat in VMI status. :timed out");
 const HANDED_OVER: Action = Action::Tell(EventType::Normal, reason::SUCCESSFUL_HAND_OVER, message::HAND_OVER);
 const DROP_POD: Action = Action::DeleteTargetPod;
 
@@ -161,12 +194,14 @@ pub static TABLE: &[Row] = &[
     // New: is it allowed at all?
     row(Phase::Unset, Fact::VmiGone, Phase::Failed, &[NO_VMI]),
     row(Phase::Unset, Fact::VmiFinal, Phase::Failed, &[SHUTDOWN]),
+    row(Phase::Unset, Fact::GuestLost, Phase::Failed, &[SHUTDOWN]),
     row(Phase::Unset, Fact::Cancelled, Phase::Failed, &[CANCELED]),
     row(Phase::Unset, Fact::OtherMigration, Phase::Failed, &[NOT_ELIGIBLE]),
     row(Phase::Unset, Fact::Eligible, Phase::Pending, &[Action::NoteSourcePod]),
     // Pending: waits for its turn, then makes the target pod.
     row(Phase::Pending, Fact::VmiGone, Phase::Failed, &[DROP_POD, NO_VMI]),
     row(Phase::Pending, Fact::VmiFinal, Phase::Failed, &[DROP_POD, SHUTDOWN]),
+    row(Phase::Pending, Fact::GuestLost, Phase::Failed, &[DROP_POD, SHUTDOWN]),
     row(Phase::Pending, Fact::Cancelled, Phase::Failed, &[DROP_POD, CANCELED]),
     row(
         Phase::Pending,
@@ -179,6 +214,13 @@ pub static TABLE: &[Row] = &[
     row(Phase::Pending, Fact::OldPodRemains, Phase::Pending, &[]),
     row(Phase::Pending, Fact::ClusterLimit, Phase::Pending, &[]),
     row(Phase::Pending, Fact::NodeLimit, Phase::Pending, &[]),
+    row(Phase::Pending, Fact::QuotaFull, Phase::Pending, &[]),
+    row(
+        Phase::Pending,
+        Fact::QuotaFullTooLong,
+        Phase::Failed,
+        &[failed("Migration failed because the namespace's quota had no room for the target pod.")],
+    ),
     row(
         Phase::Pending,
         Fact::WaitedTooLong,
@@ -190,10 +232,13 @@ pub static TABLE: &[Row] = &[
     // Scheduling: the target pod finds a node and starts.
     row(Phase::Scheduling, Fact::VmiGone, Phase::Failed, &[DROP_POD, NO_VMI]),
     row(Phase::Scheduling, Fact::VmiFinal, Phase::Failed, &[DROP_POD, SHUTDOWN]),
+    row(Phase::Scheduling, Fact::GuestLost, Phase::Failed, &[DROP_POD, SHUTDOWN]),
     row(Phase::Scheduling, Fact::Cancelled, Phase::Failed, &[DROP_POD, CANCELED]),
     row(Phase::Scheduling, Fact::TargetPodGone, Phase::Failed, &[POD_REMOVED]),
     row(Phase::Scheduling, Fact::TargetPodDown, Phase::Failed, &[DROP_POD, POD_DOWN]),
     row(Phase::Scheduling, Fact::TargetPodStarting, Phase::Scheduling, &[]),
+    row(Phase::Scheduling, Fact::TargetPodImage, Phase::Scheduling, &[]),
+    row(Phase::Scheduling, Fact::TargetPodVolumes, Phase::Scheduling, &[]),
     row(Phase::Scheduling, Fact::TargetPodUnschedulable, Phase::Scheduling, &[Action::WarnUnschedulable]),
     row(Phase::Scheduling, Fact::TargetPodUnschedulableTooLong, Phase::Failed, &[Action::GiveUpTargetPod, POD_REMOVED]),
     row(Phase::Scheduling, Fact::TargetPodPendingTooLong, Phase::Failed, &[Action::GiveUpTargetPod, POD_REMOVED]),
@@ -201,6 +246,7 @@ pub static TABLE: &[Row] = &[
     // Scheduled: the VMI is told, from then on the handlers drive.
     row(Phase::Scheduled, Fact::VmiGone, Phase::Failed, &[DROP_POD, NO_VMI]),
     row(Phase::Scheduled, Fact::VmiFinal, Phase::Failed, &[DROP_POD, SHUTDOWN]),
+    row(Phase::Scheduled, Fact::GuestLost, Phase::Failed, &[DROP_POD, SHUTDOWN]),
     row(Phase::Scheduled, Fact::Cancelled, Phase::Failed, &[DROP_POD, CANCELED]),
     row(Phase::Scheduled, Fact::TargetPodGone, Phase::Failed, &[POD_REMOVED]),
     row(Phase::Scheduled, Fact::TargetPodDown, Phase::Failed, &[DROP_POD, POD_DOWN]),
@@ -209,13 +255,14 @@ pub static TABLE: &[Row] = &[
         Phase::Scheduled,
         Fact::HandOverTooLong,
         Phase::Failed,
-        &[DROP_POD, failed("Migration failed because it could not be handed over in time.")],
+        &[DROP_POD, HAND_OVER_FAILED, failed("Migration failed because it could not be handed over in time.")],
     ),
     row(Phase::Scheduled, Fact::ReadyToHandOver, Phase::Scheduled, &[Action::HandOver, HANDED_OVER]),
     row(Phase::Scheduled, Fact::HandedOver, Phase::PreparingTarget, &[]),
     // PreparingTarget: the target's handler makes the target ready.
     row(Phase::PreparingTarget, Fact::VmiGone, Phase::Failed, &[NO_VMI]),
     row(Phase::PreparingTarget, Fact::VmiFinal, Phase::Failed, &[SHUTDOWN]),
+    row(Phase::PreparingTarget, Fact::GuestLost, Phase::Failed, &[SHUTDOWN]),
     row(Phase::PreparingTarget, Fact::StateCleared, Phase::Failed, &[CLEARED]),
     row(Phase::PreparingTarget, Fact::StateTakenOver, Phase::Failed, &[TAKEN_OVER]),
     row(Phase::PreparingTarget, Fact::SourceFailed, Phase::Failed, &[BY_SOURCE]),
@@ -229,6 +276,7 @@ pub static TABLE: &[Row] = &[
     // TargetReady: the source's handler connects and starts.
     row(Phase::TargetReady, Fact::VmiGone, Phase::Failed, &[NO_VMI]),
     row(Phase::TargetReady, Fact::VmiFinal, Phase::Failed, &[SHUTDOWN]),
+    row(Phase::TargetReady, Fact::GuestLost, Phase::Failed, &[SHUTDOWN]),
     row(Phase::TargetReady, Fact::StateCleared, Phase::Failed, &[CLEARED]),
     row(Phase::TargetReady, Fact::StateTakenOver, Phase::Failed, &[TAKEN_OVER]),
     row(Phase::TargetReady, Fact::SourceFailed, Phase::Failed, &[BY_SOURCE]),
@@ -241,15 +289,18 @@ pub static TABLE: &[Row] = &[
     row(Phase::TargetReady, Fact::Started, Phase::Running, &[]),
     // Running: memory is on its way.
     row(Phase::Running, Fact::Completed, Phase::Succeeded, &[SUCCEEDED]),
+    row(Phase::Running, Fact::CompletedDespiteCancel, Phase::Succeeded, &[Action::NoteLateAbort, SUCCEEDED, TOO_LATE]),
     row(Phase::Running, Fact::Arriving, Phase::Running, &[]),
     row(Phase::Running, Fact::SourceFailed, Phase::Failed, &[BY_SOURCE]),
     row(Phase::Running, Fact::VmiGone, Phase::Failed, &[NO_VMI]),
     row(Phase::Running, Fact::VmiFinal, Phase::Failed, &[SHUTDOWN]),
+    row(Phase::Running, Fact::GuestLost, Phase::Failed, &[SHUTDOWN]),
     row(Phase::Running, Fact::StateCleared, Phase::Failed, &[CLEARED]),
     row(Phase::Running, Fact::StateTakenOver, Phase::Failed, &[TAKEN_OVER]),
     row(Phase::Running, Fact::Cancelled, Phase::Running, ABORT),
     row(Phase::Running, Fact::RunningTooLong, Phase::Running, ABORT),
     row(Phase::Running, Fact::Aborting, Phase::Running, &[]),
+    row(Phase::Running, Fact::AbortTooLate, Phase::Running, &[]),
     row(
         Phase::Running,
         Fact::AbortUnanswered,
@@ -273,6 +324,7 @@ impl Fact {
         matches!(
             self,
             Fact::WaitedTooLong
+                | Fact::QuotaFullTooLong
                 | Fact::TargetPodUnschedulableTooLong
                 | Fact::TargetPodPendingTooLong
                 | Fact::HandOverTooLong
@@ -284,9 +336,33 @@ impl Fact {
         )
     }
 
-    /// The same word in the API (`status.reason`).
+    /// The word for it in the API, while it is what the migration waits for (`status.reason`).
     pub fn word(self) -> String {
         format!("{self:?}")
+    }
+
+    /// Why a migration that this fact ends has failed; `None` for facts that end none.
+    pub fn blame(self) -> Option<Blame> {
+        Some(Blame::Cause(match self {
+            Fact::VmiGone => FailureCause::VmiNotFound,
+            Fact::VmiFinal => FailureCause::GuestEnded,
+            Fact::GuestLost => FailureCause::SourceLost,
+            Fact::Cancelled | Fact::AbortBeforeStartUnanswered => FailureCause::Cancelled,
+            Fact::OtherMigration => FailureCause::OtherMigration,
+            Fact::NotMigratable => FailureCause::NotMigratable,
+            Fact::QuotaFullTooLong => FailureCause::QuotaExceeded,
+            Fact::WaitedTooLong => FailureCause::WaitedTooLong,
+            Fact::TargetPodUnschedulableTooLong => FailureCause::Unschedulable,
+            Fact::TargetPodPendingTooLong => FailureCause::TargetNotReady,
+            Fact::TargetPodDown | Fact::TargetPodGone => FailureCause::TargetLost,
+            Fact::HandOverTooLong => FailureCause::NotHandedOver,
+            Fact::StateCleared | Fact::StateTakenOver => FailureCause::StateTaken,
+            Fact::PreparingTooLong => FailureCause::TargetUnresponsive,
+            Fact::StartTooLong | Fact::AbortUnanswered => FailureCause::SourceUnresponsive,
+            Fact::RunningTooLong => FailureCause::OutOfTime,
+            Fact::SourceFailed => return Some(Blame::Reported),
+            _ => return None,
+        }))
     }
 }
 

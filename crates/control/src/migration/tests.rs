@@ -1,9 +1,10 @@
 use std::collections::BTreeSet;
 
 use godwit_api::MigrationPhase as Phase;
+use godwit_api::failure::FailureCause;
 use serde_json::{Value, json};
 
-use super::table::{Action, Fact, TABLE, lookup, rank};
+use super::table::{Action, Blame, Fact, TABLE, lookup, rank};
 use crate::testing::Cluster;
 use crate::{Key, Kind, Name, Ref};
 
@@ -67,6 +68,33 @@ fn every_way_to_fail_says_why() {
     for row in TABLE.iter().filter(|row| row.to == Phase::Failed && row.from != Phase::Failed) {
         assert!(row.actions.iter().any(|action| matches!(action, Action::Tell(..))), "{row:?} is silent");
     }
+}
+
+#[test]
+fn every_way_to_fail_has_one_cause() {
+    for row in TABLE {
+        let fails = row.to == Phase::Failed && row.from != Phase::Failed || row.actions.contains(&Action::FailOnVmi);
+        match row.fact.blame() {
+            Some(Blame::Cause(cause)) => assert!(cause.is_known(), "{row:?}"),
+            Some(Blame::Reported) => assert_eq!(row.fact, Fact::SourceFailed),
+            None => assert!(!fails, "{row:?} has no cause"),
+        }
+    }
+    // What the handlers alone can know, and nothing else, is missing from the table.
+    let told: BTreeSet<_> = TABLE.iter().filter_map(|row| row.fact.blame()).collect();
+    let missing: Vec<_> =
+        FailureCause::ALL.into_iter().filter(|cause| !told.contains(&Blame::Cause(cause.clone()))).collect();
+    use FailureCause as C;
+    let handlers = [
+        C::NoProgress,
+        C::NotConverging,
+        C::LinkLost,
+        C::TargetRefusedCpu,
+        C::TargetRefusedStorage,
+        C::TargetRefusedMachine,
+        C::HypervisorError,
+    ];
+    assert_eq!(missing, handlers);
 }
 
 #[test]
@@ -138,7 +166,7 @@ pub fn migrate(cluster: &mut Cluster, job: &str, vmi: &str) {
     );
 }
 
-fn phase(cluster: &Cluster, job: &str) -> String {
+pub fn phase(cluster: &Cluster, job: &str) -> String {
     match cluster.get(Kind::Migration, &name(job)) {
         Some(value) => value["status"]["phase"].as_str().unwrap_or_default().to_owned(),
         None => "gone".to_owned(),
@@ -153,12 +181,12 @@ pub fn tell(cluster: &mut Cluster, vmi: &str, facts: Value) {
     cluster.patch(Kind::VirtualMachineInstance, &name(vmi), json!({"status": {"migrationState": facts}}));
 }
 
-fn target_pod(cluster: &Cluster, job: &str) -> Option<Name> {
+pub fn target_pod(cluster: &Cluster, job: &str) -> Option<Name> {
     cluster.world.pods_of_migration(&format!("uid-{job}")).next().map(|pod| crate::Stored::key(pod.as_ref()))
 }
 
 /// From the wish to the hand-over.
-fn hand_over(cluster: &mut Cluster, job: &str, vmi: &str) {
+pub fn hand_over(cluster: &mut Cluster, job: &str, vmi: &str) {
     migrate(cluster, job, vmi);
     cluster.settle();
     cluster.run_kubelets();
@@ -167,7 +195,7 @@ fn hand_over(cluster: &mut Cluster, job: &str, vmi: &str) {
 }
 
 /// What the handlers write of a migration that goes well.
-fn arrive(cluster: &mut Cluster, vmi: &str) {
+pub fn arrive(cluster: &mut Cluster, vmi: &str) {
     let target = state(cluster, vmi)["targetNode"].clone();
     tell(cluster, vmi, json!({"completed": true, "endTimestamp": cluster.now.to_string()}));
     cluster.patch(
@@ -302,7 +330,7 @@ fn a_dead_target_before_the_start_fails_the_migration_on_the_vmi() {
     assert!(cluster.has_event("FailedMigration", "failed. reason: Target pod is down"));
     assert!(cluster.has_event("FailedMigration", "source node reported migration failed"));
     let migration = cluster.get(Kind::Migration, &name("job")).unwrap();
-    assert_eq!(migration["status"]["reason"], "SourceFailed");
+    assert_eq!(migration["status"]["reason"], "TargetLost");
 }
 
 #[test]
@@ -417,7 +445,9 @@ fn missing_and_unmovable_vmis_fail_at_once() {
     cluster.settle();
     assert_eq!(phase(&cluster, "job"), "Failed");
     let message = cluster.get(Kind::Migration, &name("job")).unwrap()["status"]["message"].clone();
-    assert_eq!(message, "Cannot migrate VMI, Reason: DisksNotLiveMigratable, Message: PVC");
+    assert!(
+        message.as_str().unwrap().starts_with("Cannot migrate VMI, Reason: DisksNotLiveMigratable, Message: PVC. ")
+    );
     migrate(&mut cluster, "nobody", "nobody");
     cluster.step(&Key::Migration(name("nobody")));
     assert_eq!(phase(&cluster, "nobody"), "Failed");
