@@ -125,6 +125,19 @@ macro_rules! kinds {
                 match self { $(Object::$variant(object) => &object.metadata,)* }
             }
 
+            /// Its metadata, to be changed; what others hold of the object stays as it is.
+            pub fn metadata_mut(&mut self) -> &mut ObjectMeta {
+                match self { $(Object::$variant(object) => &mut Arc::make_mut(object).metadata,)* }
+            }
+
+            /// Whether both are the same in everything.
+            pub fn same_as(&self, other: &Object) -> bool {
+                match (self, other) {
+                    $((Object::$variant(one), Object::$variant(other)) => Arc::ptr_eq(one, other) || one == other,)*
+                    _ => false,
+                }
+            }
+
             /// Reads an object of `kind` from its JSON form.
             pub fn from_value(kind: Kind, value: Value) -> Result<Object, serde_json::Error> {
                 Ok(match kind {

@@ -3,6 +3,8 @@
 use godwit_control::{Kind, Name, Object, Ref};
 use serde_json::Value;
 
+use crate::control_loop::Life;
+
 /// One piece of news of a watch.
 #[derive(Clone, Debug)]
 pub enum News {
@@ -25,24 +27,24 @@ pub struct NodeWrite {
     pub status: bool,
 }
 
-/// An event. `generation` is the life of the controllers, `epoch` that of a node's agent, `boot` that of a node: what was
+/// An event. `life` is that of a controller process, `epoch` that of a node's agent, `boot` that of a node: what was
 /// meant for an earlier life does not arrive.
 #[derive(Clone, Debug)]
 pub enum Event {
     /// News for the controllers.
-    News { generation: u64, kind: Kind, news: News },
+    News { life: Life, kind: Kind, news: News },
     /// A broken watch is taken up again with a list.
-    Relist { generation: u64, kind: Kind },
-    /// The list arrives.
-    Listed { generation: u64, kind: Kind, objects: Vec<Object> },
+    Relist { life: Life, kind: Kind },
+    /// A page of the list arrives.
+    Listed { life: Life, kind: Kind, objects: Vec<Object>, first: bool, last: bool },
     /// A wake-up that a decision asked for.
-    Wake { generation: u64 },
+    Wake { life: Life },
     /// The next write of a plan.
-    Effect { generation: u64, chain: u64 },
+    Effect { life: Life, chain: u64 },
     /// A plan has been carried out, or could not be.
-    Conclude { generation: u64, chain: u64 },
+    Conclude { life: Life, chain: u64 },
     /// The controllers start.
-    ControllersStart { generation: u64 },
+    ControllersStart { life: Life },
     /// News for a node.
     NodeNews { node: usize, epoch: u64, target: Ref, object: Option<Object> },
     /// A node's agent starts or reaches the API again, and lists.
@@ -89,6 +91,8 @@ pub enum Event {
     Uncordon { node: usize },
     /// A cut link works again.
     LinkHeals { link: (usize, usize) },
+    /// The API server is back.
+    StoreUp,
     /// Users and faults stop.
     Calm,
     /// Whether everything is at rest.
@@ -109,8 +113,14 @@ pub enum Answer {
 pub enum Fault {
     /// A watch of the controllers breaks.
     WatchBreak,
-    /// The controllers restart.
+    /// A controller process restarts.
     ControllerRestart,
+    /// A controller process stands still for a while.
+    ControllerStall,
+    /// The API server restarts.
+    StoreRestart,
+    /// An administrator changes the limits.
+    LimitChange,
     /// A node's agent restarts.
     AgentRestart,
     /// A launcher is killed.
@@ -127,9 +137,12 @@ pub enum Fault {
 
 impl Fault {
     /// All of them.
-    pub const ALL: [Fault; 8] = [
+    pub const ALL: [Fault; 11] = [
         Fault::WatchBreak,
         Fault::ControllerRestart,
+        Fault::ControllerStall,
+        Fault::StoreRestart,
+        Fault::LimitChange,
         Fault::AgentRestart,
         Fault::LauncherKill,
         Fault::NodeDeath,

@@ -3,6 +3,7 @@
 use godwit_control::{Kind, Name, Object, Ref};
 
 use crate::Blow;
+use crate::control_loop::Controllers;
 use crate::event::{Event, Fault};
 use crate::machine::Why;
 use crate::sim::{MS, SECOND, Sim};
@@ -12,23 +13,35 @@ impl Sim {
     pub fn strike_by_chance(&mut self, fault: Fault) {
         let Some(after) = self.interval(fault) else { return };
         self.at(after, Event::Fault(fault));
+        let struck = self.injects();
         let nodes: Vec<usize> = (0..self.nodes.len()).collect();
-        let Some(node) = self.random.pick(&nodes).copied() else { return };
+        let Some(node) = self.random.pick(&nodes).copied().filter(|_| struck) else { return };
+        let processes: Vec<usize> = (0..self.controllers.len()).collect();
+        let Some(process) = self.random.pick(&processes).copied() else { return };
         match fault {
             Fault::WatchBreak => {
-                let watched = self.controllers.watched();
+                let watched = self.controllers.get(process).map(Controllers::watched).unwrap_or_default();
                 if let Some(kind) = self.random.pick(&watched).copied() {
-                    self.note(format!("the watch of {} breaks", kind.kind()));
-                    self.break_watch(kind);
+                    self.note(format!("the watch of {} by controller {process} breaks", kind.kind()));
+                    // After 410 the list follows at once, after a broken connection when it is back.
+                    let longest = if self.random.chance(500) { 20 * MS } else { 5_000 * MS };
+                    let after = self.random.between(10 * MS, longest);
+                    self.break_watch(process, kind, after);
                 }
             }
             Fault::ControllerRestart => {
                 let after = self.random.between(50 * MS, 10 * SECOND);
-                self.restart_controllers(after);
+                self.restart_controllers(process, after);
             }
+            Fault::ControllerStall => {
+                let duration = self.random.between(100 * MS, 20 * SECOND);
+                self.stall_controllers(process, duration);
+            }
+            Fault::StoreRestart => self.restart_store(),
+            Fault::LimitChange => self.change_limits(),
             Fault::AgentRestart => self.restart_agent(node),
             Fault::LauncherKill => {
-                let living: Vec<u64> = nodes.iter().flat_map(|node| self.living_on(*node)).collect();
+                let living = self.launchers.living();
                 if let Some(launcher) = self.random.pick(&living).copied() {
                     self.end_launcher(launcher, Why::Fault);
                 }
@@ -45,6 +58,65 @@ impl Sim {
         }
     }
 
+    /// The API server goes, and is back within seconds with all that was written; every watch has to be taken up again.
+    fn restart_store(&mut self) {
+        if self.store_down {
+            return;
+        }
+        self.note("the API server restarts".to_owned());
+        self.store_down = true;
+        for who in 0..self.controllers.len() {
+            for kind in self.controllers.get(who).map(Controllers::watched).unwrap_or_default() {
+                let after = self.random.between(10 * MS, 2_000 * MS);
+                self.break_watch(who, kind, after);
+            }
+        }
+        let after = self.random.between(100 * MS, 20 * SECOND);
+        self.at(after, Event::StoreUp);
+    }
+
+    /// The API server is back: agents list what they have missed.
+    pub fn store_is_back(&mut self) {
+        self.note("the API server is back".to_owned());
+        self.store_down = false;
+        for index in 0..self.nodes.len() {
+            let Some(epoch) = self.nodes.get(index).filter(|node| node.alive && !node.cut).map(|node| node.epoch)
+            else {
+                continue;
+            };
+            let after = self.random.between(10 * MS, SECOND);
+            self.at(after, Event::AgentLists { node: index, epoch });
+        }
+    }
+
+    /// Clocks go wrong: of some nodes and controllers, by up to half a minute.
+    pub fn skew_clocks(&mut self) {
+        let longest = 30 * SECOND;
+        for index in 0..self.nodes.len() + self.controllers.len() {
+            if !self.faulty(|faults| faults.skewed_clocks_per_mille) {
+                continue;
+            }
+            let drawn = i64::try_from(self.random.between(0, 2 * longest)).unwrap_or(0);
+            let skew = drawn - i64::try_from(longest).unwrap_or(0);
+            let nodes = self.nodes.len();
+            if let Some(node) = self.nodes.get_mut(index) {
+                node.skew = skew;
+            } else if let Some(one) = self.controllers.get_mut(index - nodes) {
+                one.skew = skew;
+            }
+        }
+    }
+
+    /// Somebody sets all clocks.
+    pub fn set_clocks_right(&mut self) {
+        for node in &mut self.nodes {
+            node.skew = 0;
+        }
+        for one in &mut self.controllers {
+            one.skew = 0;
+        }
+    }
+
     /// The source's QEMU is done: perhaps something breaks right now.
     pub fn strike_hand_over(&mut self, uid: &str, vmi: &Name) {
         if self.faulty(|faults| faults.hand_over_per_mille)
@@ -57,23 +129,20 @@ impl Sim {
 
     /// A blow lands on a migration, as far as it still has what is hit.
     pub fn strike(&mut self, uid: &str, vmi: &Name, blow: Blow) {
-        let target = self.launchers.iter().find(|(_, launcher)| launcher.receives.as_deref() == Some(uid));
-        let target = target.map(|(id, launcher)| (*id, launcher.node));
-        let source = self.launchers.iter().find(|(_, launcher)| {
-            let sends = launcher.sends.as_ref().is_some_and(|transfer| transfer.uid == uid);
-            launcher.vmi == *vmi && (sends || launcher.runs())
+        let target = self.launchers.receiving(uid).map(|(id, launcher)| (id, launcher.node));
+        let source = self.launchers.all_of(vmi).find(|(_, launcher)| {
+            launcher.runs() || launcher.sends.as_ref().is_some_and(|transfer| transfer.uid == uid)
         });
-        let source = source.map(|(id, launcher)| (*id, launcher.node));
+        let source = source.map(|(id, launcher)| (id, launcher.node));
         self.note(format!("{blow:?} hits the migration of {vmi}"));
         match (blow, source, target) {
             (Blow::Cancel, ..) => {
-                let found = self.store.list(Kind::Migration).find(|one| one.metadata().uid.as_deref() == Some(uid));
-                if let Some(name) = found.map(Object::name) {
+                if let Some(name) = self.store.get_by_uid(uid).map(Object::name) {
                     self.cancel_migration(&name);
                 }
             }
             (Blow::DeleteTargetPod, _, Some((id, _))) => {
-                let Some(launcher) = self.launchers.get(&id) else { return };
+                let Some(launcher) = self.launchers.get(id) else { return };
                 let (pod, uid, now) = (launcher.pod.clone(), launcher.pod_uid.clone(), self.time());
                 self.asked.insert(uid.clone());
                 let _ = self.store.delete(&Ref::new(Kind::Pod, pod), &uid, None, now);
@@ -87,8 +156,10 @@ impl Sim {
             }
             (Blow::CutLink, Some((_, one)), Some((_, other))) => self.cut_link(one, other, 30 * SECOND),
             (Blow::RestartController, ..) => {
-                let after = self.random.between(50 * MS, 5 * SECOND);
-                self.restart_controllers(after);
+                for who in 0..self.controllers.len() {
+                    let after = self.random.between(50 * MS, 5 * SECOND);
+                    self.restart_controllers(who, after);
+                }
             }
             (Blow::CutSourceNode, Some((_, node)), _) | (Blow::CutTargetNode, _, Some((_, node))) => {
                 self.cut_node(node);
@@ -112,9 +183,16 @@ impl Sim {
     }
 
     fn break_streams(&mut self, index: usize) {
-        let there: Vec<u64> =
-            self.launchers.iter().filter(|(_, launcher)| launcher.node == index).map(|(id, _)| *id).collect();
-        self.fail_transfers(|transfer, source| there.contains(&source) || there.contains(&transfer.target));
+        let node_of = |id: u64| self.launchers.get(id).map(|launcher| launcher.node);
+        let broken: Vec<u64> = self
+            .launchers
+            .sending()
+            .filter(|id| {
+                let sends = self.launchers.get(*id).and_then(|launcher| launcher.sends.as_ref());
+                node_of(*id) == Some(index) || sends.and_then(|sends| node_of(sends.target)) == Some(index)
+            })
+            .collect();
+        self.fail_transfers(|_, source| broken.contains(&source));
     }
 
     /// A node dies with all that runs on it.
@@ -123,7 +201,7 @@ impl Sim {
         node.alive = false;
         node.forget();
         self.note(format!("{} dies", self.name_of(index)));
-        for launcher in self.living_on(index) {
+        for launcher in self.launchers.living_on(index) {
             self.end_launcher(launcher, Why::Fault);
         }
         self.links_changed();
@@ -174,11 +252,5 @@ impl Sim {
             self.links_changed();
             self.at(duration, Event::LinkHeals { link });
         }
-    }
-
-    /// The VMI of a migration.
-    pub fn vmi_of(&self, migration: &godwit_api::VirtualMachineInstanceMigration) -> Option<&Object> {
-        let namespace = migration.metadata.namespace.clone().unwrap_or_default();
-        self.store.get(&Ref::new(Kind::VirtualMachineInstance, Name::new(namespace, migration.vmi_name())))
     }
 }

@@ -16,8 +16,6 @@ use crate::store::seconds;
 const REACH_WITHIN: u64 = 30 * SECOND;
 /// Between two attempts to reach it, or to give the go.
 const REDIAL_AFTER: u64 = SECOND / 2;
-/// Between two progress reports (the real one reports each second).
-const REPORT_EVERY: u64 = 10 * SECOND;
 /// The target reports the end when the source has not for so long.
 const SOURCE_REPORTS_WITHIN: u64 = 30 * SECOND;
 const ABORTED: &str = "Live migration has been aborted";
@@ -101,7 +99,7 @@ impl Sim {
         if pod.label(names::LABEL_CREATED_BY) != Some(sight.vmi.uid()) {
             return None;
         }
-        let found = self.launcher_of(pod.uid()).filter(|(_, launcher)| !launcher.forgotten);
+        let found = self.launchers.of_pod(pod.uid()).filter(|(_, launcher)| !launcher.forgotten);
         found.map(|(id, launcher)| (id, launcher.clone()))
     }
 
@@ -109,10 +107,10 @@ impl Sim {
         let state = sight.vmi.status.migration_state.clone().filter(|state| state.migration_uid.is_some());
         let Some(m) = state else {
             if sight.own_node() {
-                let first = self.launchers.values().find(|launcher| {
+                let first = self.launchers.all_of(&sight.vmi.key()).find(|(_, launcher)| {
                     launcher.node == sight.index && launcher.vmi_uid == sight.vmi.uid() && launcher.receives.is_none()
                 });
-                let pod = first.map(|launcher| launcher.pod.name.clone());
+                let pod = first.map(|(_, launcher)| launcher.pod.name.clone());
                 self.own_life(sight, pod.as_deref(), changes);
             }
             return;
@@ -153,7 +151,7 @@ impl Sim {
             Domain::Undefined if launcher.ended.is_some() => {}
             Domain::Undefined if deleting => self.stop_launcher(id, MS),
             Domain::Undefined if *phase == VmiPhase::Scheduled && !launcher.ordered => {
-                if let Some(launcher) = self.launchers.get_mut(&id) {
+                if let Some(launcher) = self.launchers.get_mut(id) {
                     launcher.ordered = true;
                 }
                 let after = self.random.between(20 * MS, SECOND);
@@ -193,12 +191,12 @@ impl Sim {
             return false;
         }
         if launcher.ended.is_some() {
-            self.failed(m, "the source's launcher is gone, and the guest with it", changes);
+            self.failed(sight, m, "the source's launcher is gone, and the guest with it", changes);
             return true;
         }
         match sent {
             None if launcher.domain != Domain::Running => {
-                self.failed(m, "the guest ended before the migration began", changes);
+                self.failed(sight, m, "the guest ended before the migration began", changes);
             }
             None => self.begin(sight, m, uid, id, changes),
             Some(transfer) if transfer.status == Status::Active => self.under_way(sight, m, id, &transfer, changes),
@@ -209,7 +207,7 @@ impl Sim {
                     None if wanted || transfer.status == Status::Cancelled => ABORTED.to_owned(),
                     None => "Live migration failed: the stream broke".to_owned(),
                 };
-                self.failed(m, &reason, changes);
+                self.failed(sight, m, &reason, changes);
             }
         }
         true
@@ -218,17 +216,17 @@ impl Sim {
     /// Not started yet: reach the target, then start.
     fn begin(&mut self, sight: &Sight, m: &State, uid: &str, id: u64, changes: &mut Changes) {
         if m.abort_requested == Some(true) {
-            return self.failed(m, ABORTED, changes);
+            return self.failed(sight, m, ABORTED, changes);
         }
         if sight.vmi.deleting() {
-            return self.failed(m, "Live migration has been aborted: the VMI is being deleted", changes);
+            return self.failed(sight, m, "Live migration has been aborted: the VMI is being deleted", changes);
         }
         if m.start_timestamp.is_some() {
-            return self.failed(m, "the launcher has no record of the migration that was started", changes);
+            return self.failed(sight, m, "the launcher has no record of the migration that was started", changes);
         }
         let port = m.target_direct_migration_node_ports.keys().next().and_then(|port| port.parse::<u64>().ok());
         let (Some(port), Some(to)) = (port, m.target_node.as_deref()) else { return };
-        let Some(to) = self.nodes.iter().position(|node| node.name == to) else { return };
+        let Some(to) = self.index_of(to) else { return };
         let listening = self.nodes.get(to).filter(|node| node.up).and_then(|node| node.listening.get(uid)).copied();
         let target = listening.filter(|(open, _)| *open == port && self.reaches(sight.index, to));
         let now = self.now;
@@ -242,7 +240,7 @@ impl Sim {
                 self.look_after(sight.index, &sight.vmi.key(), after);
             }
             None if now - since >= REACH_WITHIN => {
-                self.failed(m, "Live migration failed: the target cannot be reached", changes);
+                self.failed(sight, m, "Live migration failed: the target cannot be reached", changes);
             }
             None => self.look_after(sight.index, &sight.vmi.key(), REDIAL_AFTER),
         }
@@ -279,11 +277,29 @@ impl Sim {
         let now = self.now;
         let Some(node) = self.nodes.get_mut(sight.index) else { return };
         let reported = node.reported.get(&transfer.uid).copied().unwrap_or(transfer.started);
-        if now - reported >= REPORT_EVERY {
+        let every = u64::try_from(self.options.report_every.as_micros()).unwrap_or(SECOND);
+        if now - reported >= every
+            && let Some(guest) = self.guests.get(&name)
+        {
             node.reported.insert(transfer.uid.clone(), now);
-            changes.state("progress", json!({"totalMilliseconds": elapsed / 1000}));
+            let copied = transfer.copied(guest, now);
+            let done = copied.processed * 100 / (copied.processed + copied.remaining).max(1);
+            let percent = m.progress.as_ref().and_then(|before| before.percent).unwrap_or(0);
+            changes.state(
+                "progress",
+                json!({
+                    "percent": u64::from(percent).max(done),
+                    "bytesTotal": guest.memory,
+                    "bytesProcessed": copied.processed,
+                    "bytesRemaining": copied.remaining,
+                    "bytesPerSecond": guest.bandwidth,
+                    "dirtyBytesPerSecond": guest.dirty,
+                    "iteration": copied.iteration,
+                    "totalMilliseconds": elapsed / 1000,
+                }),
+            );
         }
-        self.look_after(sight.index, &name, REPORT_EVERY);
+        self.look_after(sight.index, &name, every);
     }
 
     /// The source's QEMU is done for good: only the go matters.
@@ -300,24 +316,24 @@ impl Sim {
                     changes.state("abortStatus", json!("Failed"));
                 }
                 changes.state("completed", json!(true));
-                let ended = seconds(self.time());
+                let ended = seconds(self.node_time(sight.index));
                 changes.state("endTimestamp", ended);
             }
             Some(Answer::Lost) => {
                 if !sight.vmi.is_final() {
                     changes.phase("Failed");
                 }
-                self.failed(m, "the guest was handed over and is lost", changes);
+                self.failed(sight, m, "the guest was handed over and is lost", changes);
                 if aborted {
                     changes.state("abortStatus", json!("Failed"));
                 }
             }
             None if sight.vmi.is_final() => {
-                self.failed(m, "the target was lost after the guest had been handed over", changes);
+                self.failed(sight, m, "the target was lost after the guest had been handed over", changes);
             }
             None if self.target_ended_unseen(sight, m) => {
                 changes.phase("Failed");
-                self.failed(m, "the guest was handed over and is lost with the target's pod", changes);
+                self.failed(sight, m, "the guest was handed over and is lost with the target's pod", changes);
                 if aborted {
                     changes.state("abortStatus", json!("Failed"));
                 }
@@ -358,7 +374,7 @@ impl Sim {
                 self.arrived(sight, changes);
             } else if waited >= SOURCE_REPORTS_WITHIN {
                 changes.state("completed", json!(true));
-                let ended = seconds(self.time());
+                let ended = seconds(self.node_time(sight.index));
                 changes.state("endTimestamp", ended);
             } else {
                 self.look_after(sight.index, &sight.vmi.key(), SOURCE_REPORTS_WITHIN - waited);
@@ -373,7 +389,7 @@ impl Sim {
         }
         match launcher.domain {
             Domain::Undefined if !launcher.ordered => {
-                if let Some(launcher) = self.launchers.get_mut(&id) {
+                if let Some(launcher) = self.launchers.get_mut(id) {
                     launcher.ordered = true;
                 }
                 let after = self.random.between(30 * MS, 800 * MS);
@@ -408,7 +424,7 @@ impl Sim {
 
     /// The guest lives here now.
     fn arrived(&mut self, sight: &Sight, changes: &mut Changes) {
-        let at = seconds(self.time());
+        let at = seconds(self.node_time(sight.index));
         changes.labels.insert(names::LABEL_NODE_NAME.to_owned(), json!(sight.node));
         changes.status.insert("nodeName".to_owned(), json!(sight.node));
         changes.state("targetNodeDomainDetected", json!(true));
@@ -430,9 +446,9 @@ impl Sim {
         let m = sight.vmi.status.migration_state.as_ref();
         let strays: Vec<u64> = self
             .launchers
-            .iter()
+            .living_of(&sight.vmi.key())
             .filter(|(_, launcher)| launcher.node == sight.index && launcher.vmi_uid == sight.vmi.uid())
-            .filter(|(_, launcher)| launcher.ended.is_none() && launcher.resumed.is_none())
+            .filter(|(_, launcher)| launcher.resumed.is_none())
             .filter(|(_, launcher)| {
                 let Some(uid) = launcher.receives.as_deref() else { return false };
                 let own = m.filter(|m| is(&m.migration_uid, uid));
@@ -446,7 +462,7 @@ impl Sim {
                     _ => false,
                 }
             })
-            .map(|(id, _)| *id)
+            .map(|(id, _)| id)
             .collect();
         for id in strays {
             self.stop_launcher(id, MS);
@@ -454,14 +470,14 @@ impl Sim {
     }
 
     /// The guest stays; say so.
-    fn failed(&mut self, m: &State, reason: &str, changes: &mut Changes) {
+    fn failed(&mut self, sight: &Sight, m: &State, reason: &str, changes: &mut Changes) {
         if m.abort_requested == Some(true) || m.abort_status == Some(AbortStatus::Aborting) {
             changes.state("abortStatus", json!("Succeeded"));
         }
         changes.state("completed", json!(true));
         changes.state("failed", json!(true));
         changes.state("failureReason", json!(reason));
-        let ended = seconds(self.time());
+        let ended = seconds(self.node_time(sight.index));
         changes.state("endTimestamp", ended);
     }
 }

@@ -1,6 +1,9 @@
 //! A node's agent: its view of the API, its writes, and the kubelet's half of its work.
 
+use std::collections::BTreeSet;
+
 use godwit_control::{Kind, Name, Object, Ref, Stored, names};
+use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::Pod;
 use serde_json::{Value, json};
 
@@ -9,14 +12,25 @@ use crate::machine::{Domain, Launcher, Why};
 use crate::sim::{MS, SECOND, Sim};
 use crate::store::{Commit, Refusal};
 
+/// How long a node may be silent, in seconds.
+const LEASE_SECONDS: i32 = 39;
+
 impl Sim {
     /// The name of a node.
     pub fn name_of(&self, node: usize) -> &str {
         self.nodes.get(node).map_or("?", |node| node.name.as_str())
     }
 
-    fn index_of(&self, name: &str) -> Option<usize> {
-        self.nodes.iter().position(|node| node.name == name)
+    /// The time that a node reads off its clock.
+    pub fn node_time(&self, index: usize) -> Timestamp {
+        let skew = self.nodes.get(index).map_or(0, |node| node.skew);
+        self.time() + SignedDuration::from_micros(skew)
+    }
+
+    /// The number of a node.
+    pub fn index_of(&self, name: &str) -> Option<usize> {
+        let number: usize = name.strip_prefix("node")?.parse().ok()?;
+        number.checked_sub(1).filter(|index| *index < self.nodes.len())
     }
 
     /// Which nodes watch an object: pods by their node, VMIs by the handler's two labels (docs/architecture.md). A handler that
@@ -31,8 +45,9 @@ impl Sim {
         };
         let mut nodes: Vec<usize> = names.into_iter().flatten().filter_map(|name| self.index_of(name)).collect();
         if let Object::VirtualMachineInstance(vmi) = object {
-            let launchers = self.launchers.values().filter(|one| one.ended.is_none() && one.vmi_uid == vmi.uid());
-            nodes.extend(launchers.map(|launcher| launcher.node));
+            let name = vmi.key();
+            let launchers = self.launchers.living_of(&name).filter(|(_, one)| one.vmi_uid == vmi.uid());
+            nodes.extend(launchers.map(|(_, launcher)| launcher.node));
         }
         nodes.sort_unstable();
         nodes.dedup();
@@ -41,8 +56,22 @@ impl Sim {
 
     /// A change is on its way to the nodes that watch the object.
     pub fn feed_nodes(&mut self, commit: &Commit) {
+        if !matches!(commit.latest, Object::Pod(_) | Object::VirtualMachineInstance(_)) {
+            return;
+        }
         let now_seen = if commit.gone { Vec::new() } else { self.watchers(&commit.latest) };
         let seen_before = commit.before.as_ref().map(|before| self.watchers(before)).unwrap_or_default();
+        if now_seen != seen_before {
+            let target = commit.latest.reference();
+            for node in &seen_before {
+                if let Some(watched) = self.watched.get_mut(node) {
+                    watched.remove(&target);
+                }
+            }
+            for node in &now_seen {
+                self.watched.entry(*node).or_default().insert(target.clone());
+            }
+        }
         let mut nodes: Vec<usize> = now_seen.iter().chain(&seen_before).copied().collect();
         nodes.sort_unstable();
         nodes.dedup();
@@ -60,7 +89,7 @@ impl Sim {
     /// News arrive at a node.
     pub fn take_node_news(&mut self, index: usize, epoch: u64, target: Ref, object: Option<Object>) {
         let Some(node) = self.nodes.get_mut(index) else { return };
-        if node.epoch != epoch || !node.up || node.cut || !node.alive {
+        if node.epoch != epoch || !node.up || node.cut || !node.alive || self.store_down {
             return;
         }
         match object {
@@ -80,24 +109,30 @@ impl Sim {
     /// The agent lists what it watches.
     pub fn agent_lists(&mut self, index: usize, epoch: u64) {
         let current = self.nodes.get(index).is_some_and(|node| node.epoch == epoch && node.alive && !node.cut);
-        if !current {
+        if !current || self.store_down {
             return;
         }
-        let kinds = [Kind::Pod, Kind::VirtualMachineInstance];
-        let all: Vec<Object> = kinds.iter().flat_map(|kind| self.store.list(*kind)).cloned().collect();
-        let mine: Vec<Object> = all.into_iter().filter(|object| self.watchers(object).contains(&index)).collect();
+        // A launcher that lives here shows its VMI though no label does.
+        let held = self.launchers.living_on(index);
+        let held = held.iter().filter_map(|id| self.launchers.get(*id)).map(|launcher| launcher.vmi.clone());
+        let mut wanted: BTreeSet<Ref> = held.map(|vmi| Ref::new(Kind::VirtualMachineInstance, vmi)).collect();
+        wanted.extend(self.watched.get(&index).into_iter().flatten().cloned());
+        let mine: Vec<Object> = wanted
+            .iter()
+            .filter_map(|target| self.store.get(target))
+            .filter(|object| self.watchers(object).contains(&index))
+            .cloned()
+            .collect();
         let Some(node) = self.nodes.get_mut(index) else { return };
         if !node.up {
-            for launcher in self.launchers.values_mut().filter(|one| one.node == index && one.ended.is_some()) {
-                launcher.forgotten = true;
-            }
+            self.launchers.forget_ended_on(index);
         }
         let mut targets: Vec<Ref> = node.cache.keys().cloned().collect();
         node.cache = mine.into_iter().map(|object| (object.reference(), object)).collect();
         node.up = true;
         targets.extend(node.cache.keys().cloned());
-        for id in self.living_on(index) {
-            if let Some(launcher) = self.launchers.get(&id) {
+        for id in self.launchers.living_on(index) {
+            if let Some(launcher) = self.launchers.get(id) {
                 targets.push(Ref::new(Kind::Pod, launcher.pod.clone()));
             }
         }
@@ -154,7 +189,7 @@ impl Sim {
         let now = self.time();
         let Some(node) = self.nodes.get_mut(index).filter(|node| node.epoch == epoch) else { return };
         node.writing.remove(&write.target);
-        let (name, reached) = (node.name.clone(), node.alive && !node.cut);
+        let (name, reached) = (node.name.clone(), node.alive && !node.cut && !self.store_down);
         if !reached {
             return self.retry(index, epoch, &write.target, SECOND);
         }
@@ -213,9 +248,8 @@ impl Sim {
             Some(Object::Pod(pod)) => pod.clone(),
             _ => {
                 // Pods that the API does not know are ended.
-                let gone =
-                    self.launchers.iter().filter(|(_, launcher)| launcher.node == index && launcher.pod == *name);
-                let gone: Vec<u64> = gone.map(|(id, _)| *id).collect();
+                let gone = self.launchers.named(name).filter(|(_, launcher)| launcher.node == index);
+                let gone: Vec<u64> = gone.map(|(id, _)| id).collect();
                 for id in gone {
                     self.end_launcher(id, Why::Order);
                 }
@@ -223,7 +257,7 @@ impl Sim {
             }
         };
         let (boot, pulling) = (node.boot, node.pulling.contains(pod.uid()));
-        let found = self.launcher_of(pod.uid()).map(|(id, launcher)| (id, launcher.clone()));
+        let found = self.launchers.of_pod(pod.uid()).map(|(id, launcher)| (id, launcher.clone()));
         let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref()).unwrap_or_default();
         let finished = godwit_control::placement::is_finished(&pod);
         match found {
@@ -253,7 +287,7 @@ impl Sim {
 
     /// A launcher is told to end, within so long.
     pub fn stop_launcher(&mut self, id: u64, within: u64) {
-        if let Some(launcher) = self.launchers.get_mut(&id)
+        if let Some(launcher) = self.launchers.get_mut(id)
             && !launcher.stopping
             && launcher.ended.is_none()
         {
@@ -274,28 +308,23 @@ impl Sim {
         if pod.uid() != uid || pod.deleting() || !node.up {
             return self.at(MS, Event::Sync { node: index, epoch, pod: name });
         }
-        let id = self.next_launcher;
-        self.next_launcher += 1;
-        self.launchers.insert(
-            id,
-            Launcher {
-                node: index,
-                vmi: Name::new(pod.namespace(), pod.annotation(names::ANNOTATION_DOMAIN).unwrap_or_default()),
-                vmi_uid: pod.label(names::LABEL_CREATED_BY).unwrap_or_default().to_owned(),
-                receives: pod.label(names::LABEL_MIGRATION_JOB_UID).map(str::to_owned),
-                pod: name.clone(),
-                pod_uid: uid,
-                domain: Domain::Undefined,
-                loaded: false,
-                resumed: None,
-                sends: None,
-                ended: None,
-                stopping: false,
-                ordered: false,
-                forgotten: false,
-                orphaned: false,
-            },
-        );
+        self.launchers.insert(Launcher {
+            node: index,
+            vmi: Name::new(pod.namespace(), pod.annotation(names::ANNOTATION_DOMAIN).unwrap_or_default()),
+            vmi_uid: pod.label(names::LABEL_CREATED_BY).unwrap_or_default().to_owned(),
+            receives: pod.label(names::LABEL_MIGRATION_JOB_UID).map(str::to_owned),
+            pod: name.clone(),
+            pod_uid: uid,
+            domain: Domain::Undefined,
+            loaded: false,
+            resumed: None,
+            sends: None,
+            ended: None,
+            stopping: false,
+            ordered: false,
+            forgotten: false,
+            orphaned: false,
+        });
         self.note(format!("launcher {name} starts on {}", self.name_of(index)));
         self.at(MS, Event::Sync { node: index, epoch, pod: name });
     }
@@ -307,24 +336,15 @@ impl Sim {
 
     /// The node says that it lives.
     pub fn heartbeat(&mut self, index: usize, boot: u64) {
-        let now = self.time();
+        let now = self.node_time(index);
         let Some(node) = self.nodes.get(index).filter(|node| node.boot == boot && node.alive) else { return };
-        let (name, reached) = (node.name.clone(), !node.cut);
+        let (name, reached) = (node.name.clone(), !node.cut && !self.store_down);
         self.at(Sim::HEARTBEAT, Event::Heartbeat { node: index, boot });
         if !reached {
             return;
         }
         let lease = Ref::new(Kind::Lease, Name::new(godwit_control::node::LEASES, name.as_str()));
-        let renewed = json!({"spec": {
-            "renewTime": now.to_string(), "leaseDurationSeconds": 3 * Sim::HEARTBEAT / SECOND, "holderIdentity": name,
-        }});
-        if self.store.merge(&lease, false, &renewed).is_err() {
-            let mut fresh = renewed;
-            if let Some(map) = fresh.as_object_mut() {
-                map.insert("metadata".to_owned(), json!({"namespace": lease.name.namespace, "name": name}));
-            }
-            let _ = self.store.create(Kind::Lease, fresh, "system:node", now, &mut self.random);
-        }
+        self.store.renew_lease(&lease, &name, LEASE_SECONDS, now, &mut self.random);
         let target = Ref::new(Kind::Node, Name::cluster(name.as_str()));
         let ready = match self.store.get(&target) {
             Some(Object::Node(node)) => godwit_control::placement::is_ready(node),

@@ -4,22 +4,33 @@
 //! that lag behind it, beside nodes that play kubelet, handler and launcher, while a seed decides what goes wrong. After
 //! every event it checks what must always hold; at the end nothing may be stuck. See docs/simulator.md.
 
+mod backwards;
 mod check;
 mod control_loop;
 mod event;
 mod faults;
 mod handler;
 mod kubelet;
+mod launchers;
+mod limits;
 mod machine;
+mod mutation;
+mod quick;
 mod random;
+mod rates;
 mod sim;
 mod store;
 mod trace;
 mod users;
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
+pub use check::{Rule, Violation};
 pub use godwit_api::MigrationPhase;
+pub use limits::Limits;
+pub use mutation::Mutation;
+pub use rates::Faults;
 
 /// What is simulated.
 #[derive(Clone, Debug)]
@@ -42,6 +53,18 @@ pub struct Options {
     pub blow: Option<(MigrationPhase, Blow)>,
     /// Keep the whole trace, not only its end.
     pub full_trace: bool,
+    /// Controller processes, all of them at work at the same time (as when a leader has lost its lease and does not know yet).
+    pub controllers: u32,
+    /// The limits in the KubeVirt object; `None` leaves the defaults.
+    pub limits: Option<Limits>,
+    /// So many migrations of VMs drawn at random, instead of `migrations` for each.
+    pub moves: Option<u32>,
+    /// How often a source's handler reports progress.
+    pub report_every: Duration,
+    /// Numbers of injected faults (counted from 1) that are left out; see [`Report::injections`].
+    pub without: BTreeSet<u64>,
+    /// Something that is wrong with the controllers.
+    pub mutation: Option<Mutation>,
 }
 
 impl Default for Options {
@@ -57,91 +80,14 @@ impl Default for Options {
             at_once: false,
             blow: None,
             full_trace: false,
+            controllers: 1,
+            limits: None,
+            moves: None,
+            report_every: Duration::from_secs(1),
+            without: BTreeSet::new(),
+            mutation: None,
         }
     }
-}
-
-/// How often things go wrong: of a thousand (`*_per_mille`), or so many times in an hour of virtual time (`*_per_hour`).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Faults {
-    /// Watch events that come up to seconds late.
-    pub late_news_per_mille: u32,
-    /// Watch events that come twice.
-    pub double_news_per_mille: u32,
-    /// Watches that break: what happens is missed until the kind is listed again.
-    pub watch_breaks_per_hour: u32,
-    /// Writes of controllers that are refused although nobody else has written.
-    pub conflicts_per_mille: u32,
-    /// Writes of controllers that are carried out, but whose answer is lost.
-    pub lost_answers_per_mille: u32,
-    /// The controllers restart; what they were carrying out is cut off between two writes.
-    pub controller_restarts_per_hour: u32,
-    /// The handler and kubelet of a node restart; launchers live on.
-    pub agent_restarts_per_hour: u32,
-    /// A launcher is killed with its QEMU.
-    pub launcher_kills_per_hour: u32,
-    /// A node dies and comes back, empty, minutes later.
-    pub node_deaths_per_hour: u32,
-    /// A node cannot reach anything for a while; its guests run on.
-    pub node_cuts_per_hour: u32,
-    /// The link between two nodes is cut for a while.
-    pub link_cuts_per_hour: u32,
-    /// Migrations at whose hand-over, within milliseconds around the go, something breaks.
-    pub hand_over_per_mille: u32,
-    /// Nodes that are cordoned for some minutes.
-    pub cordons_per_hour: u32,
-    /// Images that are pulled slowly (up to minutes).
-    pub slow_pulls_per_mille: u32,
-    /// Migrations that are deleted at some moment of their life.
-    pub cancels_per_mille: u32,
-    /// Migrations that are asked for twice at the same moment, past admission.
-    pub twins_per_mille: u32,
-    /// Guests that write faster than the link carries.
-    pub busy_guests_per_mille: u32,
-}
-
-impl Faults {
-    /// Nothing goes wrong.
-    pub const NONE: Faults = Faults {
-        late_news_per_mille: 0,
-        double_news_per_mille: 0,
-        watch_breaks_per_hour: 0,
-        conflicts_per_mille: 0,
-        lost_answers_per_mille: 0,
-        controller_restarts_per_hour: 0,
-        agent_restarts_per_hour: 0,
-        launcher_kills_per_hour: 0,
-        node_deaths_per_hour: 0,
-        node_cuts_per_hour: 0,
-        link_cuts_per_hour: 0,
-        hand_over_per_mille: 0,
-        cordons_per_hour: 0,
-        slow_pulls_per_mille: 0,
-        cancels_per_mille: 0,
-        twins_per_mille: 0,
-        busy_guests_per_mille: 0,
-    };
-
-    /// Everything goes wrong, often.
-    pub const ALL: Faults = Faults {
-        late_news_per_mille: 50,
-        double_news_per_mille: 30,
-        watch_breaks_per_hour: 120,
-        conflicts_per_mille: 30,
-        lost_answers_per_mille: 15,
-        controller_restarts_per_hour: 60,
-        agent_restarts_per_hour: 60,
-        launcher_kills_per_hour: 40,
-        node_deaths_per_hour: 15,
-        node_cuts_per_hour: 20,
-        link_cuts_per_hour: 60,
-        hand_over_per_mille: 150,
-        cordons_per_hour: 30,
-        slow_pulls_per_mille: 100,
-        cancels_per_mille: 250,
-        twins_per_mille: 100,
-        busy_guests_per_mille: 150,
-    };
 }
 
 /// One thing that happens to a migration on purpose.
@@ -197,7 +143,7 @@ pub struct Report {
     /// The seed, to run it again.
     pub seed: u64,
     /// The first thing that must always hold and did not.
-    pub violation: Option<String>,
+    pub violation: Option<Violation>,
     /// The last events before the end (or all of them, see [`Options::full_trace`]).
     pub trace: Vec<String>,
     /// Differs between any two runs that differ in anything that happened.
@@ -220,8 +166,12 @@ pub struct Report {
     pub most_at_once: u32,
     /// Most migrations that were leaving one node at the same time.
     pub most_from_one_node: u32,
+    /// Most migrations that were arriving on one node at the same time.
+    pub most_to_one_node: u32,
     /// Guests that died of an injected fault.
     pub guests_killed: u64,
+    /// Faults that were injected, those left out included.
+    pub injections: u64,
 }
 
 impl Report {

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use godwit_control::{Name, Object, Ref};
 
+use crate::check::Rule;
 use crate::event::{Answer, Event};
 use crate::sim::{MS, SECOND, Sim};
 
@@ -20,6 +21,8 @@ pub struct Node {
     pub alive: bool,
     /// It reaches nothing and nobody.
     pub cut: bool,
+    /// How far its clock is ahead, in microseconds.
+    pub skew: i64,
     /// The agent runs and has listed.
     pub up: bool,
     /// Counts the agent's lives.
@@ -53,6 +56,7 @@ impl Node {
             name,
             alive: false,
             cut: false,
+            skew: 0,
             up: false,
             epoch: 0,
             boot: 0,
@@ -133,6 +137,8 @@ pub struct Transfer {
     due: Option<u64>,
     /// What is left of the step while the link is cut.
     left: u64,
+    /// How long the copying takes on a link that is never cut.
+    copy: u64,
     /// It will never converge.
     pub endless: bool,
     /// How long the switchover takes.
@@ -201,6 +207,38 @@ pub enum Why {
     Order,
 }
 
+/// How far an outgoing migration has come, in bytes, bytes a second and rounds.
+pub struct Copied {
+    /// Sent so far, what was written again and sent again included.
+    pub processed: u64,
+    /// Not sent yet of this round.
+    pub remaining: u64,
+    /// The round, from 1.
+    pub iteration: u64,
+}
+
+impl Transfer {
+    /// How far it has come by now: rounds, each of which sends what was written during the one before.
+    pub fn copied(&self, guest: &Guest, now: u64) -> Copied {
+        let sent_for = match self.due {
+            _ if self.endless => now.saturating_sub(self.started),
+            Some(due) => self.copy.saturating_sub(due.saturating_sub(now)),
+            None => self.copy.saturating_sub(self.left),
+        };
+        let bandwidth = guest.bandwidth as f64;
+        let (mut left, mut round, mut processed) = (sent_for as f64 / 1e6, guest.memory as f64, 0.0);
+        let mut iteration = 1;
+        while left > round / bandwidth && iteration < 10_000 {
+            left -= round / bandwidth;
+            processed += round;
+            round = (guest.dirty as f64 * (round / bandwidth)).clamp(1.0, guest.memory as f64);
+            iteration += 1;
+        }
+        let sent = (left * bandwidth).min(round);
+        Copied { processed: (processed + sent) as u64, remaining: (round - sent) as u64, iteration }
+    }
+}
+
 impl Sim {
     /// Whether two nodes reach each other.
     pub fn reaches(&self, one: usize, other: usize) -> bool {
@@ -208,20 +246,9 @@ impl Sim {
         open(one) && open(other) && !self.cut_links.contains(&(one.min(other), one.max(other)))
     }
 
-    /// The launcher of a pod.
-    pub fn launcher_of(&self, pod_uid: &str) -> Option<(u64, &Launcher)> {
-        self.launchers.iter().find(|(_, launcher)| launcher.pod_uid == pod_uid).map(|(id, launcher)| (*id, launcher))
-    }
-
-    /// Launchers on a node that have not ended.
-    pub fn living_on(&self, node: usize) -> Vec<u64> {
-        let living = self.launchers.iter().filter(|(_, launcher)| launcher.node == node && launcher.ended.is_none());
-        living.map(|(id, _)| *id).collect()
-    }
-
     /// A launcher ends. Checks that no guest is lost by an order that no user gave.
     pub fn end_launcher(&mut self, id: u64, why: Why) {
-        let Some(launcher) = self.launchers.get(&id).filter(|launcher| launcher.ended.is_none()).cloned() else {
+        let Some(launcher) = self.launchers.get(id).filter(|launcher| launcher.ended.is_none()).cloned() else {
             return;
         };
         let holds = self.holds_guest(&launcher);
@@ -237,27 +264,28 @@ impl Sim {
             && !self.asked.contains(&launcher.vmi_uid)
             && !self.asked.contains(&launcher.pod_uid)
         {
-            self.violate(format!(
-                "the guest of {} was ended in {} on {} although nobody asked for its end",
-                launcher.vmi,
-                launcher.pod,
-                self.name_of(launcher.node)
-            ));
+            self.violate(
+                Rule::NeverLost,
+                format!(
+                    "the guest of {} was ended in {} on {} although nobody asked for its end",
+                    launcher.vmi,
+                    launcher.pod,
+                    self.name_of(launcher.node)
+                ),
+            );
         }
         if holds && why == Why::Fault {
             self.stats.guests_killed += 1;
         }
-        if let Some(launcher) = self.launchers.get_mut(&id) {
-            launcher.ended = Some(why == Why::Order);
-            launcher.domain = match (why, launcher.domain) {
-                (Why::Fault, Domain::MigratedAway) | (Why::Order, Domain::MigratedAway) => Domain::MigratedAway,
-                (Why::Fault, _) => Domain::Crashed,
-                (Why::Order, _) => Domain::Shutdown,
-            };
-        }
+        let domain = match (why, launcher.domain) {
+            (_, Domain::MigratedAway) => Domain::MigratedAway,
+            (Why::Fault, _) => Domain::Crashed,
+            (Why::Order, _) => Domain::Shutdown,
+        };
+        self.launchers.end(id, why == Why::Order, domain);
         // A guest whose source dies before the go is lost, and nobody's doing but the fault's (docs/hand-over.md).
         if let Some(transfer) = launcher.sends.as_ref().filter(|sent| sent.status == Status::Completed)
-            && let Some(target) = self.launchers.get_mut(&transfer.target)
+            && let Some(target) = self.launchers.get_mut(transfer.target)
             && target.domain == Domain::Incoming
             && why == Why::Fault
         {
@@ -288,18 +316,19 @@ impl Sim {
     /// Active transfers break; their guests go on at the source.
     pub fn fail_transfers(&mut self, hit: impl Fn(&Transfer, u64) -> bool) {
         let mut told = Vec::new();
-        for (id, launcher) in &mut self.launchers {
-            let Some(transfer) = launcher.sends.as_mut().filter(|transfer| transfer.status == Status::Active) else {
-                continue;
-            };
-            if hit(transfer, *id) {
-                transfer.status = Status::Failed;
-                transfer.token += 1;
-                if launcher.ended.is_none() && launcher.domain == Domain::Stopped {
-                    launcher.domain = Domain::Running;
-                }
-                told.push(launcher.clone());
+        let sending: Vec<u64> = self.launchers.sending().collect();
+        for id in sending {
+            let Some(launcher) = self.launchers.get_mut(id) else { continue };
+            let Some(transfer) = launcher.sends.as_mut().filter(|transfer| hit(transfer, id)) else { continue };
+            transfer.status = Status::Failed;
+            transfer.token += 1;
+            if launcher.ended.is_none() && launcher.domain == Domain::Stopped {
+                launcher.domain = Domain::Running;
             }
+            let launcher = launcher.clone();
+            self.launchers.note_sending(id);
+            self.check_guest(&launcher.vmi);
+            told.push(launcher);
         }
         for launcher in told {
             self.note(format!("migration of {} from {} breaks", launcher.vmi, self.name_of(launcher.node)));
@@ -309,21 +338,21 @@ impl Sim {
 
     /// The guest boots.
     pub fn boot_guest(&mut self, id: u64) {
-        if let Some(launcher) = self.launchers.get_mut(&id)
-            && launcher.ended.is_none()
+        if let Some(launcher) = self.launchers.living_mut(id)
             && launcher.domain == Domain::Undefined
             && launcher.receives.is_none()
         {
             launcher.domain = Domain::Running;
             let launcher = launcher.clone();
             self.note(format!("{} runs in {} on {}", launcher.vmi, launcher.pod, self.name_of(launcher.node)));
+            self.check_guest(&launcher.vmi);
             self.tell_agent(&launcher);
         }
     }
 
     /// A target's QEMU waits.
     pub fn prepared(&mut self, id: u64, uid: &str) {
-        let Some(launcher) = self.launchers.get_mut(&id).filter(|launcher| launcher.ended.is_none()) else { return };
+        let Some(launcher) = self.launchers.living_mut(id) else { return };
         if launcher.domain == Domain::Undefined && launcher.receives.as_deref() == Some(uid) {
             launcher.domain = Domain::Incoming;
         }
@@ -335,7 +364,7 @@ impl Sim {
     /// The handler of a launcher's node listens for a migration, on a port of its own.
     pub fn listen(&mut self, id: u64, uid: &str) {
         let port = self.random.between(20_000, 60_000);
-        let node = self.launchers.get(&id).map(|launcher| launcher.node);
+        let node = self.launchers.get(id).map(|launcher| launcher.node);
         if let Some(node) = node.and_then(|node| self.nodes.get_mut(node)).filter(|node| node.alive && node.up) {
             node.listening.insert(uid.to_owned(), (port, id));
         }
@@ -343,7 +372,7 @@ impl Sim {
 
     /// The source's QEMU begins to send.
     pub fn send(&mut self, id: u64, uid: &str, target: u64) {
-        let Some(launcher) = self.launchers.get(&id).cloned() else { return };
+        let Some(launcher) = self.launchers.get(id).cloned() else { return };
         let Some(guest) = self.guests.get(&launcher.vmi).copied() else { return };
         let bandwidth = guest.bandwidth as f64;
         let (mut bytes, mut seconds) = (guest.memory as f64, 0.0);
@@ -374,12 +403,14 @@ impl Sim {
             token,
             due: (!endless).then_some(now + copy),
             left: copy,
+            copy,
             endless,
             switch,
         };
-        if let Some(launcher) = self.launchers.get_mut(&id) {
+        if let Some(launcher) = self.launchers.get_mut(id) {
             launcher.sends = Some(transfer);
         }
+        self.launchers.note_sending(id);
         if !endless {
             self.at(copy, Event::Transfer { launcher: id, token });
         }
@@ -389,7 +420,7 @@ impl Sim {
     /// The awaited step of an outgoing migration: first the switchover begins, then the target has everything.
     pub fn step_transfer(&mut self, id: u64, token: u64) {
         let now = self.now;
-        let Some(launcher) = self.launchers.get_mut(&id).filter(|launcher| launcher.ended.is_none()) else { return };
+        let Some(launcher) = self.launchers.living_mut(id) else { return };
         let (domain, node) = (launcher.domain, launcher.node);
         let Some(transfer) = launcher.sends.as_mut() else { return };
         if transfer.token != token || transfer.status != Status::Active || transfer.due.is_none() {
@@ -404,20 +435,21 @@ impl Sim {
         let (target, uid) = (transfer.target, transfer.uid.clone());
         let receives = self
             .launchers
-            .get(&target)
+            .get(target)
             .is_some_and(|target| target.ended.is_none() && target.domain == Domain::Incoming);
         if !receives {
             return self.fail_transfers(|_, source| source == id);
         }
-        if let Some(target) = self.launchers.get_mut(&target) {
+        if let Some(target) = self.launchers.get_mut(target) {
             target.loaded = true;
         }
-        let Some(launcher) = self.launchers.get_mut(&id) else { return };
+        let Some(launcher) = self.launchers.get_mut(id) else { return };
         launcher.domain = Domain::MigratedAway;
         if let Some(transfer) = &mut launcher.sends {
             transfer.status = Status::Completed;
         }
         let launcher = launcher.clone();
+        self.launchers.note_sending(id);
         self.strike_hand_over(&uid, &launcher.vmi);
         self.note(format!("{} is over from {}: completed", launcher.vmi, self.name_of(node)));
         if self.nodes.get(node).is_some_and(|node| node.up) {
@@ -433,7 +465,7 @@ impl Sim {
 
     /// The handler cancels. Returns whether it came in time.
     pub fn cancel_transfer(&mut self, id: u64, why: Option<&'static str>) {
-        let Some(launcher) = self.launchers.get_mut(&id).filter(|launcher| launcher.ended.is_none()) else { return };
+        let Some(launcher) = self.launchers.living_mut(id) else { return };
         let Some(transfer) = launcher.sends.as_mut().filter(|transfer| transfer.status == Status::Active) else {
             return;
         };
@@ -442,6 +474,8 @@ impl Sim {
         transfer.token += 1;
         launcher.domain = Domain::Running;
         let launcher = launcher.clone();
+        self.launchers.note_sending(id);
+        self.check_guest(&launcher.vmi);
         self.note(format!("sending {} from {} is cancelled", launcher.vmi, self.name_of(launcher.node)));
         self.tell_agent(&launcher);
     }
@@ -450,15 +484,15 @@ impl Sim {
     pub fn links_changed(&mut self) {
         let now = self.now;
         let mut later = Vec::new();
-        let ids: Vec<u64> = self.launchers.keys().copied().collect();
+        let ids: Vec<u64> = self.launchers.sending().collect();
         for id in ids {
-            let Some(launcher) = self.launchers.get(&id).filter(|launcher| launcher.ended.is_none()) else { continue };
+            let Some(launcher) = self.launchers.get(id).filter(|launcher| launcher.ended.is_none()) else { continue };
             let Some(transfer) = launcher.sends.as_ref().filter(|transfer| transfer.status == Status::Active) else {
                 continue;
             };
-            let target = self.launchers.get(&transfer.target).map_or(launcher.node, |target| target.node);
+            let target = self.launchers.get(transfer.target).map_or(launcher.node, |target| target.node);
             let open = self.reaches(launcher.node, target);
-            let Some(transfer) = self.launchers.get_mut(&id).and_then(|launcher| launcher.sends.as_mut()) else {
+            let Some(transfer) = self.launchers.get_mut(id).and_then(|launcher| launcher.sends.as_mut()) else {
                 continue;
             };
             match transfer.due {
@@ -486,9 +520,9 @@ impl Sim {
 
     /// The source's handler tells the target's to go on, if it reaches it. Lost messages are repeated by the handler.
     pub fn give_go(&mut self, source: u64, uid: &str) {
-        let Some(launcher) = self.launchers.get(&source) else { return };
+        let Some(launcher) = self.launchers.get(source) else { return };
         let node = launcher.node;
-        let Some(target) = launcher.sends.as_ref().and_then(|transfer| self.launchers.get(&transfer.target)) else {
+        let Some(target) = launcher.sends.as_ref().and_then(|transfer| self.launchers.get(transfer.target)) else {
             return;
         };
         let target_node = target.node;
@@ -501,14 +535,14 @@ impl Sim {
 
     /// The go arrives.
     pub fn take_go(&mut self, uid: &str, source: u64, epoch: u64, target_node: usize) {
-        let Some(from) = self.launchers.get(&source).map(|launcher| launcher.node) else { return };
+        let Some(from) = self.launchers.get(source).map(|launcher| launcher.node) else { return };
         if !self.reaches(from, target_node) {
             return;
         }
         let Some(node) = self.nodes.get(target_node).filter(|node| node.up) else { return };
         let Some((_, id)) = node.listening.get(uid).copied() else { return };
         let now = self.now;
-        let Some(launcher) = self.launchers.get_mut(&id) else { return };
+        let Some(launcher) = self.launchers.get_mut(id) else { return };
         let answer = match launcher.domain {
             _ if launcher.ended.is_some() => Answer::Lost,
             Domain::Incoming if launcher.loaded => {
@@ -516,6 +550,7 @@ impl Sim {
                 launcher.resumed = Some(now);
                 let launcher = launcher.clone();
                 self.note(format!("{} goes on in {} on {}", launcher.vmi, launcher.pod, self.name_of(target_node)));
+                self.check_guest(&launcher.vmi);
                 self.tell_agent(&launcher);
                 Answer::Running
             }
@@ -531,10 +566,7 @@ impl Sim {
         if !self.reaches(node, from) {
             return;
         }
-        let source = self.launchers.values().find(|launcher| {
-            launcher.node == node && launcher.sends.as_ref().is_some_and(|transfer| transfer.uid == uid)
-        });
-        let vmi = source.map(|launcher| launcher.vmi.clone());
+        let vmi = self.launchers.receiving(&uid).map(|(_, launcher)| launcher.vmi.clone());
         if let Some(node) = self.nodes.get_mut(node).filter(|node| node.epoch == epoch) {
             node.answers.insert(uid, answer);
         }

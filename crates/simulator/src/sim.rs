@@ -1,15 +1,19 @@
 //! Virtual time and the order of events.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::cmp::{Ordering, Reverse};
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
 use std::time::Duration;
 
 use godwit_api::MigrationPhase;
-use godwit_control::Name;
+use godwit_control::{Name, Ref};
 use jiff::{SignedDuration, Timestamp};
 
-use crate::control_loop::Controllers;
+use crate::check::{Rule, Violation};
+use crate::control_loop::{Controllers, Life};
 use crate::event::{Event, Fault};
-use crate::machine::{Guest, Launcher, Node, Why};
+use crate::launchers::Launchers;
+use crate::limits::Count;
+use crate::machine::{Guest, Node, Why};
 use crate::random::Random;
 use crate::store::Store;
 use crate::trace::Trace;
@@ -41,7 +45,36 @@ pub struct Stats {
     /// See [`Report`].
     pub most_from_one_node: u32,
     /// See [`Report`].
+    pub most_to_one_node: u32,
+    /// See [`Report`].
     pub guests_killed: u64,
+}
+
+/// An event and when it happens; of two at the same time the one that was asked for first comes first.
+struct Due {
+    at: u64,
+    sequence: u64,
+    event: Event,
+}
+
+impl PartialEq for Due {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other) == Ordering::Equal
+    }
+}
+
+impl Eq for Due {}
+
+impl PartialOrd for Due {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Due {
+    fn cmp(&self, other: &Self) -> Ordering {
+        (self.at, self.sequence).cmp(&(other.at, other.sequence))
+    }
 }
 
 /// One simulation.
@@ -49,19 +82,23 @@ pub struct Sim {
     /// Microseconds since the beginning.
     pub now: u64,
     sequence: u64,
-    events: BTreeMap<(u64, u64), Event>,
+    events: BinaryHeap<Reverse<Due>>,
     /// All that is left to chance.
     pub random: Random,
     /// The API server.
     pub store: Store,
-    /// The controllers.
-    pub controllers: Controllers,
+    /// The API server answers nobody.
+    pub store_down: bool,
+    /// The controller processes.
+    pub controllers: Vec<Controllers>,
     /// The nodes.
     pub nodes: Vec<Node>,
     /// Every launcher that ever started.
-    pub launchers: BTreeMap<u64, Launcher>,
-    /// The number of the next launcher.
-    pub next_launcher: u64,
+    pub launchers: Launchers,
+    /// By node: what its agent watches.
+    pub watched: BTreeMap<usize, BTreeSet<Ref>>,
+    /// What the limits are about.
+    pub counted: Count,
     /// Links that are cut, lower node first.
     pub cut_links: BTreeSet<(usize, usize)>,
     /// The guests, by VMI.
@@ -82,7 +119,8 @@ pub struct Sim {
     pub asked_migrations: u64,
     calm: bool,
     rested: u32,
-    violation: Option<String>,
+    violation: Option<Violation>,
+    injections: u64,
 }
 
 impl Sim {
@@ -95,13 +133,15 @@ impl Sim {
         Self {
             now: 0,
             sequence: 0,
-            events: BTreeMap::new(),
+            events: BinaryHeap::new(),
             random: Random::new(options.seed),
             store: Store::default(),
-            controllers: Controllers::new(),
+            store_down: false,
+            controllers: (0..usize::try_from(options.controllers.max(1)).unwrap_or(1)).map(Controllers::new).collect(),
             nodes,
-            launchers: BTreeMap::new(),
-            next_launcher: 1,
+            launchers: Launchers::default(),
+            watched: BTreeMap::new(),
+            counted: Count::default(),
             cut_links: BTreeSet::new(),
             guests: BTreeMap::new(),
             trace: Trace::new(options.full_trace),
@@ -114,6 +154,7 @@ impl Sim {
             calm: false,
             rested: 0,
             violation: None,
+            injections: 0,
         }
     }
 
@@ -137,7 +178,8 @@ impl Sim {
     /// Something happens later.
     pub fn at(&mut self, after: u64, event: Event) {
         self.sequence += 1;
-        self.events.insert((self.now.saturating_add(after), self.sequence), event);
+        let (at, sequence) = (self.now.saturating_add(after), self.sequence);
+        self.events.push(Reverse(Due { at, sequence, event }));
     }
 
     /// Adds a line to the trace.
@@ -148,19 +190,25 @@ impl Sim {
     /// Whether a fault with this probability strikes now.
     pub fn faulty(&mut self, per_mille: impl Fn(&Faults) -> u32) -> bool {
         let per_mille = per_mille(&self.options.faults);
-        !self.calm && self.random.chance(per_mille)
+        !self.calm && self.random.chance(per_mille) && self.injects()
+    }
+
+    /// Whether a fault that would strike now does: each has a number, and some may be left out.
+    pub fn injects(&mut self) -> bool {
+        self.injections += 1;
+        !self.options.without.contains(&self.injections)
     }
 
     /// Something that must always hold does not; only the first counts.
-    pub fn violate(&mut self, what: String) {
-        self.trace.add(self.now, &format!("VIOLATION: {what}"));
-        self.violation.get_or_insert(what);
+    pub fn violate(&mut self, rule: Rule, what: String) {
+        self.trace.add(self.now, &format!("VIOLATION of {rule:?}: {what}"));
+        self.violation.get_or_insert(Violation { rule, at: Duration::from_micros(self.now), what });
     }
 
     /// The first thing that did not hold.
     #[cfg(test)]
     pub fn violation(&self) -> Option<&str> {
-        self.violation.as_deref()
+        self.violation.as_ref().map(|violation| violation.what.as_str())
     }
 
     /// Tells everybody of what has been written.
@@ -174,8 +222,8 @@ impl Sim {
                 self.feed_controllers(&commit);
                 self.feed_nodes(&commit);
                 self.check_commit(&commit);
-                if commit.gone {
-                    let owner = commit.latest.metadata().uid.clone().unwrap_or_default();
+                let owner = commit.latest.metadata().uid.clone().unwrap_or_default();
+                if commit.gone && self.store.owned_by(&owner).next().is_some() {
                     let after = self.random.between(10 * MS, 500 * MS);
                     self.at(after, Event::Collect { owner });
                 }
@@ -189,17 +237,16 @@ impl Sim {
         let duration = u64::try_from(self.options.duration.as_micros()).unwrap_or(u64::MAX / 4);
         self.at(duration, Event::Calm);
         let mut events = 0;
-        while let Some(((at, _), event)) = self.events.pop_first() {
+        while let Some(Reverse(Due { at, event, .. })) = self.events.pop() {
             self.now = at;
             events += 1;
             self.handle(event);
-            self.check_guests();
             if self.violation.is_some() || self.rested > 1 {
                 break;
             }
             if at > duration.saturating_add(SETTLE_LIMIT) {
                 let stuck = self.unrest().unwrap_or_else(|| "nothing".to_owned());
-                self.violate(format!("not at rest long after the last fault: {stuck}"));
+                self.violate(Rule::Stuck, format!("not at rest long after the last fault: {stuck}"));
                 break;
             }
         }
@@ -217,20 +264,27 @@ impl Sim {
             conflicts: self.stats.conflicts,
             most_at_once: self.stats.most_at_once,
             most_from_one_node: self.stats.most_from_one_node,
+            most_to_one_node: self.stats.most_to_one_node,
+            injections: self.injections,
             guests_killed: self.stats.guests_killed,
             trace: self.trace.into_lines(),
         }
     }
 
     fn handle(&mut self, event: Event) {
+        // What comes for a process that stands still is dealt with when it goes on, in the same order.
+        if let Some(wait) = life_of(&event).and_then(|life| self.stalled(life)) {
+            return self.at(wait, event);
+        }
         match event {
-            Event::News { generation, kind, news } => self.take_news(generation, kind, news),
-            Event::Relist { generation, kind } => self.relist(generation, kind),
-            Event::Listed { generation, kind, objects } => self.take_list(generation, kind, objects),
-            Event::Wake { generation } => self.wake_controllers(generation),
-            Event::Effect { generation, chain } => self.carry_out_next(generation, chain),
-            Event::Conclude { generation, chain } => self.conclude(generation, chain),
-            Event::ControllersStart { generation } => self.start_controllers(generation),
+            Event::News { life, kind, news } => self.take_news(life, kind, news),
+            Event::Relist { life, kind } => self.relist(life, kind),
+            Event::Listed { life, kind, objects, first, last } => self.take_list(life, kind, objects, first, last),
+            Event::Wake { life } => self.wake_controllers(life),
+            Event::Effect { life, chain } => self.carry_out_next(life, chain),
+            Event::Conclude { life, chain } => self.conclude(life, chain),
+            Event::ControllersStart { life } => self.start_controllers(life),
+            Event::StoreUp => self.store_is_back(),
             Event::NodeNews { node, epoch, target, object } => self.take_node_news(node, epoch, target, object),
             Event::AgentLists { node, epoch } => self.agent_lists(node, epoch),
             Event::Look { node, epoch, vmi } => self.look(node, epoch, &vmi),
@@ -259,6 +313,7 @@ impl Sim {
             }
             Event::Calm => {
                 self.calm = true;
+                self.set_clocks_right();
                 self.note("users and faults stop".to_owned());
                 self.at(REST_EVERY, Event::AtRest);
             }
@@ -275,6 +330,9 @@ impl Sim {
         let per_hour = match fault {
             Fault::WatchBreak => faults.watch_breaks_per_hour,
             Fault::ControllerRestart => faults.controller_restarts_per_hour,
+            Fault::ControllerStall => faults.controller_stalls_per_hour,
+            Fault::StoreRestart => faults.store_restarts_per_hour,
+            Fault::LimitChange => faults.limit_changes_per_hour,
             Fault::AgentRestart => faults.agent_restarts_per_hour,
             Fault::LauncherKill => faults.launcher_kills_per_hour,
             Fault::NodeDeath => faults.node_deaths_per_hour,
@@ -284,5 +342,18 @@ impl Sim {
         };
         let mean = (3600 * SECOND).checked_div(u64::from(per_hour))?;
         (!self.calm).then(|| self.random.between(0, 2 * mean))
+    }
+}
+
+/// The controller process that an event is for.
+fn life_of(event: &Event) -> Option<Life> {
+    match event {
+        Event::News { life, .. }
+        | Event::Relist { life, .. }
+        | Event::Listed { life, .. }
+        | Event::Wake { life }
+        | Event::Effect { life, .. }
+        | Event::Conclude { life, .. } => Some(*life),
+        _ => None,
     }
 }

@@ -1,14 +1,18 @@
 //! The API server as far as controllers and nodes can tell: revisions, optimistic concurrency, finalizers, graceful
 //! deletion of pods, patches, and KubeVirt's admission (the real rules).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use godwit_api::admission::{self, Lookup, Operation, Request, User};
-use godwit_control::{Kind, Name, Object, Ref, has_status_subresource};
+use godwit_control::{Kind, Name, Object, Ref, Stored, has_status_subresource};
 use godwit_machinery::patch;
 use jiff::Timestamp;
+use k8s_openapi::api::core::v1::{PodCondition, PodStatus};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, Time};
 use serde_json::{Value, json};
 
+use crate::quick;
 use crate::random::Random;
 
 /// Why a request was not carried out.
@@ -35,16 +39,13 @@ pub struct Commit {
     pub gone: bool,
 }
 
-#[derive(Clone, Debug)]
-struct Entry {
-    value: Value,
-    object: Object,
-}
-
-/// All objects.
+/// All objects, typed; the JSON form is made when a request needs it.
 #[derive(Debug, Default)]
 pub struct Store {
-    objects: BTreeMap<Ref, Entry>,
+    objects: BTreeMap<Ref, Object>,
+    by_uid: BTreeMap<String, Ref>,
+    /// By the UID of an owner.
+    owned: BTreeMap<String, BTreeSet<Ref>>,
     revision: u64,
     commits: Vec<Commit>,
 }
@@ -52,18 +53,23 @@ pub struct Store {
 impl Store {
     /// The object, if there is one.
     pub fn get(&self, target: &Ref) -> Option<&Object> {
-        self.objects.get(target).map(|entry| &entry.object)
+        self.objects.get(target)
+    }
+
+    /// The object with this UID.
+    pub fn get_by_uid(&self, uid: &str) -> Option<&Object> {
+        self.by_uid.get(uid).and_then(|target| self.objects.get(target))
     }
 
     /// All objects of a kind, by name.
     pub fn list(&self, kind: Kind) -> impl Iterator<Item = &Object> {
         let start = Ref::new(kind, Name::default());
-        self.objects.range(start..).take_while(move |(target, _)| target.kind == kind).map(|(_, entry)| &entry.object)
+        self.objects.range(start..).take_while(move |(target, _)| target.kind == kind).map(|(_, object)| object)
     }
 
-    /// Every object.
-    pub fn all(&self) -> impl Iterator<Item = &Object> {
-        self.objects.values().map(|entry| &entry.object)
+    /// The objects of an owner.
+    pub fn owned_by(&self, uid: &str) -> impl Iterator<Item = &Object> {
+        self.owned.get(uid).into_iter().flatten().filter_map(|target| self.objects.get(target))
     }
 
     /// Takes the changes since the last call.
@@ -109,7 +115,7 @@ impl Store {
         set_metadata(&mut value, "uid", json!(random.uid()));
         set_metadata(&mut value, "creationTimestamp", seconds(now));
         set_metadata(&mut value, "generation", json!(1));
-        self.put(target, value)
+        self.put(target.clone(), read(&target, value)?)
     }
 
     /// What admission makes of an object.
@@ -140,30 +146,56 @@ impl Store {
 
     /// Carries out a merge patch, of the status alone or of everything else.
     pub fn merge(&mut self, target: &Ref, status: bool, body: &Value) -> Result<Object, Refusal> {
-        self.change(target, status, body.pointer("/metadata/resourceVersion").cloned(), |old| {
-            patch::merge_patch(old, body).map_err(|status| Refusal::Invalid(format!("{status:?}")))
-        })
+        let old = self.objects.get(target).ok_or(Refusal::NotFound)?;
+        if let Some(expected) = body.pointer("/metadata/resourceVersion").and_then(Value::as_str)
+            && old.metadata().resource_version.as_deref() != Some(expected)
+        {
+            return Err(Refusal::Conflict);
+        }
+        match quick::patch(old, status, body) {
+            Some(new) if new.same_as(old) => Ok(new),
+            Some(new) => self.keep_or_release(target, new),
+            None => self.change(target, status, |old| {
+                patch::merge_patch(old, body).map_err(|status| Refusal::Invalid(format!("{status:?}")))
+            }),
+        }
     }
 
     /// Carries out a JSON patch of everything but the status.
     pub fn json(&mut self, target: &Ref, body: &Value) -> Result<Object, Refusal> {
-        self.change(target, false, None, |old| {
+        self.change(target, false, |old| {
             patch::json_patch(old, body).map_err(|status| Refusal::Invalid(format!("{status:?}")))
         })
+    }
+
+    /// Renews a node's lease, or makes it.
+    pub fn renew_lease(&mut self, target: &Ref, holder: &str, seconds: i32, now: Timestamp, random: &mut Random) {
+        let mut lease = match self.objects.get(target) {
+            Some(Object::Lease(lease)) => Arc::clone(lease),
+            _ => {
+                let body =
+                    json!({"metadata": {"namespace": target.name.namespace, "name": target.name.name}, "spec": {}});
+                match self.insert(target.kind, body, now, random) {
+                    Ok(Object::Lease(lease)) => lease,
+                    _ => return,
+                }
+            }
+        };
+        let spec = Arc::make_mut(&mut lease).spec.get_or_insert_default();
+        spec.renew_time = Some(MicroTime(now));
+        spec.lease_duration_seconds = Some(seconds);
+        spec.holder_identity = Some(holder.to_owned());
+        let _ = self.put(target.clone(), Object::Lease(lease));
     }
 
     fn change(
         &mut self,
         target: &Ref,
         status: bool,
-        expected: Option<Value>,
         patched: impl FnOnce(&Value) -> Result<Value, Refusal>,
     ) -> Result<Object, Refusal> {
         let entry = self.objects.get(target).ok_or(Refusal::NotFound)?;
-        if expected.is_some_and(|expected| Some(&expected) != entry.value.pointer("/metadata/resourceVersion")) {
-            return Err(Refusal::Conflict);
-        }
-        let old = &entry.value;
+        let old = &write(entry)?;
         let mut new = patched(old)?;
         if status {
             let changed = new.get("status").cloned();
@@ -182,12 +214,21 @@ impl Store {
             }
         }
         if new == *old {
-            return Ok(entry.object.clone());
+            return Ok(entry.clone());
         }
         if new.get("spec") != old.get("spec") {
             let generation = old.pointer("/metadata/generation").and_then(Value::as_u64).unwrap_or(0);
             set_metadata(&mut new, "generation", json!(generation + 1));
         }
+        let new = read(target, new)?;
+        if new.same_as(entry) {
+            return Ok(new);
+        }
+        self.keep_or_release(target, new)
+    }
+
+    /// An object that was only waiting for its finalizers goes with the last of them.
+    fn keep_or_release(&mut self, target: &Ref, new: Object) -> Result<Object, Refusal> {
         let released = target.kind != Kind::Pod && is_deleting(&new) && !has_finalizers(&new);
         if released { self.remove(target, new) } else { self.put(target.clone(), new) }
     }
@@ -200,93 +241,141 @@ impl Store {
         grace: Option<u32>,
         now: Timestamp,
     ) -> Result<Option<Object>, Refusal> {
-        let entry = self.objects.get(target).ok_or(Refusal::NotFound)?;
-        if !uid.is_empty() && entry.object.metadata().uid.as_deref() != Some(uid) {
+        let mut object = self.objects.get(target).ok_or(Refusal::NotFound)?.clone();
+        if !uid.is_empty() && object.metadata().uid.as_deref() != Some(uid) {
             return Err(Refusal::Conflict);
         }
-        let mut value = entry.value.clone();
-        let at_once = match (&entry.object, target.kind) {
-            (Object::Pod(pod), _) => {
+        let at_once = match &object {
+            Object::Pod(pod) => {
                 let unbound = pod.spec.as_ref().is_none_or(|spec| spec.node_name.is_none());
                 unbound || grace == Some(0) || godwit_control::placement::is_finished(pod)
             }
             _ => true,
         };
-        if at_once && !has_finalizers(&value) {
-            return self.remove(target, value).map(|_| None);
+        if at_once && !has_finalizers(&object) {
+            return self.remove(target, object).map(|_| None);
         }
-        if is_deleting(&value) {
-            return Ok(Some(entry.object.clone()));
+        if is_deleting(&object) {
+            return Ok(Some(object));
         }
-        set_metadata(&mut value, "deletionTimestamp", seconds(now));
-        self.put(target.clone(), value).map(Some)
+        object.metadata_mut().deletion_timestamp = Some(Time(whole_seconds(now)));
+        self.put(target.clone(), object).map(Some)
     }
 
     /// Binds a pod to a node.
     pub fn bind(&mut self, pod: &Ref, uid: &str, node: &str) -> Result<Object, Refusal> {
-        let entry = self.objects.get(pod).ok_or(Refusal::NotFound)?;
-        let bound = entry.value.pointer("/spec/nodeName").is_some_and(|node| !node.is_null());
-        if entry.object.metadata().uid.as_deref() != Some(uid) || bound || is_deleting(&entry.value) {
+        let Some(Object::Pod(found)) = self.objects.get(pod) else { return Err(Refusal::NotFound) };
+        let bound = found.spec.as_ref().is_some_and(|spec| spec.node_name.is_some());
+        if found.uid() != uid || bound || found.deleting() {
             return Err(Refusal::Conflict);
         }
-        let mut value = entry.value.clone();
-        if let Some(spec) = value.get_mut("spec") {
-            set(spec, "nodeName", Some(json!(node)));
-        }
-        let scheduled = json!([{"type": "PodScheduled", "status": "True"}]);
-        set(&mut value, "status", Some(json!({"phase": "Pending", "conditions": scheduled})));
-        self.put(pod.clone(), value)
+        let mut new = found.as_ref().clone();
+        new.spec.get_or_insert_default().node_name = Some(node.to_owned());
+        new.status = Some(PodStatus {
+            phase: Some("Pending".to_owned()),
+            conditions: Some(vec![PodCondition {
+                type_: "PodScheduled".to_owned(),
+                status: "True".to_owned(),
+                ..PodCondition::default()
+            }]),
+            ..PodStatus::default()
+        });
+        self.put(pod.clone(), Object::from(new))
     }
 
-    fn put(&mut self, target: Ref, mut value: Value) -> Result<Object, Refusal> {
-        let object = self.stamp(&target, &mut value)?;
-        let before = self.objects.insert(target, Entry { value, object: object.clone() }).map(|entry| entry.object);
+    fn put(&mut self, target: Ref, mut object: Object) -> Result<Object, Refusal> {
+        self.stamp(&mut object);
+        let before = self.objects.insert(target.clone(), object.clone());
+        if before.as_ref().is_none_or(|before| before.metadata().owner_references != object.metadata().owner_references)
+        {
+            self.index(&target, before.as_ref(), Some(&object));
+        }
         self.commits.push(Commit { before, latest: object.clone(), gone: false });
         Ok(object)
     }
 
-    fn remove(&mut self, target: &Ref, mut value: Value) -> Result<Object, Refusal> {
-        let latest = self.stamp(target, &mut value)?;
-        let before = self.objects.remove(target).map(|entry| entry.object);
+    fn remove(&mut self, target: &Ref, mut latest: Object) -> Result<Object, Refusal> {
+        self.stamp(&mut latest);
+        let before = self.objects.remove(target);
+        self.index(target, before.as_ref(), None);
         self.commits.push(Commit { before, latest: latest.clone(), gone: true });
         Ok(latest)
     }
 
-    fn stamp(&mut self, target: &Ref, value: &mut Value) -> Result<Object, Refusal> {
-        set_metadata(value, "resourceVersion", json!((self.revision + 1).to_string()));
-        let object = Object::from_value(target.kind, value.clone())
-            .map_err(|error| Refusal::Invalid(format!("{target} cannot be read: {error}")))?;
+    fn index(&mut self, target: &Ref, before: Option<&Object>, after: Option<&Object>) {
+        fn owners(object: Option<&Object>) -> impl Iterator<Item = &String> {
+            object
+                .into_iter()
+                .flat_map(|object| object.metadata().owner_references.iter().flatten())
+                .map(|one| &one.uid)
+        }
+        if let Some(uid) = before.and_then(|before| before.metadata().uid.as_deref()) {
+            self.by_uid.remove(uid);
+        }
+        for owner in owners(before) {
+            if let Some(all) = self.owned.get_mut(owner) {
+                all.remove(target);
+                if all.is_empty() {
+                    self.owned.remove(owner);
+                }
+            }
+        }
+        if let Some(uid) = after.and_then(|after| after.metadata().uid.clone()) {
+            self.by_uid.insert(uid, target.clone());
+        }
+        for owner in owners(after) {
+            self.owned.entry(owner.clone()).or_default().insert(target.clone());
+        }
+    }
+
+    fn stamp(&mut self, object: &mut Object) {
         self.revision += 1;
-        Ok(object)
+        object.metadata_mut().resource_version = Some(self.revision.to_string());
     }
 }
 
 impl Lookup for Store {
     fn get(&self, kind: &str, namespace: &str, name: &str) -> Option<Value> {
         let kind = Kind::ALL.iter().find(|known| known.kind() == kind)?;
-        self.objects.get(&Ref::new(*kind, Name::new(namespace, name))).map(|entry| entry.value.clone())
+        self.objects.get(&Ref::new(*kind, Name::new(namespace, name))).and_then(|object| object.to_value().ok())
     }
 
     fn list(&self, kind: &str, namespace: &str, label: Option<(&str, &str)>) -> Vec<Value> {
-        let carries = |value: &Value| {
+        let Some(kind) = Kind::ALL.iter().copied().find(|known| known.kind() == kind) else { return Vec::new() };
+        let carries = |object: &Object| {
             label.is_none_or(|(key, wanted)| {
-                let labels = value.pointer("/metadata/labels");
-                labels.and_then(|labels| labels.get(key)).and_then(Value::as_str) == Some(wanted)
+                let labels = object.metadata().labels.as_ref();
+                labels.and_then(|labels| labels.get(key)).is_some_and(|value| value == wanted)
             })
         };
+        let start = Ref::new(kind, Name::new(namespace, ""));
         self.objects
-            .iter()
-            .filter(|(target, _)| target.kind.kind() == kind)
-            .filter(|(target, _)| namespace.is_empty() || target.name.namespace == namespace)
-            .filter(|(_, entry)| carries(&entry.value))
-            .map(|(_, entry)| entry.value.clone())
+            .range(start..)
+            .take_while(|(target, _)| {
+                target.kind == kind && (namespace.is_empty() || target.name.namespace == namespace)
+            })
+            .filter(|(_, object)| carries(object))
+            .filter_map(|(_, object)| object.to_value().ok())
             .collect()
     }
 }
 
+fn read(target: &Ref, value: Value) -> Result<Object, Refusal> {
+    Object::from_value(target.kind, value)
+        .map_err(|error| Refusal::Invalid(format!("{target} cannot be read: {error}")))
+}
+
+fn write(object: &Object) -> Result<Value, Refusal> {
+    object.to_value().map_err(|error| Refusal::Invalid(format!("{} cannot be written: {error}", object.reference())))
+}
+
+fn whole_seconds(at: Timestamp) -> Timestamp {
+    Timestamp::from_second(at.as_second()).unwrap_or(at)
+}
+
 /// A time as Kubernetes writes it: whole seconds.
 pub fn seconds(at: Timestamp) -> Value {
-    json!(Timestamp::from_second(at.as_second()).unwrap_or(at).to_string())
+    json!(whole_seconds(at).to_string())
 }
 
 fn name_of(value: &Value) -> Name {
@@ -320,12 +409,12 @@ fn set(value: &mut Value, key: &str, to: Option<Value>) {
     }
 }
 
-fn is_deleting(value: &Value) -> bool {
-    value.pointer("/metadata/deletionTimestamp").is_some_and(|at| !at.is_null())
+fn is_deleting(object: &Object) -> bool {
+    object.metadata().deletion_timestamp.is_some()
 }
 
-fn has_finalizers(value: &Value) -> bool {
-    value.pointer("/metadata/finalizers").and_then(Value::as_array).is_some_and(|all| !all.is_empty())
+fn has_finalizers(object: &Object) -> bool {
+    object.metadata().finalizers.as_ref().is_some_and(|all| !all.is_empty())
 }
 
 #[cfg(test)]

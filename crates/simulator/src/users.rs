@@ -3,28 +3,58 @@
 use godwit_control::{Kind, Name, Object, Ref, names};
 use serde_json::{Value, json};
 
+use crate::Limits;
+use crate::check::Rule;
 use crate::event::{Event, Fault};
 use crate::machine::Guest;
 use crate::sim::{MS, SECOND, Sim};
 
 const MEBI: u64 = 1 << 20;
-const NAMESPACE: &str = "default";
+/// So many VMs share a namespace.
+const VMS_IN_NAMESPACE: u64 = 100;
 const USER: &str = "admin";
+
+/// The name of a VM; few are together in one namespace, as in a cluster with many tenants.
+fn vm_name(number: u64, of: u32) -> Name {
+    match u64::from(of) > VMS_IN_NAMESPACE {
+        true => Name::new(format!("tenant{}", number / VMS_IN_NAMESPACE), format!("vm{number}")),
+        false => Name::new("default", format!("vm{number}")),
+    }
+}
+
+/// When the first migrations may be asked for.
+fn begin(duration: u64) -> u64 {
+    (duration / 3).min(15 * SECOND)
+}
+
+/// Limits as the KubeVirt object has them.
+fn wording(limits: Limits) -> Value {
+    json!({
+        "parallelMigrationsPerCluster": limits.cluster,
+        "parallelOutboundMigrationsPerNode": limits.outbound,
+        "parallelInboundMigrationsPerNode": limits.inbound,
+    })
+}
 
 impl Sim {
     fn create(&mut self, kind: Kind, value: Value) {
         let now = self.time();
         if let Err(refusal) = self.store.create(kind, value, USER, now, &mut self.random) {
-            self.violate(format!("a {} of the simulation's own is refused: {refusal:?}", kind.kind()));
+            self.violate(
+                Rule::Simulation,
+                format!("a {} of the simulation's own is refused: {refusal:?}", kind.kind()),
+            );
         }
         self.spread();
     }
 
     /// Nodes, classes, VMs; and when things will happen.
     pub fn found(&mut self) {
+        let migrations = self.options.limits.map_or_else(|| json!({}), wording);
         self.create(
             Kind::KubeVirt,
-            json!({"metadata": {"namespace": names::KUBEVIRT_NAMESPACE, "name": names::KUBEVIRT_NAME}, "spec": {}}),
+            json!({"metadata": {"namespace": names::KUBEVIRT_NAMESPACE, "name": names::KUBEVIRT_NAME},
+                "spec": {"configuration": {"migrations": migrations}}}),
         );
         self.create(
             Kind::StorageClass,
@@ -47,10 +77,22 @@ impl Sim {
             );
             self.boot_node(index);
         }
-        self.restart_controllers(MS);
+        self.skew_clocks();
+        for who in 0..self.controllers.len() {
+            if let Some(one) = self.controllers.get_mut(who) {
+                one.mutation = self.options.mutation;
+            }
+            self.restart_controllers(who, MS);
+        }
         let duration = u64::try_from(self.options.duration.as_micros()).unwrap_or(u64::MAX / 4);
         for number in 0..self.options.vms {
             self.found_vm(number, duration);
+        }
+        for _ in 0..self.options.moves.unwrap_or(0) {
+            let number = self.random.between(0, u64::from(self.options.vms.max(1)) - 1);
+            let begin = begin(duration);
+            let after = if self.options.at_once { begin } else { self.random.between(begin, duration) };
+            self.at(after, Event::AskMigration { vmi: vm_name(number, self.options.vms) });
         }
         for fault in Fault::ALL {
             if let Some(after) = self.interval(fault) {
@@ -60,18 +102,18 @@ impl Sim {
     }
 
     fn found_vm(&mut self, number: u32, duration: u64) {
-        let name = format!("vm{number}");
+        let key = vm_name(u64::from(number), self.options.vms);
+        let (name, namespace) = (key.name.clone(), key.namespace.clone());
         let memory = self.random.between(1, 16) * 128 * MEBI;
         let bandwidth = self.random.between(32, 512) * MEBI;
         let busy = self.faulty(|faults| faults.busy_guests_per_mille);
         let dirty = if busy { bandwidth * 2 } else { self.random.between(0, bandwidth * 7 / 10) };
-        let key = Name::new(NAMESPACE, name.as_str());
         self.guests.insert(key.clone(), Guest { memory, dirty, bandwidth });
         let claim = number.is_multiple_of(2);
         if claim {
             self.create(
                 Kind::PersistentVolumeClaim,
-                json!({"metadata": {"namespace": NAMESPACE, "name": name}, "spec": {
+                json!({"metadata": {"namespace": namespace, "name": name}, "spec": {
                     "storageClassName": "shared", "accessModes": ["ReadWriteMany"],
                     "resources": {"requests": {"storage": "1Gi"}},
                 }}),
@@ -86,7 +128,7 @@ impl Sim {
         };
         self.create(
             Kind::VirtualMachine,
-            json!({"metadata": {"namespace": NAMESPACE, "name": name}, "spec": {
+            json!({"metadata": {"namespace": namespace, "name": name}, "spec": {
                 "runStrategy": "Always",
                 "template": {"spec": {
                     "terminationGracePeriodSeconds": 5,
@@ -95,7 +137,10 @@ impl Sim {
                 }},
             }}),
         );
-        let begin = (duration / 3).min(15 * SECOND);
+        if self.options.moves.is_some() {
+            return;
+        }
+        let begin = begin(duration);
         for _ in 0..self.options.migrations {
             let after = if self.options.at_once { begin } else { self.random.between(begin, duration) };
             self.at(after, Event::AskMigration { vmi: key.clone() });
@@ -104,6 +149,9 @@ impl Sim {
 
     /// A user asks for a migration, and may change their mind.
     pub fn ask_migration(&mut self, vmi: &Name) {
+        if self.store_down {
+            return self.note(format!("a user finds no API server to move {vmi}"));
+        }
         let now = self.time();
         self.asked_migrations += 1;
         let number = self.asked_migrations;
@@ -134,6 +182,9 @@ impl Sim {
 
     /// A user deletes a migration, or now and then its VMI.
     pub fn cancel_migration(&mut self, name: &Name) {
+        if self.store_down {
+            return;
+        }
         let now = self.time();
         let target = Ref::new(Kind::Migration, name.clone());
         let Some(Object::Migration(migration)) = self.store.get(&target).cloned() else { return };
@@ -152,8 +203,27 @@ impl Sim {
         self.spread();
     }
 
+    /// An administrator changes the limits.
+    pub fn change_limits(&mut self) {
+        let mut draw = |most| u32::try_from(self.random.between(1, most)).unwrap_or(1);
+        let limits = Limits { cluster: draw(6), outbound: draw(3), inbound: draw(3) };
+        let target = Ref::new(Kind::KubeVirt, Name::new(names::KUBEVIRT_NAMESPACE, names::KUBEVIRT_NAME));
+        self.note(format!("an administrator sets {limits:?}"));
+        let body = json!({"spec": {"configuration": {"migrations": wording(limits)}}});
+        if self.store_down || self.store.merge(&target, false, &body).is_err() {
+            self.note("  which does not work".to_owned());
+        }
+        self.spread();
+    }
+
     /// An administrator cordons a node, or takes that back.
     pub fn cordon(&mut self, index: usize, cordoned: bool) {
+        if self.store_down {
+            if !cordoned {
+                self.at(SECOND, Event::Uncordon { node: index });
+            }
+            return;
+        }
         let target = Ref::new(Kind::Node, Name::cluster(self.name_of(index)));
         let spec = json!([{"op": "add", "path": "/spec", "value": {}}]);
         let flag = json!([{"op": "add", "path": "/spec/unschedulable", "value": cordoned}]);
@@ -171,15 +241,16 @@ impl Sim {
 
     /// The garbage collector: what belonged to nothing but the owner goes.
     pub fn collect(&mut self, owner: &str) {
+        if self.store_down {
+            return self.at(SECOND, Event::Collect { owner: owner.to_owned() });
+        }
         let now = self.time();
-        let living: std::collections::BTreeSet<String> =
-            self.store.all().filter_map(|object| object.metadata().uid.clone()).collect();
         let orphans: Vec<(Ref, String)> = self
             .store
-            .all()
+            .owned_by(owner)
             .filter(|object| {
                 let owners = object.metadata().owner_references.as_deref().unwrap_or_default();
-                owners.iter().any(|one| one.uid == owner) && !owners.iter().any(|one| living.contains(&one.uid))
+                !owners.iter().any(|one| self.store.get_by_uid(&one.uid).is_some())
             })
             .map(|object| (object.reference(), object.metadata().uid.clone().unwrap_or_default()))
             .collect();

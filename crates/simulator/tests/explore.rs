@@ -28,6 +28,7 @@ fn explore() {
             migrations: 3,
             duration: Duration::from_secs(240),
             full_trace: count == 1,
+            controllers: std::env::var("CONTROLLERS").map_or(1, |text| text.parse().expect("a number")),
             ..Options::default()
         };
         let report = simulate(options);

@@ -1,0 +1,117 @@
+//! Faults of the controllers themselves, put in on purpose: what the checks are worth shows in whether they see them.
+
+use godwit_api::MigrationPhase as Phase;
+use godwit_control::{Effect, Key, Name, Object, Plan, Stored, View, World, names, vmi};
+
+/// Something that is wrong with the controllers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mutation {
+    /// Their writes carry no revision.
+    NoRevisions,
+    /// The target pod of a migration that is over badly goes at once, although the guest may be there.
+    DropsUnresolvedTarget,
+    /// A migration begins beside a pod of the VMI that is still alive, and beside one that is not resolved.
+    StartsBesideOthers,
+    /// Every pod of a VMI but the one that its status names goes, also while a migration is not resolved.
+    SweepsUnresolved,
+    /// One migration more than the limit.
+    LimitOffByOne,
+    /// Decisions ask for no wake-up.
+    NeverWakes,
+    /// A failed migration is tried again under the same name.
+    FailedBeginsAgain,
+}
+
+impl Mutation {
+    /// All of them.
+    pub const ALL: [Mutation; 7] = [
+        Mutation::NoRevisions,
+        Mutation::DropsUnresolvedTarget,
+        Mutation::StartsBesideOthers,
+        Mutation::SweepsUnresolved,
+        Mutation::LimitOffByOne,
+        Mutation::NeverWakes,
+        Mutation::FailedBeginsAgain,
+    ];
+
+    /// What controllers that are wrong in this way decide.
+    pub fn decide(self, key: &Key, view: &View<'_>) -> Plan {
+        let mut plan = match self {
+            Mutation::StartsBesideOthers => self.decide_without_others(key, view),
+            Mutation::LimitOffByOne => self.decide_with_one_less(key, view),
+            _ => key.decide(view),
+        };
+        let world = view.world;
+        match (self, key) {
+            (Mutation::DropsUnresolvedTarget, Key::Migration(name)) => {
+                let over = world.migrations.get(name).filter(|one| one.is_final() && one.status.phase == Phase::Failed);
+                for pod in over.into_iter().flat_map(|one| world.pods_of_migration(one.uid())) {
+                    if !pod.deleting() {
+                        plan.delete(pod.as_ref());
+                    }
+                }
+            }
+            (Mutation::SweepsUnresolved, Key::Vmi(name)) => {
+                let Some(vmi) = world.vmis.get(name) else { return plan };
+                let Some(current) = vmi::current_pod(vmi, world) else { return plan };
+                for pod in world.pods_of_vmi(vmi.uid()) {
+                    let migration = pod.label(names::LABEL_MIGRATION_JOB_UID);
+                    let waited_for = world
+                        .migrations_of(name)
+                        .any(|one| Some(one.uid()) == migration && !one.is_final() && !one.status.phase.is_running());
+                    if pod.name() != current.name() && !pod.deleting() && !waited_for {
+                        plan.delete(pod.as_ref());
+                    }
+                }
+            }
+            (Mutation::NeverWakes, _) => plan.wake_at = None,
+            (Mutation::FailedBeginsAgain, Key::Migration(name)) => {
+                if let Some(one) = world.migrations.get(name).filter(|one| one.status.phase == Phase::Failed) {
+                    let again = serde_json::json!({"status": {"phase": "Pending"}});
+                    plan.effects.insert(0, Effect::PatchStatus(one.reference(), again));
+                }
+            }
+            _ => {}
+        }
+        plan
+    }
+
+    /// As if the VMI's other pods were not there, and its last migration were resolved.
+    fn decide_without_others(self, key: &Key, view: &View<'_>) -> Plan {
+        let Key::Migration(name) = key else { return key.decide(view) };
+        let Some(one) = view.world.migrations.get(name).filter(|one| !one.status.phase.is_running()) else {
+            return key.decide(view);
+        };
+        let vmi_name = Name::new(one.namespace(), one.vmi_name());
+        let Some(vmi) = view.world.vmis.get(&vmi_name) else { return key.decide(view) };
+        let mut world: World = view.world.clone();
+        let current = vmi::current_pod(vmi, view.world).map(|pod| pod.key());
+        for pod in view.world.pods_of_vmi(vmi.uid()) {
+            if Some(pod.key()) != current {
+                world.forget(godwit_control::Kind::Pod, &pod.key());
+            }
+        }
+        let mut resolved = vmi.as_ref().clone();
+        if let Some(state) = &mut resolved.status.migration_state {
+            state.completed = Some(true);
+            state.failed = Some(true);
+        }
+        world.forget(godwit_control::Kind::VirtualMachineInstance, &vmi_name);
+        world.apply(Object::from(resolved), godwit_control::Source::Watch);
+        key.decide(&View { world: &world, ..*view })
+    }
+
+    /// As if one of those under way were not there.
+    fn decide_with_one_less(self, key: &Key, view: &View<'_>) -> Plan {
+        let Key::Migration(name) = key else { return key.decide(view) };
+        let waits = view.world.migrations.get(name).is_some_and(|one| one.status.phase == Phase::Pending);
+        let other = view.world.migrations.iter().find(|one| one.status.phase.is_running());
+        let (true, Some(other)) = (waits, other) else { return key.decide(view) };
+        let mut world: World = view.world.clone();
+        for pod in view.world.pods_of_migration(other.uid()) {
+            world.forget(godwit_control::Kind::Pod, &pod.key());
+        }
+        world.forget(godwit_control::Kind::Migration, &other.key());
+        key.decide(&View { world: &world, ..*view })
+    }
+}
