@@ -17,6 +17,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use futures::future::BoxFuture;
+use godwit_launcher::rpc::Cause;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
@@ -69,6 +70,18 @@ pub enum ChannelError {
     },
 }
 
+impl ChannelError {
+    /// Whether the target's node answers, but no handler that knows of this migration is there.
+    #[must_use]
+    pub fn is_answered(&self) -> bool {
+        match self {
+            Self::Tls(_) => false,
+            Self::Io { source, .. } => source.kind() == io::ErrorKind::ConnectionRefused,
+            Self::Refused { .. } => true,
+        }
+    }
+}
+
 /// First line on a connection.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -91,8 +104,16 @@ struct Welcome {
 pub enum Request {
     /// What is the time at your end?
     Clock,
+    /// Can the target's QEMU receive in post-copy?
+    Offer,
     /// The source is stopped for good, and that is written down: run the guest.
-    Go,
+    Go {
+        /// Its user had paused it: it stays so.
+        #[serde(default)]
+        paused: bool,
+    },
+    /// The migration has failed: what is known of it at your end?
+    Why,
     /// The guest stays at the source: end the waiting QEMU.
     Abandon,
 }
@@ -106,9 +127,25 @@ pub enum Answer {
         /// By the target node's clock.
         now_us: i64,
     },
+    /// To [`Request::Offer`].
+    Offered {
+        /// It can.
+        post_copy: bool,
+    },
+    /// To [`Request::Why`].
+    Because {
+        /// QEMU is not there any more.
+        ended: bool,
+        /// What went wrong, if anything did, in QEMU's words where it has some.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        words: Option<String>,
+        /// Of what kind that is.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        cause: Option<Cause>,
+    },
     /// To [`Request::Go`]: the guest runs at the target.
     Running {
-        /// When it resumed, microseconds since the Unix epoch by the target node's clock.
+        /// When it resumed (or arrived, if it stays paused), microseconds since the Unix epoch by the target node's clock.
         resume_us: i64,
     },
     /// To [`Request::Abandon`].

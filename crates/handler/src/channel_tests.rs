@@ -18,7 +18,9 @@ impl TargetControl for Echo {
         Box::pin(async move {
             match request {
                 Request::Clock => Answer::Time { now_us: jiff::Timestamp::now().as_microsecond() + 5_000_000 },
-                Request::Go => Answer::Running { resume_us: 42 },
+                Request::Offer => Answer::Offered { post_copy: true },
+                Request::Go { .. } => Answer::Running { resume_us: 42 },
+                Request::Why => Answer::Because { ended: false, words: None, cause: None },
                 Request::Abandon => Answer::Abandoned,
             }
         })
@@ -89,7 +91,7 @@ async fn the_right_source_is_let_in_and_may_come_back_to_the_control_channel() {
     let target = stage.target("uid-1", "node2");
     for _ in 0..2 {
         let mut control = Control::connect(&target, &stage.source, stage.control(), LIMIT).await.unwrap();
-        assert_eq!(control.ask(Request::Go, LIMIT).await.unwrap(), Answer::Running { resume_us: 42 });
+        assert_eq!(control.ask(Request::Go { paused: false }, LIMIT).await.unwrap(), Answer::Running { resume_us: 42 });
         let offset = control.clock_offset_us(LIMIT).await.unwrap();
         assert!((4_000_000..6_000_000).contains(&offset), "{offset}");
     }

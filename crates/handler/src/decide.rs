@@ -5,10 +5,13 @@
 
 use std::time::Duration;
 
-use godwit_launcher::rpc::DomainPhase;
+use godwit_api::FailureCause;
+use godwit_launcher::rpc::{DomainPhase, MigrationMode, MigrationRole};
 
-use crate::facts::{Facts, Launcher, MigrationView, PodView};
+use crate::facts::{self, Facts, Launcher, MigrationView, PodView};
 
+pub mod causes;
+mod limits;
 mod run;
 mod source;
 mod target;
@@ -71,7 +74,16 @@ pub enum Action {
         /// UID of the migration.
         uid: String,
         /// Why, when it is this handler's wish.
-        why: Option<String>,
+        why: Option<Failure>,
+    },
+    /// Order what ends a migration that does not end by itself.
+    Disrupt {
+        /// The pod.
+        pod: String,
+        /// UID of the migration.
+        uid: String,
+        /// Post-copy, or the guest stands still.
+        how: Disruption,
     },
     /// Close the dialling half.
     CloseSource,
@@ -116,6 +128,10 @@ pub enum Change {
     Published,
     /// `startTimestamp` and `mode`, microseconds since the epoch.
     Started(i64),
+    /// `mode`: how it goes on.
+    Mode(MigrationMode),
+    /// `failureCause` of a migration that is being given up, so that it is known after a restart.
+    GivingUp(FailureCause),
     /// `migrationState.progress` from the launcher in this pod.
     Progress {
         /// The pod.
@@ -128,8 +144,33 @@ pub enum Change {
         /// STOP to RESUME, if both are known.
         downtime_us: Option<i64>,
     },
-    /// `failed`, `completed`, `endTimestamp`, `failureReason`.
-    Failed(String),
+    /// `failed`, `completed`, `endTimestamp`, `failureReason`, `failureCause`.
+    Failed(Failure),
+}
+
+/// Why a migration failed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Failure {
+    /// Out of the closed list.
+    pub cause: FailureCause,
+    /// In words; KubeVirt's where it has some.
+    pub reason: String,
+}
+
+impl Failure {
+    /// This cause in these words.
+    pub fn new(cause: FailureCause, reason: impl Into<String>) -> Self {
+        Self { cause, reason: reason.into() }
+    }
+}
+
+/// What ends a migration that does not end while the guest runs at the source.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Disruption {
+    /// The guest runs at the target, its memory follows.
+    PostCopy,
+    /// The guest stands still until its memory is over.
+    Pause,
 }
 
 /// What to do now, and when to look again if nothing happens before.
@@ -229,6 +270,13 @@ pub fn decide(facts: &Facts) -> Plan {
             if leaving.is_none() && facts.source.is_some() {
                 plan.act(Action::CloseSource);
             }
+            // It left, and is lost: what remains of it here is of no use.
+            if let Some(pod) = pod.and_then(|name| facts.pods.get(name))
+                && migration.is_some_and(|m| m.completed && m.failed && m.source_pod == pod.name && left(pod, m))
+                && !pod.terminal
+            {
+                end(pod, 0, &mut plan);
+            }
             if let (true, Some(pod)) = (goes_on, pod.and_then(|name| facts.pods.get(name))) {
                 run::decide(facts, pod, &mut plan);
             }
@@ -261,14 +309,17 @@ fn departed(facts: &Facts, m: &MigrationView, pod: &PodView, plan: &mut Plan) {
     if facts.source.is_some() {
         plan.act(Action::CloseSource);
     }
-    let Launcher::Answers(state) = &pod.launcher else { return };
-    let left = crate::facts::migration(state, &m.uid, godwit_launcher::rpc::MigrationRole::Source)
-        .is_some_and(|f| f.status == "completed");
     // Only a QEMU that is known to have handed over is ended here; anything else is not this migration's source. Its launcher
     // stays to tell of the hand-over until it hears this.
-    if left && !pod.terminal {
+    if left(pod, m) && !pod.terminal {
         end(pod, 0, plan);
     }
+}
+
+/// Whether a launcher that answers says that its guest has left in migration `m`.
+fn left(pod: &PodView, m: &MigrationView) -> bool {
+    let facts = pod.launcher.state().and_then(|state| facts::migration(state, &m.uid, MigrationRole::Source));
+    facts.is_some_and(facts::has_left)
 }
 
 /// Orders the end of a pod's guest, once for each shorter grace.

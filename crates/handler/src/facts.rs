@@ -3,8 +3,11 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use godwit_launcher::rpc::{DomainPhase, MigrationFacts, MigrationRole, State};
+use godwit_api::FailureCause;
+use godwit_launcher::rpc::{Cause, DomainPhase, MigrationFacts, MigrationMode, MigrationRole, State};
 use jiff::Timestamp;
+
+use crate::decide::Failure;
 
 /// Everything that counts for one VMI on this node, at one moment.
 #[derive(Clone, Debug)]
@@ -17,14 +20,17 @@ pub struct Facts {
     pub vmi: VmiView,
     /// For how long this process has known of the VMI's present migration.
     pub known_for: Duration,
+    /// For how long its migration runs, by a monotonic clock; a handler that has restarted goes on from `startTimestamp`.
+    pub running_for: Option<Duration>,
     /// The VMI's launcher pods on this node, by name.
     pub pods: BTreeMap<String, PodView>,
     /// The channels that this process holds open as a migration's target.
     pub target: Option<TargetView>,
     /// The channels that this process holds open as a migration's source.
     pub source: Option<SourceView>,
-    /// The migration's target pod has ended, in words. It is asked for only while the go is not confirmed.
-    pub target_ended: Option<String>,
+    /// The migration's pod at the other end has ended, in words. It is asked for only while that is of use: the go is not
+    /// confirmed, post-copy is under way, or the migration failed.
+    pub peer_ended: Option<String>,
 }
 
 /// The part of a VMI that decisions need.
@@ -38,8 +44,10 @@ pub struct VmiView {
     pub grace_seconds: u64,
     /// `status.nodeName`.
     pub node_name: Option<String>,
-    /// Guest memory in bytes; 0 when the VMI does not say.
-    pub memory_bytes: u64,
+    /// KubeVirt's test hook: no target of it is prepared.
+    pub blocks_target: bool,
+    /// KubeVirt's test hook: no migration of it succeeds.
+    pub fails_migration: bool,
     /// `status.migrationState`.
     pub migration: Option<MigrationView>,
 }
@@ -67,20 +75,27 @@ pub struct MigrationView {
     pub detected: bool,
     pub target_ready: bool,
     pub start: Option<Timestamp>,
+    pub mode: Option<MigrationMode>,
     pub completed: bool,
     pub failed: bool,
+    /// `failureCause`; before `failed` it says why a handler is giving the migration up.
+    pub cause: Option<FailureCause>,
     pub abort_requested: bool,
     pub abort_status: Option<String>,
     /// `migrationConfiguration.bandwidthPerMigration` in bytes per second; 0 is unlimited.
     pub bandwidth: u64,
     /// `maxDowntimeMs`.
     pub max_downtime_ms: Option<u64>,
-    /// `completionTimeoutPerGiB` in seconds; 0 is no limit.
-    pub completion_timeout_per_gib: u64,
-    /// `progressTimeout` in seconds; 0 is no limit.
-    pub progress_timeout: u64,
+    /// `completionTimeoutPerGiB` times what is to be copied; none is for ever.
+    pub completion_limit: Option<Duration>,
+    /// `progressTimeout`; none is for ever.
+    pub progress_limit: Option<Duration>,
     /// `allowAutoConverge`.
     pub allow_auto_converge: bool,
+    /// `allowPostCopy`.
+    pub allow_post_copy: bool,
+    /// `allowWorkloadDisruption`, which follows `allowPostCopy` when it is not set.
+    pub allow_workload_disruption: bool,
 }
 
 impl MigrationView {
@@ -143,6 +158,18 @@ pub fn migration<'a>(state: &'a State, uid: &str, role: MigrationRole) -> Option
     state.migration.as_ref().filter(|m| m.uid == uid && m.role == role)
 }
 
+/// Whether the guest will never run at this source again: its launcher has written that down.
+#[must_use]
+pub fn has_left(f: &MigrationFacts) -> bool {
+    f.handed_over || f.status == "completed"
+}
+
+/// Whether post-copy has lost its link, or one of its ends.
+#[must_use]
+pub fn is_broken(f: &MigrationFacts) -> bool {
+    matches!(f.status.as_str(), "postcopy-paused" | "failed")
+}
+
 /// Whether the guest is in this launcher's QEMU and is its only copy.
 #[must_use]
 pub fn is_alive(state: &State) -> bool {
@@ -167,22 +194,63 @@ pub struct SourceView {
     pub uid: String,
     /// Both channels are open, the start can be ordered.
     pub ready: bool,
+    /// The target's end can receive in post-copy.
+    pub post_copy_offered: bool,
     /// Why it is not ready; `None` while it is being dialled.
     pub error: Option<String>,
     /// How long this half exists.
     pub age: Duration,
     /// Why the launcher refused to start the migration.
-    pub start_error: Option<String>,
+    pub start_error: Option<Failure>,
     /// Why this handler cancelled it (not asked for by the user).
-    pub cancelled: Option<String>,
+    pub cancelled: Option<Failure>,
+    /// How the order of post-copy went.
+    pub post_copy: Ordered,
+    /// How the order to hold the guest went.
+    pub pause: Ordered,
     /// How long no byte has moved, by the count of this process and of QEMU.
     pub still: Duration,
     /// How long `remaining` has not reached a new low.
     pub stuck: Duration,
-    /// When progress was last written into the API.
-    pub reported: Option<Timestamp>,
+    /// How long ago progress was last written into the API.
+    pub reported: Option<Duration>,
     /// How the go went.
     pub go: Go,
+    /// What the target's end said after the migration had failed.
+    pub target: TargetSays,
+}
+
+/// How an order to the launcher went that is given once.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Ordered {
+    /// It was not given.
+    #[default]
+    Not,
+    /// It was taken, so long ago.
+    Given(Duration),
+    /// It cannot be, and why.
+    Refused(String),
+}
+
+/// What the target's end says of a migration that has failed.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum TargetSays {
+    /// It has not answered yet.
+    #[default]
+    Nothing,
+    /// Its handler answers for it.
+    Told {
+        /// Its QEMU is not there any more.
+        ended: bool,
+        /// What went wrong there, if anything did.
+        words: Option<String>,
+        /// Of what kind that is.
+        cause: Option<Cause>,
+    },
+    /// Its node answers, but no handler is there.
+    NoHandler(String),
+    /// It cannot be reached.
+    Unreachable(String),
 }
 
 /// How the go went.

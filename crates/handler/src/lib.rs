@@ -16,6 +16,7 @@ pub mod facts;
 mod follow;
 pub mod heartbeat;
 pub mod networks;
+mod progress;
 pub mod pump;
 pub mod sockets;
 mod source_link;

@@ -14,7 +14,7 @@ use tokio::sync::{Notify, watch};
 use tokio::task::{AbortHandle, JoinHandle};
 
 use crate::channel::{self, Answer, ChannelError, Control, Dialled, Request, Target};
-use crate::facts::{self, Go, Launcher};
+use crate::facts::{self, Go, Launcher, TargetSays};
 use crate::pump::{self, Carried};
 use crate::tls::{Identity, TlsPaths};
 
@@ -22,6 +22,8 @@ use crate::tls::{Identity, TlsPaths};
 const DIAL_LIMIT: Duration = Duration::from_secs(5);
 /// How long the target may take to run the guest after the go, before it is asked again.
 const GO_LIMIT: Duration = Duration::from_secs(10);
+/// How long the target may take to say why the migration failed.
+const WHY_LIMIT: Duration = Duration::from_secs(5);
 /// The shortest and longest wait before the go is repeated.
 const RETRY: (Duration, Duration) = (Duration::from_millis(5), Duration::from_secs(1));
 
@@ -53,8 +55,12 @@ pub struct LinkState {
     pub ready: bool,
     /// Why they are not.
     pub error: Option<String>,
+    /// The target can receive in post-copy.
+    pub post_copy_offered: bool,
     /// How the go went.
     pub go: Go,
+    /// What the target's end said after the migration had failed.
+    pub target: TargetSays,
 }
 
 /// The running half. Dropping it closes its channels.
@@ -80,7 +86,7 @@ impl Drop for SourceLink {
 
 impl SourceLink {
     /// Begins to dial. QEMU's streams are taken from `listeners` (by inner port); without any only the control channel is
-    /// opened.
+    /// opened. `post_copy`: ask the target whether it could.
     #[must_use]
     pub fn start(
         tls: TlsPaths,
@@ -88,6 +94,7 @@ impl SourceLink {
         listeners: Vec<(i32, UnixListener)>,
         launcher: watch::Receiver<Launcher>,
         wake: Arc<Notify>,
+        post_copy: bool,
     ) -> Self {
         let uid = endpoint.migration_uid.clone();
         let state = Arc::new(Mutex::new(LinkState::default()));
@@ -104,6 +111,7 @@ impl SourceLink {
             wake,
             streams: streams.clone(),
             offset_us: 0,
+            post_copy,
         };
         let task = tokio::spawn(run.run(listeners));
         Self { uid, carried, state, endpoint: sender, task, streams }
@@ -136,14 +144,20 @@ struct Run {
     streams: Arc<Mutex<Vec<AbortHandle>>>,
     /// By how much the target's clock is ahead.
     offset_us: i64,
+    /// Ask the target whether it can receive in post-copy.
+    post_copy: bool,
 }
 
 /// What the source's launcher says of the migration.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Sent {
     Open,
-    Completed,
-    Ended,
+    /// The guest has left, paused by its user or not.
+    Left {
+        paused: bool,
+    },
+    Failed,
+    Cancelled,
 }
 
 impl Run {
@@ -155,9 +169,10 @@ impl Run {
     fn sent(&mut self) -> Sent {
         let launcher = self.launcher.borrow_and_update();
         let facts = launcher.last().and_then(|s| facts::migration(s, &self.uid, MigrationRole::Source));
-        match facts.map(|f| f.status.as_str()) {
-            Some("completed") => Sent::Completed,
-            Some("failed" | "cancelled") => Sent::Ended,
+        match facts {
+            Some(f) if facts::has_left(f) => Sent::Left { paused: f.guest_paused },
+            Some(f) if f.status == "failed" => Sent::Failed,
+            Some(f) if f.status == "cancelled" => Sent::Cancelled,
             _ => Sent::Open,
         }
     }
@@ -166,7 +181,7 @@ impl Run {
         let began = Instant::now();
         let mut control = match self.open(listeners).await {
             Ok(control) => Some(control),
-            Err(error) if self.sent() == Sent::Completed => {
+            Err(error) if matches!(self.sent(), Sent::Left { .. }) => {
                 self.set(|s| s.go = Go::Trying(error.to_string()));
                 None
             }
@@ -180,8 +195,9 @@ impl Run {
         self.set(|s| s.ready = true);
         loop {
             match self.sent() {
-                Sent::Completed => return self.go(control).await,
-                Sent::Ended => return self.abandon(control).await,
+                Sent::Left { paused } => return self.go(control, paused).await,
+                Sent::Failed => return self.abandon(control, true).await,
+                Sent::Cancelled => return self.abandon(control, false).await,
                 Sent::Open => {}
             }
             let changed = match &mut control {
@@ -226,6 +242,11 @@ impl Run {
         };
         let (mut control, dialled) = tokio::try_join!(control, dialled)?;
         self.offset_us = control.clock_offset_us(DIAL_LIMIT).await?;
+        if self.post_copy
+            && let Answer::Offered { post_copy } = control.ask(Request::Offer, DIAL_LIMIT).await?
+        {
+            self.set(|s| s.post_copy_offered = post_copy);
+        }
         let mut streams = Vec::new();
         if let (Some((_, listener)), Some(channel)) = (memory, dialled) {
             let (uid, carried) = (self.uid.clone(), self.carried.clone());
@@ -249,15 +270,15 @@ impl Run {
     }
 
     /// The source is stopped for good: the target has to run the guest, whatever it takes.
-    async fn go(mut self, mut control: Option<Control>) {
+    async fn go(mut self, mut control: Option<Control>, paused: bool) {
         let began = Instant::now();
         let mut wait = RETRY.0;
         loop {
             let answer = match control.as_mut() {
-                Some(open) => open.ask(Request::Go, GO_LIMIT).await,
+                Some(open) => open.ask(Request::Go { paused }, GO_LIMIT).await,
                 None => match self.redial().await {
                     Ok(mut open) => {
-                        let answer = open.ask(Request::Go, GO_LIMIT).await;
+                        let answer = open.ask(Request::Go { paused }, GO_LIMIT).await;
                         control = Some(open);
                         answer
                     }
@@ -297,19 +318,38 @@ impl Run {
         }
     }
 
-    /// The guest stays here; the waiting target may go. The API says so as well, so once is enough.
-    async fn abandon(mut self, control: Option<Control>) {
-        let mut control = match control {
-            Some(control) => control,
-            None => match self.redial().await {
-                Ok(control) => control,
-                Err(_) => return,
-            },
+    /// The guest stays here; the waiting target may go. The API says so as well, so once is enough. Before that, after a
+    /// failure, the target says what it knows of it.
+    async fn abandon(mut self, control: Option<Control>, ask_why: bool) {
+        let dialled = match control {
+            Some(control) => Ok(control),
+            None => self.redial().await,
         };
+        let mut control = match dialled {
+            Ok(control) => control,
+            Err(error) => return self.set(|s| s.target = unheard(&error)),
+        };
+        if ask_why {
+            let heard = match control.ask(Request::Why, WHY_LIMIT).await {
+                Ok(Answer::Because { ended, words, cause }) => TargetSays::Told { ended, words, cause },
+                Ok(_) => TargetSays::Told { ended: false, words: None, cause: None },
+                Err(error) => unheard(&error),
+            };
+            tracing::info!(migration = %self.uid, ?heard, "what the target knows of the failure");
+            self.set(|s| s.target = heard);
+        }
         if let Err(error) = control.ask(Request::Abandon, DIAL_LIMIT).await {
             tracing::info!(migration = %self.uid, %error, "the target could not be told that the guest stays");
         }
         control.close(DIAL_LIMIT).await;
+    }
+}
+
+fn unheard(error: &ChannelError) -> TargetSays {
+    if error.is_answered() {
+        TargetSays::NoHandler(error.to_string())
+    } else {
+        TargetSays::Unreachable(error.to_string())
     }
 }
 

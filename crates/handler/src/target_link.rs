@@ -13,6 +13,8 @@ use crate::facts::{self, Launcher};
 
 /// How long to wait for the time of the resume after the launcher has taken the go.
 const RESUME_LIMIT: Duration = Duration::from_secs(5);
+/// How long to wait for the launcher to see why a migration failed.
+const WHY_LIMIT: Duration = Duration::from_secs(2);
 
 /// The launcher that receives, seen by the control channel.
 pub struct TargetAnswers {
@@ -20,6 +22,8 @@ pub struct TargetAnswers {
     pub uid: String,
     /// The launcher.
     pub client: Client,
+    /// Its QEMU can receive in post-copy.
+    pub post_copy: bool,
     /// Its states.
     pub launcher: watch::Receiver<Launcher>,
 }
@@ -29,7 +33,9 @@ impl TargetControl for TargetAnswers {
         Box::pin(async move {
             match request {
                 Request::Clock => Answer::Time { now_us: jiff::Timestamp::now().as_microsecond() },
-                Request::Go => self.go().await,
+                Request::Offer => Answer::Offered { post_copy: self.post_copy },
+                Request::Go { paused } => self.go(paused).await,
+                Request::Why => self.why().await,
                 Request::Abandon => match self.client.abandon(&self.uid).await {
                     Ok(_) => Answer::Abandoned,
                     Err(error) => Answer::NotYet { reason: error.to_string() },
@@ -40,8 +46,9 @@ impl TargetControl for TargetAnswers {
 }
 
 impl TargetAnswers {
-    async fn go(&self) -> Answer {
-        match self.client.go(&self.uid).await {
+    async fn go(&self, paused: bool) -> Answer {
+        let answer = if paused { self.client.go_paused(&self.uid).await } else { self.client.go(&self.uid).await };
+        match answer {
             Ok(state) => match resumed(&state, &self.uid) {
                 Some(resume_us) => Answer::Running { resume_us },
                 None => self.wait_resumed().await,
@@ -61,6 +68,15 @@ impl TargetAnswers {
         }
     }
 
+    /// The source may see the stream end before the launcher here sees its QEMU end.
+    async fn why(&self) -> Answer {
+        let mut launcher = self.launcher.clone();
+        let wait = launcher.wait_for(|l| l.last().is_some_and(|s| why(s, &self.uid).is_some()));
+        let seen = tokio::time::timeout(WHY_LIMIT, wait).await;
+        let answer = seen.ok().and_then(Result::ok).and_then(|l| l.last().and_then(|s| why(s, &self.uid)));
+        answer.unwrap_or(Answer::Because { ended: false, words: None, cause: None })
+    }
+
     async fn wait_resumed(&self) -> Answer {
         let mut launcher = self.launcher.clone();
         let wait = launcher.wait_for(|l| l.last().is_some_and(|s| resumed(s, &self.uid).is_some()));
@@ -74,7 +90,18 @@ impl TargetAnswers {
     }
 }
 
-/// When the guest resumed in this launcher after migration `uid`.
+/// When the guest resumed in this launcher after migration `uid`. One that stays paused has no such time: it is here now.
 fn resumed(state: &State, uid: &str) -> Option<i64> {
-    facts::migration(state, uid, MigrationRole::Target).filter(|f| f.gone).and_then(|f| f.resume_us)
+    let f = facts::migration(state, uid, MigrationRole::Target).filter(|f| f.gone)?;
+    let paused = (state.phase == DomainPhase::Paused).then(|| jiff::Timestamp::now().as_microsecond());
+    f.resume_us.or(paused)
+}
+
+/// What went wrong in this launcher with migration `uid`, if anything did yet.
+fn why(state: &State, uid: &str) -> Option<Answer> {
+    let f = facts::migration(state, uid, MigrationRole::Target);
+    let ended = state.phase.is_final();
+    let failed = f.is_some_and(|f| f.status == "failed" || f.error.is_some());
+    let words = f.and_then(|f| f.error.clone()).or_else(|| state.exit_reason.clone().filter(|_| ended));
+    (ended || failed).then(|| Answer::Because { ended, words, cause: f.and_then(|f| f.cause) })
 }

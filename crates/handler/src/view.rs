@@ -1,6 +1,10 @@
 //! A VMI and a pod of the API, reduced to what decisions need.
 
-use godwit_api::vmi::VirtualMachineInstance;
+use std::time::Duration;
+
+use godwit_api::vmi::{MigrationMode as ApiMode, VirtualMachineInstance};
+use godwit_api::{config, names};
+use godwit_launcher::rpc::MigrationMode;
 use k8s_openapi::api::core::v1::Pod;
 
 use crate::facts::{MigrationView, VmiView};
@@ -18,22 +22,10 @@ pub fn vmi(vmi: &VirtualMachineInstance) -> VmiView {
         deleting: vmi.is_deleting(),
         grace_seconds: grace.map_or(DEFAULT_GRACE_SECONDS, |s| u64::try_from(s).unwrap_or(0)),
         node_name: status.node_name.clone().filter(|n| !n.is_empty()),
-        memory_bytes: memory_bytes(vmi),
+        blocks_target: vmi.annotation(names::ANNOTATION_TEST_BLOCK_TARGET_PREPARATION).is_some(),
+        fails_migration: vmi.annotation(names::ANNOTATION_TEST_FORCE_MIGRATION_FAILURE).is_some(),
         migration: migration(vmi),
     }
-}
-
-/// Guest memory: what the guest sees, else the memory request; 0 when neither is given.
-#[must_use]
-pub fn memory_bytes(vmi: &VirtualMachineInstance) -> u64 {
-    let domain = &vmi.spec.domain;
-    domain
-        .memory
-        .as_ref()
-        .and_then(|m| m.guest.as_ref())
-        .or_else(|| domain.resources.requests.get("memory"))
-        .and_then(|q| q.bytes().ok())
-        .unwrap_or(0)
 }
 
 fn migration(vmi: &VirtualMachineInstance) -> Option<MigrationView> {
@@ -41,7 +33,10 @@ fn migration(vmi: &VirtualMachineInstance) -> Option<MigrationView> {
     let uid = state.migration_uid.clone().filter(|u| !u.is_empty())?;
     let text = |value: &Option<String>| value.clone().unwrap_or_default();
     let config = state.migration_configuration.clone().unwrap_or_default();
-    let seconds = |value: Option<i64>| value.and_then(|v| u64::try_from(v).ok()).unwrap_or(0);
+    // 0 is no limit.
+    let progress_limit = config.progress_timeout.and_then(|s| u64::try_from(s).ok()).filter(|s| *s > 0);
+    let completion_limit = config::completion_timeout_seconds(&config, config::bytes_to_copy(vmi));
+    let allow_post_copy = config.allow_post_copy.unwrap_or(false);
     Some(MigrationView {
         uid,
         source_node: text(&state.source_node),
@@ -53,16 +48,29 @@ fn migration(vmi: &VirtualMachineInstance) -> Option<MigrationView> {
         detected: state.target_node_domain_detected.unwrap_or(false),
         target_ready: state.target_node_domain_ready_timestamp.is_some(),
         start: state.start_timestamp.as_ref().map(|t| t.0),
+        mode: state.mode.as_ref().and_then(mode),
         completed: state.completed.unwrap_or(false),
         failed: state.failed.unwrap_or(false),
+        cause: state.failure_cause.clone(),
         abort_requested: state.abort_requested.unwrap_or(false),
         abort_status: state.abort_status.as_ref().map(|s| s.as_str().to_owned()).filter(|s| !s.is_empty()),
         bandwidth: config.bandwidth_per_migration.as_ref().and_then(|q| q.bytes().ok()).unwrap_or(0),
         max_downtime_ms: config.max_downtime_ms,
-        completion_timeout_per_gib: seconds(config.completion_timeout_per_gib),
-        progress_timeout: seconds(config.progress_timeout),
+        completion_limit: completion_limit.map(Duration::from_secs),
+        progress_limit: progress_limit.map(Duration::from_secs),
         allow_auto_converge: config.allow_auto_converge.unwrap_or(false),
+        allow_post_copy,
+        allow_workload_disruption: config.allow_workload_disruption.unwrap_or(allow_post_copy),
     })
+}
+
+fn mode(mode: &ApiMode) -> Option<MigrationMode> {
+    match mode {
+        ApiMode::PreCopy => Some(MigrationMode::PreCopy),
+        ApiMode::PostCopy => Some(MigrationMode::PostCopy),
+        ApiMode::Paused => Some(MigrationMode::Paused),
+        ApiMode::Other(_) => None,
+    }
 }
 
 /// A launcher pod, reduced.
@@ -89,7 +97,7 @@ pub struct LauncherPod {
 /// Reduces a pod; `None` when it is no launcher's.
 #[must_use]
 pub fn pod(pod: &Pod) -> Option<LauncherPod> {
-    use godwit_api::names as n;
+    use names as n;
     let meta = &pod.metadata;
     let labels = meta.labels.as_ref()?;
     let label = |key: &str| labels.get(key).filter(|v| !v.is_empty()).cloned();

@@ -14,8 +14,8 @@ use tokio::sync::{Notify, mpsc};
 
 use crate::channel::TargetChannels;
 use crate::context::Context;
-use crate::decide::{self, Plan};
-use crate::facts::{self, Facts, Go, Launcher, MigrationView, PodView, SourceView, TargetView};
+use crate::decide::{self, Failure, Plan};
+use crate::facts::{self, Facts, Go, Launcher, MigrationView, Ordered, PodView, SourceView, TargetView};
 use crate::follow::Follower;
 use crate::networks::Wired;
 use crate::sockets::SocketDir;
@@ -30,8 +30,8 @@ const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_
 /// Between two reads of a VMI that no watch of this node shows any more, while something is still to be done for it.
 const REREAD: Duration = Duration::from_secs(1);
 
-/// Between two looks at the target's pod while the go is not confirmed.
-const LOOK_AT_TARGET: Duration = Duration::from_secs(1);
+/// Between two looks at the pod at a migration's other end, while they are of use.
+const LOOK_AT_PEER: Duration = Duration::from_secs(1);
 
 /// How long the API may take. A node that is cut off from it must still be able to cancel what goes over the same link.
 const API_LIMIT: Duration = Duration::from_secs(5);
@@ -77,10 +77,31 @@ struct Source {
     /// Where QEMU's streams are taken: inner port, folder, name.
     sockets: Vec<(i32, Arc<SocketDir>, String)>,
     first_dialled: Instant,
-    start_error: Option<String>,
-    cancelled: Option<String>,
-    reported: Option<Timestamp>,
+    start_error: Option<Failure>,
+    cancelled: Option<Failure>,
+    post_copy: Order,
+    pause: Order,
+    reported: Option<Instant>,
     meter: Meter,
+}
+
+/// An order to the launcher that is given once.
+#[derive(Default)]
+enum Order {
+    #[default]
+    Not,
+    Given(Instant),
+    Refused(String),
+}
+
+impl Order {
+    fn view(&self) -> Ordered {
+        match self {
+            Self::Not => Ordered::Not,
+            Self::Given(at) => Ordered::Given(at.elapsed()),
+            Self::Refused(why) => Ordered::Refused(why.clone()),
+        }
+    }
 }
 
 /// Notices when nothing moves.
@@ -92,6 +113,11 @@ struct Meter {
 impl Meter {
     fn new() -> Self {
         Self { moved: (0, Instant::now()), low: (u64::MAX, Instant::now()) }
+    }
+
+    /// Something was done that should bring it nearer: it has its time again.
+    fn restart(&mut self) {
+        *self = Self::new();
     }
 
     /// Takes a look: bytes moved so far, bytes of memory that remain if memory is being sent.
@@ -123,8 +149,10 @@ pub struct Worker {
     migratable: (Option<Instant>, write::Migratable),
     /// Since when this process knows of the present migration.
     known: Option<(String, Instant)>,
-    /// The migration whose target pod was last looked at, when, and why it has ended if it has.
-    target_seen: Option<(String, Instant, Option<String>)>,
+    /// The migration that runs, since when, and for how long it had run before this process knew of it.
+    running: Option<(String, Instant, Duration)>,
+    /// The migration whose pod at the other end was last looked at, when, and why it has ended if it has.
+    peer_seen: Option<(String, Instant, Option<String>)>,
     /// What was complained about last, so that a complaint is not repeated at each attempt.
     complaint: Option<String>,
 }
@@ -155,7 +183,8 @@ impl Worker {
             source: None,
             migratable: (None, write::Migratable::default()),
             known: None,
-            target_seen: None,
+            running: None,
+            peer_seen: None,
             complaint: None,
         };
         tokio::spawn(worker.run());
@@ -268,7 +297,7 @@ impl Worker {
     /// One look, one decision, its actions.
     async fn round(&mut self) -> Result<Option<Duration>, Stop> {
         let Some(vmi) = self.vmi.clone() else { return Ok(None) };
-        self.look_at_target(&vmi).await;
+        self.look_at_peer(&vmi).await;
         let facts = self.look(&vmi);
         let Plan { actions, wake } = decide::decide(&facts);
         for action in actions {
@@ -279,47 +308,81 @@ impl Worker {
         Ok(wake)
     }
 
-    /// While the go is not confirmed: has the target's pod ended? Then nobody is left there to say so.
-    async fn look_at_target(&mut self, vmi: &VirtualMachineInstance) {
+    /// Has the pod at the migration's other end ended? Then nobody is left there to say so.
+    async fn look_at_peer(&mut self, vmi: &VirtualMachineInstance) {
         let view = view::vmi(vmi);
-        let Some(m) = view.migration.filter(|m| self.is_unconfirmed(m)) else {
-            self.target_seen = None;
+        let asked = view.migration.and_then(|m| self.peer_of_interest(&m).map(|peer| (m.uid, peer)));
+        let Some((uid, (end, peer))) = asked else {
+            self.peer_seen = None;
             return;
         };
-        if let Some((uid, at, ended)) = &self.target_seen
-            && *uid == m.uid
-            && (ended.is_some() || at.elapsed() < LOOK_AT_TARGET)
+        if let Some((seen, at, ended)) = &self.peer_seen
+            && *seen == uid
+            && (ended.is_some() || at.elapsed() < LOOK_AT_PEER)
         {
             return;
         }
         let api: Api<ApiPod> = Api::namespaced(self.context.client.clone(), &self.namespace);
-        let ended = match limited(api.get_opt(&m.target_pod)).await {
-            Ok(None) => Some(format!("the target's pod {} is gone", m.target_pod)),
+        let ended = match limited(api.get_opt(&peer)).await {
+            Ok(None) => Some(format!("the {end}'s pod {peer} is gone")),
             Ok(Some(pod)) => {
                 let phase = pod.status.and_then(|status| status.phase).unwrap_or_default();
-                view::is_terminal(&phase).then(|| format!("the target's pod {} has ended ({phase})", m.target_pod))
+                view::is_terminal(&phase).then(|| format!("the {end}'s pod {peer} has ended ({phase})"))
             }
             Err(error) => {
-                tracing::info!(vmi = self.name, migration = m.uid, error, "cannot look at the target's pod");
+                tracing::info!(vmi = self.name, migration = uid, error, "cannot look at the {end}'s pod");
                 None
             }
         };
         if let Some(ended) = &ended {
-            tracing::error!(vmi = self.name, migration = m.uid, ended, "the go cannot be confirmed any more");
+            tracing::error!(vmi = self.name, migration = uid, ended, "the migration's other end is gone");
         }
-        self.target_seen = Some((m.uid, Instant::now(), ended));
+        self.peer_seen = Some((uid, Instant::now(), ended));
     }
 
-    /// Whether the source here has completed and its go has met an obstacle.
-    fn is_unconfirmed(&self, m: &MigrationView) -> bool {
-        let launcher = self.pods.get(&m.source_pod).map(|pod| pod.follower.now());
-        let sent = launcher.as_ref().and_then(Launcher::last);
-        let sent = sent.and_then(|state| facts::migration(state, &m.uid, MigrationRole::Source));
-        let go = self.source.as_ref().filter(|source| source.link.uid == m.uid).map(|source| source.link.now().go);
-        m.source_node == self.context.node
-            && !m.completed
-            && sent.is_some_and(|sent| sent.status == "completed")
-            && matches!(go, None | Some(Go::Trying(_)))
+    /// Which end's pod is to be looked at, if that is of use now.
+    fn peer_of_interest(&self, m: &MigrationView) -> Option<(&'static str, String)> {
+        if m.completed {
+            return None;
+        }
+        let state = |pod: &str| self.pods.get(pod).map(|pod| pod.follower.now());
+        if m.source_node == self.context.node {
+            let launcher = state(&m.source_pod)?;
+            let sent = launcher.last().and_then(|state| facts::migration(state, &m.uid, MigrationRole::Source));
+            let link = self.source.as_ref().filter(|source| source.link.uid == m.uid).map(|s| s.link.now());
+            let of_use = match sent {
+                // The go has met an obstacle, or a part of the guest's memory is still here.
+                Some(f) if facts::has_left(f) => {
+                    let go = link.map(|link| link.go);
+                    matches!(go, None | Some(Go::Trying(_))) || f.status != "completed"
+                }
+                Some(f) => f.status == "failed",
+                None => link.is_some_and(|link| link.error.is_some()),
+            };
+            return of_use.then(|| ("target", m.target_pod.clone()));
+        }
+        if m.target_node == self.context.node {
+            let launcher = state(&m.target_pod)?;
+            let received = launcher.last().and_then(|state| facts::migration(state, &m.uid, MigrationRole::Target));
+            let of_use = received.is_some_and(|f| f.gone && facts::is_broken(f));
+            return of_use.then(|| ("source", m.source_pod.clone()));
+        }
+        None
+    }
+
+    /// For how long the migration runs.
+    fn running_for(&mut self, m: Option<&MigrationView>) -> Option<Duration> {
+        let m = m.filter(|m| !m.completed)?;
+        if let Some((uid, since, before)) = &self.running
+            && *uid == m.uid
+        {
+            return Some(*before + since.elapsed());
+        }
+        // The orders that this process gives set it at once; this one was given by its predecessor.
+        let before = Timestamp::now().duration_since(m.start?);
+        let before = Duration::try_from(before).unwrap_or_default();
+        self.running = Some((m.uid.clone(), Instant::now(), before));
+        Some(before)
     }
 
     fn look(&mut self, vmi: &VirtualMachineInstance) -> Facts {
@@ -353,15 +416,17 @@ impl Worker {
                 source.link.moved(endpoint);
             }
         }
+        let running_for = self.running_for(view.migration.as_ref());
         Facts {
             node: self.context.node.clone(),
             now: Timestamp::now(),
+            running_for,
             vmi: view,
             known_for: self.known.as_ref().map(|(_, since)| since.elapsed()).unwrap_or_default(),
             pods,
             target: self.target.as_ref().map(Target::view),
             source: self.source.as_ref().map(Source::view),
-            target_ended: self.target_seen.as_ref().and_then(|(_, _, ended)| ended.clone()),
+            peer_ended: self.peer_seen.as_ref().and_then(|(_, _, ended)| ended.clone()),
         }
     }
 
@@ -424,14 +489,18 @@ impl Source {
         SourceView {
             uid: self.link.uid.clone(),
             ready: state.ready,
+            post_copy_offered: state.post_copy_offered,
             error: state.error,
             age: self.first_dialled.elapsed(),
             start_error: self.start_error.clone(),
             cancelled: self.cancelled.clone(),
+            post_copy: self.post_copy.view(),
+            pause: self.pause.view(),
             still: self.meter.moved.1.elapsed(),
             stuck: self.meter.low.1.elapsed(),
-            reported: self.reported,
+            reported: self.reported.map(|at| at.elapsed()),
             go: state.go,
+            target: state.target,
         }
     }
 

@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 
 use godwit_api::names::{self, conditions as c};
-use godwit_api::vmi::{VirtualMachineInstance, VmiNetworkInterface};
+use godwit_api::vmi::{PersistentVolumeClaimInfo, VirtualMachineInstance, VmiNetworkInterface, VolumeStatus};
 use godwit_api::{Condition, condition};
-use godwit_launcher::rpc::{DomainPhase, MigrationFacts, State};
+use godwit_launcher::rpc::{DomainPhase, MigrationMode, State};
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use serde_json::{Map, Value, json};
@@ -13,6 +13,7 @@ use serde_json::{Map, Value, json};
 use crate::decide::Change;
 use crate::facts::TargetView;
 use crate::networks;
+use crate::progress;
 
 /// What a patch is made from, beside the VMI.
 pub struct Sources<'a> {
@@ -33,6 +34,8 @@ pub struct Sources<'a> {
 /// What follows from spec and claims about moving the VM.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Migratable {
+    /// The claims of the VMI's volumes, by claim name.
+    pub claims: BTreeMap<String, PersistentVolumeClaimInfo>,
     /// Conditions LiveMigratable and StorageLiveMigratable.
     pub conditions: Vec<Condition>,
     /// `status.migrationMethod`.
@@ -113,9 +116,16 @@ pub fn patch(vmi: &VirtualMachineInstance, changes: &[Change], from: &Sources<'_
                 migration.insert("startTimestamp".into(), time_of(*start_us, from.now));
                 migration.insert("mode".into(), json!("PreCopy"));
             }
+            Change::Mode(mode) => {
+                migration.insert("mode".into(), json!(mode_word(*mode)));
+            }
+            Change::GivingUp(cause) => {
+                migration.insert("failureCause".into(), json!(cause));
+            }
             Change::Progress { pod } => {
                 if let Some(facts) = from.launchers.get(pod).and_then(|s| s.migration.as_ref()) {
-                    merge(&mut migration, "progress", progress(facts, from.now));
+                    let before = vmi.status.migration_state.as_ref().and_then(|m| m.progress.clone());
+                    merge(&mut migration, "progress", progress::report(facts, &before.unwrap_or_default(), from.now));
                 }
             }
             Change::Abort(abort) => {
@@ -124,16 +134,26 @@ pub fn patch(vmi: &VirtualMachineInstance, changes: &[Change], from: &Sources<'_
             Change::Completed { downtime_us } => {
                 migration.insert("completed".into(), json!(true));
                 migration.insert("endTimestamp".into(), seconds(from.now));
+                // It was to be given up, and was quicker.
+                if vmi.status.migration_state.as_ref().is_some_and(|m| m.failure_cause.is_some()) {
+                    migration.insert("failureCause".into(), Value::Null);
+                }
+                merge(&mut migration, "progress", progress::end());
                 if let Some(us) = downtime_us {
                     let ms = u64::try_from(us.saturating_add(500) / 1000).unwrap_or(0);
                     merge(&mut migration, "progress", json!({ "downtimeMilliseconds": ms }));
                 }
             }
-            Change::Failed(reason) => {
+            Change::Failed(failure) => {
                 migration.insert("completed".into(), json!(true));
                 migration.insert("failed".into(), json!(true));
-                migration.insert("failureReason".into(), json!(reason));
+                migration.insert("failureReason".into(), json!(failure.reason));
+                migration.insert("failureCause".into(), json!(failure.cause));
                 migration.insert("endTimestamp".into(), seconds(from.now));
+                // Nothing is expected any more.
+                if vmi.status.migration_state.as_ref().is_some_and(|m| m.progress.is_some()) {
+                    merge(&mut migration, "progress", progress::end());
+                }
             }
         }
     }
@@ -172,26 +192,12 @@ fn time_of(us: i64, fallback: Timestamp) -> Value {
     seconds(Timestamp::from_microsecond(us).unwrap_or(fallback))
 }
 
-fn progress(f: &MigrationFacts, now: Timestamp) -> Value {
-    let sent = f.total_bytes.saturating_sub(f.remaining_bytes);
-    let percent = match (f.status.as_str(), f.total_bytes) {
-        ("completed", _) => 100,
-        (_, 0) => 0,
-        // The last percent is the switchover's.
-        (_, total) => (sent.saturating_mul(100) / total).min(99),
-    };
-    let elapsed = f.start_us.map(|s| f.end_us.unwrap_or_else(|| now.as_microsecond()).saturating_sub(s).max(0) / 1000);
-    json!({
-        "percent": percent,
-        "bytesTotal": f.total_bytes,
-        "bytesProcessed": f.processed_bytes,
-        "bytesRemaining": f.remaining_bytes,
-        "bytesPerSecond": f.bytes_per_second,
-        "dirtyBytesPerSecond": f.dirty_bytes_per_second,
-        "iteration": f.iteration,
-        "totalMilliseconds": elapsed.or_else(|| f.total_ms.and_then(|ms| i64::try_from(ms).ok())),
-        "qemuDowntimeMilliseconds": f.qemu_downtime_ms,
-    })
+fn mode_word(mode: MigrationMode) -> &'static str {
+    match mode {
+        MigrationMode::PreCopy => "PreCopy",
+        MigrationMode::PostCopy => "PostCopy",
+        MigrationMode::Paused => "Paused",
+    }
 }
 
 /// What the launcher says about the guest, where the VMI says something else.
@@ -216,8 +222,10 @@ fn report(
     };
     changed |= match state.phase {
         DomainPhase::Paused => {
+            let by_migration = state.migration.as_ref().is_some_and(|m| m.paused_by_migration);
             let (reason, message) = match state.qemu_status.as_deref() {
                 Some("io-error") => c::paused::IO_ERROR,
+                _ if by_migration => c::paused::BY_MIGRATION_MONITOR,
                 _ => c::paused::BY_USER,
             };
             condition::set(&mut conditions, Condition::new(c::PAUSED, true).because(reason, message), now)
@@ -231,6 +239,10 @@ fn report(
     let interfaces = interfaces(vmi, state, addresses);
     if interfaces != old.interfaces {
         set(status, "interfaces", json!(interfaces));
+    }
+    let volumes = volumes(vmi, state, &migratable.claims);
+    if volumes != old.volume_status {
+        set(status, "volumeStatus", json!(volumes));
     }
     if let Some(method) = &migratable.method
         && old.migration_method.as_ref().map(|m| m.as_str()) != Some(method.as_str())
@@ -279,6 +291,31 @@ fn report(
 
 fn set(status: &mut Map<String, Value>, key: &str, value: Value) {
     status.insert(key.to_owned(), value);
+}
+
+/// The volumes in the order of the spec, as the launcher has them as disks; what is not known now stays as it was.
+fn volumes(
+    vmi: &VirtualMachineInstance,
+    state: &State,
+    claims: &BTreeMap<String, PersistentVolumeClaimInfo>,
+) -> Vec<VolumeStatus> {
+    let one = |volume: &godwit_api::vmi::Volume| {
+        let old = vmi.status.volume_status.iter().find(|old| old.name == volume.name);
+        let disk = state.volumes.iter().find(|disk| disk.name == volume.name);
+        let claim = volume.persistent_volume_claim.as_ref().and_then(|source| claims.get(&source.claim_name));
+        VolumeStatus {
+            name: volume.name.clone(),
+            target: disk.map(|d| d.target.clone()).or_else(|| old.map(|o| o.target.clone())).unwrap_or_default(),
+            persistent_volume_claim_info: claim
+                .cloned()
+                .or_else(|| old.and_then(|o| o.persistent_volume_claim_info.clone())),
+            size: disk
+                .and_then(|d| d.size_bytes)
+                .and_then(|bytes| i64::try_from(bytes).ok())
+                .or_else(|| old.and_then(|o| o.size)),
+        }
+    };
+    vmi.spec.volumes.iter().map(one).collect()
 }
 
 /// The interfaces in the order of the spec. Behind masquerade the pod's addresses are the guest's; on a segment only the

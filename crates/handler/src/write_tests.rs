@@ -1,6 +1,10 @@
-use godwit_launcher::rpc::{Accelerator, GuestAgentFacts, GuestInterface, GuestOs, MigrationRole};
+use godwit_api::FailureCause;
+use godwit_launcher::rpc::{
+    Accelerator, GuestAgentFacts, GuestInterface, GuestOs, MigrationFacts, MigrationRole, VolumeState,
+};
 
 use super::*;
+use crate::decide::Failure;
 
 const NOW: &str = "2026-11-20T20:00:00.9Z";
 
@@ -37,8 +41,16 @@ fn made(vmi: &VirtualMachineInstance, changes: &[Change], state: State) -> Optio
         address: "10.88.0.12".into(),
         ports: [("4000".to_owned(), 0), ("4001".to_owned(), 49152)].into(),
     };
-    let migratable =
-        Migratable { conditions: vec![Condition::new(c::LIVE_MIGRATABLE, true)], method: Some("LiveMigration".into()) };
+    let shared = PersistentVolumeClaimInfo {
+        claim_name: Some("data".into()),
+        access_modes: vec!["ReadWriteMany".into()],
+        ..PersistentVolumeClaimInfo::default()
+    };
+    let migratable = Migratable {
+        claims: [("data".to_owned(), shared)].into(),
+        conditions: vec![Condition::new(c::LIVE_MIGRATABLE, true)],
+        method: Some("LiveMigration".into()),
+    };
     let from = Sources {
         node: "node2",
         now: NOW.parse().unwrap(),
@@ -188,24 +200,73 @@ fn an_end_carries_progress_and_the_measured_standstill() {
 }
 
 #[test]
-fn progress_is_of_what_is_known() {
-    let mut facts = MigrationFacts::new("m", MigrationRole::Source);
-    assert_eq!(progress(&facts, NOW.parse().unwrap())["percent"], 0, "nothing known yet");
-    facts.status = "active".into();
-    facts.total_bytes = 1000;
-    facts.remaining_bytes = 250;
-    assert_eq!(progress(&facts, NOW.parse().unwrap())["percent"], 75);
-    facts.remaining_bytes = 0;
-    assert_eq!(progress(&facts, NOW.parse().unwrap())["percent"], 99, "the guest still has to switch over");
-    facts.remaining_bytes = 5000;
-    assert_eq!(progress(&facts, NOW.parse().unwrap())["percent"], 0);
-}
-
-#[test]
 fn a_failure_is_final_and_says_why() {
-    let changes = [Change::Abort("Succeeded"), Change::Failed("Live migration has been aborted".into())];
-    let patch = made(&vmi(json!({})), &changes, State::default()).unwrap();
+    let failure = Failure::new(FailureCause::Cancelled, "Live migration has been aborted");
+    let changes = [Change::Abort("Succeeded"), Change::Failed(failure)];
+    let old = vmi(json!({ "migrationState": { "progress": { "percent": 7, "expectedDowntimeMilliseconds": 9 } } }));
+    let patch = made(&old, &changes, State::default()).unwrap();
     let m = &patch["status"]["migrationState"];
     assert_eq!((&m["failed"], &m["completed"], &m["abortStatus"]), (&json!(true), &json!(true), &json!("Succeeded")));
     assert_eq!(m["failureReason"], "Live migration has been aborted");
+    assert_eq!(m["failureCause"], "Cancelled");
+    let progress = applied(&old, &patch).status.migration_state.unwrap().progress.unwrap();
+    assert_eq!((progress.percent, progress.expected_downtime_milliseconds), (Some(7), None), "nothing is expected");
+}
+
+#[test]
+fn a_migration_that_was_to_be_given_up_and_is_quicker_has_no_cause() {
+    let old = vmi(json!({ "migrationState": { "migrationUid": "m" } }));
+    let patch = made(&old, &[Change::GivingUp(FailureCause::OutOfTime)], State::default()).unwrap();
+    let given_up = applied(&old, &patch);
+    let m = given_up.status.migration_state.clone().unwrap();
+    assert_eq!((m.failure_cause, m.failed, m.completed), (Some(FailureCause::OutOfTime), None, None));
+    let patch = made(&given_up, &[Change::Completed { downtime_us: None }], State::default()).unwrap();
+    assert_eq!(applied(&given_up, &patch).status.migration_state.unwrap().failure_cause, None);
+}
+
+#[test]
+fn a_pause_by_the_migration_is_told_from_a_users() {
+    let mut state = running();
+    state.phase = DomainPhase::Paused;
+    let mut facts = MigrationFacts::new("m", MigrationRole::Source);
+    facts.paused_by_migration = true;
+    state.migration = Some(facts);
+    let changes = [Change::Mode(MigrationMode::Paused), Change::Report { pod: "p".into() }];
+    let patch = made(&vmi(json!({})), &changes, state).unwrap();
+    assert_eq!(patch["status"]["migrationState"]["mode"], "Paused");
+    let paused = applied(&vmi(json!({})), &patch);
+    let condition = paused.condition("Paused").unwrap();
+    assert_eq!(condition.reason.as_deref(), Some("PausedByMigrationMonitor"));
+    assert_eq!(condition.message.as_deref(), Some("VMI was paused by the migration monitor"));
+    // It runs again at the target.
+    let arrived = [Change::Arrived { resume_us: 0 }, Change::Report { pod: "p".into() }];
+    let moved = applied(&paused, &made(&paused, &arrived, running()).unwrap());
+    assert!(moved.condition("Paused").is_none());
+}
+
+#[test]
+fn volumes_are_told_as_the_guest_has_them() {
+    let mut old = vmi(json!({ "volumeStatus": [{ "name": "gone", "target": "vdz" }] }));
+    old.spec.volumes = serde_json::from_value(json!([
+        { "name": "root", "containerDisk": { "image": "x" } },
+        { "name": "data", "persistentVolumeClaim": { "claimName": "data" } },
+    ]))
+    .unwrap();
+    let mut state = running();
+    let disk = |name: &str, target: &str, size_bytes| VolumeState {
+        name: name.into(),
+        target: target.into(),
+        size_bytes,
+        ..VolumeState::default()
+    };
+    state.volumes = vec![disk("root", "vda", Some(1 << 30)), disk("data", "vdb", None)];
+    let report = [Change::Report { pod: "p".into() }];
+    let new = applied(&old, &made(&old, &report, state).unwrap());
+    let [root, data] = &new.status.volume_status[..] else { panic!("{:?}", new.status.volume_status) };
+    assert_eq!((root.name.as_str(), root.target.as_str(), root.size), ("root", "vda", Some(1 << 30)));
+    assert_eq!(root.persistent_volume_claim_info, None);
+    let claim = data.persistent_volume_claim_info.as_ref().unwrap();
+    assert_eq!((data.target.as_str(), claim.access_modes.as_slice()), ("vdb", &["ReadWriteMany".to_owned()][..]));
+    // A launcher that does not say keeps what is known.
+    assert_eq!(made(&new, &report, running()), None);
 }

@@ -2,11 +2,16 @@
 
 use std::time::Duration;
 
-use godwit_launcher::rpc::{MigrationFacts, MigrationRole};
+use godwit_api::FailureCause as Cause;
+use godwit_launcher::rpc::{DomainPhase, MigrationFacts, MigrationMode, MigrationRole, State};
 
-use super::{Action, Change, Plan};
+use super::causes::{self, ABORTED};
+use super::limits::{Overdue, overdue};
+use super::{Action, Change, Disruption, Failure, Plan};
 use crate::channel;
-use crate::facts::{Facts, Go, Launcher, MigrationView, PodView, SourceView, is_alive, migration};
+use crate::facts::{
+    Facts, Go, Launcher, MigrationView, PodView, SourceView, TargetSays, has_left, is_alive, migration,
+};
 
 /// How long the target's handler may take to prepare a pod that is ready.
 const PREPARE_WITHIN: Duration = Duration::from_secs(180);
@@ -14,12 +19,10 @@ const PREPARE_WITHIN: Duration = Duration::from_secs(180);
 const REACH_WITHIN: Duration = Duration::from_secs(30);
 /// Between two attempts to reach it.
 const REDIAL_AFTER: Duration = Duration::from_millis(500);
-/// How long no byte may move before the link counts as cut (unless `progressTimeout` is shorter).
-const STILL_LIMIT: Duration = Duration::from_secs(12);
+/// How long the target's end is waited for to say why the migration failed.
+const EXPLAIN_WITHIN: Duration = Duration::from_secs(8);
 /// Between two progress reports in the API.
 const REPORT_EVERY: Duration = Duration::from_secs(1);
-/// KubeVirt's words for every migration that was cancelled.
-const ABORTED: &str = "Live migration has been aborted";
 
 /// Decides about migration `m` away from `pod`; returns whether the guest's own life is to be looked after as well.
 pub(super) fn decide(facts: &Facts, m: &MigrationView, pod: &PodView, plan: &mut Plan) -> bool {
@@ -30,7 +33,7 @@ pub(super) fn decide(facts: &Facts, m: &MigrationView, pod: &PodView, plan: &mut
     }
     let Some(state) = pod.launcher.last() else { return false };
     let sent = migration(state, &m.uid, MigrationRole::Source);
-    if let Some(f) = sent.filter(|f| f.status == "completed") {
+    if let Some(f) = sent.filter(|f| has_left(f)) {
         hand_over(facts, m, pod, f, link, plan);
         return false;
     }
@@ -39,12 +42,12 @@ pub(super) fn decide(facts: &Facts, m: &MigrationView, pod: &PodView, plan: &mut
     }
     if matches!(pod.launcher, Launcher::Gone(_)) {
         // QEMU went with it before it had handed over.
-        fail(m, "the source's launcher is gone, and the guest with it".into(), plan);
+        fail(m, Failure::new(Cause::SourceLost, "the source's launcher is gone, and the guest with it"), plan);
         return true;
     }
     match sent {
         None if !is_alive(state) => {
-            fail(m, "the guest ended before the migration began".into(), plan);
+            fail(m, Failure::new(Cause::GuestEnded, "the guest ended before the migration began"), plan);
             true
         }
         None => {
@@ -52,15 +55,15 @@ pub(super) fn decide(facts: &Facts, m: &MigrationView, pod: &PodView, plan: &mut
             true
         }
         Some(f) if matches!(f.status.as_str(), "failed" | "cancelled") => {
-            let wanted = m.abort_requested || m.abort_status.is_some();
-            let reason = match (link.and_then(|l| l.cancelled.as_ref()), wanted, f.error.as_ref()) {
-                (Some(why), _, _) => format!("{ABORTED}: {why}"),
-                (None, true, _) => ABORTED.to_owned(),
-                (None, false, _) if f.status == "cancelled" => ABORTED.to_owned(),
-                (None, false, Some(error)) => format!("Live migration failed: {error}"),
-                (None, false, None) => "Live migration failed: QEMU gave no reason".to_owned(),
-            };
-            fail(m, reason, plan);
+            let ended = (!is_alive(state)).then(|| guest_ended(state));
+            match why_ended(facts, m, f, link, ended) {
+                Some(failure) => fail(m, failure, plan),
+                None => plan.wake(REDIAL_AFTER),
+            }
+            true
+        }
+        Some(_) if !is_alive(state) => {
+            fail(m, guest_ended(state), plan);
             true
         }
         Some(f) => {
@@ -70,18 +73,64 @@ pub(super) fn decide(facts: &Facts, m: &MigrationView, pod: &PodView, plan: &mut
     }
 }
 
+/// The guest is not there any more, and had not left.
+fn guest_ended(state: &State) -> Failure {
+    let cause = if state.phase == DomainPhase::Shutdown { Cause::GuestEnded } else { Cause::SourceLost };
+    let why = state.exit_reason.as_deref().unwrap_or("QEMU has ended");
+    Failure::new(cause, format!("the guest ended while it was being moved: {why}"))
+}
+
+/// Why the migration ended without the guest having left. `None` while the target's end has yet to be heard.
+fn why_ended(
+    facts: &Facts,
+    m: &MigrationView,
+    f: &MigrationFacts,
+    link: Option<&SourceView>,
+    guest_ended: Option<Failure>,
+) -> Option<Failure> {
+    if let Some(failure) = link.and_then(|l| l.cancelled.as_ref()) {
+        return Some(Failure::new(failure.cause.clone(), format!("{ABORTED}: {}", failure.reason)));
+    }
+    if let Some(cause) = &m.cause {
+        return Some(causes::remembered(cause));
+    }
+    // Nobody but a user would have cancelled it.
+    if m.abort_requested || m.abort_status.is_some() || f.status == "cancelled" {
+        return Some(Failure::new(Cause::Cancelled, ABORTED));
+    }
+    if guest_ended.is_some() {
+        return guest_ended;
+    }
+    let own = f.error.as_deref().unwrap_or("QEMU gave no reason");
+    let Some(link) = link else {
+        // The stream goes through this handler, and it has begun anew.
+        let reason = format!("Live migration failed: {own}; the source node's handler restarted, and the stream broke");
+        return Some(Failure::new(Cause::SourceUnresponsive, reason));
+    };
+    let since = f.end_us.map(|end| facts.now.as_microsecond().saturating_sub(end)).unwrap_or(i64::MAX);
+    let heard = match &link.target {
+        TargetSays::Nothing if Duration::from_micros(u64::try_from(since).unwrap_or(0)) >= EXPLAIN_WITHIN => {
+            TargetSays::Unreachable("the target's handler does not answer".into())
+        }
+        heard => heard.clone(),
+    };
+    causes::of_failure(f, &heard, facts.peer_ended.as_deref())
+}
+
 /// Not started yet: reach the target, then start.
 fn begin(facts: &Facts, m: &MigrationView, pod: &PodView, link: Option<&SourceView>, plan: &mut Plan) {
     if m.abort_requested {
-        fail(m, ABORTED.into(), plan);
+        fail(m, Failure::new(Cause::Cancelled, ABORTED), plan);
         return;
     }
     if facts.vmi.deleting {
-        fail(m, format!("{ABORTED}: the VirtualMachineInstance is being deleted"), plan);
+        let reason = format!("{ABORTED}: the VirtualMachineInstance is being deleted");
+        fail(m, Failure::new(Cause::GuestEnded, reason), plan);
         return;
     }
     if m.start.is_some() {
-        fail(m, "the launcher has no record of the migration that was started".into(), plan);
+        let reason = "the launcher has no record of the migration that was started";
+        fail(m, Failure::new(Cause::HypervisorError, reason), plan);
         return;
     }
     // The target publishes both ports at once; without them it is not ready.
@@ -89,23 +138,34 @@ fn begin(facts: &Facts, m: &MigrationView, pod: &PodView, link: Option<&SourceVi
         if facts.known_for >= PREPARE_WITHIN {
             let seconds = PREPARE_WITHIN.as_secs();
             let node = &m.target_node;
-            fail(m, format!("Live migration failed: node {node} has not prepared the target within {seconds} s"), plan);
+            let reason = format!("Live migration failed: node {node} has not prepared the target within {seconds} s");
+            fail(m, Failure::new(Cause::TargetUnresponsive, reason), plan);
         } else {
             plan.wake(PREPARE_WITHIN - facts.known_for);
         }
+        return;
+    }
+    if facts.vmi.fails_migration {
+        let reason = "Live migration failed: Failed migration to satisfy functional test condition";
+        fail(m, Failure::new(Cause::HypervisorError, reason), plan);
         return;
     }
     let Some(link) = link else {
         plan.act(Action::Dial { pod: pod.name.clone(), memory: true });
         return;
     };
-    if let Some(reason) = &link.start_error {
-        fail(m, format!("Live migration failed: {reason}"), plan);
+    if let Some(refused) = &link.start_error {
+        let reason = format!("Live migration failed: {}", refused.reason);
+        fail(m, Failure::new(refused.cause.clone(), reason), plan);
     } else if link.ready {
         plan.act(Action::Migrate { pod: pod.name.clone() });
     } else if let Some(error) = &link.error {
         if link.age >= REACH_WITHIN {
-            fail(m, format!("Live migration failed: {error}"), plan);
+            let (cause, why) = match facts.peer_ended.as_deref() {
+                Some(ended) => (Cause::TargetLost, ended),
+                None => (Cause::LinkLost, error.as_str()),
+            };
+            fail(m, Failure::new(cause, format!("Live migration failed: {why}")), plan);
         } else {
             plan.act(Action::Dial { pod: pod.name.clone(), memory: true });
             plan.wake(REDIAL_AFTER);
@@ -123,7 +183,7 @@ fn under_way(
     plan: &mut Plan,
 ) {
     if m.start.is_none() {
-        plan.write(vec![Change::Started(f.start_us.unwrap_or_else(|| facts.now.as_microsecond()))]);
+        plan.write(vec![started(facts, f)]);
         plan.event("Migrating", "VirtualMachineInstance is migrating.");
         return;
     }
@@ -133,55 +193,64 @@ fn under_way(
         plan.event("Migrating", "VirtualMachineInstance is aborting migration.");
         return;
     }
-    let cancelled = m.abort_status.is_some() || link.is_some_and(|l| l.cancelled.is_some());
-    if !cancelled
-        && f.status != "cancelling"
-        && let Some(why) = hopeless(facts, m, link)
-    {
-        plan.warn("Migrating", format!("VirtualMachineInstance is aborting migration: {why}"));
-        plan.act(Action::Cancel { pod: pod.name.clone(), uid: m.uid.clone(), why: Some(why) });
-        return;
-    }
-    if let Some(link) = link {
-        let since = link.reported.map(|at| facts.now.duration_since(at).unsigned_abs());
-        match since {
-            Some(since) if since < REPORT_EVERY => plan.wake(REPORT_EVERY - since),
-            _ => plan.write(vec![Change::Progress { pod: pod.name.clone() }]),
+    let given_up = link.and_then(|l| l.cancelled.as_ref());
+    // A predecessor of this process may have given it up.
+    let cancelled = m.abort_status.is_some() || given_up.is_some() || m.cause.is_some();
+    if !cancelled && f.status != "cancelling" {
+        match overdue(facts, m, f, link) {
+            Some(Overdue::GiveUp(why)) => {
+                plan.warn("Migrating", format!("VirtualMachineInstance is aborting migration: {}", why.reason));
+                let change = Change::GivingUp(why.cause.clone());
+                plan.act(Action::Cancel { pod: pod.name.clone(), uid: m.uid.clone(), why: Some(why) });
+                plan.write(vec![change]);
+                return;
+            }
+            Some(Overdue::Disrupt(how)) => {
+                let what = match how {
+                    Disruption::PostCopy => {
+                        "goes on in post-copy: the guest runs at the target while its memory follows"
+                    }
+                    Disruption::Pause => "goes on with the guest paused",
+                };
+                plan.event("Migrating", format!("Live migration does not end by itself and {what}."));
+                plan.act(Action::Disrupt { pod: pod.name.clone(), uid: m.uid.clone(), how });
+                return;
+            }
+            None => {}
         }
     }
+    let mut changes = Vec::new();
+    if let Some(why) = given_up.filter(|why| m.cause.as_ref() != Some(&why.cause)) {
+        changes.push(Change::GivingUp(why.cause.clone()));
+    }
+    changes.extend(mode(m, f));
+    changes.extend(progress(pod, link, plan));
+    plan.write(changes);
     plan.wake(REPORT_EVERY);
 }
 
-/// Why the migration should be given up, if it should.
-fn hopeless(facts: &Facts, m: &MigrationView, link: Option<&SourceView>) -> Option<String> {
-    if facts.vmi.deleting {
-        return Some("the VirtualMachineInstance is being deleted".into());
-    }
-    let elapsed = m.start.map(|s| facts.now.duration_since(s)).filter(|d| d.is_positive()).map(|d| d.unsigned_abs());
-    // KubeVirt's budget: decimal gigabytes, rounded up.
-    let budget = facts.vmi.memory_bytes.div_ceil(1_000_000_000).max(1).saturating_mul(m.completion_timeout_per_gib);
-    if budget > 0 && elapsed.is_some_and(|e| e > Duration::from_secs(budget)) {
-        return Some(format!("not completed after {budget} seconds (completionTimeoutPerGiB)"));
-    }
-    let link = link?;
-    let progress = Duration::from_secs(m.progress_timeout);
-    let still = if progress.is_zero() { STILL_LIMIT } else { progress.min(STILL_LIMIT) };
-    if link.still >= still {
-        return Some(format!(
-            "no byte has moved for {} seconds; the link to the target may be cut",
-            link.still.as_secs()
-        ));
-    }
-    if !progress.is_zero() && link.stuck >= progress {
-        return Some(format!(
-            "stuck for {} seconds: the guest writes faster than the link carries",
-            link.stuck.as_secs()
-        ));
-    }
-    None
+fn started(facts: &Facts, f: &MigrationFacts) -> Change {
+    Change::Started(f.start_us.unwrap_or_else(|| facts.now.as_microsecond()))
 }
 
-/// QEMU here is in postmigrate and is never continued: from now on the guest can live at the target only.
+/// The mode, where the API has another one. It never goes back to pre-copy.
+fn mode(m: &MigrationView, f: &MigrationFacts) -> Option<Change> {
+    (f.mode != MigrationMode::PreCopy && m.mode != Some(f.mode)).then_some(Change::Mode(f.mode))
+}
+
+/// Progress, when it is due again.
+fn progress(pod: &PodView, link: Option<&SourceView>, plan: &mut Plan) -> Option<Change> {
+    match link?.reported {
+        Some(since) if since < REPORT_EVERY => {
+            plan.wake(REPORT_EVERY - since);
+            None
+        }
+        _ => Some(Change::Progress { pod: pod.name.clone() }),
+    }
+}
+
+/// The guest is never run here again: from now on it can live at the target only. QEMU here is in postmigrate and is never
+/// continued, or, in post-copy, still serves the guest's memory.
 fn hand_over(
     facts: &Facts,
     m: &MigrationView,
@@ -190,78 +259,103 @@ fn hand_over(
     link: Option<&SourceView>,
     plan: &mut Plan,
 ) {
+    let mut changes = Vec::new();
+    let begins = m.start.is_none();
+    if m.abort_requested && m.abort_status.as_deref() != Some("Failed") {
+        changes.push(Change::Abort("Failed"));
+    }
     let go = link.map(|l| &l.go).unwrap_or(&Go::NotDue);
     match go {
-        Go::Running(resume_us) => {
-            let mut changes = Vec::new();
-            if m.start.is_none() {
-                changes.push(Change::Started(f.start_us.unwrap_or_else(|| facts.now.as_microsecond())));
-            }
-            if m.abort_requested && m.abort_status.as_deref() != Some("Failed") {
-                changes.push(Change::Abort("Failed"));
-            }
-            changes.push(Change::Progress { pod: pod.name.clone() });
-            changes.push(Change::Completed { downtime_us: f.stop_us.map(|stop| resume_us.saturating_sub(stop)) });
-            plan.write(changes);
-            if m.start.is_none() {
-                plan.event("Migrating", "VirtualMachineInstance is migrating.");
-            }
-            plan.event("Migrated", format!("The VirtualMachineInstance migrated to node {}.", m.target_node));
-        }
         Go::Lost(reason) => lost(facts, m, reason, plan),
         // The controller has given the guest up (the target's pod is gone, say): nobody is left to be told.
         Go::NotDue | Go::Trying(_) if facts.vmi.is_final() => {
             if link.is_some() {
                 plan.act(Action::CloseSource);
             }
-            fail(m, "the target was lost after the guest had been handed over".into(), plan);
+            let reason = "the target was lost after the guest had been handed over";
+            fail(m, Failure::new(Cause::TargetLost, reason), plan);
         }
         // Its handler cannot say so any more: QEMU has ended with the pod, whether the go had reached it or not.
-        Go::NotDue | Go::Trying(_) if let Some(why) = ended_unseen(facts, m) => lost(facts, m, why, plan),
+        _ if let Some(why) = ended_unseen(facts, m, f, go) => lost(facts, m, why, plan),
+        Go::Running(resume_us) => {
+            if begins {
+                changes.push(started(facts, f));
+            }
+            changes.extend(mode(m, f));
+            if f.status == "completed" {
+                changes.push(Change::Progress { pod: pod.name.clone() });
+                // A guest that was paused before stood still anyway.
+                let stop = f.stop_us.filter(|_| !f.guest_paused);
+                changes.push(Change::Completed { downtime_us: stop.map(|stop| resume_us.saturating_sub(stop)) });
+            } else {
+                // Post-copy. If it breaks, the target's handler says so: the guest is there.
+                changes.extend(progress(pod, link, plan));
+                plan.wake(REPORT_EVERY);
+            }
+            plan.write(changes);
+            if begins {
+                plan.event("Migrating", "VirtualMachineInstance is migrating.");
+            }
+            if f.status == "completed" {
+                plan.event("Migrated", format!("The VirtualMachineInstance migrated to node {}.", m.target_node));
+            }
+        }
         Go::NotDue | Go::Trying(_) => {
             // With a link the go is on its way, without waiting for this decision; it is repeated by the link itself.
             if link.is_none() && m.target_address.is_some() && m.port(channel::CONTROL).is_some() {
                 plan.act(Action::Dial { pod: pod.name.clone(), memory: false });
             }
+            plan.write(changes);
             plan.wake(REDIAL_AFTER);
         }
     }
 }
 
-/// Why the target has ended, unless the API says that the guest has lived there: then its end is its own affair.
-fn ended_unseen<'a>(facts: &'a Facts, m: &MigrationView) -> Option<&'a str> {
-    let arrived = m.target_ready || facts.vmi.node_name.as_deref() == Some(&m.target_node);
-    facts.target_ended.as_deref().filter(|_| !arrived)
+/// Why the target has ended, unless the guest lived there with all its memory: then its end is its own affair.
+fn ended_unseen<'a>(facts: &'a Facts, m: &MigrationView, f: &MigrationFacts, go: &Go) -> Option<&'a str> {
+    let arrived =
+        m.target_ready || facts.vmi.node_name.as_deref() == Some(&m.target_node) || matches!(go, Go::Running(_));
+    facts.peer_ended.as_deref().filter(|_| !arrived || f.status != "completed")
 }
 
 /// The guest was handed over and is nowhere. The memory here is stale by then, for all that is known, and is not run.
 fn lost(facts: &Facts, m: &MigrationView, why: &str, plan: &mut Plan) {
-    let reason = format!("the guest was handed over and is lost: {why}");
+    lost_because(
+        facts,
+        m,
+        Failure::new(Cause::TargetLost, format!("the guest was handed over and is lost: {why}")),
+        plan,
+    );
+}
+
+/// The same for any cause; the target's end says it as well.
+pub(super) fn lost_because(facts: &Facts, m: &MigrationView, failure: Failure, plan: &mut Plan) {
     let mut changes = Vec::new();
     if !facts.vmi.is_final() {
         changes.push(Change::Phase("Failed"));
-        changes.push(Change::Unsynchronized(reason.clone()));
+        changes.push(Change::Unsynchronized(failure.reason.clone()));
     }
     if m.abort_requested {
         changes.push(Change::Abort("Failed"));
     }
-    let event = failed_message(&m.uid, &reason);
-    changes.push(Change::Failed(reason));
+    let event = failed_message(&m.uid, &failure.reason);
+    changes.push(Change::Failed(failure));
     plan.write(changes);
     plan.warn("Migrated", event);
 }
 
 /// The guest stays; say so.
-fn fail(m: &MigrationView, reason: String, plan: &mut Plan) {
+pub(super) fn fail(m: &MigrationView, failure: Failure, plan: &mut Plan) {
     let mut changes = Vec::new();
     if m.abort_requested || m.abort_status.is_some() {
         changes.push(Change::Abort("Succeeded"));
     }
-    changes.push(Change::Failed(reason.clone()));
+    let event = failed_message(&m.uid, &failure.reason);
+    changes.push(Change::Failed(failure));
     plan.write(changes);
-    plan.warn("Migrated", failed_message(&m.uid, &reason));
+    plan.warn("Migrated", event);
 }
 
-fn failed_message(uid: &str, reason: &str) -> String {
-    format!("VirtualMachineInstance migration uid {uid} failed. reason:{reason}")
+pub(super) fn failed_message(uid: &str, reason: &str) -> String {
+    godwit_api::names::events::migration_failed(uid, reason)
 }

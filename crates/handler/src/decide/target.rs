@@ -2,10 +2,12 @@
 
 use std::time::Duration;
 
-use godwit_launcher::rpc::{DomainPhase, MigrationRole};
+use godwit_api::FailureCause as Cause;
+use godwit_launcher::rpc::{DomainPhase, MigrationFacts, MigrationRole, State};
 
-use super::{Action, Change, Plan};
-use crate::facts::{Facts, Launcher, MigrationView, PodView, is_alive, migration};
+use super::source::{failed_message, lost_because};
+use super::{Action, Change, Failure, Plan, causes, end};
+use crate::facts::{Facts, Launcher, MigrationView, PodView, is_alive, is_broken, migration};
 
 /// How long after the guest resumed here the source's handler may take to report the end; then this end does it.
 const SOURCE_REPORTS_WITHIN: Duration = Duration::from_secs(30);
@@ -15,31 +17,13 @@ pub(super) fn decide(facts: &Facts, m: &MigrationView, pod: &PodView, plan: &mut
     if facts.target.is_some() && open.is_none() {
         plan.act(Action::CloseTarget);
     }
-    let Launcher::Answers(state) = &pod.launcher else { return };
+    let Some(state) = pod.launcher.last() else { return };
     let received = migration(state, &m.uid, MigrationRole::Target);
-
-    if received.is_some_and(|f| f.gone) && is_alive(state) {
-        let resume_us = received.and_then(|f| f.resume_us);
-        // The control channel stays open until the source's handler has written the end: it may ask again.
-        if open.is_none() {
-            plan.act(Action::OpenControl { pod: pod.name.clone(), uid: m.uid.clone() });
-        }
-        let at = resume_us.unwrap_or_else(|| facts.now.as_microsecond());
-        if !m.target_ready || facts.vmi.node_name.as_deref() != Some(&facts.node) {
-            plan.write(vec![Change::Arrived { resume_us: at }, Change::Report { pod: pod.name.clone() }]);
-        } else if let Some(open) = open.filter(|t| !is_published(m, t)) {
-            let _ = open;
-            plan.write(vec![Change::Published]);
-        } else {
-            let waited = Duration::from_micros(facts.now.as_microsecond().saturating_sub(at).max(0) as u64);
-            if waited >= SOURCE_REPORTS_WITHIN {
-                // The source's node is gone; that the guest runs here is the proof of success.
-                plan.write(vec![Change::Completed { downtime_us: None }]);
-                plan.event("Migrated", format!("The VirtualMachineInstance migrated to node {}.", facts.node));
-            } else {
-                plan.wake(SOURCE_REPORTS_WITHIN - waited);
-            }
-        }
+    if let Some(f) = received.filter(|f| f.gone) {
+        here(facts, m, pod, state, f, plan);
+        return;
+    }
+    if matches!(pod.launcher, Launcher::Gone(_)) {
         return;
     }
 
@@ -47,6 +31,9 @@ pub(super) fn decide(facts: &Facts, m: &MigrationView, pod: &PodView, plan: &mut
         if state.phase == DomainPhase::Incoming {
             plan.act(Action::Abandon { pod: pod.name.clone(), uid: m.uid.clone() });
         }
+        return;
+    }
+    if facts.vmi.blocks_target {
         return;
     }
     match (state.phase, received, open) {
@@ -74,6 +61,77 @@ pub(super) fn decide(facts: &Facts, m: &MigrationView, pod: &PodView, plan: &mut
         }
         _ => {}
     }
+}
+
+/// The go was given: the guest is here, in post-copy before its memory.
+fn here(facts: &Facts, m: &MigrationView, pod: &PodView, state: &State, f: &MigrationFacts, plan: &mut Plan) {
+    let whole = f.status == "completed";
+    if !is_alive(state) {
+        // With all its memory here its end is its own affair, once the migration is over.
+        if !whole && !facts.vmi.is_final() {
+            ended_in_between(facts, m, state, f, plan);
+        }
+        return;
+    }
+    if !matches!(pod.launcher, Launcher::Answers(_)) {
+        return;
+    }
+    if !whole && is_broken(f) {
+        // Pages that it touches never come. Whoever says that the guest is lost must know that it does not run.
+        end(pod, 0, plan);
+        return;
+    }
+    let open = facts.target.as_ref().filter(|t| t.uid == m.uid);
+    // The control channel stays open until the source's handler has written the end: it may ask again.
+    if open.is_none() {
+        plan.act(Action::OpenControl { pod: pod.name.clone(), uid: m.uid.clone() });
+    }
+    let at = f.resume_us.unwrap_or_else(|| facts.now.as_microsecond());
+    let report = Change::Report { pod: pod.name.clone() };
+    if !m.target_ready || facts.vmi.node_name.as_deref() != Some(&facts.node) {
+        plan.write(vec![Change::Arrived { resume_us: at }, report]);
+        plan.event("Created", "VirtualMachineInstance defined.");
+    } else if open.is_some_and(|open| !is_published(m, open)) {
+        plan.write(vec![Change::Published]);
+    } else if whole {
+        let since = f.end_us.map_or(at, |end| end.max(at));
+        let waited = Duration::from_micros(facts.now.as_microsecond().saturating_sub(since).max(0) as u64);
+        if waited >= SOURCE_REPORTS_WITHIN {
+            // The source's node is gone; that the guest runs here is the proof of success.
+            plan.write(vec![Change::Completed { downtime_us: None }]);
+            plan.event("Migrated", format!("The VirtualMachineInstance migrated to node {}.", facts.node));
+        } else {
+            plan.wake(SOURCE_REPORTS_WITHIN - waited);
+        }
+    } else {
+        plan.write(vec![report]);
+        if facts.vmi.deleting {
+            end(pod, facts.vmi.grace_seconds, plan);
+        }
+    }
+}
+
+/// The guest has ended here while a part of its memory was still at the source.
+fn ended_in_between(facts: &Facts, m: &MigrationView, state: &State, f: &MigrationFacts, plan: &mut Plan) {
+    let why = state.exit_reason.as_deref().unwrap_or("QEMU has ended");
+    if state.phase == DomainPhase::Shutdown && !is_broken(f) {
+        let failure = Failure::new(Cause::GuestEnded, format!("the guest ended in post-copy: {why}"));
+        let event = failed_message(&m.uid, &failure.reason);
+        plan.write(vec![Change::Phase("Succeeded"), Change::Failed(failure)]);
+        plan.event("Stopped", "The VirtualMachineInstance was shut down.");
+        plan.warn("Migrated", event);
+        return;
+    }
+    let (cause, what) = match facts.peer_ended.as_deref() {
+        Some(ended) => (Cause::SourceLost, ended.to_owned()),
+        None if is_broken(f) => match causes::of_target(f.cause) {
+            Cause::HypervisorError => (Cause::LinkLost, f.error.clone().unwrap_or_else(|| "the link broke".into())),
+            cause => (cause, f.error.clone().unwrap_or_else(|| "the link broke".into())),
+        },
+        None => (Cause::TargetLost, why.to_owned()),
+    };
+    let reason = format!("VMI is irrecoverable due to failed post-copy migration: {what}");
+    lost_because(facts, m, Failure::new(cause, reason), plan);
 }
 
 fn is_published(m: &MigrationView, open: &crate::facts::TargetView) -> bool {

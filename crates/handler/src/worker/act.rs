@@ -4,17 +4,19 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use godwit_api::FailureCause;
 use godwit_api::migratability::{self, ClaimAccess};
+use godwit_api::names::events;
 use godwit_api::vmi::{PersistentVolumeClaimInfo, VirtualMachineInstance, VolumeStatus};
 use godwit_launcher::client::Error as LauncherError;
 use godwit_launcher::rpc::{Refusal, SourceOrder, TargetOrder, VmOrder, VolumeFacts};
-use jiff::Timestamp;
 use k8s_openapi::api::core::v1::PersistentVolumeClaim;
+use k8s_openapi::apimachinery::pkg::api::resource::Quantity as ApiQuantity;
 use kube::api::Api;
 
-use super::{Meter, Pod, Source, Stop, Target, Worker, limited};
+use super::{Meter, Order, Pod, Source, Stop, Target, Worker, limited};
 use crate::channel::{BLOCKS, CONTROL, MEMORY, TargetChannels, TargetOptions};
-use crate::decide::{Action, Change};
+use crate::decide::{Action, Change, Disruption, Failure, causes};
 use crate::facts::{Facts, MigrationView};
 use crate::networks;
 use crate::sockets::SocketDir;
@@ -49,7 +51,7 @@ impl Worker {
             Action::Wire { pod } => self.wire(vmi, &pod).await,
             Action::Start { pod } => self.start_vm(vmi, &pod).await,
             Action::PrepareTarget { pod, uid } => self.prepare_target(vmi, &pod, &uid, m).await,
-            Action::OpenControl { pod, uid } => self.open_channels(&pod, &uid, m, Vec::new()).await,
+            Action::OpenControl { pod, uid } => self.open_channels(&pod, &uid, m, Vec::new(), false).await,
             Action::CloseTarget => {
                 self.target = None;
                 Ok(())
@@ -62,6 +64,7 @@ impl Worker {
             Action::Dial { pod, memory } => self.dial(&pod, memory, m),
             Action::Migrate { pod } => self.migrate(&pod, m).await,
             Action::Cancel { pod, uid, why } => self.cancel(&pod, &uid, why).await,
+            Action::Disrupt { pod, uid, how } => self.disrupt(&pod, &uid, how).await,
             Action::CloseSource => {
                 if let Some(source) = self.source.take() {
                     source.remove_sockets();
@@ -81,7 +84,7 @@ impl Worker {
                 if let Some(source) = &mut self.source
                     && changes.iter().any(|c| matches!(c, Change::Progress { .. }))
                 {
-                    source.reported = Some(Timestamp::now());
+                    source.reported = Some(Instant::now());
                 }
                 if written {
                     // Our own write may be all that there was to wait for.
@@ -174,7 +177,7 @@ impl Worker {
             volumes,
             accelerator: vmi.status.accelerator.as_deref().and_then(accelerator).or(node_accelerator),
             machine_type: None,
-            allow_post_copy: false,
+            allow_post_copy: m.is_some_and(|m| m.allow_post_copy && m.allow_workload_disruption),
         };
         match pod.follower.client.prepare_target(&order).await {
             Ok(ready) => {
@@ -183,17 +186,26 @@ impl Worker {
                 tracing::info!(vmi = self.name, migration = uid, pod = name, ms, "target's QEMU waits");
                 let mut sockets = vec![(MEMORY, ready.socket)];
                 sockets.extend(ready.blocks_socket.map(|socket| (BLOCKS, socket)));
-                self.open_channels(name, uid, m, sockets).await
+                self.open_channels(name, uid, m, sockets, ready.post_copy).await
             }
             Err(error) => {
-                let permanent = matches!(error.refusal(), Some(Refusal::Invalid | Refusal::Failed));
-                let client = pod.follower.client.clone();
+                let refusal = error.refusal();
                 let stop = self.complain(format!("cannot prepare the migration target: {error}")).await;
-                if permanent {
-                    // It will not get better here: with the pod's end the migration fails and says why in the event.
-                    let _ = client.shutdown(Duration::ZERO).await;
+                if !matches!(refusal, Some(Refusal::Invalid | Refusal::Failed)) || !matches!(stop, Stop::Failed(_)) {
+                    return Err(stop);
                 }
-                Err(stop)
+                // It will not get better here, and nothing has begun: this end knows the reason and says it. The pod ends
+                // when that is written.
+                let cause = match (error.cause(), refusal) {
+                    (None, Some(Refusal::Invalid)) => FailureCause::TargetRefusedMachine,
+                    (cause, _) => causes::of_target(cause),
+                };
+                let reason = format!("Live migration failed: the target cannot receive the guest: {error}");
+                let event = events::migration_failed(uid, &reason);
+                self.write(vmi, &[Change::Failed(Failure { cause, reason })]).await?;
+                self.context.events.record(vmi, true, "Migrated", event);
+                self.wake.notify_one();
+                Ok(())
             }
         }
     }
@@ -204,6 +216,7 @@ impl Worker {
         uid: &str,
         m: Option<&MigrationView>,
         sockets: Vec<(i32, String)>,
+        post_copy: bool,
     ) -> Result<(), Stop> {
         let Some(m) = m.filter(|m| m.uid == uid) else { return Err(Stop::Stale) };
         let context = self.context.clone();
@@ -211,6 +224,7 @@ impl Worker {
         let control = TargetAnswers {
             uid: uid.to_owned(),
             client: pod.follower.client.clone(),
+            post_copy,
             launcher: pod.follower.subscribe(),
         };
         let folder = &pod.follower.folder;
@@ -253,6 +267,7 @@ impl Worker {
             old.remove_sockets();
         }
         let wake = self.wake.clone();
+        let post_copy = m.allow_post_copy && m.allow_workload_disruption;
         let pod = self.pod(name)?;
         let mut listeners = Vec::new();
         let mut sockets = Vec::new();
@@ -273,13 +288,16 @@ impl Worker {
                 sockets.push((*inner, dir.clone(), file));
             }
         }
-        let link = SourceLink::start(context.tls.clone(), endpoint, listeners, pod.follower.subscribe(), wake);
+        let link =
+            SourceLink::start(context.tls.clone(), endpoint, listeners, pod.follower.subscribe(), wake, post_copy);
         self.source = Some(Source {
             link,
             sockets,
             first_dialled: first_dialled.unwrap_or_else(Instant::now),
             start_error: None,
             cancelled: None,
+            post_copy: Order::default(),
+            pause: Order::default(),
             reported: None,
             meter: Meter::new(),
         });
@@ -296,10 +314,12 @@ impl Worker {
             bandwidth_bytes_per_second: Some(m.bandwidth).filter(|b| *b > 0),
             max_downtime_ms: m.max_downtime_ms,
             allow_auto_converge: m.allow_auto_converge,
-            allow_post_copy: false,
+            // Both ends have to be able to.
+            allow_post_copy: m.allow_post_copy && m.allow_workload_disruption && source.link.now().post_copy_offered,
         };
         let began = Instant::now();
-        source.meter = Meter::new();
+        source.meter.restart();
+        self.running = Some((m.uid.clone(), began, Duration::ZERO));
         let pod = self.pods.get_mut(name).ok_or_else(|| Stop::Failed(format!("pod {name} is gone")))?;
         match pod.follower.client.migrate(&order).await {
             Ok(state) => {
@@ -310,8 +330,8 @@ impl Worker {
                 Ok(())
             }
             // Refused for good: the migration fails with these words. Anything else may have begun: look again.
-            Err(LauncherError::Refused { message, .. }) => {
-                source.start_error = Some(message);
+            Err(LauncherError::Refused { message, cause, .. }) => {
+                source.start_error = Some(Failure::new(causes::of_target(cause), message));
                 self.wake.notify_one();
                 Ok(())
             }
@@ -319,8 +339,39 @@ impl Worker {
         }
     }
 
-    async fn cancel(&mut self, name: &str, uid: &str, why: Option<String>) -> Result<(), Stop> {
-        tracing::info!(vmi = self.name, migration = uid, why, "cancelling the migration");
+    /// Orders once what makes a migration end; a launcher that cannot is not asked again.
+    async fn disrupt(&mut self, name: &str, uid: &str, how: Disruption) -> Result<(), Stop> {
+        let client = self.pod(name)?.follower.client.clone();
+        let answer = match how {
+            Disruption::PostCopy => client.post_copy(uid).await,
+            Disruption::Pause => client.pause_to_migrate(uid).await,
+        };
+        let order = match answer {
+            Ok(_) => Order::Given(Instant::now()),
+            Err(LauncherError::Refused { message, .. }) => Order::Refused(message),
+            Err(error) => return Err(failed("end the migration by force", &error)),
+        };
+        if let Order::Refused(why) = &order {
+            tracing::warn!(vmi = self.name, migration = uid, ?how, why, "the launcher cannot do this");
+        } else {
+            tracing::info!(vmi = self.name, migration = uid, ?how, "the migration does not end by itself");
+        }
+        if let Some(source) = &mut self.source {
+            if matches!(order, Order::Given(_)) {
+                source.meter.restart();
+            }
+            match how {
+                Disruption::PostCopy => source.post_copy = order,
+                Disruption::Pause => source.pause = order,
+            }
+        }
+        self.wake.notify_one();
+        Ok(())
+    }
+
+    async fn cancel(&mut self, name: &str, uid: &str, why: Option<Failure>) -> Result<(), Stop> {
+        let reason = why.as_ref().map(|why| why.reason.as_str());
+        tracing::info!(vmi = self.name, migration = uid, why = reason, "cancelling the migration");
         if let (Some(source), Some(why)) = (&mut self.source, why) {
             source.cancelled = Some(why);
         }
@@ -353,14 +404,7 @@ impl Worker {
             });
             volumes.insert(volume.name.clone(), VolumeFacts { capacity_bytes });
             // The launcher tells shared claims from local ones by this; the API may not have it yet.
-            found.push((
-                volume.name.clone(),
-                PersistentVolumeClaimInfo {
-                    claim_name: Some(source.claim_name.clone()),
-                    access_modes: claim.and_then(|c| c.spec).and_then(|s| s.access_modes).unwrap_or_default(),
-                    ..PersistentVolumeClaimInfo::default()
-                },
-            ));
+            found.push((volume.name.clone(), claim_info(&source.claim_name, &claim.unwrap_or_default())));
         }
         for (name, info) in found {
             let known = &mut vmi.status.volume_status;
@@ -389,16 +433,17 @@ impl Worker {
         let mut claims = BTreeMap::new();
         for volume in &vmi.spec.volumes {
             let Some(source) = &volume.persistent_volume_claim else { continue };
-            let access = match limited(self.claims().get_opt(&source.claim_name)).await {
-                Ok(Some(claim)) => ClaimAccess::Modes(claim.spec.and_then(|s| s.access_modes).unwrap_or_default()),
-                _ => ClaimAccess::Unknown,
-            };
-            claims.insert(source.claim_name.clone(), access);
+            if let Ok(Some(claim)) = limited(self.claims().get_opt(&source.claim_name)).await {
+                claims.insert(source.claim_name.clone(), claim_info(&source.claim_name, &claim));
+            }
         }
-        let claim = |name: &str| claims.get(name).cloned().unwrap_or(ClaimAccess::Unknown);
+        let claim = |name: &str| {
+            claims.get(name).map_or(ClaimAccess::Unknown, |info| ClaimAccess::Modes(info.access_modes.clone()))
+        };
         let blockers = migratability::migratability(vmi, CAN_MIRROR, &claim);
         let method = migratability::migration_method(vmi);
         let known = Migratable {
+            claims: claims.clone(),
             conditions: migratability::conditions(&blockers).into(),
             method: Some(method.as_str().to_owned()),
         };
@@ -406,7 +451,7 @@ impl Worker {
             && known != self.migratable.1
             && wants_migration(vmi)
         {
-            let message = godwit_api::names::events::not_migratable(&blocker.message);
+            let message = events::not_migratable(&blocker.message);
             self.context.events.record(vmi, true, "Migrated", message);
         }
         self.migratable = (Some(Instant::now()), known);
@@ -415,6 +460,21 @@ impl Worker {
 
 /// Disks that are local to a node can be copied while the guest runs: launchers mirror them over the blocks channel.
 const CAN_MIRROR: bool = true;
+
+/// What the API shows of a claim in `volumeStatus`.
+fn claim_info(name: &str, claim: &PersistentVolumeClaim) -> PersistentVolumeClaimInfo {
+    let amounts = |of: Option<&BTreeMap<String, ApiQuantity>>| {
+        of.into_iter().flatten().map(|(key, q)| (key.clone(), godwit_api::Quantity(q.0.clone()))).collect()
+    };
+    let spec = claim.spec.as_ref();
+    PersistentVolumeClaimInfo {
+        claim_name: Some(name.to_owned()),
+        access_modes: spec.and_then(|s| s.access_modes.clone()).unwrap_or_default(),
+        volume_mode: spec.map(|s| s.volume_mode.clone().unwrap_or_else(|| "Filesystem".into())),
+        capacity: amounts(claim.status.as_ref().and_then(|s| s.capacity.as_ref())),
+        requests: amounts(spec.and_then(|s| s.resources.as_ref()).and_then(|r| r.requests.as_ref())),
+    }
+}
 
 fn wants_migration(vmi: &VirtualMachineInstance) -> bool {
     serde_json::to_value(&vmi.spec.eviction_strategy).is_ok_and(|s| s == "LiveMigrate")

@@ -1,0 +1,72 @@
+//! A guest's own life.
+
+use super::*;
+
+#[test]
+fn a_scheduled_vm_is_wired_then_started() {
+    let plan = decide(&facts("Scheduled", vec![pod("a", answers(state(DomainPhase::Undefined)))]));
+    assert_eq!(plan.actions[0], Action::Wire { pod: "a".into() });
+    assert_eq!(plan.actions[1], Action::Start { pod: "a".into() });
+    assert_eq!(events(&plan), [("Created", "VirtualMachineInstance defined.")]);
+}
+
+#[test]
+fn a_launcher_that_does_not_answer_yet_is_waited_for() {
+    assert_eq!(decide(&facts("Scheduled", vec![pod("a", Launcher::Waiting)])), Plan::default());
+    assert_eq!(decide(&facts("Scheduled", vec![])), Plan::default());
+}
+
+#[test]
+fn a_started_vm_becomes_running_once() {
+    let mut facts = facts("Scheduled", vec![pod("a", answers(state(DomainPhase::Running)))]);
+    let plan = decide(&facts);
+    assert_eq!(writes(&plan), [Change::Phase("Running"), Change::Report { pod: "a".into() }]);
+    assert_eq!(events(&plan), [("Started", "VirtualMachineInstance started.")]);
+    facts.vmi.phase = "Running".into();
+    let plan = decide(&facts);
+    assert_eq!(writes(&plan), [Change::Report { pod: "a".into() }]);
+    assert!(events(&plan).is_empty() && orders(&plan).is_empty());
+}
+
+#[test]
+fn a_running_vm_is_never_started_again() {
+    let plan = decide(&facts("Running", vec![pod("a", answers(state(DomainPhase::Undefined)))]));
+    assert!(orders(&plan).is_empty());
+    assert_eq!(writes(&plan), [Change::Phase("Failed")]);
+}
+
+#[test]
+fn the_end_of_a_guest_is_told() {
+    for launcher in [answers, |s| Launcher::Gone(Box::new(s))] {
+        let plan = decide(&facts("Running", vec![pod("a", launcher(state(DomainPhase::Shutdown)))]));
+        assert_eq!(writes(&plan), [Change::Phase("Succeeded")]);
+        let plan = decide(&facts("Running", vec![pod("a", launcher(state(DomainPhase::Crashed)))]));
+        assert_eq!(writes(&plan), [Change::Phase("Failed")]);
+        let plan = decide(&facts("Failed", vec![pod("a", launcher(state(DomainPhase::Crashed)))]));
+        assert_eq!(plan, Plan::default(), "told once");
+        let plan = decide(&facts("Running", vec![pod("a", launcher(state(DomainPhase::MigratedAway)))]));
+        assert!(writes(&plan).is_empty(), "a guest that has left has not ended");
+    }
+}
+
+#[test]
+fn a_deleted_vmi_is_shut_down_with_its_grace_once() {
+    let mut facts = facts("Running", vec![pod("a", answers(state(DomainPhase::Running)))]);
+    facts.vmi.deleting = true;
+    let plan = decide(&facts);
+    assert_eq!(orders(&plan), ["shutdown a 30"]);
+    assert_eq!(events(&plan), [("ShuttingDown", "Signaled Graceful Shutdown")]);
+    facts.pods.get_mut("a").unwrap().shutdown_ordered = Some(30);
+    assert!(orders(&decide(&facts)).is_empty());
+    facts.vmi.grace_seconds = 0;
+    let plan = decide(&facts);
+    assert_eq!(orders(&plan), ["shutdown a 0"], "a shorter grace counts");
+    assert_eq!(events(&plan), [("Deleted", "Signaled Deletion")]);
+}
+
+#[test]
+fn another_nodes_vmi_is_left_alone() {
+    let mut facts = facts("Scheduled", vec![pod("a", answers(state(DomainPhase::Undefined)))]);
+    facts.vmi.node_name = Some(OTHER.into());
+    assert_eq!(decide(&facts), Plan::default());
+}

@@ -1,0 +1,166 @@
+//! Post-copy: the guest runs at the target before its memory is there, and has no way back.
+
+use godwit_launcher::rpc::Cause;
+
+use super::*;
+
+fn running_there() -> SourceView {
+    SourceView { go: Go::Running(us() + 2500), ..link() }
+}
+
+fn sending(status: &str) -> State {
+    let mut state = with_stop(sent(status), us());
+    state.migration.as_mut().unwrap().mode = MigrationMode::PostCopy;
+    state
+}
+
+/// The launcher of the target after the go.
+fn serving(status: &str, phase: DomainPhase) -> State {
+    let mut state = received(phase, true);
+    let f = state.migration.as_mut().unwrap();
+    (f.status, f.mode) = (status.into(), MigrationMode::PostCopy);
+    state
+}
+
+fn arrived() -> MigrationView {
+    MigrationView {
+        source_node: OTHER.into(),
+        target_node: ME.into(),
+        target_ready: true,
+        target_address: Some("10.88.0.11".into()),
+        mode: Some(MigrationMode::PostCopy),
+        ..started()
+    }
+}
+
+fn at_target(m: MigrationView, state: State) -> Facts {
+    let mut facts = target_facts(m, answers(state), true);
+    facts.vmi.node_name = Some(ME.into());
+    facts
+}
+
+#[test]
+fn the_source_waits_for_the_go_and_then_for_the_memory() {
+    let plan = decide(&source_facts(started(), answers(sending("postcopy-active")), Some(link())));
+    assert!(plan.actions.is_empty() && plan.wake.is_some(), "the go is the link's affair: {plan:?}");
+    let facts = source_facts(started(), answers(sending("postcopy-active")), Some(running_there()));
+    let plan = decide(&facts);
+    assert_eq!(writes(&plan), [Change::Mode(MigrationMode::PostCopy), Change::Progress { pod: "old".into() }]);
+    assert!(plan.wake.is_some() && orders(&plan).is_empty());
+    let m = MigrationView { mode: Some(MigrationMode::PostCopy), ..started() };
+    let plan = decide(&source_facts(m.clone(), answers(sending("completed")), Some(running_there())));
+    assert_eq!(writes(&plan), [Change::Progress { pod: "old".into() }, Change::Completed { downtime_us: Some(2500) }]);
+    assert_eq!(events(&plan), [("Migrated", "The VirtualMachineInstance migrated to node node2.")]);
+}
+
+#[test]
+fn no_deadline_and_no_abort_ends_it() {
+    let m = MigrationView { abort_requested: true, ..started() };
+    let mut facts = source_facts(m, answers(sending("postcopy-active")), Some(running_there()));
+    facts.running_for = Some(Duration::from_secs(100_000));
+    facts.vmi.deleting = true;
+    let plan = decide(&facts);
+    assert!(orders(&plan).is_empty(), "{plan:?}");
+    assert_eq!(writes(&plan)[0], Change::Abort("Failed"), "who aborts is told that it is too late");
+    let m = MigrationView { abort_requested: true, abort_status: Some("Failed".into()), ..started() };
+    let plan = decide(&source_facts(m, answers(sending("postcopy-active")), Some(running_there())));
+    assert!(!writes(&plan).contains(&Change::Abort("Failed")), "once");
+    // The same between QEMU's last word and the go.
+    let m = MigrationView { abort_requested: true, abort_status: Some("Aborting".into()), ..started() };
+    let plan = decide(&source_facts(m, answers(sent("completed")), Some(link())));
+    assert_eq!(writes(&plan), [Change::Abort("Failed")]);
+}
+
+#[test]
+fn a_source_whose_link_broke_leaves_the_verdict_to_the_target() {
+    let mut facts = source_facts(started(), answers(sending("postcopy-paused")), Some(running_there()));
+    let plan = decide(&facts);
+    assert_eq!(failed(&plan), None, "the guest may run there");
+    assert!(plan.wake.is_some());
+    // Unless that is gone, with a part of the memory or all of what had come.
+    facts.peer_ended = Some("the target's pod new has ended (Failed)".into());
+    let plan = decide(&facts);
+    assert_eq!(writes(&plan)[0], Change::Phase("Failed"));
+    assert_eq!(cause(&plan), FailureCause::TargetLost);
+}
+
+#[test]
+fn the_target_says_when_the_guest_is_there_but_not_that_all_is_over() {
+    let m = MigrationView { target_ready: false, ..arrived() };
+    let mut facts = at_target(m, serving("postcopy-active", DomainPhase::Running));
+    facts.vmi.node_name = Some(OTHER.into());
+    let plan = decide(&facts);
+    assert_eq!(writes(&plan)[0], Change::Arrived { resume_us: us() });
+    assert_eq!(events(&plan), [("Created", "VirtualMachineInstance defined.")]);
+    let mut facts = at_target(arrived(), serving("postcopy-active", DomainPhase::Running));
+    facts.now = now() + jiff::SignedDuration::from_hours(1);
+    assert_eq!(writes(&decide(&facts)), [Change::Report { pod: "new".into() }]);
+    // The 30 s of the source's handler count from the end.
+    let mut done = serving("completed", DomainPhase::Running);
+    done.migration.as_mut().unwrap().end_us = Some(facts.now.as_microsecond());
+    let mut facts = at_target(arrived(), done);
+    facts.now = now() + jiff::SignedDuration::from_hours(1);
+    assert!(writes(&decide(&facts)).is_empty());
+    facts.now += jiff::SignedDuration::from_secs(31);
+    assert_eq!(writes(&decide(&facts)), [Change::Completed { downtime_us: None }]);
+}
+
+#[test]
+fn a_broken_link_is_the_guests_loss_and_is_said_only_when_it_does_not_run() {
+    for status in ["postcopy-paused", "failed"] {
+        let plan = decide(&at_target(arrived(), serving(status, DomainPhase::Running)));
+        assert_eq!(orders(&plan), ["shutdown new 0"]);
+        assert_eq!(failed(&plan), None, "another one must not start beside it");
+        let mut facts = at_target(arrived(), serving(status, DomainPhase::Shutdown));
+        let plan = decide(&facts);
+        assert_eq!(writes(&plan)[0], Change::Phase("Failed"));
+        assert_eq!(cause(&plan), FailureCause::LinkLost);
+        assert!(failure(&plan).starts_with("VMI is irrecoverable due to failed post-copy migration"));
+        facts.peer_ended = Some("the source's pod old has ended (Failed)".into());
+        assert_eq!(cause(&decide(&facts)), FailureCause::SourceLost);
+        // Also when its launcher has gone after that.
+        let last = Launcher::Gone(Box::new(serving(status, DomainPhase::Shutdown)));
+        facts.pods.get_mut("new").unwrap().launcher = last;
+        assert_eq!(cause(&decide(&facts)), FailureCause::SourceLost);
+        facts.vmi.phase = "Failed".into();
+        assert_eq!(failed(&decide(&facts)), None, "said once");
+    }
+}
+
+#[test]
+fn a_target_that_dies_in_post_copy_takes_the_guest_with_it() {
+    let mut state = serving("postcopy-active", DomainPhase::Crashed);
+    state.exit_reason = Some("QEMU was killed by signal 9".into());
+    state.migration.as_mut().unwrap().cause = Some(Cause::Killed);
+    let plan = decide(&at_target(arrived(), state));
+    assert_eq!(cause(&plan), FailureCause::TargetLost);
+    assert!(failure(&plan).contains("signal 9"));
+    assert_eq!(writes(&plan)[0], Change::Phase("Failed"));
+}
+
+#[test]
+fn a_guest_that_shuts_itself_down_in_post_copy_has_ended_well() {
+    let plan = decide(&at_target(arrived(), serving("postcopy-active", DomainPhase::Shutdown)));
+    assert_eq!(writes(&plan)[0], Change::Phase("Succeeded"));
+    assert_eq!(cause(&plan), FailureCause::GuestEnded);
+    let mut facts = at_target(arrived(), serving("postcopy-active", DomainPhase::Running));
+    facts.vmi.deleting = true;
+    assert_eq!(orders(&decide(&facts)), ["shutdown new 30"], "deleted while its memory follows");
+}
+
+#[test]
+fn a_guest_with_all_its_memory_that_ends_is_the_owners_affair() {
+    let plan = decide(&at_target(arrived(), serving("completed", DomainPhase::Crashed)));
+    assert_eq!(failed(&plan), None, "the migration was a success: the source says so");
+}
+
+#[test]
+fn a_guest_that_was_paused_moves_without_a_standstill_of_its_own() {
+    let mut state = with_stop(sent("completed"), us());
+    state.migration.as_mut().unwrap().guest_paused = true;
+    let plan = decide(&source_facts(started(), answers(state), Some(running_there())));
+    assert!(writes(&plan).contains(&Change::Completed { downtime_us: None }));
+    let m = MigrationView { target_ready: false, mode: None, ..arrived() };
+    let plan = decide(&at_target(m, received(DomainPhase::Paused, true)));
+    assert!(writes(&plan).contains(&Change::Report { pod: "new".into() }), "its condition with it: {plan:?}");
+}

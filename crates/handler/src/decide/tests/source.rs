@@ -1,0 +1,80 @@
+//! The sending half, up to the progress it reports.
+
+use super::*;
+
+#[test]
+fn a_source_waits_for_the_target_then_dials_then_starts() {
+    let running = || answers(state(DomainPhase::Running));
+    assert!(orders(&decide(&source_facts(leaving(), running(), None))).is_empty());
+    assert_eq!(orders(&decide(&source_facts(published(), running(), None))), ["dial old true"]);
+    let dialling = SourceView { ready: false, ..link() };
+    assert!(orders(&decide(&source_facts(published(), running(), Some(dialling)))).is_empty());
+    assert_eq!(orders(&decide(&source_facts(published(), running(), Some(link())))), ["migrate old"]);
+}
+
+#[test]
+fn a_target_that_is_never_prepared_is_not_waited_for_for_ever() {
+    let mut facts = source_facts(leaving(), answers(state(DomainPhase::Running)), None);
+    assert_eq!(decide(&facts).wake, Some(Duration::from_secs(180)));
+    facts.known_for = Duration::from_secs(181);
+    let plan = decide(&facts);
+    assert_eq!(failure(&plan), "Live migration failed: node node2 has not prepared the target within 180 s");
+    assert_eq!(cause(&plan), FailureCause::TargetUnresponsive);
+}
+
+#[test]
+fn a_target_out_of_reach_is_dialled_again_then_given_up() {
+    let error = SourceView { ready: false, error: Some("no route to host".into()), ..link() };
+    let plan = decide(&source_facts(published(), answers(state(DomainPhase::Running)), Some(error.clone())));
+    assert_eq!(orders(&plan), ["dial old true"]);
+    let late = SourceView { age: Duration::from_secs(31), ..error };
+    let mut facts = source_facts(published(), answers(state(DomainPhase::Running)), Some(late));
+    let plan = decide(&facts);
+    assert_eq!(failure(&plan), "Live migration failed: no route to host");
+    assert_eq!(cause(&plan), FailureCause::LinkLost);
+    facts.peer_ended = Some("the target's pod new is gone".into());
+    assert_eq!(cause(&decide(&facts)), FailureCause::TargetLost);
+    assert_eq!(
+        events(&plan),
+        [(
+            "Migrated",
+            "VirtualMachineInstance migration uid mig-1 failed. reason:Live migration failed: no route to host"
+        )]
+    );
+}
+
+#[test]
+fn a_start_that_the_launcher_refuses_fails_the_migration() {
+    let refused = SourceView {
+        start_error: Some(Failure::new(FailureCause::HypervisorError, "this uid has run before")),
+        ..link()
+    };
+    let plan = decide(&source_facts(published(), answers(state(DomainPhase::Running)), Some(refused)));
+    assert_eq!(failure(&plan), "Live migration failed: this uid has run before");
+}
+
+#[test]
+fn the_start_and_then_progress_are_written() {
+    let plan = decide(&source_facts(published(), answers(sent("active")), Some(link())));
+    assert_eq!(writes(&plan)[0], Change::Started(us()));
+    assert_eq!(events(&plan), [("Migrating", "VirtualMachineInstance is migrating.")]);
+    let plan = decide(&source_facts(started(), answers(sent("active")), Some(link())));
+    assert_eq!(writes(&plan)[0], Change::Progress { pod: "old".into() });
+    let reported = SourceView { reported: Some(Duration::ZERO), ..link() };
+    let plan = decide(&source_facts(started(), answers(sent("active")), Some(reported)));
+    assert!(!writes(&plan).iter().any(|c| matches!(c, Change::Progress { .. })));
+    assert_eq!(plan.wake, Some(REPORT));
+}
+const REPORT: Duration = Duration::from_secs(1);
+
+#[test]
+fn kubevirts_test_hooks_are_obeyed() {
+    let mut facts = source_facts(published(), answers(state(DomainPhase::Running)), Some(link()));
+    facts.vmi.fails_migration = true;
+    let plan = decide(&facts);
+    assert!(failure(&plan).contains("Failed migration to satisfy functional test condition"));
+    assert!(orders(&plan).is_empty());
+    let mut facts = target_facts(coming(), answers(state(DomainPhase::Undefined)), false);
+    facts.vmi.blocks_target = true;
+    assert_eq!(decide(&facts), Plan::default());
+}
