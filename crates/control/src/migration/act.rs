@@ -9,9 +9,9 @@ use godwit_api::vmi::{
 use godwit_api::{MigrationPhase as Phase, Quantity, VirtualMachineInstance};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
-use super::explain;
 use super::observe::Situation;
 use super::table::{Action, Blame, Fact};
+use super::{explain, mirror};
 use crate::launcher_pod::{self, Role};
 use crate::object::{Name, Stored};
 use crate::plan::{EventType, Plan, VM_CONTROLLER};
@@ -166,11 +166,9 @@ pub fn finish(situation: &Situation<'_>, plan: &mut Plan) {
     let migration = situation.migration.as_ref();
     let mut after = migration.clone();
 
-    if let Some(state) = situation.own_state() {
-        after.status.migration_state = Some(state.clone());
-        if let Some(vmi) = situation.vmi {
-            unlabel(vmi, state, plan);
-        }
+    mirror::take(&mut after, situation);
+    if let (Some(state), Some(vmi)) = (situation.own_state(), situation.vmi) {
+        unlabel(vmi, state, plan);
     }
     if migration.status.phase == Phase::Failed
         && let Some(pod) = situation.pod.filter(|pod| !pod.deleting())

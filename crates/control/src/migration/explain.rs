@@ -208,7 +208,7 @@ pub fn sentence(fact: Fact, situation: &Situation<'_>) -> String {
              (parallelOutboundMigrationsPerNode).",
             configuration.parallel_outbound_migrations_per_node.unwrap_or_default()
         ),
-        Fact::QuotaFull | Fact::QuotaFullTooLong => "The target pod does not fit into the quota.".to_owned(),
+        Fact::QuotaExceeded | Fact::QuotaExceededTooLong => "The target pod does not fit into the quota.".to_owned(),
         Fact::WaitedTooLong => match &migration.status.message {
             Some(last) => format!("Waited for its turn for {}. Last: {last}", span(secs(deadlines::QUEUE))),
             None => format!("Waited for its turn for {}.", span(secs(deadlines::QUEUE))),

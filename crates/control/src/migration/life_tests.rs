@@ -55,6 +55,27 @@ fn the_migration_shows_what_the_vmi_says_while_it_runs() {
 }
 
 #[test]
+fn a_controller_that_is_behind_takes_nothing_back() {
+    let mut cluster = cluster(&[("demo", "node1")]);
+    run(&mut cluster, "job", "demo");
+    tell(&mut cluster, "demo", json!({"progress": {"totalMilliseconds": 1000, "bytesProcessed": 5}}));
+    let early = cluster.get(Kind::VirtualMachineInstance, &name("demo")).unwrap();
+    let now = cluster.now.to_string();
+    let end = json!({
+        "failed": true, "completed": true, "endTimestamp": now, "failureReason": "x",
+        "progress": {"totalMilliseconds": 2000, "bytesProcessed": 9},
+    });
+    tell(&mut cluster, "demo", end);
+    cluster.step(&Key::Migration(name("job")));
+    let held = status(&cluster, "job")["migrationState"].clone();
+    assert_eq!(held["failed"], true);
+    // Another controller has this migration and an older VMI.
+    cluster.put(Kind::VirtualMachineInstance, early);
+    cluster.step(&Key::Migration(name("job")));
+    assert_eq!(status(&cluster, "job")["migrationState"], held);
+}
+
+#[test]
 fn who_sees_the_success_sees_how_it_went() {
     let mut cluster = cluster(&[("demo", "node1")]);
     run(&mut cluster, "job", "demo");

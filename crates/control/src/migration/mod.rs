@@ -9,6 +9,7 @@ mod explain;
 #[cfg(test)]
 mod life_tests;
 mod limits;
+mod mirror;
 mod observe;
 pub mod table;
 #[cfg(test)]
@@ -46,9 +47,7 @@ pub fn decide(name: &Name, view: &View<'_>) -> Plan {
     let mut after = migration.as_ref().clone();
     let mut events = Plan::nothing();
     // From the hand-over on the migration shows what the VMI says of it, and its last write shows all of it.
-    if let Some(state) = situation.own_state() {
-        after.status.migration_state = Some(state.clone());
-    }
+    mirror::take(&mut after, &situation);
     for action in row.actions {
         act::carry_out(*action, observation.fact, &situation, &mut after, &mut plan, &mut events);
     }

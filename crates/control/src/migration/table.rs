@@ -36,9 +36,9 @@ pub enum Fact {
     /// As many migrations as may leave the source node are leaving it.
     NodeLimit,
     /// The namespace's quota has no room for the target pod.
-    QuotaFull,
+    QuotaExceeded,
     /// The namespace's quota has had no room for too long.
-    QuotaFullTooLong,
+    QuotaExceededTooLong,
     /// It has waited for its turn for too long.
     WaitedTooLong,
     /// There is room: the target pod can be made.
@@ -214,10 +214,10 @@ pub static TABLE: &[Row] = &[
     row(Phase::Pending, Fact::OldPodRemains, Phase::Pending, &[]),
     row(Phase::Pending, Fact::ClusterLimit, Phase::Pending, &[]),
     row(Phase::Pending, Fact::NodeLimit, Phase::Pending, &[]),
-    row(Phase::Pending, Fact::QuotaFull, Phase::Pending, &[]),
+    row(Phase::Pending, Fact::QuotaExceeded, Phase::Pending, &[]),
     row(
         Phase::Pending,
-        Fact::QuotaFullTooLong,
+        Fact::QuotaExceededTooLong,
         Phase::Failed,
         &[failed("Migration failed because the namespace's quota had no room for the target pod.")],
     ),
@@ -324,7 +324,7 @@ impl Fact {
         matches!(
             self,
             Fact::WaitedTooLong
-                | Fact::QuotaFullTooLong
+                | Fact::QuotaExceededTooLong
                 | Fact::TargetPodUnschedulableTooLong
                 | Fact::TargetPodPendingTooLong
                 | Fact::HandOverTooLong
@@ -350,7 +350,7 @@ impl Fact {
             Fact::Cancelled | Fact::AbortBeforeStartUnanswered => FailureCause::Cancelled,
             Fact::OtherMigration => FailureCause::OtherMigration,
             Fact::NotMigratable => FailureCause::NotMigratable,
-            Fact::QuotaFullTooLong => FailureCause::QuotaExceeded,
+            Fact::QuotaExceededTooLong => FailureCause::QuotaExceeded,
             Fact::WaitedTooLong => FailureCause::WaitedTooLong,
             Fact::TargetPodUnschedulableTooLong => FailureCause::Unschedulable,
             Fact::TargetPodPendingTooLong => FailureCause::TargetNotReady,
