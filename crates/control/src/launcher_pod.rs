@@ -78,7 +78,7 @@ pub fn build(vmi: &VirtualMachineInstance, role: Role<'_>, view: &View<'_>) -> P
     }
     let compute = Container {
         name: names::COMPUTE_CONTAINER.to_owned(),
-        image: Some(settings.launcher_image.clone()),
+        image: Some(launcher_image(role).unwrap_or(&settings.launcher_image).to_owned()),
         image_pull_policy: settings.launcher_pull_policy.clone(),
         command: Some(command),
         env: Some(vec![EnvVar { name: "POD_NAME".to_owned(), value: Some(name(vmi, role)), value_from: None }]),
@@ -117,6 +117,14 @@ pub fn build(vmi: &VirtualMachineInstance, role: Role<'_>, view: &View<'_>) -> P
     }
 }
 
+/// The image that a migration asks for instead of the launcher's (KubeVirt's test hook).
+fn launcher_image(role: Role<'_>) -> Option<&str> {
+    match role {
+        Role::Start => None,
+        Role::Receive(migration) => migration.annotation(names::ANNOTATION_TEST_TARGET_IMAGE),
+    }
+}
+
 fn metadata(vmi: &VirtualMachineInstance, role: Role<'_>) -> ObjectMeta {
     let own = |key: &str, value: &str| (key.to_owned(), value.to_owned());
     // Labels of the VMI are the pod's too, as selectors of services expect; but for those that speak of the VMI itself.
@@ -130,11 +138,14 @@ fn metadata(vmi: &VirtualMachineInstance, role: Role<'_>) -> ObjectMeta {
         own(names::LABEL_APP, names::APP_VIRT_LAUNCHER),
         own(names::LABEL_CREATED_BY, vmi.uid()),
         own(names::LABEL_DEPRECATED_VM_NAME, Stored::name(vmi)),
+        own(names::LABEL_VMI_ID, &names::label_value(Stored::name(vmi))),
     ]);
     let mut annotations = BTreeMap::from([
         own(names::ANNOTATION_DOMAIN, Stored::name(vmi)),
         own(names::ANNOTATION_DEFAULT_CONTAINER, names::COMPUTE_CONTAINER),
         own(names::ANNOTATION_MIGRATION_TRANSPORT_UNIX, "true"),
+        // The descheduler asks for an eviction, which moves the guest; it never deletes the pod.
+        own(names::ANNOTATION_DESCHEDULER_EVICT_ONLY, ""),
     ]);
     if let Some(networks) = networks(vmi) {
         annotations.insert(names::NETWORKS_ANNOTATION.to_owned(), networks);
@@ -402,6 +413,13 @@ mod tests {
         assert_eq!(requests["cpu"], "200m");
         let wanted = value["metadata"]["annotations"]["k8s.v1.cni.cncf.io/networks"].as_str().unwrap();
         assert!(wanted.contains("\"name\":\"br\"") && wanted.contains("\"namespace\":\"default\""), "{wanted}");
+        assert_eq!(labels["vmi.kubevirt.io/id"], "demo");
+        assert_eq!(spec["containers"][0]["image"], settings.launcher_image);
+        let mut elsewhere = migration.clone();
+        let annotation = (names::ANNOTATION_TEST_TARGET_IMAGE.to_owned(), "other:1".to_owned());
+        elsewhere.metadata.annotations = Some(BTreeMap::from([annotation]));
+        let other = build(&vmi, Role::Receive(&elsewhere), &view);
+        assert_eq!(other.spec.unwrap().containers[0].image.as_deref(), Some("other:1"));
         // The pod that starts the guest differs in name and knows nothing of a migration.
         let first = build(&vmi, Role::Start, &view);
         assert_ne!(first.metadata.name, pod.metadata.name);

@@ -27,6 +27,14 @@ pub fn suffix(seed: &str) -> String {
         .collect()
 }
 
+/// A name as the value of a label: itself, or its digest where it is too long for one (63 characters).
+pub fn label_value(name: &str) -> String {
+    if name.len() <= 63 {
+        return name.to_owned();
+    }
+    Sha256::digest(name.as_bytes()).iter().take(16).map(|byte| format!("{byte:02x}")).collect()
+}
+
 /// The name of a launcher pod of `vmi`; `seed` is the VMI's UID for its first pod, the migration's UID for a target.
 pub fn launcher_pod(vmi: &str, seed: &str) -> String {
     // A pod's name is its host name as well: at most 63 characters.
@@ -45,6 +53,8 @@ mod tests {
         assert_eq!(suffix("a"), suffix("a"));
         assert_ne!(suffix("a"), suffix("b"));
         assert_eq!(suffix("a").len(), 5);
+        assert_eq!(label_value("demo"), "demo");
+        assert_eq!(label_value(&"x".repeat(64)).len(), 32);
         let long = "x".repeat(60);
         assert!(launcher_pod(&long, "uid").len() <= 63);
         assert!(launcher_pod("demo", "uid").starts_with("virt-launcher-demo-"));

@@ -67,6 +67,7 @@ pub fn decide(name: &Name, view: &View<'_>) -> Plan {
     } else {
         drive(vmi, &mut after, view, &mut plan, &mut events);
         sweep(vmi, view, &mut plan);
+        announce_arrival(vmi, view.world, &mut plan);
     }
     unlabel(&mut after, view.world);
     mirror(&mut after, view);
@@ -316,6 +317,21 @@ fn sweep(vmi: &VirtualMachineInstance, view: &View<'_>, plan: &mut Plan) {
                 None => plan.delete(pod.as_ref()),
             }
         }
+    }
+}
+
+/// Tells the target pod when the guest began to run in it: networks that carry addresses over wait for this (KubeVirt's
+/// contract with them).
+fn announce_arrival(vmi: &VirtualMachineInstance, world: &World, plan: &mut Plan) {
+    let Some(state) = &vmi.status.migration_state else { return };
+    let (Some(ready), Some(pod)) = (&state.target_node_domain_ready_timestamp, &state.target_pod) else { return };
+    let pod = world.pods.get(&Name::new(vmi.namespace(), pod.as_str()));
+    let Some(pod) = pod.filter(|pod| !pod.deleting() && !placement::is_finished(pod)) else { return };
+    if pod.annotation(names::ANNOTATION_MIGRATION_TARGET_READY).is_none() {
+        let mut after = pod.as_ref().clone();
+        let annotations = after.metadata.annotations.get_or_insert_default();
+        annotations.insert(names::ANNOTATION_MIGRATION_TARGET_READY.to_owned(), ready.0.to_string());
+        plan.update(pod.as_ref(), &after);
     }
 }
 

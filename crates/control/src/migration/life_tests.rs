@@ -125,6 +125,21 @@ fn labels_are_cleaned_up_by_whoever_comes_after_a_restart() {
 }
 
 #[test]
+fn the_target_pod_is_told_when_the_guest_runs_in_it() {
+    let mut cluster = cluster(&[("demo", "node1")]);
+    run(&mut cluster, "job", "demo");
+    let pod = target_pod(&cluster, "job").unwrap();
+    let told = |cluster: &Cluster| {
+        let pod = cluster.get(Kind::Pod, &pod).unwrap();
+        pod["metadata"]["annotations"]["kubevirt.io/migration-target-ready-timestamp"].clone()
+    };
+    assert!(told(&cluster).is_null());
+    tell(&mut cluster, "demo", json!({"targetNodeDomainReadyTimestamp": "2026-01-01T00:00:00Z"}));
+    arrive(&mut cluster, "demo");
+    assert_eq!(told(&cluster), "2026-01-01T00:00:00Z");
+}
+
+#[test]
 fn a_label_without_a_migration_goes() {
     let mut cluster = cluster(&[("demo", "node1")]);
     hand_over(&mut cluster, "job", "demo");
