@@ -2,13 +2,11 @@
 
 use std::fmt;
 
-use godwit_api::MigrationPhase;
-
 use crate::names;
 use crate::object::{Kind, Name, Object, Stored};
 use crate::plan::{Plan, View};
-use crate::world::{Change, World, claims_of};
-use crate::{kubevirt, migration, node, placement, vm, vmi, volumes};
+use crate::world::{Change, World, claims_of, vmi_of_pod};
+use crate::{kubevirt, migration, node, placement, turns, vm, vmi, volumes};
 
 /// A group of decisions that can be switched on and off: cluster mode leaves placement, volumes and nodes to Kubernetes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -40,6 +38,8 @@ impl Noun {
 pub enum Key {
     /// A migration.
     Migration(Name),
+    /// Which migrations may begin.
+    Turns,
     /// A VMI.
     Vmi(Name),
     /// A VM.
@@ -60,6 +60,7 @@ impl fmt::Display for Key {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Key::Migration(name) => write!(f, "migration {name}"),
+            Key::Turns => write!(f, "turns of migrations"),
             Key::Vmi(name) => write!(f, "vmi {name}"),
             Key::Vm(name) => write!(f, "vm {name}"),
             Key::Placement(name) => write!(f, "placement of pod {name}"),
@@ -74,8 +75,8 @@ impl fmt::Display for Key {
 /// Decisions of one lane are carried out one after another, each knowing what the one before has written.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Lane {
-    /// Who may migrate next: the limits count what the others have just begun.
-    Admission,
+    /// Which migrations may begin: the limits count what has just begun.
+    Turns,
     /// Which pod takes which room on the nodes.
     Placement,
     /// All that writes to one VMI.
@@ -88,7 +89,7 @@ impl Key {
     /// The group that the decision belongs to.
     pub fn noun(&self) -> Noun {
         match self {
-            Key::Migration(_) => Noun::Migration,
+            Key::Migration(_) | Key::Turns => Noun::Migration,
             Key::Vmi(_) => Noun::Vmi,
             Key::Vm(_) => Noun::Vm,
             Key::Placement(_) => Noun::Placement,
@@ -101,13 +102,11 @@ impl Key {
     /// The lane of the decision.
     pub fn lane(&self, world: &World) -> Lane {
         match self {
+            Key::Turns => Lane::Turns,
             Key::Placement(_) => Lane::Placement,
             Key::Vmi(name) => Lane::Vmi(name.clone()),
             Key::Migration(name) => match world.migrations.get(name) {
-                Some(migration) => match migration.status.phase {
-                    MigrationPhase::Unset | MigrationPhase::Pending => Lane::Admission,
-                    _ => Lane::Vmi(Name::new(migration.namespace(), migration.vmi_name())),
-                },
+                Some(migration) => Lane::Vmi(Name::new(migration.namespace(), migration.vmi_name())),
                 None => Lane::Own(self.clone()),
             },
             _ => Lane::Own(self.clone()),
@@ -118,6 +117,7 @@ impl Key {
     pub fn decide(&self, view: &View<'_>) -> Plan {
         match self {
             Key::Migration(name) => migration::decide(name, view),
+            Key::Turns => turns::decide(view),
             Key::Vmi(name) => vmi::decide(name, view),
             Key::Vm(name) => vm::decide(name, view),
             Key::Placement(name) => placement::decide(name, view),
@@ -136,38 +136,59 @@ impl Key {
         match object {
             Object::VirtualMachine(_) => keys.push(Key::Vm(name)),
             Object::VirtualMachineInstance(_) => {
-                keys.extend(world.migrations_of(&name).map(|migration| Key::Migration(migration.key())));
+                for migration in world.migrations_of(&name) {
+                    keys.push(Key::Migration(migration.key()));
+                    if !migration.is_final() {
+                        keys.push(Key::Turns);
+                    }
+                }
                 keys.push(Key::Vm(name.clone()));
                 keys.push(Key::Vmi(name));
             }
             Object::Migration(migration) => {
                 let vmi = Name::new(migration.namespace(), migration.vmi_name());
                 keys.push(Key::Migration(name));
-                // A place may have become free, or a finished one too many.
-                let phase = |object: &Option<Object>| match object {
-                    Some(Object::Migration(migration)) => Some(migration.status.phase.clone()),
+                // A slot may have become free, or a finished one too many.
+                let standing = |object: &Option<Object>| match object {
+                    Some(Object::Migration(migration)) => {
+                        Some((migration.status.phase.clone(), migration.is_deleting(), migration.spec.priority.clone()))
+                    }
                     _ => None,
                 };
-                if phase(&change.before) != phase(&change.after) {
-                    keys.extend(waiting(world));
+                if standing(&change.before) != standing(&change.after) {
+                    keys.push(Key::Turns);
                     keys.extend(world.migrations_of(&vmi).map(|migration| Key::Migration(migration.key())));
                     keys.push(Key::Vmi(vmi));
                 }
             }
             Object::KubeVirt(_) => {
-                keys.push(Key::KubeVirt(name));
-                keys.extend(waiting(world));
-            }
-            Object::ConfigMap(_) => {
-                if name.namespace == names::KUBEVIRT_NAMESPACE && name.name == names::CONFIG_MAP_NAME {
-                    keys.extend(waiting(world));
+                let spec = |object: &Option<Object>| match object {
+                    Some(Object::KubeVirt(kubevirt)) => Some(kubevirt.clone()),
+                    _ => None,
+                };
+                let (before, after) = (spec(&change.before), spec(&change.after));
+                if before.as_ref().map(|one| &one.spec) != after.as_ref().map(|one| &one.spec) {
+                    keys.extend(configured(world));
                 }
+                keys.push(Key::KubeVirt(name));
             }
+            Object::ConfigMap(_) if kubevirt::is_configuration(&name) => keys.extend(configured(world)),
+            Object::ConfigMap(_) if turns::is_ledger(&name) => affected_by_ledger(change, world, &mut keys),
+            Object::ResourceQuota(_) => {
+                // Those that have a slot and cannot make their pod, and those that would be next.
+                let holders = world.turns().holders().values().filter_map(|holder| holder.migration.as_ref());
+                let holders = holders.filter(|migration| migration.namespace == name.namespace);
+                let waiting = world.turns().waiting_in(&name.namespace).take(TOLD_OF_QUOTA);
+                keys.extend(holders.chain(waiting).cloned().map(Key::Migration));
+                keys.push(Key::Turns);
+            }
+            Object::MigrationPolicy(_) => keys.extend(under_way(world)),
             Object::Pod(_) => affected_by_pod(change, &name, world, &mut keys),
             Object::Node(node) => {
                 keys.push(Key::Node(node.name().to_owned()));
                 if changes_room(change) {
                     keys.extend(unplaced(world));
+                    keys.push(Key::Turns);
                 }
                 if is_lost(&change.before) != is_lost(&change.after) {
                     keys.extend(world.vmis_on(node.name()).map(|vmi| Key::Vmi(vmi.key())));
@@ -180,15 +201,10 @@ impl Key {
                 keys.extend(
                     volume.filter(|volume| !volume.is_empty()).map(|volume| Key::Volume(Name::cluster(volume))),
                 );
-                let users = world.vmis.iter().filter(|vmi| {
-                    vmi.namespace() == name.namespace
-                        && vmi.spec.volumes.iter().any(|volume| {
-                            volume.persistent_volume_claim.as_ref().is_some_and(|user| user.claim_name == name.name)
-                        })
-                });
+                let users: Vec<Name> = world.vmis_using(&name).map(|vmi| vmi.key()).collect();
                 for vmi in users {
-                    keys.push(Key::Vmi(vmi.key()));
-                    keys.push(Key::Vm(vmi.key()));
+                    keys.push(Key::Vmi(vmi.clone()));
+                    keys.push(Key::Vm(vmi));
                 }
                 keys.push(Key::Claim(name));
             }
@@ -199,16 +215,15 @@ impl Key {
                         let namespace = reference.namespace.clone().unwrap_or_default();
                         keys.push(Key::Claim(Name::new(namespace, reference.name.clone().unwrap_or_default())));
                     }
-                    None => keys.extend(world.claims.names().cloned().map(Key::Claim)),
+                    None => keys.extend(world.unbound_claims().map(|claim| Key::Claim(claim.key()))),
                 }
                 keys.push(Key::Volume(name));
             }
-            Object::StorageClass(_) => keys.extend(world.claims.names().cloned().map(Key::Claim)),
+            Object::StorageClass(_) => keys.extend(world.unbound_claims().map(|claim| Key::Claim(claim.key()))),
             Object::Lease(_)
+            | Object::ConfigMap(_)
             | Object::NetworkAttachmentDefinition(_)
             | Object::Namespace(_)
-            | Object::ResourceQuota(_)
-            | Object::MigrationPolicy(_)
             | Object::MigrationRecord(_) => {}
         }
         keys.sort();
@@ -218,7 +233,7 @@ impl Key {
 
     /// Everything there is to decide about, for the first look at the world.
     pub fn all(world: &World) -> Vec<Key> {
-        let mut keys = Vec::new();
+        let mut keys = vec![Key::Turns];
         keys.extend(world.kubevirts.names().cloned().map(Key::KubeVirt));
         keys.extend(world.nodes.iter().map(|node| Key::Node(node.name().to_owned())));
         keys.extend(world.vms.names().cloned().map(Key::Vm));
@@ -227,45 +242,63 @@ impl Key {
         keys.extend(world.claims.names().cloned().map(Key::Claim));
         keys.extend(world.volumes.names().cloned().map(Key::Volume));
         keys.extend(world.pods.names().cloned().map(Key::Placement));
-        keys.extend(world.pods.iter().filter_map(|pod| vmi_of(&Object::Pod(pod.clone()))).map(Key::Vmi));
+        keys.extend(world.pods.iter().filter_map(|pod| vmi_of_pod(pod)).map(Key::Vmi));
         keys.sort();
         keys.dedup();
         keys
     }
 }
 
-/// Migrations that wait for their turn.
-fn waiting(world: &World) -> impl Iterator<Item = Key> {
-    let waiting = world.migrations.iter().filter(|migration| migration.status.phase == MigrationPhase::Pending);
-    waiting.map(|migration| Key::Migration(migration.key()))
+/// So many that wait in a namespace are looked at again when one of its quotas changes.
+const TOLD_OF_QUOTA: usize = 64;
+
+/// Migrations that are under way.
+fn under_way(world: &World) -> impl Iterator<Item = Key> {
+    let holders = world.turns().holders().values();
+    holders.filter_map(|holder| holder.migration.clone()).map(Key::Migration)
+}
+
+/// What the configuration counts for: those under way, who may begin, and what the first of those that wait are told.
+fn configured(world: &World) -> impl Iterator<Item = Key> {
+    let told = turns::to_tell(world.turns()).cloned().map(Key::Migration);
+    under_way(world).chain(told).chain([Key::Turns])
+}
+
+/// Slots have been given or taken back, or their targets are others.
+fn affected_by_ledger(change: &Change, world: &World, keys: &mut Vec<Key>) {
+    let slots = |side: &Option<Object>| match side {
+        Some(Object::ConfigMap(map)) => turns::Ledger::read(Some(map)),
+        _ => turns::Ledger::default(),
+    };
+    for uid in slots(&change.before).differences(&slots(&change.after)) {
+        keys.extend(world.migration_by_uid(&uid).map(|migration| Key::Migration(migration.key())));
+    }
+    // A node may have room for another target.
+    let targets = world.pods_without_node().filter(|pod| pod.label(names::LABEL_MIGRATION_JOB_UID).is_some());
+    keys.extend(targets.map(|pod| Key::Placement(pod.key())));
+    keys.extend(turns::to_tell(world.turns()).cloned().map(Key::Migration));
+    keys.push(Key::Turns);
 }
 
 /// Pods without a node.
 fn unplaced(world: &World) -> impl Iterator<Item = Key> {
-    let without = world.pods.iter().filter(|pod| {
-        let node = pod.spec.as_ref().and_then(|spec| spec.node_name.as_deref()).unwrap_or_default();
-        node.is_empty() && !placement::is_finished(pod)
-    });
-    without.map(|pod| Key::Placement(pod.key()))
-}
-
-/// The VMI that a launcher pod is of.
-fn vmi_of(object: &Object) -> Option<Name> {
-    let Object::Pod(pod) = object else { return None };
-    (pod.label(names::LABEL_APP) == Some(names::APP_VIRT_LAUNCHER))
-        .then(|| Name::new(pod.namespace(), pod.annotation(names::ANNOTATION_DOMAIN).unwrap_or_default()))
+    world.pods_without_node().map(|pod| Key::Placement(pod.key()))
 }
 
 fn affected_by_pod(change: &Change, name: &Name, world: &World, keys: &mut Vec<Key>) {
     keys.push(Key::Placement(name.clone()));
     for side in change.sides() {
-        if let Some(vmi) = vmi_of(side) {
-            keys.extend(world.migrations_of(&vmi).map(|migration| Key::Migration(migration.key())));
+        let Object::Pod(pod) = side else { continue };
+        if let Some(vmi) = vmi_of_pod(pod) {
+            for migration in world.migrations_of(&vmi) {
+                keys.push(Key::Migration(migration.key()));
+                if !migration.is_final() {
+                    keys.push(Key::Turns);
+                }
+            }
             keys.push(Key::Vmi(vmi));
         }
-        if let Object::Pod(pod) = side {
-            keys.extend(claims_of(pod).map(Key::Claim));
-        }
+        keys.extend(claims_of(pod).map(Key::Claim));
     }
     // Room has become free.
     let holds = |side: &Option<Object>| match side {

@@ -39,6 +39,11 @@ pub fn decide(name: &Name, view: &View<'_>) -> Plan {
 
 /// The migration configuration in force in the cluster, every field with a default set.
 pub fn migration_configuration(world: &World) -> MigrationConfiguration {
+    world.configuration().clone()
+}
+
+/// Reads the migration configuration; the world keeps it until one of its sources changes.
+pub(crate) fn read_configuration(world: &World) -> MigrationConfiguration {
     let kubevirt = world.kubevirts.get(&Name::new(names::KUBEVIRT_NAMESPACE, names::KUBEVIRT_NAME));
     let config_map = world.config_maps.get(&Name::new(names::KUBEVIRT_NAMESPACE, names::CONFIG_MAP_NAME));
     godwit_api::config::effective(kubevirt.map(AsRef::as_ref), config_map.and_then(|map| map.data.as_ref()))
@@ -50,4 +55,9 @@ pub fn migration_configuration_of(world: &World, vmi: &VirtualMachineInstance) -
     let namespace_labels = namespace.and_then(|namespace| namespace.metadata.labels.as_ref());
     let policies = world.policies.iter().map(AsRef::as_ref);
     resolve(policies, vmi.metadata.labels.as_ref(), namespace_labels, &migration_configuration(world))
+}
+
+/// Whether this ConfigMap is one of the sources of the configuration.
+pub fn is_configuration(config_map: &Name) -> bool {
+    config_map.namespace == names::KUBEVIRT_NAMESPACE && config_map.name == names::CONFIG_MAP_NAME
 }

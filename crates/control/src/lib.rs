@@ -12,14 +12,14 @@ pub mod names;
 pub mod node;
 pub mod object;
 pub mod placement;
-#[cfg(test)]
-mod placement_tests;
 mod plan;
 pub mod quantity;
 pub mod queue;
+pub mod quota;
 pub mod selector;
 #[cfg(test)]
 mod testing;
+pub mod turns;
 pub mod vm;
 pub mod vmi;
 #[cfg(test)]
@@ -33,7 +33,7 @@ pub use plan::{
     Effect, EventRecord, EventType, NODE_CONTROLLER, Plan, SCHEDULER, VM_CONTROLLER, VOLUME_CONTROLLER, View,
     has_status_subresource, merge_difference,
 };
-pub use world::{Change, Source, Table, World, claims_of};
+pub use world::{Change, Source, Table, World, claims_of, vmi_of_pod};
 
 /// How an installation is set up: what decisions need to know that no object says.
 #[derive(Clone, Debug)]

@@ -148,7 +148,7 @@ mod tests {
         let mut queue = Queue::default();
         queue.push(key("a"));
         queue.push(key("b"));
-        let shared = |_: &Key| Lane::Admission;
+        let shared = |_: &Key| Lane::Turns;
         let (first, lane) = queue.next(at(0), shared).unwrap();
         assert_eq!((first.clone(), queue.next(at(0), shared)), (key("a"), None));
         queue.done(&first, &lane);
@@ -159,7 +159,7 @@ mod tests {
     fn a_key_that_changes_lanes_is_not_run_twice() {
         let mut queue = Queue::default();
         queue.push(key("a"));
-        let (first, lane) = queue.next(at(0), |_| Lane::Admission).unwrap();
+        let (first, lane) = queue.next(at(0), |_| Lane::Turns).unwrap();
         queue.push(key("a"));
         assert_eq!(queue.next(at(0), own), None);
         queue.done(&first, &lane);

@@ -25,14 +25,23 @@ pub struct Cluster {
 }
 
 impl Cluster {
+    /// An empty cluster whose ledger has been there for a while.
     pub fn new() -> Self {
-        Self {
+        let mut cluster = Self {
             world: World::default(),
             settings: settings(),
             now: Timestamp::from_second(1_000_000).unwrap(),
             events: Vec::new(),
             revision: 0,
-        }
+        };
+        let ledger = crate::turns::reference().name;
+        cluster.put(
+            Kind::ConfigMap,
+            json!({"metadata": {
+                "namespace": ledger.namespace, "name": ledger.name, "creationTimestamp": "1970-01-01T00:00:00Z",
+            }}),
+        );
+        cluster
     }
 
     pub fn pass(&mut self, seconds: i64) {

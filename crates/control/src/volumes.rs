@@ -132,8 +132,8 @@ fn find_volume<'a>(
         quantity::whole(capacity.and_then(|all| all.get("storage")))
     };
     world
-        .volumes
-        .iter()
+        .volumes_for(&claim.key())
+        .chain(world.free_volumes())
         .filter(|volume| usable(volume))
         .filter(|volume| {
             let Some(have) = &volume.spec else { return false };

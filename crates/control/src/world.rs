@@ -1,11 +1,11 @@
 //! What the controllers know: every watched object, with the indexes that decisions need.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use godwit_api::{
-    KubeVirt, MigrationPolicy, MigrationRecord, NetworkAttachmentDefinition, VirtualMachine, VirtualMachineInstance,
-    VirtualMachineInstanceMigration,
+    KubeVirt, MigrationConfiguration, MigrationPolicy, MigrationRecord, NetworkAttachmentDefinition, VirtualMachine,
+    VirtualMachineInstance, VirtualMachineInstanceMigration,
 };
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{
@@ -13,8 +13,8 @@ use k8s_openapi::api::core::v1::{
 };
 use k8s_openapi::api::storage::v1::StorageClass;
 
-use crate::names;
 use crate::object::{Kind, Name, Object, Stored};
+use crate::{kubevirt, names, placement, turns, volumes};
 
 /// All objects of one type, by name.
 #[derive(Clone, Debug)]
@@ -40,6 +40,22 @@ impl<T> Table<T> {
     /// All names in order.
     pub fn names(&self) -> impl Iterator<Item = &Name> {
         self.0.keys()
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// The objects of one namespace.
+    pub fn within<'a>(&'a self, namespace: &'a str) -> impl Iterator<Item = &'a Arc<T>> {
+        let from = self.0.range(Name::new(namespace, "")..);
+        from.take_while(move |(name, _)| name.namespace == namespace).map(|(_, object)| object)
     }
 
     /// The objects of these names that exist.
@@ -126,6 +142,20 @@ pub struct World {
     vmis_by_node: Index,
     vmis_by_uid: Index,
     migrations_by_vmi: Index,
+    migrations_by_uid: Index,
+    vmis_by_claim: Index,
+    volumes_by_claim: Index,
+    pods_by_label: Index,
+    pods_by_repelled: Index,
+    pods_without_node: Index,
+    claims_unbound: Index,
+
+    /// Who waits for a turn, and who has it.
+    turns: turns::Index,
+    /// What the pods of each node ask for.
+    loads: placement::Loads,
+    /// The migration configuration in force; `None` before anything was said about it.
+    configuration: Option<MigrationConfiguration>,
 }
 
 /// What an object is indexed under.
@@ -138,6 +168,13 @@ struct Terms {
     vmis_by_node: Vec<String>,
     vmis_by_uid: Vec<String>,
     migrations_by_vmi: Vec<String>,
+    migrations_by_uid: Vec<String>,
+    vmis_by_claim: Vec<String>,
+    volumes_by_claim: Vec<String>,
+    pods_by_label: Vec<String>,
+    pods_by_repelled: Vec<String>,
+    pods_without_node: Vec<String>,
+    claims_unbound: Vec<String>,
 }
 
 impl World {
@@ -160,6 +197,7 @@ impl World {
         let change = Change { before, after: Some(object.clone()) };
         self.index(&change);
         self.put(object);
+        self.follow(&change);
         Some(change)
     }
 
@@ -182,7 +220,45 @@ impl World {
         let change = Change { before: Some(self.get(kind, name)?), after: None };
         self.index(&change);
         self.remove(kind, name);
+        self.follow(&change);
         Some(change)
+    }
+
+    /// Brings everything that is derived from the objects up to date after a change of one of them.
+    fn follow(&mut self, change: &Change) {
+        self.loads.refresh(change);
+        let mut turns = std::mem::take(&mut self.turns);
+        turns.refresh(change, self);
+        self.turns = turns;
+        let configures = match change.latest() {
+            Some(Object::KubeVirt(_)) => true,
+            Some(Object::ConfigMap(map)) => kubevirt::is_configuration(&map.key()),
+            _ => false,
+        };
+        if configures {
+            self.configuration = Some(kubevirt::read_configuration(self));
+        }
+    }
+
+    /// The newest revision that the watch of a kind has shown: everything up to it is known.
+    pub fn horizon(&self, kind: Kind) -> u64 {
+        self.horizon.get(&kind).copied().unwrap_or(0)
+    }
+
+    /// Who waits for a turn to migrate, and who has it.
+    pub fn turns(&self) -> &turns::Index {
+        &self.turns
+    }
+
+    /// What nodes have and what their pods ask for.
+    pub fn loads(&self) -> &placement::Loads {
+        &self.loads
+    }
+
+    /// The migration configuration in force in the cluster, every field with a default set.
+    pub fn configuration(&self) -> &MigrationConfiguration {
+        static DEFAULTS: LazyLock<MigrationConfiguration> = LazyLock::new(|| godwit_api::config::effective(None, None));
+        self.configuration.as_ref().unwrap_or_else(|| &DEFAULTS)
     }
 
     fn index(&mut self, change: &Change) {
@@ -202,6 +278,13 @@ impl World {
             (&mut self.vmis_by_node, &old.vmis_by_node, &new.vmis_by_node),
             (&mut self.vmis_by_uid, &old.vmis_by_uid, &new.vmis_by_uid),
             (&mut self.migrations_by_vmi, &old.migrations_by_vmi, &new.migrations_by_vmi),
+            (&mut self.migrations_by_uid, &old.migrations_by_uid, &new.migrations_by_uid),
+            (&mut self.vmis_by_claim, &old.vmis_by_claim, &new.vmis_by_claim),
+            (&mut self.volumes_by_claim, &old.volumes_by_claim, &new.volumes_by_claim),
+            (&mut self.pods_by_label, &old.pods_by_label, &new.pods_by_label),
+            (&mut self.pods_by_repelled, &old.pods_by_repelled, &new.pods_by_repelled),
+            (&mut self.pods_without_node, &old.pods_without_node, &new.pods_without_node),
+            (&mut self.claims_unbound, &old.claims_unbound, &new.claims_unbound),
         ] {
             for term in old.iter().filter(|term| !new.contains(term)) {
                 if let Some(names) = index.get_mut(term) {
@@ -245,6 +328,51 @@ impl World {
     /// The VMI with this UID.
     pub fn vmi_by_uid(&self, uid: &str) -> Option<&Arc<VirtualMachineInstance>> {
         self.vmis.pick(self.vmis_by_uid.get(uid)).next()
+    }
+
+    /// The migration with this UID.
+    pub fn migration_by_uid(&self, uid: &str) -> Option<&Arc<VirtualMachineInstanceMigration>> {
+        self.migrations.pick(self.migrations_by_uid.get(uid)).next()
+    }
+
+    /// VMIs with a volume of this claim.
+    pub fn vmis_using(&self, claim: &Name) -> impl Iterator<Item = &Arc<VirtualMachineInstance>> {
+        self.vmis.pick(self.vmis_by_claim.get(&claim.to_string()))
+    }
+
+    /// Volumes that are reserved for a claim or bound to it.
+    pub fn volumes_for(&self, claim: &Name) -> impl Iterator<Item = &Arc<PersistentVolume>> {
+        self.volumes.pick(self.volumes_by_claim.get(&claim.to_string()))
+    }
+
+    /// Volumes that nobody has claimed.
+    pub fn free_volumes(&self) -> impl Iterator<Item = &Arc<PersistentVolume>> {
+        self.volumes.pick(self.volumes_by_claim.get(""))
+    }
+
+    /// Claims without a volume.
+    pub fn unbound_claims(&self) -> impl Iterator<Item = &Arc<PersistentVolumeClaim>> {
+        self.claims.pick(self.claims_unbound.get(""))
+    }
+
+    /// Unfinished pods without a node.
+    pub fn pods_without_node(&self) -> impl Iterator<Item = &Arc<Pod>> {
+        self.pods.pick(self.pods_without_node.get(""))
+    }
+
+    /// Pods with a label, written `key=value`.
+    pub fn pods_with(&self, label: &str) -> impl Iterator<Item = &Arc<Pod>> + use<'_> {
+        self.pods.pick(self.pods_by_label.get(label))
+    }
+
+    /// How many pods have a label, written `key=value`.
+    pub fn pods_labelled(&self, label: &str) -> usize {
+        self.pods_by_label.get(label).map_or(0, BTreeSet::len)
+    }
+
+    /// Pods with a term of anti-affinity that asks for this label (empty: for none by its value).
+    pub fn pods_repelling(&self, label: &str) -> impl Iterator<Item = &Arc<Pod>> + use<'_> {
+        self.pods.pick(self.pods_by_repelled.get(label))
     }
 
     /// Migrations of a VMI, by its name.
@@ -306,18 +434,44 @@ fn terms(object: &Object) -> Terms {
             terms.pods_by_vmi_uid.extend(pod.label(names::LABEL_CREATED_BY).map(str::to_owned));
             terms.pods_by_migration_uid.extend(pod.label(names::LABEL_MIGRATION_JOB_UID).map(str::to_owned));
             terms.pods_by_claim.extend(claims_of(pod).map(|claim| claim.to_string()));
+            let labels = pod.metadata.labels.iter().flatten();
+            terms.pods_by_label.extend(labels.map(|(key, value)| placement::label(key, value)));
+            terms.pods_by_repelled.extend(placement::repelled(pod));
+            if terms.pods_by_node.is_empty() && !placement::is_finished(pod) {
+                terms.pods_without_node.push(String::new());
+            }
         }
         Object::VirtualMachineInstance(vmi) => {
             terms.vmis_by_uid.extend(vmi.metadata.uid.clone());
             let node = vmi.status.node_name.clone();
             terms.vmis_by_node.extend(node.filter(|node| !node.is_empty()));
+            let claims = vmi.spec.volumes.iter().filter_map(|volume| volume.persistent_volume_claim.as_ref());
+            terms.vmis_by_claim.extend(claims.map(|claim| Name::new(vmi.namespace(), &claim.claim_name).to_string()));
         }
         Object::Migration(migration) => {
+            terms.migrations_by_uid.extend(migration.metadata.uid.clone());
             terms.migrations_by_vmi.push(Name::new(migration.namespace(), migration.vmi_name()).to_string());
+        }
+        Object::PersistentVolume(volume) => {
+            let reference = volume.spec.as_ref().and_then(|spec| spec.claim_ref.as_ref());
+            let claim = reference.map(|reference| {
+                let name = |part: &Option<String>| part.clone().unwrap_or_default();
+                Name::new(name(&reference.namespace), name(&reference.name)).to_string()
+            });
+            terms.volumes_by_claim.push(claim.unwrap_or_default());
+        }
+        Object::PersistentVolumeClaim(claim) if !volumes::is_bound(claim) => {
+            terms.claims_unbound.push(String::new());
         }
         _ => {}
     }
     terms
+}
+
+/// The VMI that a launcher pod is of.
+pub fn vmi_of_pod(pod: &Pod) -> Option<Name> {
+    (pod.label(names::LABEL_APP) == Some(names::APP_VIRT_LAUNCHER))
+        .then(|| Name::new(pod.namespace(), pod.annotation(names::ANNOTATION_DOMAIN).unwrap_or_default()))
 }
 
 /// The claims that a pod's volumes name.

@@ -75,7 +75,8 @@ fn add(to: &mut Amounts, name: &str, amount: Quantity) {
     to.insert(name.to_owned(), sum);
 }
 
-fn add_all(to: &mut Amounts, other: &Amounts) {
+/// Adds amounts to others.
+pub fn add_all(to: &mut Amounts, other: &Amounts) {
     other.iter().for_each(|(name, amount)| add(to, name, *amount));
 }
 
@@ -166,6 +167,11 @@ fn service(object: &Value, used: &mut Amounts) {
 /// `spec.hard` of a quota.
 pub fn hard(quota: &Value) -> Amounts {
     amounts(quota, "/spec/hard")
+}
+
+/// `status.used` of a quota.
+pub fn taken(quota: &Value) -> Amounts {
+    amounts(quota, "/status/used")
 }
 
 /// Kinds (group, plural) whose objects a quota counts.

@@ -33,6 +33,8 @@ pub enum Failure {
 pub struct Executor {
     /// As who to write.
     pub client: Client,
+    /// As who to write what a scheduler may not: the ledger of migrations. As `client` when there is none.
+    pub controller: Option<Client>,
     /// Where events go.
     pub events: mpsc::Sender<EventRecord>,
 }
@@ -77,9 +79,18 @@ impl Executor {
         (learned, Ok(()))
     }
 
+    /// The same in the controller's name.
+    fn as_controller(&self) -> Self {
+        let client = self.controller.clone().unwrap_or_else(|| self.client.clone());
+        Self { client, controller: None, events: self.events.clone() }
+    }
+
     async fn carry_out_one(&self, effect: Effect, learned: &mut Vec<Learned>) -> Result<(), Failure> {
         match effect {
             Effect::Create(object) => self.create(&object, learned).await,
+            Effect::Patch(target, patch) if target.kind == Kind::ConfigMap => {
+                self.as_controller().patch(target, None, patch, learned).await
+            }
             Effect::Patch(target, patch) => self.patch(target, None, patch, learned).await,
             Effect::PatchStatus(target, patch) => self.patch(target, Some("status"), patch, learned).await,
             Effect::Delete { target, uid, grace_seconds } => self.delete(target, uid, grace_seconds, learned).await,

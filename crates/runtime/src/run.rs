@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
 use std::time::Duration;
 
-use godwit_control::{Change, Effect, Key, Kind, Lane, Name, Noun, Ref, Source, View, World, kinds_for};
+use godwit_control::{Change, Effect, Key, Kind, Lane, Name, Noun, Object, Ref, Source, View, World, kinds_for};
 use jiff::Timestamp;
 use kube::Client;
 use tokio::sync::mpsc;
@@ -43,8 +43,12 @@ pub async fn run(client: Client, options: Options, shutdown: impl Future<Output 
     drop(news_in);
     background.spawn(events::record(client.clone(), options.identity.clone(), events_out));
 
-    let executor = Executor { client: client.clone(), events: events_in.clone() };
-    let scheduler = Executor { client: options.scheduler.clone().unwrap_or(client), events: events_in };
+    let executor = Executor { client: client.clone(), controller: None, events: events_in.clone() };
+    let scheduler = Executor {
+        client: options.scheduler.clone().unwrap_or_else(|| client.clone()),
+        controller: Some(client),
+        events: events_in,
+    };
     let mut shell = Shell {
         options,
         world: World::default(),
@@ -90,8 +94,8 @@ struct Shell {
     queue: Queue,
     /// Kinds that have not been listed yet.
     unlisted: BTreeSet<Kind>,
-    /// Lists under way: the names that were known before and have not come up yet.
-    lists: BTreeMap<Kind, BTreeSet<Name>>,
+    /// Lists under way. A list is taken in as a whole: decisions rely on knowing all that is older than the newest known.
+    lists: BTreeMap<Kind, Vec<Object>>,
     executor: Executor,
     scheduler: Executor,
     running: JoinSet<Outcome>,
@@ -109,17 +113,17 @@ impl Shell {
                 self.touch(change);
             }
             News::ListBegins(kind) => {
-                self.lists.insert(kind, self.world.names_of(kind).into_iter().collect());
+                self.lists.insert(kind, Vec::new());
             }
-            News::Listed(object) => {
-                if let Some(missing) = self.lists.get_mut(&object.kind()) {
-                    missing.remove(&object.name());
-                }
-                let change = self.world.apply(object, Source::Watch);
-                self.touch(change);
-            }
+            News::Listed(object) => self.lists.entry(object.kind()).or_default().push(object),
             News::ListEnds(kind) => {
-                for name in self.lists.remove(&kind).unwrap_or_default() {
+                let mut missing: BTreeSet<Name> = self.world.names_of(kind).into_iter().collect();
+                for object in self.lists.remove(&kind).unwrap_or_default() {
+                    missing.remove(&object.name());
+                    let change = self.world.apply(object, Source::Watch);
+                    self.touch(change);
+                }
+                for name in missing {
                     let change = self.world.forget(kind, &name);
                     self.touch(change);
                 }

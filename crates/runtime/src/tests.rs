@@ -64,7 +64,7 @@ async fn carry_out(
 ) -> (Vec<Learned>, Result<(), Failure>, Vec<(String, String, Value)>, Vec<EventRecord>) {
     let (client, asked) = server(answers);
     let (events, mut told) = mpsc::channel(8);
-    let (learned, result) = Executor { client, events }.carry_out(effects).await;
+    let (learned, result) = Executor { client, controller: None, events }.carry_out(effects).await;
     let asked = asked.lock().unwrap().clone();
     let mut recorded = Vec::new();
     while let Ok(event) = told.try_recv() {

@@ -12,8 +12,8 @@ use super::observe::Situation;
 use super::table::{Blame, Fact, Row};
 use crate::names;
 use crate::object::Stored;
-use crate::volumes;
 use crate::world::{World, claims_of};
+use crate::{turns, volumes};
 
 /// Writes into the status what the migration waits for, why it failed, or how it went.
 pub fn say(after: &mut VirtualMachineInstanceMigration, row: &Row, situation: &Situation<'_>, now: &Time) {
@@ -34,6 +34,13 @@ pub fn say(after: &mut VirtualMachineInstanceMigration, row: &Row, situation: &S
         _ => (Some(fact.word()), sentence(fact, situation)),
     });
     let status = &mut after.status;
+    status.queue = match &row.to {
+        Phase::Pending if fact.is_some_and(Fact::is_turn) => {
+            let turn = turns::turn(situation.migration, &situation.view);
+            turns::queue_place(situation.migration.status.queue.as_ref(), &turn)
+        }
+        _ => None,
+    };
     status.reason = text.as_ref().and_then(|(word, _)| word.clone());
     status.message = text.as_ref().map(|(_, sentence)| sentence.clone());
     condition::remove(&mut status.conditions, names::conditions::MIGRATION_WAITING);
@@ -56,7 +63,7 @@ pub fn say(after: &mut VirtualMachineInstanceMigration, row: &Row, situation: &S
 /// What a migration waits for on entering a phase.
 fn first_wait(phase: &Phase) -> Option<Fact> {
     Some(match phase {
-        Phase::Pending => Fact::MayStart,
+        Phase::Pending => Fact::AwaitsTurn,
         Phase::Scheduling => Fact::TargetPodStarting,
         Phase::Scheduled => Fact::ReadyToHandOver,
         Phase::PreparingTarget => Fact::Preparing,
@@ -199,6 +206,12 @@ pub fn sentence(fact: Fact, situation: &Situation<'_>) -> String {
                 .to_owned()
         }
         Fact::OldPodRemains => "Waits until another launcher pod of the VMI has ended.".to_owned(),
+        Fact::AwaitsTurn => "Waits for its turn.".to_owned(),
+        Fact::InboundLimit => format!(
+            "Waits for its turn: every node that could take it receives {} migrations already, which is the limit \
+             (parallelInboundMigrationsPerNode).",
+            configuration.parallel_inbound_migrations_per_node.unwrap_or_default()
+        ),
         Fact::ClusterLimit => format!(
             "Waits for its turn: {} migrations run in the cluster, which is the limit (parallelMigrationsPerCluster).",
             configuration.parallel_migrations_per_cluster.unwrap_or_default()
@@ -208,12 +221,15 @@ pub fn sentence(fact: Fact, situation: &Situation<'_>) -> String {
              (parallelOutboundMigrationsPerNode).",
             configuration.parallel_outbound_migrations_per_node.unwrap_or_default()
         ),
-        Fact::QuotaExceeded | Fact::QuotaExceededTooLong => "The target pod does not fit into the quota.".to_owned(),
+        Fact::QuotaExceeded | Fact::QuotaExceededTooLong => match situation.quota() {
+            Some(why) => format!("The target pod does not fit into the quota: {why}."),
+            None => "The target pod does not fit into the quota.".to_owned(),
+        },
         Fact::WaitedTooLong => match &migration.status.message {
             Some(last) => format!("Waited for its turn for {}. Last: {last}", span(secs(deadlines::QUEUE))),
             None => format!("Waited for its turn for {}.", span(secs(deadlines::QUEUE))),
         },
-        Fact::Eligible | Fact::MayStart => "Makes the target pod when it is its turn.".to_owned(),
+        Fact::Eligible | Fact::MayStart => "Makes the target pod.".to_owned(),
         Fact::TargetPodCreated | Fact::TargetPodStarting => match (pod, pod_node) {
             (Some(pod), Some(node)) => match trouble(pod, situation.view.world) {
                 Some(trouble) => format!("Waits until the target pod on node {node} is ready: {}.", trouble.text()),

@@ -8,7 +8,6 @@ mod document;
 mod explain;
 #[cfg(test)]
 mod life_tests;
-mod limits;
 mod mirror;
 mod observe;
 pub mod table;

@@ -9,10 +9,12 @@ use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::Pod;
 
 use super::table::Fact;
-use super::{deadlines, explain, limits};
+use super::{deadlines, explain};
+use crate::launcher_pod::{self, Role};
 use crate::object::{Name, Stored};
 use crate::plan::View;
-use crate::{kubevirt, names, placement};
+use crate::turns::{Setting, Turn};
+use crate::{kubevirt, names, placement, quota, turns};
 
 /// What counts about a migration, gathered once.
 pub struct Situation<'a> {
@@ -141,19 +143,29 @@ impl<'a> Situation<'a> {
         let Some(vmi) = self.vmi else { return Fact::VmiGone.into() };
         let wait = if vmi.condition("LiveMigratable").is_some_and(|condition| condition.is_false()) {
             return Fact::NotMigratable.into();
-        } else if vmi.status.phase != VmiPhase::Running || vmi.status.node_name.as_deref().unwrap_or("").is_empty() {
-            Fact::GuestNotRunning
-        } else if is_on_its_way(vmi) {
-            Fact::EarlierUnresolved
-        } else if self.view.world.pods_of_vmi(vmi.uid()).filter(|pod| !placement::is_finished(pod)).count() > 1 {
-            Fact::OldPodRemains
+        } else if let Some(hindrance) = turns::hindrance(vmi, self.view.world) {
+            hindrance
         } else {
-            match limits::admit(self.migration, &self.configuration, self.view.world) {
-                Ok(()) => return Fact::MayStart.into(),
-                Err(limit) => limit,
+            match turns::turn(self.migration, &self.view) {
+                Turn::Granted => return Fact::MayStart.into(),
+                Turn::Waits { .. } if self.quota().is_some() => Fact::QuotaExceeded,
+                Turn::Waits { limit, .. } => match limit.map(|limit| limit.setting) {
+                    Some(Setting::OutboundPerNode) => Fact::NodeLimit,
+                    Some(Setting::PerCluster) => Fact::ClusterLimit,
+                    Some(Setting::InboundPerNode) => Fact::InboundLimit,
+                    None => Fact::AwaitsTurn,
+                },
             }
         };
         self.within(self.since(), deadlines::QUEUE, wait, Fact::WaitedTooLong)
+    }
+
+    /// Which quota the target pod would exceed, in Kubernetes' words.
+    pub fn quota(&self) -> Option<String> {
+        // Making the pod takes a while, and most namespaces have no quota.
+        self.view.world.quotas.within(self.migration.namespace()).next()?;
+        let pod = launcher_pod::build(self.vmi?, Role::Receive(self.migration), &self.view);
+        quota::exceeded(&pod, self.view.world)
     }
 
     fn scheduling(&self) -> Observation {
@@ -204,7 +216,7 @@ impl<'a> Situation<'a> {
         if placement::is_finished(pod) {
             return Fact::TargetPodDown.into();
         }
-        if self.vmi.is_some_and(|vmi| is_on_its_way(vmi)) {
+        if self.vmi.is_some_and(|vmi| turns::is_on_its_way(vmi)) {
             return Fact::OtherMigration.into();
         }
         self.within(self.since(), deadlines::HAND_OVER, Fact::ReadyToHandOver, Fact::HandOverTooLong)
@@ -304,15 +316,6 @@ fn end_of(vmi: &VirtualMachineInstance) -> Fact {
 /// Whether a handed-over migration has not reported its end.
 pub fn is_unresolved(state: &State) -> bool {
     state.migration_uid.as_deref().is_some_and(|uid| !uid.is_empty()) && state.completed != Some(true)
-}
-
-/// Whether an earlier migration is not over for the guest: its end is not reported, or it went well and the target's
-/// handler has not said yet that the guest is there.
-fn is_on_its_way(vmi: &VirtualMachineInstance) -> bool {
-    vmi.status.migration_state.as_ref().is_some_and(|state| {
-        let arrives = state.completed == Some(true) && state.failed != Some(true);
-        is_unresolved(state) || arrives && state.target_node != vmi.status.node_name
-    })
 }
 
 /// Whether the launcher in the pod can take orders.

@@ -31,6 +31,10 @@ pub enum Fact {
     EarlierUnresolved,
     /// Another launcher pod of the VMI has not ended yet.
     OldPodRemains,
+    /// It is in the line, and the next decision about slots has not been made yet.
+    AwaitsTurn,
+    /// Every node that could take it receives as many migrations as it may.
+    InboundLimit,
     /// As many migrations as the cluster may run are running.
     ClusterLimit,
     /// As many migrations as may leave the source node are leaving it.
@@ -41,7 +45,7 @@ pub enum Fact {
     QuotaExceededTooLong,
     /// It has waited for its turn for too long.
     WaitedTooLong,
-    /// There is room: the target pod can be made.
+    /// It has its slot: the target pod can be made.
     MayStart,
     /// The target pod exists.
     TargetPodCreated,
@@ -212,6 +216,8 @@ pub static TABLE: &[Row] = &[
     row(Phase::Pending, Fact::GuestNotRunning, Phase::Pending, &[]),
     row(Phase::Pending, Fact::EarlierUnresolved, Phase::Pending, &[]),
     row(Phase::Pending, Fact::OldPodRemains, Phase::Pending, &[]),
+    row(Phase::Pending, Fact::AwaitsTurn, Phase::Pending, &[]),
+    row(Phase::Pending, Fact::InboundLimit, Phase::Pending, &[]),
     row(Phase::Pending, Fact::ClusterLimit, Phase::Pending, &[]),
     row(Phase::Pending, Fact::NodeLimit, Phase::Pending, &[]),
     row(Phase::Pending, Fact::QuotaExceeded, Phase::Pending, &[]),
@@ -334,6 +340,11 @@ impl Fact {
                 | Fact::AbortBeforeStartUnanswered
                 | Fact::AbortUnanswered
         )
+    }
+
+    /// Facts about a migration that is in the line and waits for its turn.
+    pub fn is_turn(self) -> bool {
+        matches!(self, Fact::AwaitsTurn | Fact::InboundLimit | Fact::ClusterLimit | Fact::NodeLimit)
     }
 
     /// The word for it in the API, while it is what the migration waits for (`status.reason`).
