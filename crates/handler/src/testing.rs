@@ -1,6 +1,7 @@
 //! What tests stand a handler on: certificates, an API in memory, launchers without a QEMU.
 
 mod api;
+mod disruption;
 mod flow;
 mod launcher;
 mod real;

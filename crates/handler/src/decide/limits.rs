@@ -19,6 +19,8 @@ use crate::facts::{Facts, MigrationView, Ordered, SourceView};
 
 /// How long no byte may move before the link counts as cut (unless `progressTimeout` is shorter).
 const STILL_LIMIT: Duration = Duration::from_secs(12);
+/// Below this many bytes a second QEMU, which sends in bursts, is silent for as long without any fault of the link's.
+const TRICKLE: u64 = 128 << 10;
 /// How long QEMU may take to switch over after it was ordered to.
 const SWITCH_WITHIN: Duration = Duration::from_secs(60);
 
@@ -44,7 +46,8 @@ pub(super) fn overdue(
     }
     if let Some(link) = link {
         let still = m.progress_limit.map_or(STILL_LIMIT, |limit| limit.min(STILL_LIMIT));
-        if link.still >= still {
+        let trickles = m.bandwidth > 0 && m.bandwidth < TRICKLE;
+        if link.still >= still && !trickles {
             let seconds = link.still.as_secs();
             let reason = format!("no byte has moved for {seconds} seconds; the link to the target may be cut");
             return Some(Overdue::GiveUp(Failure::new(FailureCause::LinkLost, reason)));
@@ -60,6 +63,16 @@ pub(super) fn overdue(
     let spent = limit.filter(|limit| facts.running_for.is_some_and(|elapsed| elapsed > *limit));
     let stuck = link.map(|link| link.stuck).filter(|stuck| m.progress_limit.is_some_and(|limit| *stuck >= limit));
     if spent.is_none() && stuck.is_none() {
+        return None;
+    }
+    // Post-copy is of memory: disks that are still being copied may take the time of the pause, but not more.
+    let may_follow = f.status == "setup" && link.is_some_and(|l| l.post_copy_offered && l.post_copy == Ordered::Not);
+    if may_follow
+        && m.allow_workload_disruption
+        && m.allow_post_copy
+        && stuck.is_none()
+        && limit.is_none_or(|limit| facts.running_for.is_none_or(|elapsed| elapsed <= limit * 2))
+    {
         return None;
     }
     if let Some(how) = link.filter(|_| !held).and_then(|link| disruption(m, f, link)) {

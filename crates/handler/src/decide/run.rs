@@ -14,6 +14,7 @@ pub(super) fn arrived(facts: &Facts, m: &MigrationView, plan: &mut Plan) {
     if let Some(f) = migration(state, &m.uid, MigrationRole::Target).filter(|f| f.gone) {
         let resume_us = f.resume_us.unwrap_or_else(|| facts.now.as_microsecond());
         plan.write(vec![Change::Arrived { resume_us }, Change::Report { pod: m.target_pod.clone() }]);
+        plan.event("Created", "VirtualMachineInstance defined.");
     }
 }
 

@@ -57,7 +57,14 @@ pub(super) fn decide(facts: &Facts, m: &MigrationView, pod: &PodView, plan: &mut
         Some(f) if matches!(f.status.as_str(), "failed" | "cancelled") => {
             let ended = (!is_alive(state)).then(|| guest_ended(state));
             match why_ended(facts, m, f, link, ended) {
-                Some(failure) => fail(m, failure, plan),
+                // How far it had come belongs to the end.
+                Some(failure) => {
+                    let mut changes = vec![Change::Progress { pod: pod.name.clone() }];
+                    if was_aborted(m, link) {
+                        changes.push(Change::Abort("Succeeded"));
+                    }
+                    fail_with(m, changes, failure, plan);
+                }
                 None => plan.wake(REDIAL_AFTER),
             }
             true
@@ -200,9 +207,9 @@ fn under_way(
         match overdue(facts, m, f, link) {
             Some(Overdue::GiveUp(why)) => {
                 plan.warn("Migrating", format!("VirtualMachineInstance is aborting migration: {}", why.reason));
-                let change = Change::GivingUp(why.cause.clone());
+                let changes = vec![Change::Abort("Aborting"), Change::GivingUp(why.cause.clone())];
                 plan.act(Action::Cancel { pod: pod.name.clone(), uid: m.uid.clone(), why: Some(why) });
-                plan.write(vec![change]);
+                plan.write(changes);
                 return;
             }
             Some(Overdue::Disrupt(how)) => {
@@ -221,6 +228,7 @@ fn under_way(
     }
     let mut changes = Vec::new();
     if let Some(why) = given_up.filter(|why| m.cause.as_ref() != Some(&why.cause)) {
+        changes.push(Change::Abort("Aborting"));
         changes.push(Change::GivingUp(why.cause.clone()));
     }
     changes.extend(mode(m, f));
@@ -261,7 +269,7 @@ fn hand_over(
 ) {
     let mut changes = Vec::new();
     let begins = m.start.is_none();
-    if m.abort_requested && m.abort_status.as_deref() != Some("Failed") {
+    if was_aborted(m, None) && m.abort_status.as_deref() != Some("Failed") {
         changes.push(Change::Abort("Failed"));
     }
     let go = link.map(|l| &l.go).unwrap_or(&Go::NotDue);
@@ -345,11 +353,17 @@ pub(super) fn lost_because(facts: &Facts, m: &MigrationView, failure: Failure, p
 }
 
 /// The guest stays; say so.
-pub(super) fn fail(m: &MigrationView, failure: Failure, plan: &mut Plan) {
-    let mut changes = Vec::new();
-    if m.abort_requested || m.abort_status.is_some() {
-        changes.push(Change::Abort("Succeeded"));
-    }
+fn fail(m: &MigrationView, failure: Failure, plan: &mut Plan) {
+    let aborted = was_aborted(m, None).then_some(Change::Abort("Succeeded"));
+    fail_with(m, aborted.into_iter().collect(), failure, plan);
+}
+
+/// Whether somebody, or a deadline, has ended it. As in KubeVirt, a deadline's end counts as an abort that nobody requested.
+fn was_aborted(m: &MigrationView, link: Option<&SourceView>) -> bool {
+    m.abort_requested || m.abort_status.is_some() || link.is_some_and(|link| link.cancelled.is_some())
+}
+
+fn fail_with(m: &MigrationView, mut changes: Vec<Change>, failure: Failure, plan: &mut Plan) {
     let event = failed_message(&m.uid, &failure.reason);
     changes.push(Change::Failed(failure));
     plan.write(changes);

@@ -69,7 +69,7 @@ fn here(facts: &Facts, m: &MigrationView, pod: &PodView, state: &State, f: &Migr
     if !is_alive(state) {
         // With all its memory here its end is its own affair, once the migration is over.
         if !whole && !facts.vmi.is_final() {
-            ended_in_between(facts, m, state, f, plan);
+            ended_in_between(facts, m, pod, state, f, plan);
         }
         return;
     }
@@ -112,9 +112,18 @@ fn here(facts: &Facts, m: &MigrationView, pod: &PodView, state: &State, f: &Migr
 }
 
 /// The guest has ended here while a part of its memory was still at the source.
-fn ended_in_between(facts: &Facts, m: &MigrationView, state: &State, f: &MigrationFacts, plan: &mut Plan) {
+fn ended_in_between(
+    facts: &Facts,
+    m: &MigrationView,
+    pod: &PodView,
+    state: &State,
+    f: &MigrationFacts,
+    plan: &mut Plan,
+) {
     let why = state.exit_reason.as_deref().unwrap_or("QEMU has ended");
-    if state.phase == DomainPhase::Shutdown && !is_broken(f) {
+    // This handler ends it at once only because it broke, whatever QEMU's last word is then.
+    let broken = is_broken(f) || pod.shutdown_ordered == Some(0) && !facts.vmi.deleting;
+    if state.phase == DomainPhase::Shutdown && !broken {
         let failure = Failure::new(Cause::GuestEnded, format!("the guest ended in post-copy: {why}"));
         let event = failed_message(&m.uid, &failure.reason);
         plan.write(vec![Change::Phase("Succeeded"), Change::Failed(failure)]);
@@ -124,7 +133,7 @@ fn ended_in_between(facts: &Facts, m: &MigrationView, state: &State, f: &Migrati
     }
     let (cause, what) = match facts.peer_ended.as_deref() {
         Some(ended) => (Cause::SourceLost, ended.to_owned()),
-        None if is_broken(f) => match causes::of_target(f.cause) {
+        None if broken => match causes::of_target(f.cause) {
             Cause::HypervisorError => (Cause::LinkLost, f.error.clone().unwrap_or_else(|| "the link broke".into())),
             cause => (cause, f.error.clone().unwrap_or_else(|| "the link broke".into())),
         },

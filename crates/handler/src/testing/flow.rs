@@ -14,7 +14,7 @@ use crate::sockets::SocketDir;
 use crate::tls::TlsPaths;
 use crate::{Options, run};
 
-const VMIS: &str = "virtualmachineinstances";
+pub(super) const VMIS: &str = "virtualmachineinstances";
 pub(super) const VMI_UID: &str = "0f0e0d0c-0000-4000-8000-000000000001";
 
 pub(super) struct Node {
@@ -90,7 +90,7 @@ impl Cluster {
         std::mem::replace(&mut self.runtimes[node], runtime).shutdown_background();
     }
 
-    fn restart(&mut self, node: usize) {
+    pub(super) fn restart(&mut self, node: usize) {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         {
             let _inside = runtime.enter();
@@ -139,7 +139,7 @@ impl Cluster {
     }
 
     /// What the controller writes at hand-off, with a target's launcher without QEMU.
-    fn hand_off(&self) -> Launcher {
+    pub(super) fn hand_off(&self) -> Launcher {
         let launcher = Launcher::start(self.sockets(1, "two"));
         self.write_hand_off();
         launcher
@@ -147,6 +147,11 @@ impl Cluster {
 
     /// What the controller writes at hand-off.
     pub(super) fn write_hand_off(&self) {
+        self.write_hand_off_with(&json!({ "progressTimeout": 150, "completionTimeoutPerGiB": 800 }));
+    }
+
+    /// The same with this `migrationConfiguration`.
+    pub(super) fn write_hand_off_with(&self, configuration: &Value) {
         self.pod(1, "two", Some("mig"));
         self.api.merge(
             VMIS,
@@ -156,7 +161,7 @@ impl Cluster {
                 "status": { "migrationState": {
                     "migrationUid": "mig", "sourceNode": "node1", "sourcePod": "one", "targetNode": "node2",
                     "targetPod": "two",
-                    "migrationConfiguration": { "progressTimeout": 150, "completionTimeoutPerGiB": 800 },
+                    "migrationConfiguration": configuration,
                 } },
             }),
         );
@@ -177,7 +182,7 @@ impl Cluster {
             .collect()
     }
 
-    fn has_event(&self, event: &str) -> bool {
+    pub(super) fn has_event(&self, event: &str) -> bool {
         self.events().iter().any(|e| e.starts_with(event))
     }
 }
@@ -193,7 +198,7 @@ pub(super) async fn until(what: &str, holds: impl Fn() -> bool) {
 }
 
 /// A cluster with a running VM on node1.
-async fn running() -> (Cluster, Launcher) {
+pub(super) async fn running() -> (Cluster, Launcher) {
     let mut cluster = Cluster::new();
     cluster.up(0);
     cluster.up(1);
@@ -236,6 +241,7 @@ fn a_vm_starts_moves_and_leaves_nothing_behind() {
             "node1 Migrating: VirtualMachineInstance is migrating.",
             "node1 Migrated: The VirtualMachineInstance migrated to node node2.",
             "node1 Deleted: Signaled Deletion",
+            "node2 Created: VirtualMachineInstance defined.",
         ] {
             until(event, || cluster.has_event(event)).await;
         }
@@ -255,6 +261,7 @@ fn an_abort_in_mid_flight_leaves_the_guest_where_it_was() {
         let m = &vm["status"]["migrationState"];
         assert_eq!(m["abortStatus"], "Succeeded");
         assert_eq!(m["failureReason"], "Live migration has been aborted");
+        assert_eq!(m["failureCause"], "Cancelled");
         assert_eq!(vm["status"]["nodeName"], "node1");
         until("the target is gone", || target.now().phase.is_final()).await;
         assert!(source.executes() && !target.executes());
@@ -272,6 +279,8 @@ fn a_target_handler_killed_in_mid_flight_fails_the_migration_and_nothing_else() 
         until("it has failed", || cluster.vm()["status"]["migrationState"]["failed"] == true).await;
         assert!(source.executes() && !target.executes());
         assert_eq!(cluster.vm()["status"]["phase"], "Running");
+        let cause = cluster.vm()["status"]["migrationState"]["failureCause"].clone();
+        assert_eq!(cause, "TargetUnresponsive", "its node answers, its handler does not");
         cluster.restart(1);
         until("the target is gone", || target.now().phase.is_final()).await;
         assert!(source.executes());

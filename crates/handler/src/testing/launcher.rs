@@ -12,14 +12,16 @@ use axum::{Json, Router};
 use bytes::Bytes;
 use futures::StreamExt;
 use godwit_launcher::rpc::{
-    DomainPhase, ErrorBody, MigrationFacts, MigrationRef, MigrationRole, Refusal, ShutdownOrder, SourceOrder, State,
-    TargetOrder, TargetReady, VmOrder,
+    self, Cause, DomainPhase, ErrorBody, GoOrder, MigrationFacts, MigrationMode, MigrationRef, MigrationRole, Refusal,
+    ShutdownOrder, SourceOrder, State, TargetOrder, TargetReady, VmOrder,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Notify, watch};
 
 const STREAM: usize = 4 << 20;
+/// The byte that begins a second half that comes in post-copy.
+const POST_COPY: u8 = 2;
 
 /// One launcher; clones are the same one.
 #[derive(Clone)]
@@ -34,6 +36,8 @@ pub struct Inner {
     pub slow: AtomicBool,
     /// The target refuses the go.
     pub deaf: AtomicBool,
+    /// The target refuses to prepare, in these words.
+    pub refuses: std::sync::Mutex<Option<(Cause, &'static str)>>,
     cancel: Notify,
     server: std::sync::Mutex<Option<tokio::task::JoinHandle<()>>>,
 }
@@ -65,6 +69,7 @@ impl Launcher {
             finish: Notify::new(),
             slow: AtomicBool::new(false),
             deaf: AtomicBool::new(false),
+            refuses: std::sync::Mutex::new(None),
             cancel: Notify::new(),
             server: std::sync::Mutex::new(None),
         }));
@@ -75,6 +80,8 @@ impl Launcher {
             .route("/v1/migration/target", put(target))
             .route("/v1/migration/source", put(source))
             .route("/v1/migration/cancel", post(cancel))
+            .route(rpc::MIGRATION_POST_COPY, post(post_copy))
+            .route(rpc::MIGRATION_PAUSE, post(pause_to_migrate))
             .route("/v1/migration/go", post(go))
             .route("/v1/migration/abandon", post(abandon))
             .route("/v1/shutdown", post(shutdown))
@@ -97,6 +104,19 @@ impl Launcher {
     pub fn is_dismissed(&self) -> bool {
         let state = self.now();
         state.phase == DomainPhase::MigratedAway && state.exit_reason.is_some()
+    }
+
+    /// Somebody pauses the guest.
+    pub fn pause(&self) {
+        self.change(|s| s.phase = DomainPhase::Paused);
+    }
+
+    /// Its post-copy has lost its link.
+    pub fn lose_link(&self) {
+        self.facts(|f| {
+            f.status = "postcopy-paused".into();
+            f.cause = Some(Cause::LinkLost);
+        });
     }
 
     fn change(&self, change: impl FnOnce(&mut State)) -> State {
@@ -136,7 +156,11 @@ async fn vm(Shared(launcher): Shared<Launcher>, Json(order): Json<VmOrder>) -> J
     }))
 }
 
-async fn target(Shared(launcher): Shared<Launcher>, Json(order): Json<TargetOrder>) -> Json<TargetReady> {
+async fn target(Shared(launcher): Shared<Launcher>, Json(order): Json<TargetOrder>) -> Response {
+    if let Some((cause, message)) = *launcher.refuses.lock().unwrap() {
+        let body = ErrorBody { reason: Refusal::Failed, message: message.into(), cause: Some(cause) };
+        return (StatusCode::INTERNAL_SERVER_ERROR, Json(body)).into_response();
+    }
     let path = launcher.dir.join("in.sock");
     let _ = std::fs::remove_file(&path);
     let listener = UnixListener::bind(path).unwrap();
@@ -144,11 +168,24 @@ async fn target(Shared(launcher): Shared<Launcher>, Json(order): Json<TargetOrde
         s.phase = DomainPhase::Incoming;
         s.migration = Some(MigrationFacts::new(order.migration_uid, MigrationRole::Target));
     });
+    let ready = TargetReady { socket: "in.sock".into(), blocks_socket: None, post_copy: order.allow_post_copy };
     tokio::spawn(async move {
         let (mut stream, _) = listener.accept().await.unwrap();
         launcher.facts(|f| f.status = "active".into());
         let mut memory = vec![0; STREAM];
-        if stream.read_exact(&mut memory).await.is_err() {
+        // The first byte of the second half tells whether it comes in post-copy.
+        if stream.read_exact(&mut memory[..=STREAM / 2]).await.is_err() {
+            launcher.change(|s| s.phase = DomainPhase::Crashed);
+            return;
+        }
+        if memory[STREAM / 2] == POST_COPY {
+            launcher.facts(|f| {
+                f.status = "postcopy-active".into();
+                f.mode = MigrationMode::PostCopy;
+                f.loaded = true;
+            });
+        }
+        if stream.read_exact(&mut memory[STREAM / 2 + 1..]).await.is_err() {
             launcher.change(|s| s.phase = DomainPhase::Crashed);
             return;
         }
@@ -159,7 +196,7 @@ async fn target(Shared(launcher): Shared<Launcher>, Json(order): Json<TargetOrde
         // The return path: the source may call it complete only now.
         let _ = stream.write_all(b"k").await;
     });
-    Json(TargetReady { socket: "in.sock".into(), blocks_socket: None, post_copy: false })
+    Json(ready).into_response()
 }
 
 async fn source(Shared(launcher): Shared<Launcher>, Json(order): Json<SourceOrder>) -> Response {
@@ -172,21 +209,31 @@ async fn source(Shared(launcher): Shared<Launcher>, Json(order): Json<SourceOrde
         facts.start_us = Some(us());
         facts.total_bytes = STREAM as u64;
         facts.remaining_bytes = STREAM as u64;
+        facts.post_copy_possible = order.allow_post_copy;
+        facts.guest_paused = s.phase == DomainPhase::Paused;
         s.migration = Some(facts);
     });
     tokio::spawn(async move {
         let sending = async {
             let mut stream = UnixStream::connect(launcher.dir.join(&order.socket)).await?;
             stream.write_all(&vec![1; STREAM / 2]).await?;
+            let mut left = STREAM / 2;
             if launcher.slow.load(Ordering::SeqCst) {
                 let mut byte = [0];
+                let mut states = launcher.state.subscribe();
+                let switched = async { states.wait_for(|s| s.phase == DomainPhase::HandedOver).await.map(drop) };
                 tokio::select! {
                     () = launcher.finish.notified() => {}
+                    _ = switched => {
+                        stream.write_all(&[POST_COPY]).await?;
+                        left -= 1;
+                        launcher.finish.notified().await;
+                    }
                     _ = stream.read(&mut byte) => return Err(std::io::ErrorKind::BrokenPipe.into()),
                 }
             }
-            stream.write_all(&vec![1; STREAM / 2]).await?;
-            launcher.facts(|f| f.stop_us = Some(us()));
+            stream.write_all(&vec![1; left]).await?;
+            launcher.facts(|f| f.stop_us = f.stop_us.or(Some(us())));
             stream.read_exact(&mut [0]).await.map(drop)
         };
         tokio::select! {
@@ -196,6 +243,8 @@ async fn source(Shared(launcher): Shared<Launcher>, Json(order): Json<SourceOrde
                         s.phase = DomainPhase::MigratedAway;
                         if let Some(f) = &mut s.migration {
                             f.status = "completed".into();
+                            f.handed_over = true;
+                            f.paused_by_migration = false;
                             f.remaining_bytes = 0;
                             f.end_us = Some(us());
                         }
@@ -203,6 +252,8 @@ async fn source(Shared(launcher): Shared<Launcher>, Json(order): Json<SourceOrde
                 }
                 Err(error) => launcher.facts(|f| {
                     f.status = "failed".into();
+                    f.cause = Some(Cause::LinkLost);
+                    f.end_us = Some(us());
                     f.error = Some(error.to_string());
                 }),
             },
@@ -217,7 +268,30 @@ async fn cancel(Shared(launcher): Shared<Launcher>, Json(_): Json<MigrationRef>)
     Json(launcher.now())
 }
 
-async fn go(Shared(launcher): Shared<Launcher>, Json(order): Json<MigrationRef>) -> Response {
+async fn post_copy(Shared(launcher): Shared<Launcher>, Json(_): Json<MigrationRef>) -> Json<State> {
+    Json(launcher.change(|s| {
+        s.phase = DomainPhase::HandedOver;
+        if let Some(f) = &mut s.migration {
+            f.status = "postcopy-active".into();
+            f.mode = MigrationMode::PostCopy;
+            f.handed_over = true;
+            f.stop_us = Some(us());
+        }
+    }))
+}
+
+async fn pause_to_migrate(Shared(launcher): Shared<Launcher>, Json(_): Json<MigrationRef>) -> Json<State> {
+    Json(launcher.change(|s| {
+        s.phase = DomainPhase::Paused;
+        if let Some(f) = &mut s.migration {
+            f.mode = MigrationMode::Paused;
+            f.paused_by_migration = true;
+            f.stop_us = Some(us());
+        }
+    }))
+}
+
+async fn go(Shared(launcher): Shared<Launcher>, Json(order): Json<GoOrder>) -> Response {
     let Some(facts) = launcher.now().migration.filter(|m| m.uid == order.migration_uid) else {
         return conflict("no such migration");
     };
@@ -225,10 +299,11 @@ async fn go(Shared(launcher): Shared<Launcher>, Json(order): Json<MigrationRef>)
         return conflict("not now");
     }
     if !facts.gone {
-        launcher.change(|s| s.phase = DomainPhase::Running);
+        let phase = if order.paused { DomainPhase::Paused } else { DomainPhase::Running };
+        launcher.change(|s| s.phase = phase);
         launcher.facts(|f| {
             f.gone = true;
-            f.resume_us = Some(us());
+            f.resume_us = (!order.paused).then(us);
         });
     }
     Json(launcher.now()).into_response()

@@ -129,7 +129,8 @@ fn an_abort_under_way_is_cancelled_once_and_confirmed() {
     let m = MigrationView { abort_status: Some("Aborting".into()), ..m };
     assert!(orders(&decide(&source_facts(m.clone(), answers(sent("cancelling")), Some(link())))).is_empty());
     let plan = decide(&source_facts(m, answers(sent("cancelled")), Some(link())));
-    assert_eq!(writes(&plan)[..2], [Change::Abort("Succeeded"), Change::Failed(aborted())]);
+    let progress = Change::Progress { pod: "old".into() };
+    assert_eq!(writes(&plan)[..3], [progress, Change::Abort("Succeeded"), Change::Failed(aborted())]);
 }
 
 #[test]

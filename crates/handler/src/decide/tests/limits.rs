@@ -48,7 +48,8 @@ fn a_spent_budget_ends_the_migration() {
     let why = given_up(&plan).unwrap();
     assert_eq!(why.cause, FailureCause::OutOfTime);
     assert_eq!(why.reason, "not completed after 800 seconds (completionTimeoutPerGiB)");
-    assert_eq!(writes(&plan)[0], Change::GivingUp(FailureCause::OutOfTime), "known after a restart as well");
+    let begun = [Change::Abort("Aborting"), Change::GivingUp(FailureCause::OutOfTime)];
+    assert_eq!(writes(&plan)[..2], begun, "known after a restart as well");
     // 0 is no limit.
     let endless = MigrationView { completion_limit: None, ..started() };
     assert_eq!(orders(&after(100_000, endless, sent("active"), link())), [""; 0]);
@@ -93,6 +94,11 @@ fn a_cut_link_is_noticed_by_bytes_that_stand_still() {
     assert!(why.reason.contains("no byte has moved for 12 seconds"), "{}", why.reason);
     let hasty = MigrationView { progress_limit: Some(seconds(5)), ..started() };
     assert!(given_up(&after(20, hasty, sent("active"), still(5))).is_some());
+    // Held back by its own cap, it is silent between two bursts; what remains does not sink, and that is what is said.
+    let m = MigrationView { bandwidth: 1, progress_limit: Some(seconds(5)), ..started() };
+    assert_eq!(given_up(&after(20, m.clone(), sent("active"), still(5))), None);
+    let both = SourceView { stuck: seconds(5), ..still(5) };
+    assert_eq!(given_up(&after(20, m, sent("active"), both)).unwrap().cause, FailureCause::NoProgress);
 }
 
 #[test]
@@ -101,10 +107,12 @@ fn it_is_given_up_once_and_ends_with_the_reason() {
     let cancelled = SourceView { cancelled: Some(why), still: seconds(99), ..link() };
     let plan = after(801, started(), sent("active"), cancelled.clone());
     assert_eq!(orders(&plan), [""; 0]);
-    assert_eq!(writes(&plan)[0], Change::GivingUp(FailureCause::OutOfTime), "the first write was refused, say");
+    let begun = [Change::Abort("Aborting"), Change::GivingUp(FailureCause::OutOfTime)];
+    assert_eq!(writes(&plan)[..2], begun, "the first write was refused, say");
     let plan = after(802, started(), sent("cancelled"), cancelled);
     assert_eq!(failure(&plan), "Live migration has been aborted: not completed after 800 seconds");
     assert_eq!(cause(&plan), FailureCause::OutOfTime);
+    assert!(writes(&plan).contains(&Change::Abort("Succeeded")), "as KubeVirt has it, though nobody requested it");
 }
 
 #[test]
@@ -136,6 +144,17 @@ fn post_copy_is_begun_when_it_is_allowed_and_time_is_over() {
     let m = MigrationView { allow_workload_disruption: false, ..m };
     let (_, state) = post_copy();
     assert_eq!(given_up(&after(801, m, state, link())).unwrap().cause, FailureCause::OutOfTime);
+}
+
+#[test]
+fn disks_that_are_still_copied_delay_post_copy_but_not_for_ever() {
+    let (m, mut state) = post_copy();
+    let f = state.migration.as_mut().unwrap();
+    (f.status, f.post_copy_possible) = ("setup".into(), false);
+    let offered = || SourceView { post_copy_offered: true, ..link() };
+    assert_eq!(orders(&after(1600, m.clone(), state.clone(), offered())), [""; 0]);
+    assert_eq!(orders(&after(1601, m.clone(), state.clone(), offered())), ["Pause old"]);
+    assert_eq!(orders(&after(801, m, state, link())), ["Pause old"], "the target cannot");
 }
 
 #[test]
