@@ -5,8 +5,10 @@ use std::collections::BTreeMap;
 use serde_json::{Map, Value};
 
 use crate::Quantity;
+use crate::gates::Gates;
 use crate::kubevirt::{KubeVirt, MigrationConfiguration};
-use crate::names::TAINT_DRAIN;
+use crate::names::{CONFIG_MAP_NAME, TAINT_DRAIN};
+use crate::quantity::QuantityError;
 use crate::vmi::{MigrationMethod, VirtualMachineInstance};
 
 /// How many migrations may run in the cluster at once.
@@ -56,19 +58,58 @@ pub fn defaults() -> MigrationConfiguration {
 /// The configuration in force, every number and switch set.
 ///
 /// `spec.configuration.migrations` wins over `spec.configuration.migrationConfiguration`, which wins over the ConfigMap
-/// `kubevirt-config` (its `data`), which wins over the defaults; field by field. Values that cannot be are passed over.
+/// `kubevirt-config` (its `data`), which wins over the defaults; field by field. Values that cannot be are passed over
+/// ([`ignored`] names them). `maxDowntimeMs` counts only with its feature gate, as in KubeVirt.
 pub fn effective(kubevirt: Option<&KubeVirt>, config_map: Option<&BTreeMap<String, String>>) -> MigrationConfiguration {
-    let configuration = kubevirt.map(|kubevirt| &kubevirt.spec.configuration);
-    let newest = configuration.and_then(|configuration| configuration.migrations.clone()).unwrap_or_default();
-    let older =
-        configuration.and_then(|configuration| configuration.migration_configuration.clone()).unwrap_or_default();
-    let oldest = config_map.map(from_config_map).unwrap_or_default();
+    let gates = Gates::of(kubevirt, config_map);
     let mut out = MigrationConfiguration::default();
-    for source in [newest, older, oldest, defaults()] {
-        out = over(out, possible(source));
+    for source in sources(kubevirt, config_map).0 {
+        let mut sifted = sift(source.settings).0;
+        if !gates.max_downtime() {
+            sifted.max_downtime_ms = None;
+        }
+        out = over(out, sifted);
     }
+    out = over(out, defaults());
     out.allow_workload_disruption = out.allow_workload_disruption.or(out.allow_post_copy);
     out
+}
+
+/// Everything that the configuration says and that is not applied, one sentence each, with its place.
+pub fn ignored(kubevirt: Option<&KubeVirt>, config_map: Option<&BTreeMap<String, String>>) -> Vec<String> {
+    let (sources, mut out) = sources(kubevirt, config_map);
+    let gates = Gates::of(kubevirt, config_map);
+    for source in sources {
+        if source.settings.max_downtime_ms.is_some() && !gates.max_downtime() {
+            out.push(format!("{}.maxDowntimeMs: {MAX_DOWNTIME_NEEDS_A_GATE}", source.place));
+        }
+        let faults = sift(source.settings).1;
+        out.extend(faults.into_iter().map(|fault| format!("{}.{}: {}", source.place, fault.field, fault.why)));
+    }
+    out
+}
+
+/// What is said of `maxDowntimeMs` while its gates are closed, in KubeVirt's words.
+pub const MAX_DOWNTIME_NEEDS_A_GATE: &str = "maxDowntimeMs cannot be modified without enabling the \
+                                             MigrationStallDetection or MigrationDowntimeTuning feature gate";
+
+struct Source {
+    place: String,
+    settings: MigrationConfiguration,
+}
+
+/// The places where settings are read, the one that wins first; and what could not be read.
+fn sources(kubevirt: Option<&KubeVirt>, config_map: Option<&BTreeMap<String, String>>) -> (Vec<Source>, Vec<String>) {
+    let configuration = kubevirt.map(|kubevirt| &kubevirt.spec.configuration);
+    let newest = configuration.and_then(|configuration| configuration.migrations.clone());
+    let older = configuration.and_then(|configuration| configuration.migration_configuration.clone());
+    let (oldest, unread) = config_map.map(from_config_map).unwrap_or_default();
+    let sources = [
+        ("spec.configuration.migrations".to_owned(), newest.unwrap_or_default()),
+        ("spec.configuration.migrationConfiguration".to_owned(), older.unwrap_or_default()),
+        (format!("ConfigMap {CONFIG_MAP_NAME}, {CONFIG_MAP_KEY}"), oldest),
+    ];
+    (sources.into_iter().map(|(place, settings)| Source { place, settings }).collect(), unread)
 }
 
 /// `first` where it says something, `second` elsewhere.
@@ -102,40 +143,122 @@ pub(crate) fn over(first: MigrationConfiguration, second: MigrationConfiguration
     }
 }
 
-/// Without the values that cannot be: quantities that are none, negative times, empty names.
-pub(crate) fn possible(mut configuration: MigrationConfiguration) -> MigrationConfiguration {
-    configuration.bandwidth_per_migration = configuration.bandwidth_per_migration.filter(|q| q.bytes().is_ok());
-    for timeout in [
-        &mut configuration.completion_timeout_per_gib,
-        &mut configuration.progress_timeout,
-        &mut configuration.utility_volumes_timeout,
-    ] {
-        *timeout = timeout.filter(|seconds| *seconds >= 0);
-    }
-    configuration.max_downtime_ms = configuration.max_downtime_ms.filter(|ms| (1..=2_000_000).contains(ms));
-    configuration.node_drain_taint_key = configuration.node_drain_taint_key.filter(|key| !key.is_empty());
-    configuration.network = configuration.network.filter(|name| !name.is_empty());
-    configuration
+/// A value that cannot be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fault {
+    /// The field, as `progressTimeout`.
+    pub field: &'static str,
+    /// What is wrong with it.
+    pub why: String,
 }
 
-/// The seeds' ConfigMap: YAML under the key `migrations`, with numbers and switches often written as strings.
-fn from_config_map(data: &BTreeMap<String, String>) -> MigrationConfiguration {
-    let Some(text) = data.get(CONFIG_MAP_KEY) else { return MigrationConfiguration::default() };
-    let fields: BTreeMap<String, Value> = serde_saphyr::from_str(text).unwrap_or_default();
+/// Takes out the values that cannot be: counts of zero, quantities that are none, negative or absurd times, empty names.
+pub fn sift(mut settings: MigrationConfiguration) -> (MigrationConfiguration, Vec<Fault>) {
+    let mut faults = Vec::new();
+    let mut fault = |field: &'static str, why: &str| faults.push(Fault { field, why: why.to_owned() });
+    for (field, count) in [
+        ("parallelMigrationsPerCluster", &mut settings.parallel_migrations_per_cluster),
+        ("parallelOutboundMigrationsPerNode", &mut settings.parallel_outbound_migrations_per_node),
+        ("parallelInboundMigrationsPerNode", &mut settings.parallel_inbound_migrations_per_node),
+        ("maxAttempts", &mut settings.max_attempts),
+    ] {
+        if *count == Some(0) {
+            fault(field, "must be at least 1, or nothing would ever migrate");
+            *count = None;
+        }
+    }
+    for (field, timeout) in [
+        ("completionTimeoutPerGiB", &mut settings.completion_timeout_per_gib),
+        ("progressTimeout", &mut settings.progress_timeout),
+        ("utilityVolumesTimeout", &mut settings.utility_volumes_timeout),
+    ] {
+        match *timeout {
+            Some(seconds) if seconds < 0 => fault(field, NEGATIVE),
+            Some(seconds) if seconds > MAX_SECONDS => {
+                fault(field, "must not be more than a year (31622400 seconds); 0 is without a limit");
+            }
+            _ => continue,
+        }
+        *timeout = None;
+    }
+    match settings.bandwidth_per_migration.as_ref().map(Quantity::bytes) {
+        Some(Err(QuantityError::Negative(_))) => fault("bandwidthPerMigration", NEGATIVE),
+        Some(Err(error)) => fault("bandwidthPerMigration", &error.to_string()),
+        _ => {}
+    }
+    settings.bandwidth_per_migration = settings.bandwidth_per_migration.filter(|quantity| quantity.bytes().is_ok());
+    if settings.max_downtime_ms.is_some_and(|ms| !(1..=2_000_000).contains(&ms)) {
+        fault("maxDowntimeMs", "must be between 1 and 2000000");
+        settings.max_downtime_ms = None;
+    }
+    for (field, name) in [("nodeDrainTaintKey", &mut settings.node_drain_taint_key), ("network", &mut settings.network)]
+    {
+        if name.as_deref() == Some("") {
+            fault(field, "must not be empty");
+            *name = None;
+        }
+    }
+    (settings, faults)
+}
+
+/// KubeVirt's words for a number below zero.
+pub const NEGATIVE: &str = "must not be negative";
+/// The longest time that can be meant: more is a slip of the pen, and near the end of what clocks can count.
+const MAX_SECONDS: i64 = 366 * 24 * 3600;
+
+/// The seeds' ConfigMap: YAML under the key `migrations`, with numbers and switches often written as strings. Also what could
+/// not be read.
+fn from_config_map(data: &BTreeMap<String, String>) -> (MigrationConfiguration, Vec<String>) {
     let mut out = MigrationConfiguration::default();
+    let mut unread = Vec::new();
+    let place = format!("ConfigMap {CONFIG_MAP_NAME}, {CONFIG_MAP_KEY}");
+    let Some(text) = data.get(CONFIG_MAP_KEY) else { return (out, unread) };
+    let fields: BTreeMap<String, Value> = match serde_saphyr::from_str::<Option<BTreeMap<String, Value>>>(text) {
+        Ok(fields) => fields.unwrap_or_default(),
+        Err(_) => {
+            unread.push(format!("{place}: is no YAML mapping of settings, as `progressTimeout: 150`"));
+            return (out, unread);
+        }
+    };
     // one field at a time, so that one bad value does not take the others with it
     for (key, value) in fields {
+        if !FIELDS.contains(&key.as_str()) {
+            unread.push(format!("{place}.{key}: there is no such setting"));
+            continue;
+        }
         let one = read_field(&key, &value).or_else(|| {
             // "5" and "true" as KubeVirt's old documents write them
             let text = value.as_str()?;
             read_field(&key, &serde_json::from_str(text.trim()).ok()?)
         });
-        if let Some(one) = one {
-            out = over(out, one);
+        match one {
+            Some(one) => out = over(out, one),
+            None => unread.push(format!("{place}.{key}: {value} is no value for it")),
         }
     }
-    out
+    (out, unread)
 }
+
+/// Every setting.
+pub const FIELDS: [&str; 17] = [
+    "nodeDrainTaintKey",
+    "parallelOutboundMigrationsPerNode",
+    "parallelMigrationsPerCluster",
+    "parallelInboundMigrationsPerNode",
+    "maxAttempts",
+    "allowAutoConverge",
+    "bandwidthPerMigration",
+    "completionTimeoutPerGiB",
+    "progressTimeout",
+    "utilityVolumesTimeout",
+    "maxDowntimeMs",
+    "unsafeMigrationOverride",
+    "allowPostCopy",
+    "allowWorkloadDisruption",
+    "disableTLS",
+    "network",
+    "matchSELinuxLevelOnMigration",
+];
 
 fn read_field(key: &str, value: &Value) -> Option<MigrationConfiguration> {
     let object = Map::from_iter([(key.to_owned(), value.clone())]);
@@ -185,6 +308,7 @@ pub fn bandwidth_bytes(configuration: &MigrationConfiguration) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
     use serde_json::json;
 
     use super::*;
@@ -226,11 +350,84 @@ mod tests {
     }
 
     #[test]
-    fn impossible_values_are_passed_over() {
-        let object = kubevirt(json!({ "migrations": { "progressTimeout": -1, "bandwidthPerMigration": "fast" } }));
-        let map = BTreeMap::from([("migrations".to_owned(), "]".to_owned())]);
-        let effective = effective(Some(&object), Some(&map));
-        assert_eq!((effective.progress_timeout, bandwidth_bytes(&effective)), (Some(150), Some(64 << 20)));
+    fn impossible_values_are_passed_over_and_named() {
+        let object = kubevirt(json!({
+            "migrations": { "progressTimeout": -1, "bandwidthPerMigration": "fast", "maxDowntimeMs": 500 },
+            "migrationConfiguration": { "parallelMigrationsPerCluster": 0, "completionTimeoutPerGiB": 99_999_999_999i64 },
+        }));
+        let map = BTreeMap::from([(
+            "migrations".to_owned(),
+            "bandwidthPerMigration: 64Zi\nparallelOutboundMigrationsPerNode: -2\nspeed: 9\nmaxAttempts: 3\n".to_owned(),
+        )]);
+        let found = effective(Some(&object), Some(&map));
+        let mut expected = defaults();
+        expected.max_attempts = Some(3);
+        expected.allow_workload_disruption = Some(false);
+        assert_eq!(found, expected);
+        assert_eq!(
+            ignored(Some(&object), Some(&map)),
+            [
+                "ConfigMap kubevirt-config, migrations.parallelOutboundMigrationsPerNode: -2 is no value for it",
+                "ConfigMap kubevirt-config, migrations.speed: there is no such setting",
+                "spec.configuration.migrations.maxDowntimeMs: maxDowntimeMs cannot be modified without enabling the \
+                 MigrationStallDetection or MigrationDowntimeTuning feature gate",
+                "spec.configuration.migrations.progressTimeout: must not be negative",
+                "spec.configuration.migrations.bandwidthPerMigration: \"fast\" is no quantity: quantities must match the \
+                 regular expression '^([+-]?[0-9.]+)([eEinumkKMGTP]*[-+]?[0-9]*)$'",
+                "spec.configuration.migrationConfiguration.parallelMigrationsPerCluster: must be at least 1, or nothing \
+                 would ever migrate",
+                "spec.configuration.migrationConfiguration.completionTimeoutPerGiB: must not be more than a year \
+                 (31622400 seconds); 0 is without a limit",
+                "ConfigMap kubevirt-config, migrations.bandwidthPerMigration: \"64Zi\" is no quantity: quantities must \
+                 match the regular expression '^([+-]?[0-9.]+)([eEinumkKMGTP]*[-+]?[0-9]*)$'",
+            ]
+        );
+        let broken = BTreeMap::from([("migrations".to_owned(), "]".to_owned())]);
+        assert_eq!(effective(None, Some(&broken)), effective(None, None));
+        assert!(ignored(None, Some(&broken))[0].contains("is no YAML mapping"));
+        assert_eq!(ignored(None, Some(&BTreeMap::from([("migrations".to_owned(), String::new())]))), [""; 0]);
+    }
+
+    #[test]
+    fn the_longest_standstill_counts_with_its_gate() {
+        let object = |gates: Value| {
+            kubevirt(
+                json!({ "migrations": { "maxDowntimeMs": 500 }, "developerConfiguration": { "featureGates": gates } }),
+            )
+        };
+        assert_eq!(effective(Some(&object(json!([]))), None).max_downtime_ms, Some(300));
+        assert_eq!(effective(Some(&object(json!(["MigrationDowntimeTuning"]))), None).max_downtime_ms, Some(500));
+    }
+
+    /// The list of settings is that of the type.
+    #[test]
+    fn every_setting_is_listed() {
+        let full = MigrationConfiguration {
+            network: Some("n".into()),
+            allow_workload_disruption: Some(true),
+            match_selinux_level_on_migration: Some(true),
+            ..defaults()
+        };
+        let object = serde_json::to_value(full).unwrap();
+        let mut listed: Vec<&str> = FIELDS.to_vec();
+        let mut known: Vec<&str> = object.as_object().unwrap().keys().map(String::as_str).collect();
+        listed.sort_unstable();
+        known.sort_unstable();
+        assert_eq!(listed, known);
+    }
+
+    proptest! {
+        /// Whatever stands in the ConfigMap, it is read or named, and the configuration can be worked with.
+        #[test]
+        fn any_config_map_is_read(text in "\\PC{0,60}", key in 0usize..FIELDS.len(), value in "[-+0-9.a-zA-Z\"]{0,12}", free: bool) {
+            let text = if free { text } else { format!("{}: {value}\n", FIELDS[key]) };
+            let map = BTreeMap::from([(CONFIG_MAP_KEY.to_owned(), text)]);
+            let found = effective(None, Some(&map));
+            let _ = ignored(None, Some(&map));
+            prop_assert!(found.parallel_migrations_per_cluster.is_some_and(|count| count > 0));
+            prop_assert!(found.progress_timeout.is_some_and(|seconds| (0..=MAX_SECONDS).contains(&seconds)));
+            prop_assert!(found.bandwidth_per_migration.is_some_and(|quantity| quantity.bytes().is_ok()));
+        }
     }
 
     #[test]

@@ -12,6 +12,8 @@ use crate::{
 
 /// What a client of the old version is told.
 const V1ALPHA3_WARNING: &str = "kubevirt.io/v1alpha3 is now deprecated and will be removed in a future release.";
+/// The longest standstill that KubeVirt's schema lets through, in milliseconds.
+const MAX_DOWNTIME_MS: u32 = 2_000_000;
 /// Longest description in a schema; the rest of a Kubernetes type's prose is left out.
 const MAX_DESCRIPTION: usize = 160;
 
@@ -89,8 +91,8 @@ pub fn crds() -> Vec<Value> {
             // godwit's own, after KubeVirt's
             Column("Source", "string", ".status.migrationState.sourceNode", false),
             Column("Target", "string", ".status.migrationState.targetNode", false),
-            Column("Progress", "integer", ".status.migrationState.progress.percent", false),
-            Column("Downtime", "integer", ".status.migrationState.progress.downtimeMilliseconds", false),
+            Column("Progress", "string", ".status.progress", false),
+            Column("Downtime", "string", ".status.downtime", false),
             AGE,
             Column("Reason", "string", ".status.reason", false),
             Column("Queue", "integer", ".status.queue.position", true),
@@ -260,6 +262,10 @@ fn policy_schema() -> Value {
         // `experimental` is KubeVirt's alpha: kept, and said to be without effect
         set(spec, "x-kubernetes-preserve-unknown-fields", json!(true));
     }
+    if let Some(number) = node(&mut schema, "spec.maxDowntimeMs") {
+        set(number, "minimum", json!(1));
+        set(number, "maximum", json!(MAX_DOWNTIME_MS));
+    }
     schema
 }
 
@@ -275,15 +281,16 @@ fn kubevirt_schema() -> Value {
         }
     }
     for path in ["spec.configuration.migrations", "spec.configuration.migrationConfiguration"] {
-        for field in [
-            "parallelMigrationsPerCluster",
-            "parallelOutboundMigrationsPerNode",
-            "parallelInboundMigrationsPerNode",
-            "maxDowntimeMs",
-            "maxAttempts",
+        for (field, least, most) in [
+            ("parallelMigrationsPerCluster", 0, u32::MAX),
+            ("parallelOutboundMigrationsPerNode", 0, u32::MAX),
+            ("parallelInboundMigrationsPerNode", 0, u32::MAX),
+            ("maxAttempts", 0, u32::MAX),
+            ("maxDowntimeMs", 1, MAX_DOWNTIME_MS),
         ] {
             if let Some(number) = node(&mut schema, &format!("{path}.{field}")) {
-                set(number, "minimum", json!(0));
+                set(number, "minimum", json!(least));
+                set(number, "maximum", json!(most));
             }
         }
     }

@@ -163,10 +163,3 @@ api_struct! {
         default_architecture: Option<String>,
     }
 }
-
-impl KubeVirtConfiguration {
-    /// Whether a feature gate is among those to open.
-    pub fn has_feature_gate(&self, gate: &str) -> bool {
-        self.developer_configuration.as_ref().is_some_and(|developer| developer.feature_gates.iter().any(|g| g == gate))
-    }
-}

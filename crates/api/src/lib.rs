@@ -12,6 +12,7 @@ pub mod config;
 pub mod crd;
 pub mod derived;
 pub mod failure;
+pub mod gates;
 pub mod initial;
 pub mod kubevirt;
 pub mod migratability;

@@ -140,6 +140,10 @@ api_struct! {
         migration_state: Option<VirtualMachineInstanceMigrationState>,
         /// Where the other cluster can be reached.
         synchronization_addresses: Vec<String>,
+        /// Godwit's own: how far it is, for the column, as `42%`.
+        progress: Option<String>,
+        /// Godwit's own: the standstill, for the column, as `73 ms`.
+        downtime: Option<String>,
         /// Godwit's own: its place among those that wait for their turn, while it does.
         queue: Option<MigrationQueuePlace>,
         /// Godwit's own: the nodes that were looked at and why each was not taken, while no node takes the target pod.
@@ -152,6 +156,15 @@ api_struct! {
 }
 
 always_or_default!(VirtualMachineInstanceMigrationStatus);
+
+impl VirtualMachineInstanceMigrationStatus {
+    /// Makes the columns' texts from `migrationState.progress`; to be called on every status before it is written.
+    pub fn fill_columns(&mut self) {
+        let progress = self.migration_state.as_ref().and_then(|state| state.progress.as_ref());
+        self.progress = progress.and_then(|progress| progress.percent).map(|percent| format!("{percent}%"));
+        self.downtime = progress.and_then(|progress| progress.downtime_milliseconds).map(|ms| format!("{ms} ms"));
+    }
+}
 
 api_struct! {
     /// A place in the queue.
@@ -197,5 +210,30 @@ impl VirtualMachineInstanceMigration {
     /// A condition by its type.
     pub fn condition(&self, type_: &str) -> Option<&Condition> {
         crate::condition::find(&self.status.conditions, type_)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn columns_have_units() {
+        let mut status: VirtualMachineInstanceMigrationStatus =
+            serde_json::from_value(json!({ "migrationState": { "progress": { "percent": 42 } } })).unwrap();
+        status.fill_columns();
+        assert_eq!((status.progress.as_deref(), status.downtime.as_deref()), (Some("42%"), None));
+        status = serde_json::from_value(json!({
+            "progress": "42%",
+            "migrationState": { "progress": { "percent": 100, "downtimeMilliseconds": 73 } },
+        }))
+        .unwrap();
+        status.fill_columns();
+        assert_eq!((status.progress.as_deref(), status.downtime.as_deref()), (Some("100%"), Some("73 ms")));
+        status.migration_state = None;
+        status.fill_columns();
+        assert_eq!((status.progress, status.downtime), (None, None));
     }
 }

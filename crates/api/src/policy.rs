@@ -7,7 +7,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use schemars::JsonSchema;
 use serde::Deserialize;
 
-use crate::config::{over, possible};
+use crate::config::{over, sift};
 use crate::{MigrationConfiguration, Quantity};
 
 /// Migration settings for the VMIs that it selects; cluster-scoped.
@@ -100,7 +100,7 @@ pub fn resolve<'a>(
         None => Resolved { policy: None, configuration: cluster.clone() },
         Some(((_, _, Reverse(name)), policy)) => Resolved {
             policy: Some(name.to_owned()),
-            configuration: over(possible(policy.spec.overrides()), cluster.clone()),
+            configuration: over(sift(policy.spec.overrides()).0, cluster.clone()),
         },
     }
 }
@@ -113,7 +113,7 @@ fn matching(selector: &BTreeMap<String, String>, labels: Option<&BTreeMap<String
 
 impl MigrationPolicySpec {
     /// What the policy says, as a configuration that is unset elsewhere.
-    fn overrides(&self) -> MigrationConfiguration {
+    pub(crate) fn overrides(&self) -> MigrationConfiguration {
         MigrationConfiguration {
             allow_auto_converge: self.allow_auto_converge,
             bandwidth_per_migration: self.bandwidth_per_migration.clone(),

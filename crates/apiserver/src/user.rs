@@ -11,6 +11,8 @@ pub const AUTHENTICATED: &str = "system:authenticated";
 pub const UNAUTHENTICATED: &str = "system:unauthenticated";
 /// The user without a certificate.
 pub const ANONYMOUS: &str = "system:anonymous";
+/// What a service account's token says of the node of its pod (Kubernetes' name).
+pub const NODE_NAME: &str = "authentication.kubernetes.io/node-name";
 /// The group that may do everything.
 pub const MASTERS: &str = "system:masters";
 
@@ -57,7 +59,8 @@ impl User {
         self.groups.iter().any(|group| group == MASTERS)
     }
 
-    /// The user that a verified client certificate stands for: common name and organisations.
+    /// The user that a verified client certificate stands for: common name and organisations. A service account's organisational
+    /// unit is the node of its pod, as a token bound to a pod would say it.
     pub fn from_certificate(der: &[u8]) -> Option<Self> {
         let (_, certificate) = X509Certificate::from_der(der).ok()?;
         let subject = certificate.subject();
@@ -66,7 +69,12 @@ impl User {
             return None;
         }
         let groups: Vec<&str> = subject.iter_organization().filter_map(|o| o.as_str().ok()).collect();
-        Some(Self::new(name, &groups))
+        let node = subject.iter_organizational_unit().next().and_then(|unit| unit.as_str().ok());
+        let mut user = Self::new(name, &groups);
+        if let (Some(node), true) = (node, service_account(&user.name).is_some()) {
+            user.extra.insert(NODE_NAME.to_owned(), vec![node.to_owned()]);
+        }
+        Some(user)
     }
 }
 

@@ -172,7 +172,11 @@ impl Key {
                 }
                 keys.push(Key::KubeVirt(name));
             }
-            Object::ConfigMap(_) if kubevirt::is_configuration(&name) => keys.extend(configured(world)),
+            Object::ConfigMap(_) if kubevirt::is_configuration(&name) => {
+                // the KubeVirt object's condition says what of the ConfigMap is applied
+                keys.extend(world.kubevirts.names().cloned().map(Key::KubeVirt));
+                keys.extend(configured(world));
+            }
             Object::ConfigMap(_) if turns::is_ledger(&name) => affected_by_ledger(change, world, &mut keys),
             Object::ResourceQuota(_) => {
                 // Those that have a slot and cannot make their pod, and those that would be next.

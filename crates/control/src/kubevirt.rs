@@ -1,7 +1,11 @@
 //! The installation's own object: says that it is deployed, and which version.
 
+use std::collections::BTreeMap;
+
 use godwit_api::condition;
+use godwit_api::config::{effective, ignored};
 use godwit_api::kubevirt::KubeVirtPhase;
+use godwit_api::names::conditions::CONFIGURATION_APPLIED;
 use godwit_api::policy::{Resolved, resolve};
 use godwit_api::{Condition, KubeVirt, MigrationConfiguration, VirtualMachineInstance};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
@@ -33,6 +37,13 @@ pub fn decide(name: &Name, view: &View<'_>) -> Plan {
     ] {
         condition::set(&mut status.conditions, Condition::new(type_, holds).because(reason, message), &now);
     }
+    let ignored = ignored(Some(kubevirt), data(view.world));
+    let applied = Condition::new(CONFIGURATION_APPLIED, ignored.is_empty());
+    let applied = match ignored.is_empty() {
+        true => applied.because("AllSettingsApplied", "All settings are applied."),
+        false => applied.because("SettingsIgnored", ignored.join("; ")),
+    };
+    condition::set(&mut status.conditions, applied, &now);
     plan.update(kubevirt.as_ref(), &after);
     plan
 }
@@ -45,8 +56,12 @@ pub fn migration_configuration(world: &World) -> MigrationConfiguration {
 /// Reads the migration configuration; the world keeps it until one of its sources changes.
 pub(crate) fn read_configuration(world: &World) -> MigrationConfiguration {
     let kubevirt = world.kubevirts.get(&Name::new(names::KUBEVIRT_NAMESPACE, names::KUBEVIRT_NAME));
-    let config_map = world.config_maps.get(&Name::new(names::KUBEVIRT_NAMESPACE, names::CONFIG_MAP_NAME));
-    godwit_api::config::effective(kubevirt.map(AsRef::as_ref), config_map.and_then(|map| map.data.as_ref()))
+    effective(kubevirt.map(AsRef::as_ref), data(world))
+}
+
+/// What the ConfigMap `kubevirt-config` says.
+fn data(world: &World) -> Option<&BTreeMap<String, String>> {
+    world.config_maps.get(&Name::new(names::KUBEVIRT_NAMESPACE, names::CONFIG_MAP_NAME))?.data.as_ref()
 }
 
 /// What a migration of this VMI runs with: the cluster's configuration and the policy that fits best.

@@ -52,10 +52,14 @@ fn with<T: Default>(
         Operation::Delete => rules::Operation::Delete,
         Operation::Connect => return Ok(T::default()),
     };
-    if request.resource.gv.group != GROUP {
+    if !rules::concerns(&request.resource.gv.group, &request.resource.kind) {
         return Ok(T::default());
     }
-    let user = rules::User { name: request.user.name.clone(), groups: request.user.groups.clone() };
+    let user = rules::User {
+        name: request.user.name.clone(),
+        groups: request.user.groups.clone(),
+        extra: request.user.extra.clone(),
+    };
     rule(&rules::Request {
         operation,
         group: &request.resource.gv.group,
@@ -82,7 +86,7 @@ fn status(denial: rules::Denial, request: &AdmissionRequest<'_>) -> Status {
     let details = (!causes.is_empty()).then(|| {
         Box::new(Details {
             name: request.name.to_owned(),
-            group: GROUP.to_owned(),
+            group: request.resource.gv.group.clone(),
             kind: request.resource.kind.clone(),
             causes,
             ..Details::default()
@@ -91,7 +95,7 @@ fn status(denial: rules::Denial, request: &AdmissionRequest<'_>) -> Status {
     Status { details, ..Status::new(denial.code, &denial.reason, denial.message) }
 }
 
-/// The rules name kinds, the store plurals.
+/// The rules name kinds, the store groups and plurals.
 struct ByKind<'a>(&'a dyn Lookup);
 
 fn plural(kind: &str) -> String {
@@ -100,13 +104,15 @@ fn plural(kind: &str) -> String {
 
 impl rules::Lookup for ByKind<'_> {
     fn get(&self, kind: &str, namespace: &str, name: &str) -> Option<Value> {
-        self.0.get(GROUP, &plural(kind), namespace, name).map(|object| (*object).clone())
+        let (group, plural) = rules::resource_of(kind);
+        self.0.get(group, &plural, namespace, name).map(|object| (*object).clone())
     }
 
     fn list(&self, kind: &str, namespace: &str, label: Option<(&str, &str)>) -> Vec<Value> {
+        let (group, plural) = rules::resource_of(kind);
         let carries =
             |object: &Value| label.is_none_or(|(key, value)| object["metadata"]["labels"][key].as_str() == Some(value));
-        let all = self.0.list(GROUP, &plural(kind), namespace);
+        let all = self.0.list(group, &plural, namespace);
         all.iter().filter(|object| carries(object)).map(|object| (**object).clone()).collect()
     }
 }

@@ -121,7 +121,7 @@ impl Store {
     /// What admission makes of an object.
     pub fn admit(&self, kind: Kind, value: Value, user: &str) -> Result<Value, Refusal> {
         let refused = |denial: Box<admission::Denial>| Refusal::Invalid(denial.message.clone());
-        let user = User { name: user.to_owned(), groups: Vec::new() };
+        let user = User { name: user.to_owned(), ..User::default() };
         let name = name_of(&value);
         let version = kind.version();
         let request = |object| Request {

@@ -23,6 +23,8 @@ struct Identity {
     file: String,
     common_name: String,
     organization: Option<&'static str>,
+    /// The node that a service account is bound to: the API server lets a handler write the VMIs of its node only.
+    node: Option<String>,
     names: Vec<SanType>,
     serves: bool,
 }
@@ -61,7 +63,7 @@ pub fn ensure(layout: &Layout, cluster: &Cluster) -> Result<(), Error> {
     let authority = authority(layout)?;
     for identity in identities(cluster)? {
         let files = pair(layout, &identity.file);
-        if !files.cert.exists() || !files.key.exists() {
+        if !files.cert.exists() || !files.key.exists() || !names_node(&files.cert, identity.node.as_deref()) {
             issue(&authority, &identity, &files)?;
         }
     }
@@ -75,6 +77,15 @@ pub fn ensure(layout: &Layout, cluster: &Cluster) -> Result<(), Error> {
         }
     }
     Ok(())
+}
+
+/// Whether a certificate names the node that it should: those of older data directories name none.
+fn names_node(certificate: &Path, node: Option<&str>) -> bool {
+    let Some(node) = node else { return true };
+    let Ok(pem) = std::fs::read(certificate) else { return false };
+    let Ok((_, pem)) = x509_parser::pem::parse_x509_pem(&pem) else { return false };
+    pem.parse_x509()
+        .is_ok_and(|certificate| certificate.subject().iter_organizational_unit().any(|unit| unit.as_str() == Ok(node)))
 }
 
 /// Path of the kubeconfig that uses the pair `file`.
@@ -92,6 +103,7 @@ fn identities(cluster: &Cluster) -> Result<Vec<Identity>, Error> {
         file: file.to_owned(),
         common_name: common_name.to_owned(),
         organization: Some(organization),
+        node: None,
         names: Vec::new(),
         serves: false,
     };
@@ -100,6 +112,7 @@ fn identities(cluster: &Cluster) -> Result<Vec<Identity>, Error> {
             file: API_SERVER.to_owned(),
             common_name: "kube-apiserver".to_owned(),
             organization: None,
+            node: None,
             names: vec![
                 SanType::IpAddress(IpAddr::V4(Ipv4Addr::LOCALHOST)),
                 SanType::IpAddress(IpAddr::V4(CONTROL_PLANE_ADDRESS)),
@@ -119,14 +132,15 @@ fn identities(cluster: &Cluster) -> Result<Vec<Identity>, Error> {
             file: node_file(node),
             common_name: format!("system:node:{node}"),
             organization: Some("system:nodes"),
+            node: None,
             names: vec![SanType::IpAddress(IpAddr::V4(Cluster::node_address(number))), dns(node)?],
             serves: true,
         });
-        all.push(client(
-            &handler_file(node),
-            "system:serviceaccount:kubevirt:kubevirt-handler",
-            "system:serviceaccounts",
-        ));
+        let handler = "system:serviceaccount:kubevirt:kubevirt-handler";
+        all.push(Identity {
+            node: Some(node.clone()),
+            ..client(&handler_file(node), handler, "system:serviceaccounts")
+        });
     }
     Ok(all)
 }
@@ -160,6 +174,9 @@ fn issue(authority: &Issuer<'static, KeyPair>, identity: &Identity, files: &Pair
     params.distinguished_name.push(DnType::CommonName, identity.common_name.clone());
     if let Some(organization) = identity.organization {
         params.distinguished_name.push(DnType::OrganizationName, organization);
+    }
+    if let Some(node) = &identity.node {
+        params.distinguished_name.push(DnType::OrganizationalUnitName, node.clone());
     }
     params.subject_alt_names = identity.names.clone();
     params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
@@ -211,6 +228,12 @@ mod tests {
         ensure(&layout, &cluster).unwrap();
         assert_eq!(first, std::fs::read(pair(&layout, ADMIN).cert).unwrap());
         assert!(pair(&layout, &handler_file("node2")).cert.exists());
+        // a handler's pair of an older data directory names no node and is made anew
+        let handler = pair(&layout, &handler_file("node1")).cert;
+        assert!(names_node(&handler, Some("node1")) && !names_node(&handler, Some("node2")));
+        std::fs::copy(pair(&layout, ADMIN).cert, &handler).unwrap();
+        ensure(&layout, &cluster).unwrap();
+        assert!(names_node(&handler, Some("node1")));
         let config = kube::config::Kubeconfig::read_from(layout.kubeconfig()).unwrap();
         assert_eq!(config.clusters[0].cluster.as_ref().unwrap().server.as_deref(), Some("https://127.0.0.1:1234"));
     }

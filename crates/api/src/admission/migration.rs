@@ -2,28 +2,56 @@
 
 use serde_json::{Value, json};
 
-use super::{Cause, Denial, Operation, Request, Verdict, add_finalizer, label, object_at, read};
+use super::{Cause, Denial, Operation, Request, Verdict, add_finalizer, installation, label, object_at, read};
+use crate::gates::LIVE_MIGRATION;
 use crate::names::conditions::LIVE_MIGRATABLE;
-use crate::names::{CONTROLLER_USER, FINALIZER_MIGRATION, LABEL_VMI_NAME};
+use crate::names::{ANNOTATION_LATEST_OBSERVED_API_VERSION, ANNOTATION_STORAGE_OBSERVED_API_VERSION};
+use crate::names::{ANNOTATION_REQUESTED_BY, CONTROLLER_USER, FINALIZER_MIGRATION, LABEL_VMI_NAME};
 use crate::{VirtualMachineInstanceMigration, Vmi};
 
 const CREATE: &str = "migration-create-validator.kubevirt.io";
 const UPDATE: &str = "migration-update-validator.kubevirt.io";
 
-/// The finalizer that makes deleting a cancellation, and the label by which the VMI's migrations are found.
+/// At the creation: the finalizer that makes deleting a cancellation, the label by which the VMI's migrations are found, and
+/// who asked. Who asked stays, whatever an update says.
 pub(super) fn mutate(request: &Request<'_>, object: &mut Value) {
-    if request.operation != Operation::Create {
-        return;
+    match request.operation {
+        Operation::Create => {
+            add_finalizer(object, FINALIZER_MIGRATION);
+            set_metadata(object, "annotations", ANNOTATION_REQUESTED_BY, Some(&request.user.name));
+            // KubeVirt's controller writes these; here it is spared the write
+            for key in [ANNOTATION_LATEST_OBSERVED_API_VERSION, ANNOTATION_STORAGE_OBSERVED_API_VERSION] {
+                set_metadata(object, "annotations", key, Some("v1"));
+            }
+            let vmi = object.pointer("/spec/vmiName").and_then(Value::as_str).unwrap_or_default().to_owned();
+            if !vmi.is_empty() {
+                set_metadata(object, "labels", LABEL_VMI_NAME, Some(&vmi));
+            }
+        }
+        Operation::Update => {
+            let old = request.old_object.unwrap_or(&Value::Null);
+            let before = annotation(old, ANNOTATION_REQUESTED_BY);
+            if annotation(object, ANNOTATION_REQUESTED_BY) != before {
+                set_metadata(object, "annotations", ANNOTATION_REQUESTED_BY, before);
+            }
+        }
+        Operation::Delete => {}
     }
-    add_finalizer(object, FINALIZER_MIGRATION);
-    let vmi = object.pointer("/spec/vmiName").and_then(Value::as_str).unwrap_or_default().to_owned();
-    if vmi.is_empty() {
-        return;
-    }
+}
+
+/// Sets or removes one label or annotation.
+fn set_metadata(object: &mut Value, map: &str, key: &str, value: Option<&str>) {
     let metadata = object_at(object, "metadata");
-    if let Some(labels) = metadata.and_then(|metadata| object_at(metadata, "labels")).and_then(Value::as_object_mut) {
-        labels.insert(LABEL_VMI_NAME.to_owned(), json!(vmi));
+    let map = metadata.and_then(|metadata| object_at(metadata, map)).and_then(Value::as_object_mut);
+    match (map, value) {
+        (Some(map), Some(value)) => drop(map.insert(key.to_owned(), json!(value))),
+        (Some(map), None) => drop(map.remove(key)),
+        (None, _) => {}
     }
+}
+
+fn annotation<'a>(object: &'a Value, key: &str) -> Option<&'a str> {
+    object.get("metadata")?.get("annotations")?.get(key)?.as_str()
 }
 
 pub(super) fn validate(request: &Request<'_>) -> Verdict {
@@ -45,6 +73,9 @@ fn create(request: &Request<'_>, object: &Value) -> Verdict {
     if migration.spec.priority.is_some() && request.user.name != CONTROLLER_USER {
         let text = "Migration priority queue, only virt-controller is allowed to set priority field";
         return cause(Cause::invalid("spec.migrationPriority", text));
+    }
+    if !installation(request).gates.live_migration() {
+        return plain(format!("{LIVE_MIGRATION} feature gate is not enabled in kubevirt resource"));
     }
     if migration.spec.send_to.is_some() || migration.spec.receive.is_some() {
         let text = "migration between clusters or namespaces (spec.sendTo, spec.receive) is not implemented by godwit: \

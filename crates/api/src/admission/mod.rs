@@ -7,13 +7,20 @@
 pub mod eviction;
 mod kubevirt;
 mod migration;
+mod policy;
 mod spec;
 mod vm;
 mod vmi;
 
+use std::collections::BTreeMap;
+
 use serde_json::Value;
 
-use crate::names::OWN_USERS_PREFIX;
+use crate::gates::Gates;
+use crate::kubevirt::{KubeVirt, KubeVirtConfiguration};
+use crate::names::{
+    CONFIG_MAP_NAME, EXTRA_NODE_NAME, GROUP, GROUP_MIGRATIONS, KUBEVIRT_NAME, KUBEVIRT_NAMESPACE, OWN_USERS_PREFIX,
+};
 
 /// What is being done to the object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,6 +40,8 @@ pub struct User {
     pub name: String,
     /// The user's groups.
     pub groups: Vec<String>,
+    /// What else authentication said.
+    pub extra: BTreeMap<String, Vec<String>>,
 }
 
 impl User {
@@ -40,14 +49,28 @@ impl User {
     pub fn is_own(&self) -> bool {
         self.name.starts_with(OWN_USERS_PREFIX)
     }
+
+    /// The node of the pod whose service account this is, when authentication said it.
+    pub fn node(&self) -> Option<&str> {
+        self.extra.get(EXTRA_NODE_NAME)?.first().map(String::as_str).filter(|node| !node.is_empty())
+    }
 }
 
 /// Other objects, as they are now.
 pub trait Lookup {
-    /// One object of `kubevirt.io`, or none.
+    /// One object of a kind that [`resource_of`] knows, or none.
     fn get(&self, kind: &str, namespace: &str, name: &str) -> Option<Value>;
     /// The objects of a kind in a namespace (all namespaces when empty) that carry the label, or all without one.
     fn list(&self, kind: &str, namespace: &str, label: Option<(&str, &str)>) -> Vec<Value>;
+}
+
+/// Group and plural of a kind that the rules look up.
+pub fn resource_of(kind: &str) -> (&'static str, String) {
+    let group = match kind {
+        "ConfigMap" | "Pod" => "",
+        _ => GROUP,
+    };
+    (group, format!("{}s", kind.to_lowercase()))
 }
 
 /// A [`Lookup`] that finds nothing.
@@ -167,6 +190,12 @@ impl Denial {
         }
     }
 
+    /// The message without the webhook's name before it: what a webhook answers, for the API server puts the name there.
+    pub fn text(&self) -> &str {
+        let prefix = format!("admission webhook \"{}\" denied the request: ", self.webhook);
+        self.message.strip_prefix(&prefix).unwrap_or(&self.message)
+    }
+
     /// KubeVirt's refusal with causes: 422. The message is that of all causes.
     fn causes(webhook: &str, causes: Vec<Cause>) -> Self {
         let messages: Vec<&str> = causes.iter().map(|cause| cause.message.as_str()).collect();
@@ -191,7 +220,7 @@ pub type Verdict = Result<Vec<String>, Box<Denial>>;
 /// Nothing is refused here today; what is wrong is left to [`validate`], which sees it in full.
 pub fn mutate(request: &Request<'_>) -> Result<Mutation, Box<Denial>> {
     let mut object = request.object.cloned().unwrap_or(Value::Null);
-    if request.group == crate::names::GROUP && object.is_object() {
+    if request.group == GROUP && object.is_object() {
         match (request.kind, request.subresource) {
             ("VirtualMachineInstance", "") => vmi::mutate(request, &mut object),
             ("VirtualMachineInstanceMigration", "") => migration::mutate(request, &mut object),
@@ -202,23 +231,46 @@ pub fn mutate(request: &Request<'_>) -> Result<Mutation, Box<Denial>> {
     Ok(Mutation { object, warnings: Vec::new() })
 }
 
+/// Whether there are rules for a resource of this group.
+pub fn concerns(group: &str, kind: &str) -> bool {
+    matches!(group, GROUP | GROUP_MIGRATIONS) || (group.is_empty() && kind == "ConfigMap")
+}
+
 /// Says whether the object may come in. Kinds that godwit does not know may.
 ///
 /// # Errors
 /// The refusal, as KubeVirt's webhooks word it.
 pub fn validate(request: &Request<'_>) -> Verdict {
     // deletion is never refused: deleting a VMIM cancels it
-    if request.group != crate::names::GROUP || !request.subresource.is_empty() || request.operation == Operation::Delete
-    {
+    if !request.subresource.is_empty() || request.operation == Operation::Delete {
         return Ok(Vec::new());
     }
-    match request.kind {
-        "VirtualMachineInstance" => vmi::validate(request),
-        "VirtualMachineInstanceMigration" => migration::validate(request),
-        "VirtualMachine" => vm::validate(request),
-        "KubeVirt" => kubevirt::validate(request),
+    match (request.group, request.kind) {
+        (GROUP, "VirtualMachineInstance") => vmi::validate(request),
+        (GROUP, "VirtualMachineInstanceMigration") => migration::validate(request),
+        (GROUP, "VirtualMachine") => vm::validate(request),
+        (GROUP, "KubeVirt") => kubevirt::validate(request),
+        (GROUP_MIGRATIONS, "MigrationPolicy") => policy::validate(request),
+        ("", "ConfigMap") if (request.namespace, request.name) == (KUBEVIRT_NAMESPACE, CONFIG_MAP_NAME) => {
+            kubevirt::config_map(request)
+        }
         _ => Ok(Vec::new()),
     }
+}
+
+/// What the installation says.
+struct Installation {
+    configuration: Option<KubeVirtConfiguration>,
+    gates: Gates,
+}
+
+fn installation(request: &Request<'_>) -> Installation {
+    let kubevirt = request.lookup.get("KubeVirt", KUBEVIRT_NAMESPACE, KUBEVIRT_NAME);
+    let kubevirt = kubevirt.and_then(|object| serde_json::from_value::<KubeVirt>(object).ok());
+    let map = request.lookup.get("ConfigMap", KUBEVIRT_NAMESPACE, CONFIG_MAP_NAME);
+    let data = map.and_then(|map| serde_json::from_value(map.get("data")?.clone()).ok());
+    let gates = Gates::of(kubevirt.as_ref(), data.as_ref());
+    Installation { configuration: kubevirt.map(|kubevirt| kubevirt.spec.configuration), gates }
 }
 
 /// Reads the object as its type; a failure names the place.
@@ -265,6 +317,8 @@ fn label<'a>(object: &'a Value, key: &str) -> Option<&'a str> {
     object.get("metadata")?.get("labels")?.get(key)?.as_str()
 }
 
+#[cfg(test)]
+mod table_tests;
 #[cfg(test)]
 pub(crate) mod testing;
 #[cfg(test)]

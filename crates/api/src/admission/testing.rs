@@ -28,7 +28,7 @@ impl Lookup for World {
 
 impl World {
     pub fn new(objects: Vec<Value>) -> Self {
-        Self { objects, user: User { name: "admin".into(), groups: vec!["system:masters".into()] } }
+        Self { objects, user: User { name: "admin".into(), groups: vec!["system:masters".into()], ..User::default() } }
     }
 
     pub fn request<'a>(

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use super::testing::{World, vmi, vmim};
 use super::*;
-use crate::names::{FINALIZER_MIGRATION, FINALIZER_VMI, LABEL_NODE_NAME, LABEL_VMI_NAME};
+use crate::names::{ANNOTATION_REQUESTED_BY, FINALIZER_MIGRATION, FINALIZER_VMI, LABEL_NODE_NAME, LABEL_VMI_NAME};
 
 const SEED_003_MIGRATION: &str = "
 apiVersion: kubevirt.io/v1alpha3
@@ -34,6 +34,30 @@ fn seed_003_migration_is_taken() {
     assert_eq!(object["metadata"]["finalizers"], json!([FINALIZER_MIGRATION]));
     assert_eq!(object["metadata"]["labels"][LABEL_VMI_NAME], "rhel8-server-nfs");
     assert_eq!(warnings, Vec::<String>::new());
+}
+
+#[test]
+fn who_asked_is_written_down_and_stays() {
+    let mut world = World::new(vec![vmi("a")]);
+    let by = |object: &Value| object["metadata"]["annotations"][ANNOTATION_REQUESTED_BY].as_str().map(str::to_owned);
+    let mut forged = vmim("m", "a");
+    forged["metadata"]["annotations"] = json!({ ANNOTATION_REQUESTED_BY: "somebody else", "kept": "yes" });
+    let (old, _) = world.create(&forged).unwrap();
+    assert_eq!(by(&old).as_deref(), Some("admin"));
+    assert_eq!(old["metadata"]["annotations"]["kept"], "yes");
+    world.user.name = "mallory".into();
+    for annotations in [json!({ ANNOTATION_REQUESTED_BY: "mallory" }), json!({}), Value::Null] {
+        let mut new = old.clone();
+        new["metadata"]["annotations"] = annotations;
+        let (new, _) = world.admit(Operation::Update, &new, Some(&old)).unwrap();
+        assert_eq!(by(&new).as_deref(), Some("admin"));
+    }
+    // what came before there was such an annotation gets none
+    let before = vmim("old", "a");
+    let mut new = before.clone();
+    new["metadata"]["annotations"] = json!({ ANNOTATION_REQUESTED_BY: "mallory" });
+    let (new, _) = world.admit(Operation::Update, &new, Some(&before)).unwrap();
+    assert_eq!(by(&new), None);
 }
 
 #[test]
@@ -151,7 +175,7 @@ fn a_vmi_belongs_to_its_owners() {
     labelled["metadata"]["labels"] = json!({ LABEL_NODE_NAME: "node01" });
     assert!(message(world.admit(Operation::Update, &labelled, Some(&old))).contains("modification of the following"));
     assert!(message(world.create(&labelled)).contains("creation of the following reserved"));
-    world.user.name = crate::names::HANDLER_USER.to_owned();
+    world.user.name = crate::names::CONTROLLER_USER.to_owned();
     let (written, _) = world.admit(Operation::Update, &new, Some(&old)).unwrap();
     assert_eq!(written["status"]["phase"], "Running");
     assert!(world.admit(Operation::Update, &labelled, Some(&old)).is_ok());

@@ -4,9 +4,12 @@ use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
 
-use super::{Cause, Denial, Operation, Request, Verdict, add_finalizer, object_at, read, set_default, spec};
-use crate::kubevirt::{KubeVirt, KubeVirtConfiguration};
-use crate::names::{ANNOTATION_IGNITION, FINALIZER_VMI, KUBEVIRT_NAME, KUBEVIRT_NAMESPACE, RESERVED_VMI_LABELS};
+use super::{
+    Cause, Denial, Operation, Request, Verdict, add_finalizer, installation, object_at, read, set_default, spec,
+};
+use crate::gates::NODE_RESTRICTION;
+use crate::kubevirt::KubeVirtConfiguration;
+use crate::names::{ANNOTATION_IGNITION, FINALIZER_VMI, HANDLER_USER, LABEL_NODE_NAME, RESERVED_VMI_LABELS};
 use crate::{Quantity, VirtualMachineInstance};
 
 const CREATE: &str = "virtualmachineinstances-create-validator.kubevirt.io";
@@ -27,7 +30,7 @@ pub(super) fn mutate(request: &Request<'_>, object: &mut Value) {
             if let Some(object) = object.as_object_mut() {
                 object.insert("status".to_owned(), json!({ "phase": "Pending", "runtimeUser": 0 }));
             }
-            let configuration = configuration(request);
+            let configuration = installation(request).configuration;
             let (namespace, name) = (request.namespace, request.name);
             if let Some(spec) = object_at(object, "spec") {
                 complete_spec(spec, namespace, name, configuration.as_ref());
@@ -36,7 +39,7 @@ pub(super) fn mutate(request: &Request<'_>, object: &mut Value) {
         Operation::Update if !request.user.is_own() => {
             // A manifest that is applied again replaces lists as a whole, and with them the defaults in their items: they
             // are completed as they were at the creation, so that the same manifest is the same spec.
-            let configuration = configuration(request);
+            let configuration = installation(request).configuration;
             if let Some(spec) = object_at(object, "spec") {
                 complete_spec(spec, request.namespace, request.name, configuration.as_ref());
             }
@@ -51,11 +54,6 @@ pub(super) fn mutate(request: &Request<'_>, object: &mut Value) {
         }
         Operation::Update | Operation::Delete => {}
     }
-}
-
-fn configuration(request: &Request<'_>) -> Option<KubeVirtConfiguration> {
-    let object = request.lookup.get("KubeVirt", KUBEVIRT_NAMESPACE, KUBEVIRT_NAME)?;
-    serde_json::from_value::<KubeVirt>(object).ok().map(|kubevirt| kubevirt.spec.configuration)
 }
 
 /// Fills in what a VMI's spec leaves open, as KubeVirt does. Whatever has an unexpected type is left for validation.
@@ -215,10 +213,11 @@ fn create(request: &Request<'_>, object: &Value) -> Verdict {
 }
 
 fn update(request: &Request<'_>, object: &Value) -> Verdict {
-    if request.user.is_own() {
-        return Ok(Vec::new());
-    }
     let old = request.old_object.unwrap_or(&Value::Null);
+    if request.user.is_own() {
+        let causes: Vec<Cause> = node_restriction(request, object, old).into_iter().chain(fixed(object, old)).collect();
+        return if causes.is_empty() { Ok(Vec::new()) } else { Err(Box::new(Denial::causes(UPDATE, causes))) };
+    }
     if object.get("spec") != old.get("spec") {
         let cause = Cause::unsupported("spec", "update of VMI object is restricted");
         return Err(Box::new(Denial::causes(UPDATE, vec![cause])));
@@ -229,6 +228,41 @@ fn update(request: &Request<'_>, object: &Value) -> Verdict {
         return Err(Box::new(Denial::causes(UPDATE, vec![Cause::unsupported("metadata.labels", text)])));
     }
     Ok(Vec::new())
+}
+
+/// A handler writes the VMIs of its node: where the guest is, where it comes from, where it goes to. (KubeVirt's source handler
+/// is done before the node changes; here it still writes how the migration ended.)
+fn node_restriction(request: &Request<'_>, object: &Value, old: &Value) -> Option<Cause> {
+    if request.user.name != HANDLER_USER || !installation(request).gates.is_open(NODE_RESTRICTION) {
+        return None;
+    }
+    let refuse = |text: &str| Some(Cause::unsupported("", format!("Node restriction, virt-handler {text}")));
+    let Some(node) = request.user.node() else { return refuse("service account is missing node name") };
+    let state = |object: &Value, field: &str| Some(object.pointer(field)?.as_str()?.to_owned());
+    let target = "/status/migrationState/targetNode";
+    let places = ["/status/nodeName", "/status/migrationState/sourceNode", target];
+    let is_here = places.into_iter().any(|place| state(old, place).as_deref() == Some(node))
+        || super::label(old, LABEL_NODE_NAME) == Some(node);
+    if !is_here {
+        return refuse("is only allowed to modify VMIs it owns");
+    }
+    if state(object, target).is_some_and(|new| state(old, target) != Some(new)) {
+        return refuse("is not allowed to set target node");
+    }
+    None
+}
+
+/// What not even godwit's own accounts change.
+fn fixed(object: &Value, old: &Value) -> impl Iterator<Item = Cause> {
+    [
+        ("/spec/domain/cpu/maxSockets", "spec.domain.cpu.maxSockets", "CPU topology maxSockets changed"),
+        ("/spec/domain/memory/maxGuest", "spec.domain.memory.maxGuest", "Memory maxGuest changed"),
+    ]
+    .into_iter()
+    .filter(|(path, ..)| object.pointer(path) != old.pointer(path))
+    .map(|(_, field, text)| Cause::unsupported(field, text))
+    .collect::<Vec<_>>()
+    .into_iter()
 }
 
 /// Labels by which godwit finds its own objects are godwit's.

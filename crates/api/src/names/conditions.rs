@@ -18,6 +18,8 @@ pub const SOFTWARE_EMULATION: &str = "SoftwareEmulation";
 pub const EVICTION_REQUESTED: &str = "EvictionRequested";
 /// Godwit's own, on VMIs: the evacuation has given up moving it, and why.
 pub const EVACUATION_STOPPED: &str = "EvacuationStopped";
+/// Godwit's own, on the KubeVirt object: whether everything that its configuration says is applied.
+pub const CONFIGURATION_APPLIED: &str = "ConfigurationApplied";
 /// A change needs a migration.
 pub const MIGRATION_REQUIRED: &str = "MigrationRequired";
 /// CPUs are being added.
@@ -99,6 +101,8 @@ pub mod live_migratable {
     pub const HYPERV_PASSTHROUGH: &str = "HypervPassthroughNotLiveMigratable";
     /// Hyper-V reenlightenment without a known TSC frequency.
     pub const NO_TSC_FREQUENCY: &str = "NoTSCFrequencyNotLiveMigratable";
+    /// SCSI persistent reservations (only in the message of `StorageLiveMigratable`).
+    pub const PERSISTENT_RESERVATION: &str = "PersistentReservationNotLiveMigratable";
     /// The reason of `StorageLiveMigratable`=False.
     pub const STORAGE: &str = "NotMigratable";
 }

@@ -73,6 +73,8 @@ pub const ANNOTATION_PENDING_POD_TIMEOUT: &str = "kubevirt.io/migrationPendingPo
 pub const ANNOTATION_UTILITY_VOLUMES_TIMEOUT: &str = "kubevirt.io/migrationUtilityVolumesTimeoutSeconds";
 /// Godwit's own: the user who created a VMIM, on VMIMs. Set by admission; what a client says is replaced.
 pub const ANNOTATION_REQUESTED_BY: &str = "godwit.io/requested-by";
+/// Godwit's own, on the KubeVirt object: `v1alpha3` for the old meaning of feature gates ([`crate::gates`]).
+pub const ANNOTATION_FEATURE_GATES: &str = "godwit.io/feature-gates";
 /// KubeVirt's test hook: no back-off, on VMIMs.
 pub const ANNOTATION_TEST_IGNORE_BACKOFF: &str = "kubevirt.io/func-test-ignore-migration-backoff";
 /// The newest API version that the controller saw.

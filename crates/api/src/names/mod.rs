@@ -8,6 +8,10 @@ pub use keys::*;
 
 /// The API group.
 pub const GROUP: &str = "kubevirt.io";
+/// The API group of MigrationPolicies.
+pub const GROUP_MIGRATIONS: &str = "migrations.kubevirt.io";
+/// Where a service account's user carries the node of its pod.
+pub const EXTRA_NODE_NAME: &str = "authentication.kubernetes.io/node-name";
 /// The namespace of godwit's own objects.
 pub const KUBEVIRT_NAMESPACE: &str = "kubevirt";
 /// The name of the KubeVirt object.

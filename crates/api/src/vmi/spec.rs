@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 
 use k8s_openapi::api::core::v1::{Affinity, LocalObjectReference, Toleration, TopologySpreadConstraint};
+use serde_json::Value;
 
 use crate::Quantity;
 
@@ -78,6 +79,9 @@ api_struct! {
         features: Option<Features>,
         /// Disks, interfaces and the rest.
         devices: Devices,
+        /// Confidential computing. Refused on its way in ([`crate::unimplemented`]); read where KubeVirt's VMIs are looked at.
+        #[schemars(skip)]
+        launch_security: Option<Value>,
     }
 }
 
@@ -198,6 +202,12 @@ api_struct! {
         acpi: Option<FeatureState>,
         /// The local APIC, always on.
         apic: Option<FeatureState>,
+        /// Hyper-V enlightenments. Refused on their way in; read where KubeVirt's VMIs are looked at.
+        #[schemars(skip)]
+        hyperv: Option<Value>,
+        /// All Hyper-V enlightenments of the host. As above.
+        #[schemars(skip)]
+        hyperv_passthrough: Option<Value>,
     }
 }
 
@@ -218,6 +228,12 @@ api_struct! {
         interfaces: Vec<Interface>,
         /// A random number generator.
         rng: Option<Empty>,
+        /// GPUs of the host. Refused on their way in; read where KubeVirt's VMIs are looked at.
+        #[schemars(skip)]
+        gpus: Vec<Value>,
+        /// Devices of the host. As above.
+        #[schemars(skip)]
+        host_devices: Vec<Value>,
         /// Whether the pod network is attached when no interface is given; true when unset.
         autoattach_pod_interface: Option<bool>,
         /// A serial console; true when unset.
@@ -303,6 +319,9 @@ api_struct! {
         bus: Option<String>,
         /// The guest cannot write.
         readonly: Option<bool>,
+        /// SCSI persistent reservations. LUNs are refused on their way in; read where KubeVirt's VMIs are looked at.
+        #[schemars(skip)]
+        reservation: Option<bool>,
     }
 }
 
@@ -319,6 +338,9 @@ api_struct! {
         masquerade: Option<Empty>,
         /// One L2 segment with the network.
         bridge: Option<Empty>,
+        /// KubeVirt's passt binding, which can be migrated. Refused on its way in; read where KubeVirt's VMIs are looked at.
+        #[schemars(skip)]
+        passt_binding: Option<Value>,
         /// Ports that are forwarded (masquerade); all when empty.
         ports: Vec<Port>,
         /// Place in the boot order, from 1.
@@ -383,6 +405,9 @@ api_struct! {
         config_map: Option<ConfigMapSource>,
         /// A disk with the files of a Secret.
         secret: Option<SecretSource>,
+        /// A file of the host. Refused on its way in; read where KubeVirt's VMIs are looked at.
+        #[schemars(skip)]
+        host_disk: Option<Value>,
     }
 }
 

@@ -185,6 +185,7 @@ pub fn finish(situation: &Situation<'_>, plan: &mut Plan) {
             after.metadata.finalizers = None;
         }
     }
+    after.status.fill_columns();
     plan.update(migration, &after);
     if !migration.is_deleting() {
         if situation.vmi.is_none() {

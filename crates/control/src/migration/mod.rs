@@ -60,6 +60,7 @@ pub fn decide(name: &Name, view: &View<'_>) -> Plan {
         condition::set(&mut after.status.conditions, asked, &now);
     }
     explain::say(&mut after, row, &situation, &now);
+    after.status.fill_columns();
     plan.update(migration.as_ref(), &after);
     plan.effects.append(&mut events.effects);
     plan

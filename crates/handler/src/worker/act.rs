@@ -444,7 +444,7 @@ impl Worker {
         let method = migratability::migration_method(vmi);
         let known = Migratable {
             claims: claims.clone(),
-            conditions: migratability::conditions(&blockers).into(),
+            conditions: migratability::conditions(vmi, &blockers).into(),
             method: Some(method.as_str().to_owned()),
         };
         if let Some(blocker) = blockers.first()
