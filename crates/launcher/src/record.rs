@@ -42,6 +42,8 @@ impl Record {
         if bytes.len() > SIZE {
             return Err(Error::new(ErrorKind::InvalidInput, "the facts are longer than the record"));
         }
+        // The whole record in one write: nothing of an earlier, longer one is left behind.
+        bytes.resize(SIZE, b' ');
         self.file.write_all_at(&bytes, 0)?;
         self.file.sync_data()
     }
@@ -69,6 +71,16 @@ mod tests {
         let mut record = Record::prepare(folder.path()).unwrap();
         assert_eq!(read_departed(folder.path()).unwrap(), None);
         let facts = MigrationFacts { stop_us: Some(5), ..MigrationFacts::new("u", MigrationRole::Source) };
+        record.write(&facts).unwrap();
+        assert_eq!(read_departed(folder.path()).unwrap(), Some(facts));
+    }
+
+    #[test]
+    fn a_record_is_written_over_by_a_shorter_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut record = Record::prepare(folder.path()).unwrap();
+        let facts = MigrationFacts::new("u", MigrationRole::Source);
+        record.write(&MigrationFacts { error: Some("x".repeat(1000)), ..facts.clone() }).unwrap();
         record.write(&facts).unwrap();
         assert_eq!(read_departed(folder.path()).unwrap(), Some(facts));
     }

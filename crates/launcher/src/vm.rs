@@ -12,7 +12,8 @@ use crate::rpc::{
     MigrationRole, Paths, Refusal, ShutdownOrder, SourceOrder, State, TargetOrder, TargetReady, VmOrder, VolumeFacts,
 };
 use godwit_api::VirtualMachineInstance;
-use godwit_qemu::instance::{self, Departed, Incoming, Outgoing, Prelaunch, Qemu, Running};
+use godwit_qemu::failure;
+use godwit_qemu::instance::{self, Departed, Filling, Incoming, Outgoing, Prelaunch, Qemu, Running, Serving};
 use godwit_qemu::process::find_qemu;
 use godwit_qemu::qmp::commands::RunState;
 use godwit_qemu::qmp::{Event, Events};
@@ -90,8 +91,18 @@ impl From<plan::Error> for Refused {
 
 impl From<instance::Error> for Refused {
     fn from(error: instance::Error) -> Self {
-        let reason = if matches!(error, instance::Error::Machine(_)) { Refusal::Invalid } else { Refusal::Failed };
-        refused(reason, error.to_string())
+        let reason = match &error {
+            instance::Error::Machine(_) => Refusal::Invalid,
+            instance::Error::State { .. } => Refusal::Conflict,
+            instance::Error::Unsupported(_) => Refusal::Unsupported,
+            _ => Refusal::Failed,
+        };
+        // The whole of QEMU's last words is for its log; the telling one is for people.
+        let message = match &error {
+            instance::Error::Ended(ended) => failure::of_end(ended).text,
+            other => other.to_string(),
+        };
+        Refused { reason, message, cause: Some(error.cause()) }
     }
 }
 
@@ -100,7 +111,9 @@ enum Stage {
     Empty,
     Running(Running),
     Outgoing(Outgoing),
+    Serving(Serving),
     Incoming(Incoming),
+    Filling(Filling),
     Departed(Departed),
     Ended,
 }
@@ -110,7 +123,9 @@ impl Stage {
         match self {
             Stage::Running(r) => Some(r.qemu()),
             Stage::Outgoing(o) => Some(o.qemu()),
+            Stage::Serving(s) => Some(s.qemu()),
             Stage::Incoming(i) => Some(i.qemu()),
+            Stage::Filling(f) => Some(f.qemu()),
             Stage::Departed(d) => Some(d.qemu()),
             Stage::Empty | Stage::Ended => None,
         }
@@ -162,7 +177,8 @@ impl Vm {
         let mut now = State { vmi_uid: uid.clone(), ..State::default() };
         let mut stage = Stage::Empty;
         let mut over = None;
-        if let Some(facts) = record::read_departed(&paths.ephemeral_disks)? {
+        if let Some(mut facts) = record::read_departed(&paths.ephemeral_disks)? {
+            migration::end_unserved(&mut facts);
             now.phase = DomainPhase::MigratedAway;
             now.exit_reason = Some("the guest has migrated to another node".into());
             now.migration = Some(facts);
@@ -295,15 +311,14 @@ impl Vm {
             }
             _ => return Err(refused(Refusal::Conflict, "this launcher already has a VM")),
         }
-        let TargetOrder { migration_uid, vmi, interfaces, volumes, accelerator, machine_type, allow_post_copy: _ } =
-            order;
+        let TargetOrder { migration_uid, vmi, interfaces, volumes, accelerator, machine_type, allow_post_copy } = order;
         let told = vmi.status.accelerator.as_deref().and_then(accelerator_named);
         let (program, accelerator) = self.program(accelerator.or(told)).await?;
         let plan = self.plan(&vmi, &interfaces, &volumes, accelerator, machine_type.as_deref(), true).await?;
         let socket = format!("incoming-{}.sock", short(&migration_uid));
         let path = self.paths.sockets.join(&socket);
         let _ = std::fs::remove_file(&path);
-        let mut incoming = Incoming::launch(&program, &plan.machine, &path).await?;
+        let mut incoming = Incoming::launch_for(&program, &plan.machine, &path, allow_post_copy).await?;
         let ready = self.offer(&mut incoming, socket, &plan, &migration_uid).await?;
         self.attach(incoming.qemu(), accelerator, plan.machine.serial.is_some()).await?;
         self.local_disks = plan.local_disks;
@@ -377,9 +392,13 @@ impl Vm {
     }
 
     async fn pause(&mut self, pause: bool) -> Result<(), Refused> {
-        let Stage::Running(running) = &mut self.stage else {
-            let what = if matches!(self.stage, Stage::Outgoing(_)) { "it is migrating" } else { "no guest runs here" };
-            return Err(refused(Refusal::Conflict, format!("the guest cannot be paused or unpaused: {what}")));
+        let running = match &mut self.stage {
+            Stage::Running(running) => running,
+            Stage::Filling(filling) => filling.running(),
+            other => {
+                let what = if matches!(other, Stage::Outgoing(_)) { "it is migrating" } else { "no guest runs here" };
+                return Err(refused(Refusal::Conflict, format!("the guest cannot be paused or unpaused: {what}")));
+            }
         };
         let done = if pause { running.pause().await } else { running.unpause().await };
         done.map_err(|e| refused(Refusal::Failed, e.to_string()))?;
@@ -416,10 +435,14 @@ impl Vm {
         let Ok(status) = qemu.status().await else { return };
         self.now.qemu_status = Some(status.as_str().to_string());
         self.now.phase = match &self.stage {
-            Stage::Running(_) if matches!(status, RunState::Running | RunState::Suspended) => DomainPhase::Running,
-            Stage::Running(_) => DomainPhase::Paused,
-            // The standstill of the switchover is not a pause.
+            Stage::Running(_) | Stage::Filling(_) if matches!(status, RunState::Running | RunState::Suspended) => {
+                DomainPhase::Running
+            }
+            Stage::Running(_) | Stage::Filling(_) => DomainPhase::Paused,
+            Stage::Outgoing(outgoing) if outgoing.is_paused() => DomainPhase::Paused,
+            // The standstill of the switchover is not a pause, and neither is that of a guest held for its migration.
             Stage::Outgoing(_) => DomainPhase::Running,
+            Stage::Serving(_) => DomainPhase::HandedOver,
             Stage::Incoming(_) => DomainPhase::Incoming,
             Stage::Departed(_) => DomainPhase::MigratedAway,
             Stage::Empty | Stage::Ended => self.now.phase,
@@ -427,7 +450,7 @@ impl Vm {
     }
 
     fn next_look(&self) -> Instant {
-        let migrating = matches!(self.stage, Stage::Outgoing(_));
+        let migrating = matches!(self.stage, Stage::Outgoing(_) | Stage::Serving(_) | Stage::Filling(_));
         let wait = if migrating || self.ending.is_some() { LOOK_EVERY } else { IDLE_EVERY };
         Instant::now() + wait
     }
@@ -436,7 +459,10 @@ impl Vm {
         self.look_at_migration().await;
         self.look_at_ending().await;
         self.now.launcher_rss_bytes = own_rss();
-        if self.agent_open && self.ask_at <= Instant::now() && matches!(self.stage, Stage::Running(_)) {
+        if self.agent_open
+            && self.ask_at <= Instant::now()
+            && matches!(self.stage, Stage::Running(_) | Stage::Filling(_))
+        {
             self.ask_at = Instant::now() + ASK_EVERY;
             let (socket, tell) = (self.paths.sockets.join(AGENT), self.agent.0.clone());
             // At most one question at a time: the channel holds one answer and the next is not asked before it is taken.

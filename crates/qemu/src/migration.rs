@@ -2,15 +2,20 @@
 //!
 //! ```text
 //! source:  setup → active ⟲ passes → (STOP) device → completed      the guest has left, this QEMU stays stopped for ever
+//!                    ├→ (STOP) postcopy-active → completed           the guest has left with the switch
+//!                    │                  └→ postcopy-paused           the link broke: the guest is lost
 //!                    └→ cancelling → cancelled                      the guest runs on here
 //!                    └→ failed (RESUME)                             the guest runs on here
 //! target:  setup → active → completed                               loaded, stopped, waits for the go
+//!                    ├→ postcopy-active (paused) → completed         stopped, waits for the go; memory follows
 //!                    └→ failed, or QEMU exits                       nothing was run here
 //! ```
 
 use crate::accelerator::Accelerator;
+use crate::failure::{self, Cause, Explanation};
 use crate::qmp::Event;
 use crate::qmp::commands::{MigrationInfo, MigrationStatus, VersionTriple};
+use std::collections::VecDeque;
 
 /// What an outgoing migration is told.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -21,12 +26,26 @@ pub struct Options {
     pub max_downtime_ms: u64,
     /// Slow the guest down when it writes faster than the link carries.
     pub auto_converge: bool,
+    /// It may go over to post-copy. The target has to be told the same.
+    pub post_copy: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Options { bandwidth: None, max_downtime_ms: 300, auto_converge: false }
+        Options { bandwidth: None, max_downtime_ms: 300, auto_converge: false, post_copy: false }
     }
+}
+
+/// How a guest moves.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Mode {
+    /// Its memory is copied while it runs at the source.
+    #[default]
+    PreCopy,
+    /// It was stopped so that the copying comes to an end.
+    Paused,
+    /// It runs at the target while the rest of its memory follows.
+    PostCopy,
 }
 
 /// What is known of a migration. Times are microseconds since the Unix epoch, by this host's clock.
@@ -34,6 +53,8 @@ impl Default for Options {
 pub struct Facts {
     /// QEMU's word.
     pub status: MigrationStatus,
+    /// How the guest moves.
+    pub mode: Mode,
     /// When it began.
     pub start_us: Option<i64>,
     /// When the guest's CPUs stopped for it.
@@ -48,7 +69,7 @@ pub struct Facts {
     pub sent_bytes: u64,
     /// Bytes still to send.
     pub remaining_bytes: u64,
-    /// Measured between the last two looks.
+    /// Measured over the last looks, [`RATE_WINDOW_US`] at most; over all of it at the end. 0 until it can be told.
     pub bytes_per_second: u64,
     /// How fast the guest writes to its memory, as QEMU estimates it after each pass.
     pub dirty_bytes_per_second: u64,
@@ -60,8 +81,14 @@ pub struct Facts {
     pub total_ms: Option<u64>,
     /// The standstill as this QEMU counts it, in milliseconds. Only one side's view.
     pub downtime_ms: Option<u64>,
+    /// The standstill that QEMU expects if it switched over now, in milliseconds.
+    pub expected_downtime_ms: Option<u64>,
+    /// By how many per cent auto-converge slows the guest down.
+    pub throttle_percent: Option<u64>,
     /// Why it failed.
     pub error: Option<String>,
+    /// What kind of failure that is.
+    pub cause: Option<Cause>,
 }
 
 impl Facts {
@@ -75,6 +102,13 @@ fn is_final(status: MigrationStatus) -> bool {
     matches!(status, MigrationStatus::Completed | MigrationStatus::Failed | MigrationStatus::Cancelled)
 }
 
+/// Over how long the rate is measured at most, in microseconds.
+const RATE_WINDOW_US: i64 = 1_000_000;
+/// Less than this between two looks is not worth a look.
+const LOOK_APART_US: i64 = 50_000;
+/// Before this has passed, no rate is told.
+const FIRST_RATE_US: u64 = 250_000;
+
 /// Adds up events and numbers. Both ends use it.
 #[derive(Clone, Debug)]
 pub struct Tracker {
@@ -82,8 +116,8 @@ pub struct Tracker {
     /// Events before this one are taken already, or belong to an earlier migration of the same QEMU (its own arrival, or a
     /// failed try).
     from_event: u64,
-    /// Time and bytes sent at the last look.
-    last_look: Option<(i64, u64)>,
+    /// Time and bytes sent at the last looks, the oldest first.
+    looks: VecDeque<(i64, u64)>,
     /// QEMU's answers can only be about this migration, since it has had no other.
     only_one: bool,
     /// Bytes of disks to copy and copied, which count like memory.
@@ -93,7 +127,7 @@ pub struct Tracker {
 impl Tracker {
     /// Begins with the event of this number.
     pub fn new(from_event: u64) -> Self {
-        Tracker { facts: Facts::default(), from_event, last_look: None, only_one: false, blocks: (0, 0) }
+        Tracker { facts: Facts::default(), from_event, looks: VecDeque::new(), only_one: false, blocks: (0, 0) }
     }
 
     /// For a QEMU that was started to receive.
@@ -133,7 +167,7 @@ impl Tracker {
     }
 
     fn status(&mut self, status: MigrationStatus, at_us: i64) {
-        // The last word stands. (Post-copy and recovery are not used yet; they would not come after one either.)
+        // The last word stands.
         if self.facts.is_final() {
             if status == self.facts.status {
                 self.facts.end_us = self.facts.end_us.map(|end| end.min(at_us));
@@ -141,6 +175,9 @@ impl Tracker {
             return;
         }
         self.facts.status = status;
+        if status.is_post_copy() {
+            self.facts.mode = Mode::PostCopy;
+        }
         if status == MigrationStatus::Setup || status == MigrationStatus::Active {
             self.facts.start_us.get_or_insert(at_us);
         }
@@ -179,27 +216,38 @@ impl Tracker {
                 _ => self.facts.bytes_per_second,
             };
         }
+        self.facts.throttle_percent = info.cpu_throttle_percentage.filter(|percent| *percent > 0);
+        self.facts.expected_downtime_ms = info.expected_downtime.or(self.facts.expected_downtime_ms);
         if let Some(error) = &info.error_desc {
-            self.facts.error.get_or_insert_with(|| error.clone());
+            self.fail(error.clone());
         }
         // The answer may be ahead of the event on its way; the event brings the exact time.
-        if is_final(info.status) && !self.facts.is_final() {
+        let turned = is_final(info.status) || info.status.is_post_copy() && info.status != self.facts.status;
+        if turned && !self.facts.is_final() {
             self.status(info.status, now_us);
         }
     }
 
     fn sent(&mut self, sent: u64, now_us: i64) {
         self.facts.sent_bytes = sent;
-        match self.last_look {
-            // Two looks that are close together measure the buffers, not the link.
-            Some((then, _)) if now_us.saturating_sub(then) < 50_000 => {}
-            Some((then, before)) => {
-                let elapsed = now_us.saturating_sub(then).unsigned_abs();
-                let bytes = sent.saturating_sub(before);
-                self.facts.bytes_per_second = bytes.saturating_mul(1_000_000).checked_div(elapsed).unwrap_or(0);
-                self.last_look = Some((now_us, sent));
-            }
-            None => self.last_look = Some((now_us, sent)),
+        let Some(&(last, _)) = self.looks.back() else {
+            self.looks.push_back((now_us, sent));
+            return;
+        };
+        // Looks that are close together measure the buffers, not the link.
+        if now_us.saturating_sub(last) < LOOK_APART_US {
+            return;
+        }
+        self.looks.push_back((now_us, sent));
+        while self.looks.len() > 2 && self.looks.get(1).is_some_and(|(at, _)| now_us - at >= RATE_WINDOW_US) {
+            self.looks.pop_front();
+        }
+        let Some(&(first, before)) = self.looks.front() else { return };
+        let elapsed = now_us.saturating_sub(first).unsigned_abs();
+        // The first bytes only fill what lies between the two QEMUs.
+        if elapsed >= FIRST_RATE_US {
+            let bytes = sent.saturating_sub(before);
+            self.facts.bytes_per_second = bytes.saturating_mul(1_000_000).checked_div(elapsed).unwrap_or(0);
         }
     }
 
@@ -229,8 +277,27 @@ impl Tracker {
         self.facts.downtime_limit_ms = Some(downtime_ms);
     }
 
-    pub(crate) fn fail(&mut self, error: String) {
-        self.facts.error.get_or_insert(error);
+    pub(crate) fn mode(&mut self, mode: Mode) {
+        self.facts.mode = mode;
+    }
+
+    /// The first reason stands.
+    pub(crate) fn fail(&mut self, text: String) {
+        if self.facts.error.is_none() {
+            self.explained(Explanation { cause: failure::cause(&text), text });
+        }
+    }
+
+    pub(crate) fn link_lost(&mut self, text: &str) {
+        if self.facts.error.is_none() {
+            self.explained(Explanation { cause: Cause::LinkLost, text: text.into() });
+        }
+    }
+
+    /// A better reason than the one that was known.
+    pub(crate) fn explained(&mut self, explanation: Explanation) {
+        self.facts.cause = Some(explanation.cause);
+        self.facts.error = Some(explanation.text);
     }
 }
 
@@ -386,19 +453,33 @@ mod tests {
     }
 
     #[test]
-    fn the_rate_is_measured_between_looks() {
+    fn the_rate_is_that_of_the_last_second_and_the_first_burst_is_not_one() {
         let mut tracker = Tracker::new(0);
         tracker.event(&event(0, 1, "MIGRATION", "active"));
-        let info = |transferred| MigrationInfo {
-            status: MigrationStatus::Active,
-            ram: Some(RamInfo { total: 100_000, transferred, ..RamInfo::default() }),
-            ..MigrationInfo::default()
+        let mut look = |at_ms: i64, transferred| {
+            let ram = Some(RamInfo { total: 100_000_000, transferred, ..RamInfo::default() });
+            tracker.look(
+                &MigrationInfo { status: MigrationStatus::Active, ram, ..MigrationInfo::default() },
+                at_ms * 1000,
+            );
+            tracker.facts().bytes_per_second
         };
-        tracker.look(&info(1000), 1_000_000);
-        tracker.look(&info(2000), 1_010_000);
-        assert_eq!(tracker.facts().bytes_per_second, 0, "too close together");
-        tracker.look(&info(6000), 1_500_000);
-        assert_eq!(tracker.facts().bytes_per_second, 10_000);
+        assert_eq!(look(0, 0), 0);
+        assert_eq!(look(60, 1_000_000), 0, "what lies in buffers is no rate");
+        assert_eq!(look(500, 1_000_000), 2_000_000);
+        // The burst is forgotten after a second.
+        assert_eq!(look(1000, 1_100_000), 1_100_000);
+        assert_eq!(look(1500, 1_200_000), 200_000);
+        assert_eq!(look(1510, 9_200_000), 200_000, "too close together");
+    }
+
+    #[test]
+    fn post_copy_is_remembered_after_its_end() {
+        let mut tracker = Tracker::new(0);
+        for (n, status) in ["active", "postcopy-active", "completed"].into_iter().enumerate() {
+            tracker.event(&event(n as u64, 10 * n as i64, "MIGRATION", status));
+        }
+        assert_eq!((tracker.facts().status, tracker.facts().mode), (MigrationStatus::Completed, Mode::PostCopy));
     }
 
     #[test]

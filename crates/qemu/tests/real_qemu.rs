@@ -2,109 +2,18 @@
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
+mod place;
+
 use godwit_guest_rom::{Parameters, Story};
 use godwit_qemu::accelerator::{self, Accelerator};
 use godwit_qemu::blocks::Blocks;
-use godwit_qemu::instance::{Error, Incoming, Outgoing, Prelaunch, Running, Settled};
-use godwit_qemu::machine::{Boot, Bus, Cache, Disk, DiskKind, Format, Machine};
+use godwit_qemu::instance::{Error, Incoming, Prelaunch, Settled};
+use godwit_qemu::machine::{Bus, Cache, Disk, DiskKind, Format, Machine};
 use godwit_qemu::migration::Options;
-use godwit_qemu::process::find_qemu;
 use godwit_qemu::qmp::commands::{MigrationStatus, RunState};
-use std::path::{Path, PathBuf};
+use place::*;
+use std::path::Path;
 use std::time::Duration;
-use tokio::io::{AsyncBufReadExt, BufReader};
-use tokio::net::UnixStream;
-
-/// Generous: the machine is busy, and only a hang shall fail.
-const PATIENCE: Duration = Duration::from_secs(60);
-
-fn qemu() -> PathBuf {
-    find_qemu().expect("these tests need qemu-system-x86_64: `make deps` installs it")
-}
-
-/// A folder for one guest; everything in it goes with it. QEMU goes with its handle.
-struct Place {
-    folder: tempfile::TempDir,
-}
-
-impl Place {
-    fn new(parameters: Parameters) -> Place {
-        let place = Place { folder: tempfile::tempdir().unwrap() };
-        std::fs::write(place.path("rom"), godwit_guest_rom::image(parameters)).unwrap();
-        place
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
-    }
-
-    fn machine(&self, end: &str) -> Machine {
-        let mut machine = Machine::new(self.path(&format!("{end}-qmp")), 16, Boot::Rom(self.path("rom")));
-        machine.serial = Some(self.path(&format!("{end}-serial")));
-        machine
-    }
-
-    async fn source(&self) -> (Running, Console) {
-        let prelaunch = Prelaunch::launch(&qemu(), &self.machine("source")).await.unwrap();
-        let console = Console::open(&self.path("source-serial")).await;
-        (prelaunch.start().await.unwrap(), console)
-    }
-
-    async fn target(&self) -> (Incoming, Console) {
-        let incoming = Incoming::launch(&qemu(), &self.machine("target"), &self.path("flight")).await.unwrap();
-        let console = Console::open(&self.path("target-serial")).await;
-        (incoming, console)
-    }
-}
-
-struct Console {
-    lines: tokio::io::Lines<BufReader<UnixStream>>,
-}
-
-impl Console {
-    async fn open(path: &Path) -> Console {
-        Console { lines: BufReader::new(UnixStream::connect(path).await.unwrap()).lines() }
-    }
-
-    /// Listens until `beats` more beats have been heard.
-    async fn hear(&mut self, story: &mut Story, beats: u32) {
-        let goal = story.beats() + beats;
-        let work = async {
-            while story.beats() < goal {
-                let line = self.lines.next_line().await.unwrap().expect("the console has ended");
-                story.hear(&line);
-            }
-        };
-        tokio::time::timeout(PATIENCE, work).await.expect("the guest does not beat");
-        assert_eq!(story.complaint(), None);
-    }
-
-    /// Takes what is there already, to its end (after QEMU's).
-    async fn drain(&mut self, story: &mut Story) {
-        while let Ok(Some(line)) = self.lines.next_line().await {
-            story.hear(&line);
-        }
-        assert_eq!(story.complaint(), None);
-    }
-}
-
-/// Follows the migration to QEMU's last word.
-async fn follow(outgoing: &mut Outgoing) {
-    let mut events = outgoing.qemu().subscribe();
-    let work = async {
-        while !outgoing.facts().is_final() {
-            tokio::select! {
-                event = events.next() => outgoing.event(&event.expect("QEMU has ended")),
-                () = tokio::time::sleep(Duration::from_millis(20)) => outgoing.look().await.unwrap(),
-            }
-        }
-    };
-    tokio::time::timeout(PATIENCE, work).await.expect("the migration does not end");
-}
-
-fn busy() -> Parameters {
-    Parameters { token: 0xfeed, pages_per_tick: 50, ..Parameters::default() }
-}
 
 /// QEMU 7.2's translator loses writes between two passes (`migration::tracks_writes`): the cap would make it many passes.
 #[tokio::test]
@@ -120,7 +29,7 @@ async fn a_guest_that_writes_all_the_time_loses_no_page() {
     let mut outgoing = source.migrate(&place.path("flight"), &options, None).await.map_err(|e| e.1).unwrap();
     follow(&mut outgoing).await;
     let Settled::Departed(departed) = outgoing.settle().await else { panic!("it did not leave") };
-    let _running = target.go().await.map_err(|e| e.error).unwrap();
+    let _running = run(target).await;
     departed.qemu().quit().await;
     here.drain(&mut story).await;
     // Twice through its memory: every page is verified when it is written to again.
@@ -148,7 +57,7 @@ async fn a_guest_flies_and_never_runs_twice() {
     assert_eq!(target.qemu().status().await.unwrap(), RunState::Paused);
 
     let mut events = target.qemu().subscribe();
-    let running = target.go().await.map_err(|e| e.error).unwrap();
+    let running = run(target).await;
     let ended = departed.qemu().quit().await;
     assert!(ended.is_clean(), "{ended}");
     here.drain(&mut story).await;
@@ -179,7 +88,7 @@ async fn the_guest_flies_on_and_on() {
             running.migrate(&place.path(&name), &Options::default(), None).await.map_err(|e| e.1).unwrap();
         follow(&mut outgoing).await;
         let Settled::Departed(departed) = outgoing.settle().await else { panic!("it did not leave") };
-        running = incoming.go().await.map_err(|e| e.error).unwrap();
+        running = run(incoming).await;
         departed.qemu().quit().await;
         here.drain(&mut story).await;
         there.hear(&mut story, 2).await;
@@ -216,7 +125,7 @@ async fn a_target_killed_in_flight_leaves_the_guest_running_at_the_source() {
         source.migrate(&place.path("flight2"), &Options::default(), None).await.map_err(|e| e.1).unwrap();
     follow(&mut outgoing).await;
     let Settled::Departed(departed) = outgoing.settle().await else { panic!("it did not leave") };
-    let running = second.go().await.map_err(|e| e.error).unwrap();
+    let running = run(second).await;
     departed.qemu().quit().await;
     here.drain(&mut story).await;
     there.hear(&mut story, 3).await;
@@ -241,7 +150,7 @@ async fn a_cancelled_flight_leaves_the_guest_running_at_the_source() {
     assert_eq!(outgoing.facts().status, MigrationStatus::Cancelled);
     let Settled::Stays(source, _) = outgoing.settle().await else { panic!("it should have stayed") };
     // The target refuses to run what it does not have.
-    let refused = target.go().await.unwrap_err();
+    let refused = target.go(false).await.unwrap_err();
     assert!(!refused.may_run);
     refused.incoming.qemu().process().kill().await;
     here.hear(&mut story, 5).await;
@@ -363,7 +272,7 @@ async fn kvm_flies_where_it_opens() {
     let mut outgoing = source.migrate(&place.path("flight"), &Options::default(), None).await.map_err(|e| e.1).unwrap();
     follow(&mut outgoing).await;
     let Settled::Departed(departed) = outgoing.settle().await else { panic!("it did not leave") };
-    let running = target.go().await.map_err(|e| e.error).unwrap();
+    let running = run(target).await;
     departed.qemu().quit().await;
     here.drain(&mut story).await;
     there.hear(&mut story, 3).await;
@@ -418,7 +327,7 @@ async fn a_disk_that_is_not_shared_flies_along() {
     follow(&mut outgoing).await;
     let Settled::Departed(departed) = outgoing.settle().await else { panic!("it did not leave") };
     assert!(departed.facts().total_bytes >= 32 << 20, "the disk counts: {:?}", departed.facts());
-    let running = target.go().await.map_err(|e| e.error).unwrap();
+    let running = run(target).await;
     departed.qemu().quit().await;
     here.drain(&mut story).await;
     there.hear(&mut story, 3).await;
@@ -457,7 +366,7 @@ async fn a_target_that_dies_while_disks_are_copied_leaves_the_guest_where_it_was
     let mut outgoing = flight.map_err(|e| e.1).unwrap();
     follow(&mut outgoing).await;
     let Settled::Departed(departed) = outgoing.settle().await else { panic!("it did not leave") };
-    let running = target.go().await.map_err(|e| e.error).unwrap();
+    let running = run(target).await;
     departed.qemu().quit().await;
     running.qemu().quit().await;
     assert!(std::fs::read(place.path("source-disk")).unwrap() == std::fs::read(place.path("second-disk")).unwrap());
@@ -543,7 +452,7 @@ async fn a_machine_with_every_device_is_built_and_flies() {
         let mut outgoing = flight.map_err(|e| e.1).unwrap();
         follow(&mut outgoing).await;
         let Settled::Departed(departed) = outgoing.settle().await else { panic!("it did not leave") };
-        let running = target.go().await.map_err(|e| e.error).unwrap();
+        let running = run(target).await;
         departed.qemu().quit().await;
         here.drain(&mut story).await;
         there.hear(&mut story, 2).await;

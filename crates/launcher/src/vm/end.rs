@@ -2,6 +2,7 @@
 
 use super::{Ending, Stage, Vm};
 use crate::rpc::{DomainPhase, MigrationRole};
+use godwit_qemu::failure;
 use godwit_qemu::process::Ended;
 use godwit_qemu::qmp::commands::MigrationStatus;
 use std::time::Duration;
@@ -31,7 +32,13 @@ impl Vm {
                 qemu.process().kill().await;
                 self.over(DomainPhase::Shutdown);
             }
-            Stage::Running(_) | Stage::Outgoing(_) => match &mut self.ending {
+            // The guest needs this QEMU until all of its memory is there; only after its patience it is lost.
+            Stage::Serving(_) if grace.is_zero() => {
+                if let Some(qemu) = self.stage.qemu() {
+                    qemu.process().kill().await;
+                }
+            }
+            Stage::Running(_) | Stage::Filling(_) | Stage::Outgoing(_) | Stage::Serving(_) => match &mut self.ending {
                 Some(ending) => ending.deadline = ending.deadline.min(deadline),
                 None => self.ending = Some(Ending { deadline, press: Instant::now(), forced: false }),
             },
@@ -61,7 +68,7 @@ impl Vm {
                 // Its end comes back as any other does.
                 tokio::spawn(async move { qemu.quit().await });
             }
-        } else if now >= ending.press {
+        } else if now >= ending.press && !matches!(self.stage, Stage::Serving(_)) {
             ending.press = now + PRESS_EVERY;
             if let Err(error) = qemu.power_button().await {
                 tracing::warn!(%error, "pressing the power button");
@@ -75,30 +82,38 @@ impl Vm {
         while let Some(event) = self.events.as_mut().and_then(|e| e.try_next()) {
             self.event(event).await;
         }
-        if let Stage::Outgoing(outgoing) = &self.stage
-            && outgoing.facts().status == MigrationStatus::Completed
-        {
-            self.settle().await;
+        match &self.stage {
+            Stage::Outgoing(outgoing) if outgoing.facts().status == MigrationStatus::Completed => self.settle().await,
+            Stage::Serving(_) => self.served(),
+            _ => {}
         }
         if let Some(console) = self.console.take() {
             console.drain().await;
         }
-        let arriving = matches!(self.stage, Stage::Incoming(_));
         if let Some(m) = &mut self.now.migration {
             let interrupted = match m.role {
-                MigrationRole::Source => matches!(self.stage, Stage::Outgoing(_)),
-                MigrationRole::Target => arriving && !m.loaded,
+                MigrationRole::Source => matches!(self.stage, Stage::Outgoing(_) | Stage::Serving(_)),
+                MigrationRole::Target => matches!(self.stage, Stage::Incoming(_) | Stage::Filling(_)),
             };
             if interrupted && !m.is_final() {
+                let explained = failure::of_end(&ended);
                 m.status = "failed".into();
-                m.error = Some(ended.to_string());
+                m.error = Some(explained.text);
+                m.cause = Some(explained.cause);
             }
         }
         let (phase, reason) = match (&self.stage, &self.ending, self.shutdown_reason.as_deref()) {
             (Stage::Departed(_), ..) => {
                 (DomainPhase::MigratedAway, "the guest has migrated to another node".to_string())
             }
-            (Stage::Incoming(_), ..) => (DomainPhase::Crashed, format!("the guest could not be received: {ended}")),
+            (Stage::Serving(_), ..) => (
+                DomainPhase::MigratedAway,
+                format!("QEMU ended before all of the guest's memory had followed it to the other node: {ended}"),
+            ),
+            (Stage::Incoming(_), ..) => {
+                let why = failure::of_end(&ended).text;
+                (DomainPhase::Crashed, format!("the guest could not be received: {why}"))
+            }
             (_, Some(ending), _) if ending.forced => {
                 (DomainPhase::Shutdown, "the guest was told to shut down and was ended by force after its grace".into())
             }

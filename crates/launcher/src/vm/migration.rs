@@ -3,15 +3,23 @@
 use super::{Refused, Stage, Vm, refused, short};
 use crate::plan::Plan;
 use crate::record::Record;
-use crate::rpc::{DomainPhase, GoOrder, MigrationFacts, MigrationRole, Refusal, SourceOrder, TargetReady};
+use crate::rpc::{
+    Cause, DomainPhase, GoOrder, MigrationFacts, MigrationMode, MigrationRole, Refusal, SourceOrder, TargetReady,
+};
 use godwit_qemu::blocks::Blocks;
-use godwit_qemu::instance::{GoError, Incoming, Settled};
-use godwit_qemu::migration::{Facts, Options};
+use godwit_qemu::instance::{Arrived, Departed, GoError, Incoming, Settled};
+use godwit_qemu::migration::{Facts, Mode, Options};
 use godwit_qemu::qmp::Event;
 use godwit_qemu::qmp::commands::MigrationStatus;
+use std::time::Duration;
+use tokio::time::Instant;
 
 /// KubeVirt's.
 const MAX_DOWNTIME_MS: u64 = 300;
+/// How long a cancellation is waited for before its answer is given.
+const CANCEL_LIMIT: Duration = Duration::from_secs(5);
+/// Between two looks at it.
+const CANCEL_LOOK: Duration = Duration::from_millis(2);
 
 impl Vm {
     /// What a target offers besides the memory socket.
@@ -23,13 +31,13 @@ impl Vm {
         migration_uid: &str,
     ) -> Result<TargetReady, Refused> {
         if plan.local_disks.is_empty() {
-            return Ok(TargetReady { socket, blocks_socket: None, post_copy: false });
+            return Ok(TargetReady { socket, blocks_socket: None, post_copy: incoming.can_post_copy() });
         }
         let blocks = format!("blocks-{}.sock", short(migration_uid));
         let path = self.paths.sockets.join(&blocks);
         let _ = std::fs::remove_file(&path);
         incoming.offer_blocks(&path, &plan.local_disks).await?;
-        Ok(TargetReady { socket, blocks_socket: Some(blocks), post_copy: false })
+        Ok(TargetReady { socket, blocks_socket: Some(blocks), post_copy: incoming.can_post_copy() })
     }
 
     pub(super) fn arriving(&mut self, migration_uid: String) {
@@ -49,8 +57,9 @@ impl Vm {
 
     /// Starts to send the guest, once for a migration uid.
     pub(super) async fn migrate(&mut self, order: SourceOrder) -> Result<(), Refused> {
+        let bandwidth = order.bandwidth_bytes_per_second.filter(|b| *b > 0);
         if self.about(&order.migration_uid, MigrationRole::Source).is_ok() {
-            return Ok(());
+            return self.limit_bandwidth(bandwidth).await;
         }
         for socket in [Some(&order.socket), order.blocks_socket.as_ref()].into_iter().flatten() {
             if socket.is_empty() || socket.contains('/') || socket.starts_with('.') {
@@ -59,13 +68,13 @@ impl Vm {
             }
         }
         match &self.stage {
-            Stage::Running(running) if running.is_paused() => {
-                return Err(refused(Refusal::Conflict, "the guest is paused; unpause it before it migrates"));
-            }
             Stage::Running(_) if self.ending.is_some() => {
                 return Err(refused(Refusal::Conflict, "the guest is being shut down"));
             }
             Stage::Running(_) => {}
+            Stage::Filling(_) => {
+                return Err(refused(Refusal::Conflict, "the guest has not all of its memory yet (post-copy)"));
+            }
             Stage::Outgoing(_) => {
                 return Err(refused(Refusal::Conflict, "another migration of this guest is under way"));
             }
@@ -83,9 +92,10 @@ impl Vm {
         self.record = Some(record);
         let Stage::Running(running) = std::mem::replace(&mut self.stage, Stage::Ended) else { return Ok(()) };
         let options = Options {
-            bandwidth: order.bandwidth_bytes_per_second.filter(|b| *b > 0),
+            bandwidth,
             max_downtime_ms: order.max_downtime_ms.filter(|ms| *ms > 0).unwrap_or(MAX_DOWNTIME_MS),
             auto_converge: order.allow_auto_converge,
+            post_copy: order.allow_post_copy,
         };
         let mut facts = MigrationFacts::new(order.migration_uid, MigrationRole::Source);
         let blocks = order
@@ -102,46 +112,88 @@ impl Vm {
                 self.stage = Stage::Running(running);
                 facts.status = "failed".into();
                 facts.error = Some(error.to_string());
+                facts.cause = Some(error.cause());
                 self.now.migration = Some(facts);
                 Err(error.into())
             }
         }
     }
 
-    /// Asks for the cancellation. Where the guest is afterwards, the state tells.
-    pub(super) async fn cancel(&mut self, uid: &str) -> Result<(), Refused> {
-        self.about(uid, MigrationRole::Source)?;
-        if let Stage::Outgoing(outgoing) = &mut self.stage {
-            outgoing.cancel().await.map_err(|e| refused(Refusal::Failed, e.to_string()))?;
-            self.follow().await;
-        }
+    async fn limit_bandwidth(&mut self, bandwidth: Option<u64>) -> Result<(), Refused> {
+        let limited = match &mut self.stage {
+            Stage::Outgoing(outgoing) if outgoing.bandwidth() != bandwidth => outgoing.limit_bandwidth(bandwidth).await,
+            Stage::Serving(serving) if serving.bandwidth() != bandwidth => serving.limit_bandwidth(bandwidth).await,
+            _ => return Ok(()),
+        };
+        limited.map_err(|e| refused(Refusal::Failed, e.to_string()))?;
+        self.take_facts();
         Ok(())
     }
 
-    /// Lets the guest run at the target while the rest of its memory follows.
+    /// Asks for the cancellation and waits for what comes of it; the state then tells whether it was too late. Where QEMU
+    /// takes longer, the state says `cancelling`, and later what came of it.
+    pub(super) async fn cancel(&mut self, uid: &str) -> Result<(), Refused> {
+        self.about(uid, MigrationRole::Source)?;
+        // Perhaps it has gone over to post-copy in this moment, and must not be touched any more.
+        self.follow().await;
+        let Stage::Outgoing(outgoing) = &mut self.stage else { return Ok(()) };
+        outgoing.cancel().await.map_err(|e| refused(Refusal::Failed, e.to_string()))?;
+        let end = Instant::now() + CANCEL_LIMIT;
+        while let Stage::Outgoing(outgoing) = &mut self.stage
+            && Instant::now() < end
+        {
+            if let Err(error) = outgoing.look().await {
+                tracing::debug!(%error, "looking at the cancelled migration");
+                break;
+            }
+            self.follow().await;
+            if matches!(self.stage, Stage::Outgoing(_)) {
+                tokio::time::sleep(CANCEL_LOOK).await;
+            }
+        }
+        self.follow().await;
+        Ok(())
+    }
+
+    /// Lets the guest run at the target while the rest of its memory follows. The same order again is no second one.
     pub(super) async fn switch_to_post_copy(&mut self, uid: &str) -> Result<(), Refused> {
         self.about(uid, MigrationRole::Source)?;
-        Err(refused(Refusal::Unsupported, "this launcher does not switch to post-copy"))
+        match &mut self.stage {
+            Stage::Outgoing(outgoing) => {
+                outgoing.switch_to_post_copy().await?;
+                self.follow().await;
+                Ok(())
+            }
+            // It has left already, in this way or the ordinary one.
+            Stage::Serving(_) | Stage::Departed(_) => Ok(()),
+            _ => Err(refused(Refusal::Conflict, "no migration is under way here")),
+        }
     }
 
-    /// Stops the guest so that the migration comes to an end.
+    /// Stands the guest still so that the migration comes to an end.
     pub(super) async fn pause_to_migrate(&mut self, uid: &str) -> Result<(), Refused> {
         self.about(uid, MigrationRole::Source)?;
-        Err(refused(Refusal::Unsupported, "this launcher does not pause a guest for its migration"))
+        match &mut self.stage {
+            Stage::Outgoing(outgoing) => {
+                outgoing.hold().await?;
+                self.follow().await;
+                Ok(())
+            }
+            Stage::Serving(_) | Stage::Departed(_) => Ok(()),
+            _ => Err(refused(Refusal::Conflict, "no migration is under way here")),
+        }
     }
 
-    /// The source is stopped for good: run the guest. The same go again is no second one.
+    /// The source is stopped for good: the guest is this end's. The same go again is no second one.
     pub(super) async fn go(&mut self, order: &GoOrder) -> Result<(), Refused> {
-        let uid = &order.migration_uid;
-        let gone = self.about(uid, MigrationRole::Target)?.gone;
+        let gone = self.about(&order.migration_uid, MigrationRole::Target)?.gone;
         match std::mem::replace(&mut self.stage, Stage::Ended) {
             Stage::Incoming(mut incoming) => {
                 if gone {
                     // QEMU got the first go and did not answer.
                     match incoming.running().await {
-                        Ok(running) => {
-                            self.stage = Stage::Running(running);
-                            self.arrived().await;
+                        Ok(arrived) => {
+                            self.arrived(arrived).await;
                             return Ok(());
                         }
                         Err(again) => incoming = again,
@@ -149,10 +201,9 @@ impl Vm {
                 }
                 // From here on it may run here, whatever becomes of the answer.
                 self.set_gone(true);
-                match incoming.go().await {
-                    Ok(running) => {
-                        self.stage = Stage::Running(running);
-                        self.arrived().await;
+                match incoming.go(order.paused).await {
+                    Ok(arrived) => {
+                        self.arrived(arrived).await;
                         Ok(())
                     }
                     Err(GoError { incoming, may_run, error }) => {
@@ -165,7 +216,7 @@ impl Vm {
             other => {
                 self.stage = other;
                 match (&self.stage, gone) {
-                    (Stage::Running(_) | Stage::Outgoing(_), true) => Ok(()),
+                    (Stage::Running(_) | Stage::Filling(_) | Stage::Outgoing(_), true) => Ok(()),
                     _ => Err(refused(Refusal::Conflict, "there is no guest that waits for a go here")),
                 }
             }
@@ -178,8 +229,20 @@ impl Vm {
         }
     }
 
-    async fn arrived(&mut self) {
-        self.set_gone(true);
+    async fn arrived(&mut self, arrived: Arrived) {
+        let (stage, facts) = match arrived {
+            Arrived::Whole(running, facts) => (Stage::Running(running), facts),
+            Arrived::Filling(filling) => {
+                let facts = filling.facts().clone();
+                (Stage::Filling(filling), facts)
+            }
+        };
+        self.stage = stage;
+        if let Some(m) = &mut self.now.migration {
+            fill(m, &facts);
+            m.loaded = true;
+            m.gone = true;
+        }
         // The RESUME came before the answer to `cont`.
         while let Some(event) = self.events.as_mut().and_then(|e| e.try_next()) {
             self.migration_event(&event).await;
@@ -221,16 +284,25 @@ impl Vm {
                 incoming.event(event);
                 self.take_facts();
             }
-            Stage::Running(_) if event.name == "RESUME" => {
-                if let Some(m) = &mut self.now.migration {
-                    let arrived = m.role == MigrationRole::Target && m.gone;
-                    let stayed = m.role == MigrationRole::Source && m.stop_us.is_some();
-                    if arrived || stayed {
-                        m.resume_us.get_or_insert(event.at_us);
-                    }
-                }
+            Stage::Serving(serving) => {
+                serving.event(event);
+                self.served();
+            }
+            Stage::Filling(filling) => {
+                filling.event(event);
+                self.filled();
             }
             _ => {}
+        }
+        if event.name == "RESUME"
+            && matches!(self.stage, Stage::Running(_) | Stage::Filling(_))
+            && let Some(m) = &mut self.now.migration
+        {
+            let arrived = m.role == MigrationRole::Target && m.gone;
+            let stayed = m.role == MigrationRole::Source && m.stop_us.is_some();
+            if arrived || stayed {
+                m.resume_us.get_or_insert(event.at_us);
+            }
         }
     }
 
@@ -248,45 +320,118 @@ impl Vm {
                 }
                 self.take_facts();
             }
+            Stage::Serving(serving) => {
+                if let Err(error) = serving.look().await {
+                    tracing::debug!(%error, "looking at the memory that follows");
+                }
+                self.served();
+            }
+            Stage::Filling(filling) => {
+                if let Err(error) = filling.look().await {
+                    tracing::debug!(%error, "looking at the memory that follows");
+                }
+                self.filled();
+            }
             _ => {}
         }
     }
 
-    /// Reports the outgoing migration, and settles it after QEMU's last word.
+    /// Reports the outgoing migration, and settles it after QEMU's last word, or after the switch to post-copy.
     async fn follow(&mut self) {
         match &self.stage {
             Stage::Outgoing(outgoing) if outgoing.facts().is_final() => self.settle().await,
+            Stage::Outgoing(outgoing) if outgoing.is_switching() => self.hand_over().await,
             _ => self.take_facts(),
         }
+    }
+
+    /// Writes down that the guest has left as soon as it has by the switch to post-copy, and only then reports it.
+    async fn hand_over(&mut self) {
+        let Stage::Outgoing(outgoing) = std::mem::replace(&mut self.stage, Stage::Ended) else { return };
+        match outgoing.hand_over().await {
+            Ok(serving) => {
+                let mut facts = self.departing(serving.facts());
+                facts.guest_paused = serving.is_paused();
+                facts.bandwidth_limit = serving.bandwidth();
+                self.write_down(&facts);
+                self.now.migration = Some(facts);
+                self.stage = Stage::Serving(serving);
+                self.refresh().await;
+                self.publish();
+            }
+            Err(outgoing) => {
+                let over = outgoing.facts().is_final();
+                self.stage = Stage::Outgoing(*outgoing);
+                if over { self.settle().await } else { self.take_facts() }
+            }
+        }
+    }
+
+    /// What is to be told of a guest that has left.
+    fn departing(&self, facts: &Facts) -> MigrationFacts {
+        let mut told = match &self.now.migration {
+            Some(m) => m.clone(),
+            None => MigrationFacts::new("", MigrationRole::Source),
+        };
+        fill(&mut told, facts);
+        told.handed_over = true;
+        told.paused_by_migration = false;
+        told.post_copy_possible = false;
+        told
+    }
+
+    /// Reports the source of a post-copy, and its departure when all is there.
+    pub(super) fn served(&mut self) {
+        let Stage::Serving(serving) = std::mem::replace(&mut self.stage, Stage::Ended) else { return };
+        let facts = self.departing(serving.facts());
+        match serving.settle() {
+            Ok(departed) => self.departed(departed, facts),
+            Err(serving) => {
+                self.now.migration = Some(MigrationFacts { bandwidth_limit: serving.bandwidth(), ..facts });
+                self.stage = Stage::Serving(serving);
+            }
+        }
+    }
+
+    /// Reports the target of a post-copy.
+    fn filled(&mut self) {
+        let Stage::Filling(filling) = std::mem::replace(&mut self.stage, Stage::Ended) else { return };
+        if let Some(m) = &mut self.now.migration {
+            let resume_us = m.resume_us;
+            fill(m, filling.facts());
+            m.resume_us = resume_us;
+        }
+        self.stage = match filling.settle() {
+            Ok(running) => Stage::Running(running),
+            Err(filling) => Stage::Filling(filling),
+        };
+    }
+
+    fn departed(&mut self, departed: Departed, facts: MigrationFacts) {
+        self.write_down(&facts);
+        self.now.migration = Some(facts);
+        self.now.exit_reason = Some("the guest has migrated to another node".into());
+        let qemu = departed.qemu().clone();
+        self.now.qemu_status = Some("postmigrate".into());
+        self.stage = Stage::Departed(departed);
+        self.now.phase = DomainPhase::MigratedAway;
+        self.publish();
+        tokio::spawn(async move { qemu.quit().await });
     }
 
     pub(super) async fn settle(&mut self) {
         let Stage::Outgoing(outgoing) = std::mem::replace(&mut self.stage, Stage::Ended) else { return };
         match outgoing.settle().await {
             Settled::Departed(departed) => {
-                let mut facts = match &self.now.migration {
-                    Some(m) => m.clone(),
-                    None => MigrationFacts::new("", MigrationRole::Source),
-                };
-                fill(&mut facts, departed.facts());
-                facts.handed_over = true;
-                if let Err(error) = self.write_down(&facts) {
-                    // It is true all the same, and the guest stands still until it is told.
-                    tracing::error!(%error, "that the guest has left could not be written down");
-                }
-                self.now.migration = Some(facts);
-                self.now.exit_reason = Some("the guest has migrated to another node".into());
-                let qemu = departed.qemu().clone();
-                self.now.qemu_status = Some("postmigrate".into());
-                self.stage = Stage::Departed(departed);
-                self.now.phase = DomainPhase::MigratedAway;
-                self.publish();
-                tokio::spawn(async move { qemu.quit().await });
+                let facts = self.departing(departed.facts());
+                self.departed(departed, facts);
             }
             Settled::Stays(running, facts) => {
                 self.stage = Stage::Running(running);
                 if let Some(m) = &mut self.now.migration {
                     fill(m, &facts);
+                    m.paused_by_migration = false;
+                    m.post_copy_possible = false;
                 }
                 self.refresh().await;
             }
@@ -298,37 +443,59 @@ impl Vm {
         }
     }
 
-    fn write_down(&mut self, facts: &MigrationFacts) -> std::io::Result<()> {
-        let quick = self.record.take().map(|mut record| record.write(facts));
-        match quick {
+    fn write_down(&mut self, facts: &MigrationFacts) {
+        let written = match self.record.as_mut().map(|record| record.write(facts)) {
             Some(Ok(())) => Ok(()),
-            _ => Record::prepare(&self.paths.ephemeral_disks)?.write(facts),
+            _ => Record::prepare(&self.paths.ephemeral_disks).and_then(|mut record| record.write(facts)),
+        };
+        if let Err(error) = written {
+            // It is true all the same, and the guest stands still until it is told.
+            tracing::error!(%error, "that the guest has left could not be written down");
         }
     }
 
-    /// Copies what QEMU says into the state; `completed` of a source is left out, since it has to be written down first.
+    /// Copies what QEMU says into the state; what must be written down first is left out: `completed` and post-copy.
     fn take_facts(&mut self) {
         let Some(m) = &mut self.now.migration else { return };
         match &self.stage {
             Stage::Outgoing(outgoing) => {
                 let mut facts = outgoing.facts().clone();
-                if facts.status == MigrationStatus::Completed {
+                if facts.status == MigrationStatus::Completed || facts.status.is_post_copy() {
                     facts.status = MigrationStatus::Device;
                     facts.end_us = None;
                 }
                 fill(m, &facts);
+                m.guest_paused = outgoing.is_paused();
+                m.paused_by_migration = outgoing.is_held();
+                m.post_copy_possible = outgoing.can_post_copy();
+                m.bandwidth_limit = outgoing.bandwidth();
             }
             Stage::Incoming(incoming) => {
                 fill(m, incoming.facts());
-                m.loaded = incoming.facts().status == MigrationStatus::Completed;
+                m.loaded =
+                    matches!(incoming.facts().status, MigrationStatus::Completed | MigrationStatus::PostcopyActive);
             }
             _ => {}
         }
     }
 }
 
+/// A departure whose memory had not all followed when the launcher that told of it ended: QEMU ended with that launcher.
+pub(super) fn end_unserved(facts: &mut MigrationFacts) {
+    if !facts.is_final() {
+        facts.status = "failed".into();
+        facts.error = Some("the source's launcher ended before all of the guest's memory had followed it".into());
+        facts.cause = Some(Cause::Killed);
+    }
+}
+
 fn fill(m: &mut MigrationFacts, facts: &Facts) {
     m.status = facts.status.as_str().into();
+    m.mode = match facts.mode {
+        Mode::PreCopy => MigrationMode::PreCopy,
+        Mode::Paused => MigrationMode::Paused,
+        Mode::PostCopy => MigrationMode::PostCopy,
+    };
     m.start_us = facts.start_us;
     m.stop_us = facts.stop_us;
     m.resume_us = facts.resume_us;
@@ -339,8 +506,11 @@ fn fill(m: &mut MigrationFacts, facts: &Facts) {
     m.bytes_per_second = facts.bytes_per_second;
     m.dirty_bytes_per_second = facts.dirty_bytes_per_second;
     m.iteration = facts.passes;
+    m.throttle_percent = facts.throttle_percent;
     m.downtime_limit_ms = facts.downtime_limit_ms;
     m.total_ms = facts.total_ms;
     m.qemu_downtime_ms = facts.downtime_ms;
+    m.expected_downtime_ms = facts.expected_downtime_ms;
     m.error = facts.error.clone();
+    m.cause = facts.cause;
 }

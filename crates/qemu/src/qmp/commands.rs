@@ -63,6 +63,8 @@ commands! {
     Migrate = "migrate" -> Nothing { uri: String };
     /// Stops sending; the guest runs on.
     MigrateCancel = "migrate_cancel" -> Nothing;
+    /// Goes over to post-copy as soon as QEMU can.
+    MigrateStartPostcopy = "migrate-start-postcopy" -> Nothing;
     /// Goes on from `pre-switchover`.
     MigrateContinue = "migrate-continue" -> Nothing { state: &'static str };
     /// Stops the guest's CPUs.
@@ -115,6 +117,9 @@ pub(crate) struct MigrateSetParameters {
     /// Bytes a second.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) max_bandwidth: Option<u64>,
+    /// Bytes a second of what nobody waits for, once in post-copy. (QEMU's default is no limit.)
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) max_postcopy_bandwidth: Option<u64>,
     /// Milliseconds.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) downtime_limit: Option<u64>,
@@ -276,6 +281,14 @@ impl MigrationStatus {
         }
     }
 
+    /// Whether it is past the switch to post-copy, and not at its end.
+    pub fn is_post_copy(self) -> bool {
+        matches!(
+            self,
+            MigrationStatus::PostcopyActive | MigrationStatus::PostcopyPaused | MigrationStatus::PostcopyRecover
+        )
+    }
+
     /// The state that QEMU names so, in an event for instance.
     pub fn from_name(name: &str) -> Self {
         serde_json::from_value(Value::String(name.into())).unwrap_or(MigrationStatus::Other)
@@ -367,7 +380,7 @@ mod tests {
 
     #[test]
     fn arguments_have_qemus_names() {
-        let parameters = MigrateSetParameters { max_bandwidth: Some(5), downtime_limit: None };
+        let parameters = MigrateSetParameters { max_bandwidth: Some(5), ..Default::default() };
         assert_eq!(serde_json::to_value(parameters).unwrap(), json!({"max-bandwidth": 5}));
         let export =
             BlockExportAdd { r#type: "nbd", id: "e".into(), node_name: "n".into(), name: "x".into(), writable: true };

@@ -1,0 +1,236 @@
+//! The receiving end.
+
+use super::{Error, Qemu, Running, now_us};
+use crate::blocks;
+use crate::failure;
+use crate::machine::Machine;
+use crate::migration::{Facts, Tracker};
+use crate::qmp::commands::{self, MigrationStatus, RunState, VersionTriple};
+use crate::qmp::{self, Event};
+use std::path::Path;
+use std::time::Duration;
+
+/// How long a target may take to say that it has loaded what the source knows it has.
+const LOAD_LIMIT: Duration = Duration::from_secs(2);
+
+/// A target: built, stopped, receiving. The guest has not run here.
+#[derive(Debug)]
+pub struct Incoming {
+    qemu: Qemu,
+    tracker: Tracker,
+    offers_blocks: bool,
+    post_copy: bool,
+}
+
+impl Incoming {
+    /// Starts QEMU and listens on the unix socket `socket`.
+    pub async fn launch(program: &Path, machine: &Machine, socket: &Path) -> Result<Incoming, Error> {
+        Incoming::launch_for(program, machine, socket, false).await
+    }
+
+    /// The same, for a migration that may go over to post-copy, if this machine can receive so ([`Incoming::can_post_copy`]).
+    pub async fn launch_for(
+        program: &Path,
+        machine: &Machine,
+        socket: &Path,
+        post_copy: bool,
+    ) -> Result<Incoming, Error> {
+        let machine = Machine { incoming: true, ..machine.clone() };
+        let qemu = Qemu::launch(program, &machine).await?;
+        let mut can = post_copy;
+        if let Err(error) = qemu.set_capabilities(false, false, post_copy).await {
+            if !post_copy {
+                return Err(error.into());
+            }
+            // Mostly userfaultfd(2), which needs root, CAP_SYS_PTRACE or a sysctl.
+            tracing::warn!(%error, "this machine cannot receive in post-copy");
+            qemu.set_capabilities(false, false, false).await?;
+            can = false;
+        }
+        let tracker = Tracker::arriving();
+        // Older ones exit when they cannot load; their last words are the reason then.
+        let exit_on_error = (qemu.version >= VersionTriple { major: 9, minor: 1, micro: 0 }).then_some(false);
+        let uri = format!("unix:{}", socket.display());
+        qemu.qmp.execute(&commands::MigrateIncoming { uri, exit_on_error }).await?;
+        Ok(Incoming { qemu, tracker, offers_blocks: false, post_copy: can })
+    }
+
+    /// Offers disks (numbers in the machine, and names) behind the unix socket `socket`, for the source to copy its own to.
+    pub async fn offer_blocks(&mut self, socket: &Path, disks: &[(usize, String)]) -> Result<(), Error> {
+        self.offers_blocks = true;
+        Ok(blocks::offer(&self.qemu.qmp, socket, disks).await?)
+    }
+
+    /// The QEMU.
+    pub fn qemu(&self) -> &Qemu {
+        &self.qemu
+    }
+
+    /// What is known.
+    pub fn facts(&self) -> &Facts {
+        self.tracker.facts()
+    }
+
+    /// Whether it can receive in post-copy, and was allowed to.
+    pub fn can_post_copy(&self) -> bool {
+        self.post_copy
+    }
+
+    /// Takes an event of QEMU's.
+    pub fn event(&mut self, event: &Event) {
+        self.tracker.event(event);
+    }
+
+    /// Looks at the numbers.
+    pub async fn look(&mut self) -> Result<(), qmp::Error> {
+        let info = self.qemu.qmp.execute(&commands::QueryMigrate {}).await?;
+        self.tracker.look(&info, now_us());
+        if self.facts().status == MigrationStatus::Failed {
+            // QEMU's answer often is only what followed from what it has written before.
+            let said = self.qemu.process.last_words();
+            let lines = said.iter().map(String::as_str).chain(info.error_desc.as_deref());
+            if let Some(explained) = failure::explain(lines) {
+                self.tracker.explained(explained);
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether it has all that a go needs: everything, or in post-copy everything but a part of the memory.
+    pub async fn is_loaded(&mut self) -> Result<bool, qmp::Error> {
+        self.look().await?;
+        let enough = matches!(self.facts().status, MigrationStatus::Completed | MigrationStatus::PostcopyActive);
+        Ok(enough && self.qemu.status().await? == RunState::Paused)
+    }
+
+    /// Runs the guest, unless it is to stay `paused`. Only for the one who knows that the source is stopped for good.
+    ///
+    /// Refused while not enough is loaded; a load that is under way is given [`LOAD_LIMIT`] to end, since the source can
+    /// know of its end a moment before this QEMU says so.
+    pub async fn go(mut self, paused: bool) -> Result<Arrived, GoError> {
+        let end = tokio::time::Instant::now() + LOAD_LIMIT;
+        loop {
+            match self.is_loaded().await {
+                Ok(true) => break,
+                Ok(false) => {}
+                Err(error) => return Err(GoError { incoming: self, may_run: false, error: error.into() }),
+            }
+            let status = self.facts().status;
+            let ending = matches!(
+                status,
+                MigrationStatus::Active | MigrationStatus::PostcopyActive | MigrationStatus::Completed
+            );
+            if !ending || tokio::time::Instant::now() > end {
+                let wanted = "the guest's state must be loaded before it can run here";
+                let error = Error::State { wanted, state: status.as_str() };
+                return Err(GoError { incoming: self, may_run: false, error });
+            }
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        if self.offers_blocks {
+            if let Err(error) = blocks::stop(&self.qemu.qmp).await {
+                return Err(GoError { incoming: self, may_run: false, error: error.into() });
+            }
+            self.offers_blocks = false;
+        }
+        if paused {
+            return Ok(self.arrived(true));
+        }
+        match self.qemu.qmp.execute(&commands::Cont {}).await {
+            Ok(_) => Ok(self.arrived(false)),
+            Err(error) => {
+                let may_run = !matches!(error, qmp::Error::Refused { .. });
+                Err(GoError { incoming: self, may_run, error: error.into() })
+            }
+        }
+    }
+
+    /// After a go that was not answered: the running guest, if it runs.
+    pub async fn running(self) -> Result<Arrived, Incoming> {
+        match self.qemu.status().await {
+            Ok(RunState::Running) => Ok(self.arrived(false)),
+            _ => Err(self),
+        }
+    }
+
+    fn arrived(self, paused: bool) -> Arrived {
+        let whole = self.facts().status == MigrationStatus::Completed;
+        let running = Running { qemu: self.qemu, paused };
+        if whole {
+            Arrived::Whole(running, self.tracker.facts().clone())
+        } else {
+            Arrived::Filling(Filling { running, tracker: self.tracker })
+        }
+    }
+}
+
+/// What a go has made of a target.
+#[derive(Debug)]
+pub enum Arrived {
+    /// The guest is here with all it has, and how it came.
+    Whole(Running, Facts),
+    /// The guest is here and a part of its memory still comes (post-copy).
+    Filling(Filling),
+}
+
+/// The guest is here, and a part of its memory is still at the source. It cannot be sent on.
+#[derive(Debug)]
+pub struct Filling {
+    running: Running,
+    tracker: Tracker,
+}
+
+impl Filling {
+    /// The QEMU.
+    pub fn qemu(&self) -> &Qemu {
+        self.running.qemu()
+    }
+
+    /// What is known. `postcopy-paused` and `failed` mean that the guest is lost.
+    pub fn facts(&self) -> &Facts {
+        self.tracker.facts()
+    }
+
+    /// The guest, to be paused and unpaused.
+    pub fn running(&mut self) -> &mut Running {
+        &mut self.running
+    }
+
+    /// Takes an event of QEMU's.
+    pub fn event(&mut self, event: &Event) {
+        self.tracker.event(event);
+        self.explain();
+    }
+
+    /// Looks at the numbers.
+    pub async fn look(&mut self) -> Result<(), qmp::Error> {
+        let info = self.running.qemu.qmp.execute(&commands::QueryMigrate {}).await?;
+        self.tracker.look(&info, now_us());
+        self.explain();
+        Ok(())
+    }
+
+    fn explain(&mut self) {
+        if self.facts().status == MigrationStatus::PostcopyPaused {
+            self.tracker
+                .link_lost("the link to the source broke before all of the guest's memory was here (post-copy)");
+        }
+    }
+
+    /// The whole guest, once everything is here.
+    pub fn settle(self) -> Result<Running, Filling> {
+        if self.facts().status == MigrationStatus::Completed { Ok(self.running) } else { Err(self) }
+    }
+}
+
+/// A go that did not succeed.
+#[derive(Debug, thiserror::Error)]
+#[error("{error}")]
+pub struct GoError {
+    /// The target, as it was.
+    pub incoming: Incoming,
+    /// The guest may run nevertheless: QEMU got the command and did not answer.
+    pub may_run: bool,
+    /// Why.
+    pub error: Error,
+}

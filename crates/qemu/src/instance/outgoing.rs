@@ -1,0 +1,582 @@
+//! The sending end.
+
+use super::{Error, Qemu, Running, now_us};
+use crate::blocks::{Blocks, Mirrors};
+use crate::migration::{DowntimeRamp, Facts, Mode, Options, Tracker};
+use crate::qmp::commands::{self, MigrationStatus, RunState};
+use crate::qmp::{self, Event};
+use std::path::Path;
+use std::time::Duration;
+
+/// How long QEMU may take to reach the run state that follows from what it has announced.
+const SETTLE_LIMIT: Duration = Duration::from_secs(10);
+/// How long a guest is held at most while QEMU begins to send it.
+const TRACKING_LIMIT: Duration = Duration::from_secs(1);
+/// Bytes a second while it is held: a page or so in QEMU's slice of 100 ms.
+const HELD_BANDWIDTH: u64 = 4096;
+/// How long the guest may stand still for the last blocks of its disks; then it runs on at the source.
+const FINISH_LIMIT: Duration = Duration::from_secs(5);
+/// "Unlimited": QEMU knows no such word, so more than any link carries.
+const UNLIMITED: u64 = 1 << 40;
+
+fn cap(bandwidth: Option<u64>) -> u64 {
+    bandwidth.filter(|bandwidth| *bandwidth > 0).unwrap_or(UNLIMITED)
+}
+
+/// The guest is being sent; until it is settled, nobody knows where it will be.
+#[derive(Debug)]
+pub struct Outgoing {
+    qemu: Qemu,
+    /// By its user, before this began.
+    paused: bool,
+    /// By this migration. QEMU does not let a guest run on that it did not stop itself, so [`Outgoing::settle`] does.
+    held: bool,
+    /// Most bytes a second; none is unlimited.
+    bandwidth: Option<u64>,
+    /// Both ends were told that it may go over to post-copy.
+    post_copy: bool,
+    /// QEMU was told to go over to post-copy.
+    switching: bool,
+    tracker: Tracker,
+    ramp: DowntimeRamp,
+    memory: Memory,
+    mirrors: Option<Mirrors>,
+    cancelled: bool,
+    /// When the mirrors must have ended, once the guest stands still for that.
+    finish_by: Option<tokio::time::Instant>,
+}
+
+/// How far the sending of memory is.
+#[derive(Debug, PartialEq, Eq)]
+enum Memory {
+    /// For the disks.
+    Waits { uri: String },
+    /// QEMU was told to send it.
+    Begun,
+    /// QEMU was told to go on from `pre-switchover`.
+    Continued,
+    /// It was given up before it began.
+    Never,
+}
+
+/// Where the guest is after a migration.
+#[derive(Debug)]
+pub enum Settled {
+    /// The target has all of it. This QEMU is stopped for good.
+    Departed(Departed),
+    /// It never left; how the try went.
+    Stays(Running, Facts),
+    /// QEMU ended in the middle, or does not say.
+    Unclear(Box<Outgoing>, Error),
+}
+
+impl Outgoing {
+    pub(super) async fn begin(
+        running: Running,
+        socket: &Path,
+        options: &Options,
+        blocks: Option<&Blocks>,
+    ) -> Result<Outgoing, (Running, Error)> {
+        let blocks = blocks.filter(|b| !b.disks.is_empty());
+        let tracks_writes = running.qemu.tracks_writes();
+        let ramp = if tracks_writes { DowntimeRamp::new(options.max_downtime_ms) } else { DowntimeRamp::one_pass() };
+        if let Err(error) = prepare(&running.qemu, options, &ramp, blocks.is_some()).await {
+            return Err((running, error.into()));
+        }
+        let mirrors = match blocks {
+            None => None,
+            Some(blocks) => match Mirrors::start(&running.qemu.qmp, blocks).await {
+                Ok(mirrors) => Some(mirrors),
+                Err(error) => return Err((running, error.into())),
+            },
+        };
+        let mut tracker = Tracker::new(running.qemu.qmp.event_count());
+        tracker.limit(ramp.limit_ms());
+        let mut outgoing = Outgoing {
+            qemu: running.qemu,
+            paused: running.paused,
+            held: false,
+            bandwidth: options.bandwidth,
+            post_copy: options.post_copy,
+            switching: false,
+            tracker,
+            ramp,
+            memory: Memory::Waits { uri: format!("unix:{}", socket.display()) },
+            mirrors,
+            cancelled: false,
+            finish_by: None,
+        };
+        if outgoing.mirrors.is_some() {
+            outgoing.tracker.blocks(0, 0, now_us());
+            return Ok(outgoing);
+        }
+        match outgoing.begin_memory().await {
+            Ok(()) => Ok(outgoing),
+            Err(error) => Err((Running { qemu: outgoing.qemu, paused: outgoing.paused }, error.into())),
+        }
+    }
+
+    /// The QEMU.
+    pub fn qemu(&self) -> &Qemu {
+        &self.qemu
+    }
+
+    /// What is known.
+    pub fn facts(&self) -> &Facts {
+        self.tracker.facts()
+    }
+
+    /// Whether its user had paused the guest before.
+    pub fn is_paused(&self) -> bool {
+        self.paused
+    }
+
+    /// Whether the guest stands still because this migration wants it to.
+    pub fn is_held(&self) -> bool {
+        self.held
+    }
+
+    /// Most bytes a second; none is unlimited.
+    pub fn bandwidth(&self) -> Option<u64> {
+        self.bandwidth
+    }
+
+    /// Whether it could go over to post-copy now.
+    pub fn can_post_copy(&self) -> bool {
+        self.post_copy
+            && !self.switching
+            && !self.cancelled
+            && self.memory == Memory::Begun
+            && self.facts().status == MigrationStatus::Active
+    }
+
+    /// Takes an event of QEMU's.
+    pub fn event(&mut self, event: &Event) {
+        self.tracker.event(event);
+        if let Some(mirrors) = &mut self.mirrors {
+            mirrors.event(event);
+        }
+    }
+
+    /// Looks at the numbers, allows a longer standstill if it no longer comes nearer the end, and goes on (see
+    /// [`Outgoing::advance`]).
+    pub async fn look(&mut self) -> Result<(), qmp::Error> {
+        match (&self.memory, &mut self.mirrors) {
+            (Memory::Waits { .. }, Some(mirrors)) => {
+                let (total, copied) = mirrors.look(&self.qemu.qmp).await?;
+                self.tracker.blocks(total, copied, now_us());
+                return self.advance().await;
+            }
+            (Memory::Never, _) => return Ok(()),
+            _ => {}
+        }
+        let info = self.qemu.qmp.execute(&commands::QueryMigrate {}).await?;
+        self.tracker.look(&info, now_us());
+        let facts = self.tracker.facts();
+        let second_pass = facts.passes > 1 && info.status == MigrationStatus::Active;
+        if second_pass
+            && !(self.stands_still() || self.cancelled || self.qemu.tracks_writes())
+            && self.qemu.status().await? == RunState::Running
+        {
+            // It must not happen (see `DowntimeRamp::one_pass`), and what is at the target must not be used if it does.
+            self.cancelled = true;
+            self.give_up("this QEMU began a second pass, of which it loses pages; try again".into()).await?;
+            return Ok(());
+        }
+        if facts.status == MigrationStatus::Active
+            && let Some(limit) = self.ramp.look(facts.passes, facts.remaining_bytes)
+        {
+            tracing::debug!(limit, passes = facts.passes, "allowing a longer standstill");
+            let parameters = commands::MigrateSetParameters { downtime_limit: Some(limit), ..Default::default() };
+            self.qemu.qmp.execute(&parameters).await?;
+            self.tracker.limit(limit);
+        }
+        self.advance().await
+    }
+
+    async fn begin_memory(&mut self) -> Result<(), qmp::Error> {
+        let Memory::Waits { uri } = std::mem::replace(&mut self.memory, Memory::Begun) else { return Ok(()) };
+        self.tracker.memory_from(self.qemu.qmp.event_count());
+        let hold = !self.qemu.tracks_writes() && !self.stands_still();
+        if hold {
+            // So slow that it cannot come to an end while the guest is held.
+            self.set_bandwidth(HELD_BANDWIDTH).await?;
+            self.qemu.qmp.execute(&commands::Stop {}).await?;
+        }
+        let begun = match self.qemu.qmp.execute(&commands::Migrate { uri }).await {
+            // No answer is no refusal: it may be on its way, so it is followed.
+            Ok(_) | Err(qmp::Error::Timeout { .. } | qmp::Error::Unreadable { .. }) => Ok(()),
+            Err(error) => {
+                self.memory = Memory::Never;
+                Err(error)
+            }
+        };
+        if hold {
+            if begun.is_ok() {
+                self.wait_for_tracking().await;
+            }
+            self.qemu.qmp.execute(&commands::Cont {}).await?;
+            self.set_bandwidth(cap(self.bandwidth)).await?;
+        }
+        begun
+    }
+
+    async fn set_bandwidth(&self, bytes_per_second: u64) -> Result<(), qmp::Error> {
+        let parameters = commands::MigrateSetParameters { max_bandwidth: Some(bytes_per_second), ..Default::default() };
+        self.qemu.qmp.execute(&parameters).await.map(drop)
+    }
+
+    /// Allows another bandwidth from now on; none is unlimited.
+    pub async fn limit_bandwidth(&mut self, bandwidth: Option<u64>) -> Result<(), qmp::Error> {
+        limit_bandwidth(&self.qemu, bandwidth, self.post_copy).await?;
+        self.bandwidth = bandwidth;
+        Ok(())
+    }
+
+    fn stands_still(&self) -> bool {
+        self.paused || self.held
+    }
+
+    /// Stops the guest, so that no more is written and the copying comes to an end. It runs again at the target, or here if
+    /// the migration does not succeed.
+    pub async fn hold(&mut self) -> Result<(), Error> {
+        if self.facts().is_final() || self.cancelled {
+            return Err(self.not_possible("a guest is held only while it is sent"));
+        }
+        self.stop().await?;
+        self.tracker.mode(Mode::Paused);
+        Ok(())
+    }
+
+    async fn stop(&mut self) -> Result<(), qmp::Error> {
+        if !self.stands_still() {
+            // Noted first: whatever becomes of the answer, it may have to be let go on.
+            self.held = true;
+            self.qemu.qmp.execute(&commands::Stop {}).await?;
+        }
+        Ok(())
+    }
+
+    fn not_possible(&self, wanted: &'static str) -> Error {
+        Error::State { wanted, state: self.facts().status.as_str() }
+    }
+
+    /// Goes over to post-copy: the guest runs at the target before all of its memory is there. Whether and when that has
+    /// come about, [`Outgoing::hand_over`] tells.
+    ///
+    /// The guest is stopped here before QEMU is told, so that nobody but this program can let it run on: a QEMU that stops a
+    /// guest by itself also resumes it by itself after a failure, and at that moment the target may have it.
+    pub async fn switch_to_post_copy(&mut self) -> Result<(), Error> {
+        if self.switching {
+            return Ok(());
+        }
+        if !self.post_copy {
+            return Err(Error::Unsupported("post-copy was not allowed when this migration began"));
+        }
+        if !self.can_post_copy() {
+            return Err(self.not_possible("memory must be under way to go over to post-copy"));
+        }
+        let stood = self.stands_still();
+        self.stop().await?;
+        self.switching = true;
+        match self.qemu.qmp.execute(&commands::MigrateStartPostcopy {}).await {
+            // No answer is no refusal.
+            Ok(_) | Err(qmp::Error::Timeout { .. } | qmp::Error::Unreadable { .. }) => Ok(()),
+            Err(error) => {
+                self.switching = false;
+                if !stood && !self.facts().is_final() {
+                    self.qemu.qmp.execute(&commands::Cont {}).await?;
+                    self.held = false;
+                }
+                Err(error.into())
+            }
+        }
+    }
+
+    /// After [`Outgoing::switch_to_post_copy`]: the serving rest, once the target has all it needs to run the guest.
+    ///
+    /// QEMU (7.2 to 10.0) holds its big lock from the moment the run state is `finish-migrate` until the devices' state is
+    /// sent, and says `failed` if that went wrong. So both answers, in this order, mean that it is sent.
+    pub async fn hand_over(mut self) -> Result<Serving, Box<Outgoing>> {
+        if !self.switching || self.cancelled {
+            return Err(Box::new(self));
+        }
+        let sent = match self.qemu.status().await {
+            Ok(RunState::FinishMigrate) => match self.qemu.qmp.execute(&commands::QueryMigrate {}).await {
+                Ok(info) => {
+                    self.tracker.look(&info, now_us());
+                    info.status.is_post_copy()
+                }
+                Err(_) => false,
+            },
+            _ => false,
+        };
+        if !sent {
+            return Err(Box::new(self));
+        }
+        for event in self.qemu.qmp.events() {
+            self.event(&event);
+        }
+        Ok(Serving { qemu: self.qemu, tracker: self.tracker, bandwidth: self.bandwidth, paused: self.paused })
+    }
+
+    /// Whether QEMU was told to go over to post-copy.
+    pub fn is_switching(&self) -> bool {
+        self.switching
+    }
+
+    /// Until QEMU has begun to note the pages that the guest writes to; what is written in between would be lost where
+    /// [`Qemu::tracks_writes`] says no.
+    async fn wait_for_tracking(&self) {
+        let end = tokio::time::Instant::now() + TRACKING_LIMIT;
+        while tokio::time::Instant::now() < end {
+            match self.qemu.qmp.execute(&commands::QueryMigrate {}).await {
+                Ok(info) if !matches!(info.status, MigrationStatus::None | MigrationStatus::Setup) => return,
+                Ok(_) => tokio::time::sleep(Duration::from_millis(1)).await,
+                Err(_) => return,
+            }
+        }
+    }
+
+    /// Does what is due: memory after the disks, the mirrors' end when the guest stands still. To be called after events.
+    pub async fn advance(&mut self) -> Result<(), qmp::Error> {
+        let Some(mut mirrors) = self.mirrors.take() else { return Ok(()) };
+        let kept = self.advance_with(&mut mirrors).await;
+        if matches!(kept, Ok(true) | Err(_)) {
+            self.mirrors = Some(mirrors);
+        }
+        kept.map(drop)
+    }
+
+    /// Whether the mirrors are still needed.
+    async fn advance_with(&mut self, mirrors: &mut Mirrors) -> Result<bool, qmp::Error> {
+        let qmp = self.qemu.qmp.clone();
+        match self.facts().status {
+            MigrationStatus::Completed => return Ok(false),
+            MigrationStatus::Failed | MigrationStatus::Cancelled => {
+                mirrors.abandon(&qmp).await;
+                return Ok(false);
+            }
+            _ => {}
+        }
+        match (&self.memory, mirrors.failure()) {
+            (Memory::Waits { .. }, failure) if self.cancelled || failure.is_some() => {
+                mirrors.abandon(&qmp).await;
+                self.memory = Memory::Never;
+                let status = if self.cancelled { MigrationStatus::Cancelled } else { MigrationStatus::Failed };
+                self.tracker.end(status, failure, now_us());
+                return Ok(false);
+            }
+            (Memory::Waits { .. }, _) => {
+                if mirrors.are_ready()
+                    && let Err(error) = self.begin_memory().await
+                {
+                    mirrors.abandon(&qmp).await;
+                    self.tracker.end(MigrationStatus::Failed, Some(error.to_string()), now_us());
+                    return Ok(false);
+                }
+            }
+            (Memory::Begun, Some(why)) => self.give_up(why).await?,
+            (Memory::Begun, None) if self.facts().status == MigrationStatus::PreSwitchover => {
+                let now = tokio::time::Instant::now();
+                let finish_by = *self.finish_by.get_or_insert(now + FINISH_LIMIT);
+                mirrors.finish(&qmp).await?;
+                if mirrors.are_done() {
+                    self.memory = Memory::Continued;
+                    qmp.execute(&commands::MigrateContinue { state: "pre-switchover" }).await?;
+                    mirrors.close(&qmp).await;
+                } else if now > finish_by {
+                    self.give_up("the copies of the disks could not be finished in time".into()).await?;
+                }
+            }
+            _ => {}
+        }
+        Ok(true)
+    }
+
+    async fn give_up(&mut self, why: String) -> Result<(), qmp::Error> {
+        self.tracker.fail(why);
+        self.qemu.qmp.execute(&commands::MigrateCancel {}).await.map(drop)
+    }
+
+    /// Asks QEMU to cancel. It may be too late: only [`Outgoing::settle`] tells.
+    pub async fn cancel(&mut self) -> Result<(), qmp::Error> {
+        self.cancelled = true;
+        match self.memory {
+            Memory::Waits { .. } => self.advance().await,
+            Memory::Begun | Memory::Continued => self.qemu.qmp.execute(&commands::MigrateCancel {}).await.map(drop),
+            Memory::Never => Ok(()),
+        }
+    }
+
+    /// After QEMU's last word (see [`Facts::is_final`]): where the guest is.
+    pub async fn settle(mut self) -> Settled {
+        let end = tokio::time::Instant::now() + SETTLE_LIMIT;
+        loop {
+            if let Err(error) = self.look().await {
+                return self.settle_without_answer(error);
+            }
+            let state = match self.qemu.status().await {
+                Ok(state) => state,
+                Err(error) => return self.settle_without_answer(error),
+            };
+            // The answer may have overtaken whoever brings the events; they are all there.
+            for event in self.qemu.qmp.events() {
+                self.event(&event);
+            }
+            match (self.facts().status, state) {
+                (MigrationStatus::Completed, RunState::Postmigrate) => {
+                    return Settled::Departed(Departed { qemu: self.qemu, facts: self.tracker.facts().clone() });
+                }
+                // QEMU lets the guest run on by itself after it has announced the failure.
+                (MigrationStatus::Failed | MigrationStatus::Cancelled, state) if self.held && is_stopped(state) => {
+                    // The target, if it has taken the disks already, lets go of them only when it ends.
+                    if let Err(error) = self.qemu.qmp.execute(&commands::Cont {}).await {
+                        return Settled::Unclear(Box::new(self), error.into());
+                    }
+                    self.held = false;
+                }
+                (MigrationStatus::Failed | MigrationStatus::Cancelled, state) if is_here(state, self.paused) => {
+                    let facts = self.tracker.facts().clone();
+                    return Settled::Stays(Running { qemu: self.qemu, paused: self.paused }, facts);
+                }
+                (_, state) if tokio::time::Instant::now() > end => {
+                    let error = Error::State { wanted: "the guest should have left or run on", state: state.as_str() };
+                    self.tracker.fail(error.to_string());
+                    return Settled::Unclear(Box::new(self), error);
+                }
+                _ => tokio::time::sleep(Duration::from_millis(2)).await,
+            }
+        }
+    }
+
+    /// The monitor is gone, so QEMU is. If it had said `completed`, the target has everything and nothing runs here.
+    fn settle_without_answer(mut self, error: qmp::Error) -> Settled {
+        for event in self.qemu.qmp.events() {
+            self.event(&event);
+        }
+        if self.facts().status == MigrationStatus::Completed && self.qemu.process.ended().is_some() {
+            let facts = self.tracker.facts().clone();
+            return Settled::Departed(Departed { qemu: self.qemu, facts });
+        }
+        Settled::Unclear(Box::new(self), error.into())
+    }
+}
+
+async fn prepare(qemu: &Qemu, options: &Options, ramp: &DowntimeRamp, mirrors: bool) -> Result<(), qmp::Error> {
+    qemu.set_capabilities(options.auto_converge, mirrors, options.post_copy).await?;
+    limit_bandwidth(qemu, options.bandwidth, options.post_copy).await?;
+    let parameters = commands::MigrateSetParameters { downtime_limit: Some(ramp.limit_ms()), ..Default::default() };
+    qemu.qmp.execute(&parameters).await.map(drop)
+}
+
+async fn limit_bandwidth(qemu: &Qemu, bandwidth: Option<u64>, post_copy: bool) -> Result<(), qmp::Error> {
+    let max_postcopy_bandwidth = post_copy.then(|| cap(bandwidth));
+    let max_bandwidth = Some(cap(bandwidth));
+    let parameters = commands::MigrateSetParameters { max_bandwidth, max_postcopy_bandwidth, ..Default::default() };
+    qemu.qmp.execute(&parameters).await.map(drop)
+}
+
+/// A guest that was stopped before its migration is left so by QEMU, in one of these states.
+fn is_stopped(state: RunState) -> bool {
+    matches!(state, RunState::Paused | RunState::Prelaunch | RunState::Postmigrate)
+}
+
+fn is_here(state: RunState, paused: bool) -> bool {
+    match state {
+        RunState::Running => !paused,
+        state if is_stopped(state) => paused,
+        // Stopped for a reason of its own, which a migration neither made nor mends.
+        RunState::IoError
+        | RunState::InternalError
+        | RunState::GuestPanicked
+        | RunState::Shutdown
+        | RunState::Suspended => true,
+        _ => false,
+    }
+}
+
+/// The guest has left this QEMU for good. There is nothing to do but to end it.
+#[derive(Debug)]
+pub struct Departed {
+    qemu: Qemu,
+    facts: Facts,
+}
+
+impl Departed {
+    /// The QEMU.
+    pub fn qemu(&self) -> &Qemu {
+        &self.qemu
+    }
+
+    /// The flight.
+    pub fn facts(&self) -> &Facts {
+        &self.facts
+    }
+}
+
+/// A source in post-copy: the guest runs at the target or will, and this QEMU serves the memory that it has not got yet.
+#[derive(Debug)]
+pub struct Serving {
+    qemu: Qemu,
+    tracker: Tracker,
+    bandwidth: Option<u64>,
+    paused: bool,
+}
+
+impl Serving {
+    /// The QEMU.
+    pub fn qemu(&self) -> &Qemu {
+        &self.qemu
+    }
+
+    /// What is known. `failed` and `postcopy-paused` mean that the guest is lost.
+    pub fn facts(&self) -> &Facts {
+        self.tracker.facts()
+    }
+
+    /// Whether its user had paused the guest before.
+    pub fn is_paused(&self) -> bool {
+        self.paused
+    }
+
+    /// Most bytes a second; none is unlimited.
+    pub fn bandwidth(&self) -> Option<u64> {
+        self.bandwidth
+    }
+
+    /// Allows another bandwidth from now on; none is unlimited.
+    pub async fn limit_bandwidth(&mut self, bandwidth: Option<u64>) -> Result<(), qmp::Error> {
+        limit_bandwidth(&self.qemu, bandwidth, true).await?;
+        self.bandwidth = bandwidth;
+        Ok(())
+    }
+
+    /// Takes an event of QEMU's.
+    pub fn event(&mut self, event: &Event) {
+        self.tracker.event(event);
+        self.explain();
+    }
+
+    /// Looks at the numbers.
+    pub async fn look(&mut self) -> Result<(), qmp::Error> {
+        let info = self.qemu.qmp.execute(&commands::QueryMigrate {}).await?;
+        self.tracker.look(&info, now_us());
+        self.explain();
+        Ok(())
+    }
+
+    fn explain(&mut self) {
+        if self.facts().status == MigrationStatus::PostcopyPaused {
+            self.tracker.link_lost("the link to the target broke while the guest's memory followed it (post-copy)");
+        }
+    }
+
+    /// The departure, once the target has everything.
+    pub fn settle(self) -> Result<Departed, Serving> {
+        if self.facts().status != MigrationStatus::Completed {
+            return Err(self);
+        }
+        Ok(Departed { facts: self.tracker.facts().clone(), qemu: self.qemu })
+    }
+}

@@ -1,0 +1,112 @@
+//! A folder with the ROM guest and its QEMUs.
+
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+#![allow(dead_code, reason = "each of the tests uses a part of it")]
+
+use godwit_guest_rom::{Parameters, Story};
+use godwit_qemu::instance::{Arrived, Incoming, Outgoing, Prelaunch, Running};
+use godwit_qemu::machine::{Boot, Machine};
+use godwit_qemu::process::find_qemu;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::net::UnixStream;
+
+/// Generous: the machine is busy, and only a hang shall fail.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+pub fn qemu() -> PathBuf {
+    find_qemu().expect("these tests need qemu-system-x86_64: `make deps` installs it")
+}
+
+/// A folder for one guest; everything in it goes with it. QEMU goes with its handle.
+pub struct Place {
+    folder: tempfile::TempDir,
+}
+
+impl Place {
+    pub fn new(parameters: Parameters) -> Place {
+        let place = Place { folder: tempfile::tempdir().unwrap() };
+        std::fs::write(place.path("rom"), godwit_guest_rom::image(parameters)).unwrap();
+        place
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    pub fn machine(&self, end: &str) -> Machine {
+        let mut machine = Machine::new(self.path(&format!("{end}-qmp")), 16, Boot::Rom(self.path("rom")));
+        machine.serial = Some(self.path(&format!("{end}-serial")));
+        machine
+    }
+
+    pub async fn source(&self) -> (Running, Console) {
+        let prelaunch = Prelaunch::launch(&qemu(), &self.machine("source")).await.unwrap();
+        let console = Console::open(&self.path("source-serial")).await;
+        (prelaunch.start().await.unwrap(), console)
+    }
+
+    pub async fn target(&self) -> (Incoming, Console) {
+        let incoming = Incoming::launch(&qemu(), &self.machine("target"), &self.path("flight")).await.unwrap();
+        let console = Console::open(&self.path("target-serial")).await;
+        (incoming, console)
+    }
+}
+
+pub struct Console {
+    lines: tokio::io::Lines<BufReader<UnixStream>>,
+}
+
+impl Console {
+    pub async fn open(path: &Path) -> Console {
+        Console { lines: BufReader::new(UnixStream::connect(path).await.unwrap()).lines() }
+    }
+
+    /// Listens until `beats` more beats have been heard.
+    pub async fn hear(&mut self, story: &mut Story, beats: u32) {
+        let goal = story.beats() + beats;
+        let work = async {
+            while story.beats() < goal {
+                let line = self.lines.next_line().await.unwrap().expect("the console has ended");
+                story.hear(&line);
+            }
+        };
+        tokio::time::timeout(PATIENCE, work).await.expect("the guest does not beat");
+        assert_eq!(story.complaint(), None);
+    }
+
+    /// Takes what is there already, to its end (after QEMU's).
+    pub async fn drain(&mut self, story: &mut Story) {
+        while let Ok(Some(line)) = self.lines.next_line().await {
+            story.hear(&line);
+        }
+        assert_eq!(story.complaint(), None);
+    }
+}
+
+/// Follows the migration to QEMU's last word.
+pub async fn follow(outgoing: &mut Outgoing) {
+    let mut events = outgoing.qemu().subscribe();
+    let work = async {
+        while !outgoing.facts().is_final() {
+            tokio::select! {
+                event = events.next() => outgoing.event(&event.expect("QEMU has ended")),
+                () = tokio::time::sleep(Duration::from_millis(20)) => outgoing.look().await.unwrap(),
+            }
+        }
+    };
+    tokio::time::timeout(PATIENCE, work).await.expect("the migration does not end");
+}
+
+pub fn busy() -> Parameters {
+    Parameters { token: 0xfeed, pages_per_tick: 50, ..Parameters::default() }
+}
+
+/// The guest after a go that had everything.
+pub async fn run(target: Incoming) -> Running {
+    match target.go(false).await.map_err(|e| e.error).unwrap() {
+        Arrived::Whole(running, _) => running,
+        Arrived::Filling(_) => panic!("a part of its memory is missing"),
+    }
+}
