@@ -69,7 +69,7 @@ async fn fill(mut filling: Filling) -> Running {
             filling.look().await.unwrap();
             filling = match filling.settle() {
                 Ok(running) => return running,
-                Err(filling) => filling,
+                Err(filling) => *filling,
             };
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
@@ -115,7 +115,7 @@ async fn in_post_copy_the_guest_runs_at_the_target_before_its_memory_is_there_an
         serving.look().await.unwrap();
         serving = match serving.settle() {
             Ok(departed) => break departed,
-            Err(serving) => serving,
+            Err(serving) => *serving,
         };
         tokio::time::sleep(Duration::from_millis(5)).await;
     };
@@ -379,6 +379,28 @@ async fn a_cancellation_at_any_moment_leaves_one_guest_that_runs() {
     eprintln!("{stayed} stayed, {left} had left");
     assert!(stayed > 0 && left > 0, "{stayed} stayed, {left} had left");
     running.qemu().quit().await;
+}
+
+#[tokio::test]
+async fn one_byte_a_second_is_a_cap() {
+    let place = Place::new(writer());
+    let (source, mut here) = place.source().await;
+    let mut story = Story::default();
+    here.hear(&mut story, 20).await;
+    let (incoming, _there) = target(&place).await;
+    let options = Options { bandwidth: Some(1), ..slow() };
+    let mut outgoing = source.migrate(&place.path("flight"), &options, None).await.map_err(|e| e.1).unwrap();
+    active(&mut outgoing).await;
+    // Without a cap it is over long before this many beats of a tenth of a second.
+    here.hear(&mut story, 10).await;
+    outgoing.look().await.unwrap();
+    assert_eq!(outgoing.facts().status, MigrationStatus::Active);
+    assert!(outgoing.facts().sent_bytes < 4 << 20, "{:?}", outgoing.facts());
+    outgoing.cancel().await.unwrap();
+    follow(&mut outgoing).await;
+    let Settled::Stays(source, _) = outgoing.settle().await else { panic!("it should have stayed") };
+    incoming.qemu().process().kill().await;
+    source.qemu().quit().await;
 }
 
 #[tokio::test]

@@ -388,7 +388,7 @@ impl Vm {
             Ok(departed) => self.departed(departed, facts),
             Err(serving) => {
                 self.now.migration = Some(MigrationFacts { bandwidth_limit: serving.bandwidth(), ..facts });
-                self.stage = Stage::Serving(serving);
+                self.stage = Stage::Serving(*serving);
             }
         }
     }
@@ -403,7 +403,7 @@ impl Vm {
         }
         self.stage = match filling.settle() {
             Ok(running) => Stage::Running(running),
-            Err(filling) => Stage::Filling(filling),
+            Err(filling) => Stage::Filling(*filling),
         };
     }
 

@@ -218,8 +218,8 @@ impl Filling {
     }
 
     /// The whole guest, once everything is here.
-    pub fn settle(self) -> Result<Running, Filling> {
-        if self.facts().status == MigrationStatus::Completed { Ok(self.running) } else { Err(self) }
+    pub fn settle(self) -> Result<Running, Box<Filling>> {
+        if self.facts().status == MigrationStatus::Completed { Ok(self.running) } else { Err(Box::new(self)) }
     }
 }
 

@@ -18,9 +18,11 @@ const HELD_BANDWIDTH: u64 = 4096;
 const FINISH_LIMIT: Duration = Duration::from_secs(5);
 /// "Unlimited": QEMU knows no such word, so more than any link carries.
 const UNLIMITED: u64 = 1 << 40;
+/// The least cap: QEMU counts in tenths of a second, and less than a byte in each is no cap at all to it.
+const LEAST_BANDWIDTH: u64 = 10;
 
 fn cap(bandwidth: Option<u64>) -> u64 {
-    bandwidth.filter(|bandwidth| *bandwidth > 0).unwrap_or(UNLIMITED)
+    bandwidth.filter(|bandwidth| *bandwidth > 0).map_or(UNLIMITED, |bandwidth| bandwidth.max(LEAST_BANDWIDTH))
 }
 
 /// The guest is being sent; until it is settled, nobody knows where it will be.
@@ -573,9 +575,9 @@ impl Serving {
     }
 
     /// The departure, once the target has everything.
-    pub fn settle(self) -> Result<Departed, Serving> {
+    pub fn settle(self) -> Result<Departed, Box<Serving>> {
         if self.facts().status != MigrationStatus::Completed {
-            return Err(self);
+            return Err(Box::new(self));
         }
         Ok(Departed { facts: self.tracker.facts().clone(), qemu: self.qemu })
     }
