@@ -431,26 +431,34 @@ impl Vm {
 
     /// Asks QEMU for its state, and derives the phase from it.
     async fn refresh(&mut self) {
+        // In post-copy QEMU may itself wait for a page of the guest's, for ever if the source is gone: it is not asked.
+        if let Stage::Filling(filling) = &self.stage {
+            let (phase, status) = match filling.is_paused() {
+                true => (DomainPhase::Paused, RunState::Paused),
+                false => (DomainPhase::Running, RunState::Running),
+            };
+            self.now.phase = phase;
+            self.now.qemu_status = Some(status.as_str().to_string());
+            return;
+        }
         let Some(qemu) = self.stage.qemu() else { return };
         let Ok(status) = qemu.status().await else { return };
         self.now.qemu_status = Some(status.as_str().to_string());
         self.now.phase = match &self.stage {
-            Stage::Running(_) | Stage::Filling(_) if matches!(status, RunState::Running | RunState::Suspended) => {
-                DomainPhase::Running
-            }
-            Stage::Running(_) | Stage::Filling(_) => DomainPhase::Paused,
+            Stage::Running(_) if matches!(status, RunState::Running | RunState::Suspended) => DomainPhase::Running,
+            Stage::Running(_) => DomainPhase::Paused,
             Stage::Outgoing(outgoing) if outgoing.is_paused() => DomainPhase::Paused,
             // The standstill of the switchover is not a pause, and neither is that of a guest held for its migration.
             Stage::Outgoing(_) => DomainPhase::Running,
             Stage::Serving(_) => DomainPhase::HandedOver,
             Stage::Incoming(_) => DomainPhase::Incoming,
             Stage::Departed(_) => DomainPhase::MigratedAway,
-            Stage::Empty | Stage::Ended => self.now.phase,
+            Stage::Filling(_) | Stage::Empty | Stage::Ended => self.now.phase,
         };
     }
 
     fn next_look(&self) -> Instant {
-        let migrating = matches!(self.stage, Stage::Outgoing(_) | Stage::Serving(_) | Stage::Filling(_));
+        let migrating = matches!(self.stage, Stage::Outgoing(_) | Stage::Serving(_));
         let wait = if migrating || self.ending.is_some() { LOOK_EVERY } else { IDLE_EVERY };
         Instant::now() + wait
     }

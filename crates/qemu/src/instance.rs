@@ -33,6 +33,8 @@ use std::time::Duration;
 
 /// How long QEMU may take from its start to its monitor's answer.
 const START_LIMIT: Duration = Duration::from_secs(20);
+/// How long QEMU may take to answer `quit`, and how long to end after that.
+const QUIT_LIMIT: Duration = Duration::from_secs(5);
 
 /// Why something was not done.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -165,10 +167,10 @@ impl Qemu {
 
     /// Ends it in order (disks are flushed), by force if it does not answer, and waits until it was reaped.
     pub async fn quit(&self) -> Ended {
-        let asked = self.qmp.execute(&commands::Quit {}).await;
+        let asked = tokio::time::timeout(QUIT_LIMIT, self.qmp.execute(&commands::Quit {})).await;
         let patience = match asked {
-            Ok(_) | Err(qmp::Error::Closed { .. }) => Duration::from_secs(5),
-            Err(_) => Duration::ZERO,
+            Ok(Ok(_) | Err(qmp::Error::Closed { .. })) => QUIT_LIMIT,
+            Ok(Err(_)) | Err(_) => Duration::ZERO,
         };
         match tokio::time::timeout(patience, self.process.wait()).await {
             Ok(ended) => ended,

@@ -32,6 +32,12 @@ impl Vm {
                 qemu.process().kill().await;
                 self.over(DomainPhase::Shutdown);
             }
+            // It cannot hear the power button, and QEMU perhaps nothing at all.
+            Stage::Filling(filling) if filling.is_lost() => {
+                let qemu = filling.qemu().clone();
+                self.ending = Some(Ending { deadline, press: deadline, forced: true });
+                qemu.process().kill().await;
+            }
             // The guest needs this QEMU until all of its memory is there; only after its patience it is lost.
             Stage::Serving(_) if grace.is_zero() => {
                 if let Some(qemu) = self.stage.qemu() {
@@ -113,6 +119,11 @@ impl Vm {
             (Stage::Incoming(_), ..) => {
                 let why = failure::of_end(&ended).text;
                 (DomainPhase::Crashed, format!("the guest could not be received: {why}"))
+            }
+            // Whoever ended it: it did not shut down.
+            (Stage::Filling(filling), ..) if filling.is_lost() => {
+                let why = filling.facts().error.as_deref().unwrap_or("a part of its memory did not come");
+                (DomainPhase::Crashed, format!("the guest is lost: {why}"))
             }
             (_, Some(ending), _) if ending.forced => {
                 (DomainPhase::Shutdown, "the guest was told to shut down and was ended by force after its grace".into())

@@ -326,7 +326,7 @@ impl Vm {
                 }
                 self.served();
             }
-            Stage::Filling(filling) => {
+            Stage::Filling(filling) if !filling.is_lost() => {
                 if let Err(error) = filling.look().await {
                     tracing::debug!(%error, "looking at the memory that follows");
                 }

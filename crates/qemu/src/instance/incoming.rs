@@ -12,6 +12,8 @@ use std::time::Duration;
 
 /// How long a target may take to say that it has loaded what the source knows it has.
 const LOAD_LIMIT: Duration = Duration::from_secs(2);
+/// How long a QEMU in post-copy is asked: it does not answer while it waits itself for a page of the guest's.
+const ASK_LIMIT: Duration = Duration::from_millis(500);
 
 /// A target: built, stopped, receiving. The guest has not run here.
 #[derive(Debug)]
@@ -202,12 +204,24 @@ impl Filling {
         self.explain();
     }
 
-    /// Looks at the numbers.
+    /// Looks at the numbers, if QEMU answers soon. Turns come as events all the same.
     pub async fn look(&mut self) -> Result<(), qmp::Error> {
-        let info = self.running.qemu.qmp.execute(&commands::QueryMigrate {}).await?;
-        self.tracker.look(&info, now_us());
-        self.explain();
+        let ask = commands::QueryMigrate {};
+        if let Ok(info) = tokio::time::timeout(ASK_LIMIT, self.running.qemu.qmp.execute(&ask)).await {
+            self.tracker.look(&info?, now_us());
+            self.explain();
+        }
         Ok(())
+    }
+
+    /// Whether the rest of the guest's memory will not come any more.
+    pub fn is_lost(&self) -> bool {
+        matches!(self.facts().status, MigrationStatus::PostcopyPaused | MigrationStatus::Failed)
+    }
+
+    /// Whether its user had paused the guest.
+    pub fn is_paused(&self) -> bool {
+        self.running.is_paused()
     }
 
     fn explain(&mut self) {
