@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use godwit_api::MigrationPhase as Phase;
+use godwit_api::failure::FailureCause;
+use godwit_api::names::conditions;
+use godwit_api::{MigrationPhase as Phase, VirtualMachineInstanceMigration};
 use proptest::prelude::*;
 use serde_json::json;
 
@@ -23,6 +25,8 @@ enum Happening {
     TargetListens(u8),
     SourceStarts(u8),
     SourceFails(u8),
+    SourceReports(u8, u32),
+    SourceAborts(u8),
     GuestMoves(u8),
     Arrives(u8),
     VmiEnds(u8),
@@ -46,6 +50,8 @@ fn happening() -> impl Strategy<Value = Happening> {
         3 => vmi.clone().prop_map(Happening::TargetListens),
         3 => vmi.clone().prop_map(Happening::SourceStarts),
         1 => vmi.clone().prop_map(Happening::SourceFails),
+        2 => (vmi.clone(), any::<u32>()).prop_map(|(vmi, bytes)| Happening::SourceReports(vmi, bytes)),
+        2 => vmi.clone().prop_map(Happening::SourceAborts),
         3 => vmi.clone().prop_map(Happening::GuestMoves),
         2 => (0u8..12).prop_map(Happening::Arrives),
         1 => (0u8..8).prop_map(Happening::VmiEnds),
@@ -104,6 +110,26 @@ fn happen(cluster: &mut Cluster, truth: &mut Truth, jobs: &mut u32, what: &Happe
         {
             tell(cluster, vmi(*index), json!({"failed": true, "completed": true, "failureReason": "link broke"}));
         }
+        Happening::SourceReports(index, bytes) if alive(cluster, *index) && handed(cluster, *index) => {
+            let before = state(cluster, vmi(*index))["progress"]["bytesProcessed"].as_u64().unwrap_or(0);
+            let progress = json!({"bytesProcessed": before + u64::from(*bytes)});
+            tell(cluster, vmi(*index), json!({"progress": progress}));
+        }
+        // Too late when the guest has moved.
+        Happening::SourceAborts(index)
+            if alive(cluster, *index)
+                && handed(cluster, *index)
+                && state(cluster, vmi(*index))["abortRequested"] == true =>
+        {
+            let answer = match has_moved(cluster, truth, vmi(*index)) {
+                true => json!({"abortStatus": "Failed"}),
+                false => json!({
+                    "abortStatus": "Succeeded", "failed": true, "completed": true, "failureCause": "Cancelled",
+                    "failureReason": "Live migration has been aborted",
+                }),
+            };
+            tell(cluster, vmi(*index), answer);
+        }
         Happening::GuestMoves(index) if alive(cluster, *index) && handed(cluster, *index) => {
             let told = state(cluster, vmi(*index));
             let target = name(told["targetPod"].as_str().unwrap_or_default());
@@ -151,6 +177,30 @@ fn has_moved(cluster: &Cluster, truth: &Truth, vmi: &str) -> bool {
     truth.get(vmi).is_some_and(|home| state(cluster, vmi)["targetPod"] == json!(home.name))
 }
 
+/// What a migration says of itself, unless it is new: what it waits for, why it failed and what to do, how it went.
+fn speaks(migration: &VirtualMachineInstanceMigration) -> Result<(), &'static str> {
+    let status = &migration.status;
+    if status.phase == Phase::Unset {
+        return Ok(());
+    }
+    let message = status.message.as_deref().filter(|message| !message.is_empty()).ok_or("no message")?;
+    let said = |type_: &str| {
+        let condition = migration.condition(type_).filter(|condition| condition.is_true());
+        condition.is_some_and(|condition| condition.reason == status.reason && condition.message == status.message)
+    };
+    match status.phase {
+        Phase::Failed => {
+            let cause = FailureCause::from(status.reason.as_deref().unwrap_or_default());
+            if !cause.is_known() || !message.ends_with(cause.remedy()) {
+                return Err("no cause, or not its remedy");
+            }
+            said(conditions::MIGRATION_FAILED).then_some(()).ok_or("no condition of its failure")
+        }
+        Phase::Succeeded => Ok(()),
+        _ => said(conditions::MIGRATION_WAITING).then_some(()).ok_or("no condition of its wait"),
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
 
@@ -160,6 +210,7 @@ proptest! {
         let mut jobs = 0;
         let mut truth: Truth = VMIS.iter().map(|(vmi, _)| (*vmi, name(&crate::names::launcher_pod(vmi, &format!("uid-{vmi}"))))).collect();
         let mut reached: BTreeMap<Name, Phase> = BTreeMap::new();
+        let mut sent: BTreeMap<Name, u64> = BTreeMap::new();
         for what in &happenings {
             happen(&mut cluster, &mut truth, &mut jobs, what);
             let mut under_way: BTreeMap<String, u32> = BTreeMap::new();
@@ -167,6 +218,13 @@ proptest! {
             for migration in cluster.world.migrations.iter() {
                 let key = crate::Stored::key(migration.as_ref());
                 let phase = migration.status.phase.clone();
+                if let Err(silence) = speaks(migration) {
+                    prop_assert!(false, "{}: {:?}", silence, migration.status);
+                }
+                let progress = migration.status.migration_state.as_ref().and_then(|state| state.progress.as_ref());
+                let bytes = progress.and_then(|progress| progress.bytes_processed).unwrap_or(0);
+                let before = sent.insert(key.clone(), bytes).unwrap_or(0);
+                prop_assert!(bytes >= before, "{} bytes came after {}", bytes, before);
                 if let Some(before) = reached.insert(key, phase.clone()) {
                     prop_assert!(rank(&phase) >= rank(&before), "{:?} came after {:?}", phase, before);
                     prop_assert!(!before.is_final() || phase == before, "{:?} left {:?}", phase, before);
@@ -184,6 +242,12 @@ proptest! {
             }
             prop_assert!(under_way.values().all(|count| *count <= 1), "two migrations of one VMI: {:?}", under_way);
             prop_assert!(in_cluster <= 5 && on_node.values().all(|count| *count <= 2), "{} {:?}", in_cluster, on_node);
+            if matches!(what, Happening::Settle) {
+                for migration in cluster.world.migrations.iter().filter(|migration| !migration.is_final()) {
+                    let plan = cluster.decide(&Key::Migration(crate::Stored::key(migration.as_ref())));
+                    prop_assert!(plan.wake_at.is_some(), "no deadline: {:?}", migration.status);
+                }
+            }
             for (vmi, home) in &truth {
                 let living = cluster.world.vmis.get(&name(vmi)).is_some_and(|vmi| !vmi.is_final());
                 let pod = cluster.world.pods.get(home);
