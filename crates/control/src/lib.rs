@@ -33,7 +33,7 @@ pub use plan::{
     Effect, EventRecord, EventType, NODE_CONTROLLER, Plan, SCHEDULER, VM_CONTROLLER, VOLUME_CONTROLLER, View,
     has_status_subresource, merge_difference,
 };
-pub use world::{Change, Source, Table, World, claims_of, vmi_of_pod};
+pub use world::{Change, Refusal, Source, Table, World, claims_of, vmi_of_pod};
 
 /// How an installation is set up: what decisions need to know that no object says.
 #[derive(Clone, Debug)]

@@ -7,6 +7,7 @@ use godwit_api::{
     KubeVirt, MigrationConfiguration, MigrationPolicy, MigrationRecord, NetworkAttachmentDefinition, VirtualMachine,
     VirtualMachineInstance, VirtualMachineInstanceMigration,
 };
+use jiff::Timestamp;
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{
     ConfigMap, Namespace, Node, PersistentVolume, PersistentVolumeClaim, Pod, ResourceQuota,
@@ -97,6 +98,24 @@ impl Change {
 /// A map from something objects refer to, to the objects that refer to it.
 type Index = BTreeMap<String, BTreeSet<Name>>;
 
+/// That the server would not make a pod.
+#[derive(Clone, Debug)]
+pub struct Refusal {
+    /// Why, in the server's words.
+    pub message: String,
+    /// When it was first refused.
+    pub first: Timestamp,
+    /// When it was last refused.
+    pub last: Timestamp,
+}
+
+impl Refusal {
+    /// Whether a ResourceQuota is the reason.
+    pub fn is_quota(&self) -> bool {
+        self.message.contains("exceeded quota")
+    }
+}
+
 /// A typed, indexed cache of the cluster. It never goes back: news older than what is held is ignored.
 #[derive(Clone, Debug, Default)]
 pub struct World {
@@ -150,6 +169,8 @@ pub struct World {
     pods_without_node: Index,
     claims_unbound: Index,
 
+    /// Target pods that the server would not make.
+    refusals: BTreeMap<Name, Refusal>,
     /// Who waits for a turn, and who has it.
     turns: turns::Index,
     /// What the pods of each node ask for.
@@ -224,8 +245,35 @@ impl World {
         Some(change)
     }
 
+    /// Takes in that the server would not make the target pod of a migration, and why.
+    pub fn refuse(&mut self, pod: Name, message: String, now: Timestamp) {
+        let first = self.refusals.get(&pod).map_or(now, |before| before.first);
+        self.refusals.insert(pod, Refusal { message, first, last: now });
+    }
+
+    /// Why the server would not make a pod when it was last asked to, unless something has changed since that may matter.
+    pub fn refusal(&self, pod: &Name) -> Option<&Refusal> {
+        self.refusals.get(pod)
+    }
+
     /// Brings everything that is derived from the objects up to date after a change of one of them.
     fn follow(&mut self, change: &Change) {
+        match change.latest() {
+            Some(Object::Pod(pod)) => {
+                self.refusals.remove(&pod.key());
+            }
+            // It is not made any more.
+            Some(Object::Migration(migration)) if change.after.is_none() || migration.is_final() => {
+                let pod = names::launcher_pod(migration.vmi_name(), migration.uid());
+                self.refusals.remove(&Name::new(migration.namespace(), pod));
+            }
+            // There may be room by now.
+            Some(Object::ResourceQuota(quota)) => {
+                let namespace = quota.namespace();
+                self.refusals.retain(|pod, refusal| pod.namespace != namespace || !refusal.is_quota());
+            }
+            _ => {}
+        }
         self.loads.refresh(change);
         let mut turns = std::mem::take(&mut self.turns);
         turns.refresh(change, self);

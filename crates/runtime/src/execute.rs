@@ -1,5 +1,6 @@
 //! Carries out the effects of a plan, and learns from the answers.
 
+use godwit_control::names::LABEL_MIGRATION_JOB_UID;
 use godwit_control::{Effect, EventRecord, EventType, Kind, Name, Object, Ref, Stored as _, VM_CONTROLLER};
 use kube::Client;
 use kube::core::Request;
@@ -18,6 +19,8 @@ pub enum Learned {
     Here(Object),
     /// It does not exist.
     Gone(Ref),
+    /// The server would not make this target pod of a migration, in its own words.
+    Refused(Ref, String),
 }
 
 /// Why a plan was not carried out to its end.
@@ -174,6 +177,13 @@ impl Executor {
             },
             Err(error) => {
                 self.tell_owner(object, &error);
+                // What only asking again may change is no refusal.
+                let refusal = status_of(&error).filter(|status| matches!(status.code, 400 | 403 | 422));
+                if let (Object::Pod(pod), Some(status)) = (object, refusal)
+                    && pod.label(LABEL_MIGRATION_JOB_UID).is_some()
+                {
+                    learned.push(Learned::Refused(target.clone(), status.message.clone()));
+                }
                 Err(refused(&format!("creating {target}"), &error))
             }
         }

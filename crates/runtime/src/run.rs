@@ -197,6 +197,10 @@ impl Shell {
         for piece in learned {
             let change = match piece {
                 Learned::Here(object) => self.world.apply(object, Source::Answer),
+                Learned::Refused(target, why) => {
+                    self.world.refuse(target.name, why, Timestamp::now());
+                    None
+                }
                 Learned::Gone(target) => {
                     // Under the same name something newer may have appeared by now.
                     let held = self.world.get(target.kind, &target.name).map_or(0, |object| object.revision());

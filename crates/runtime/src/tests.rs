@@ -77,6 +77,7 @@ fn revisions(learned: &[Learned]) -> Vec<String> {
     let revision = |piece: &Learned| match piece {
         Learned::Here(object) => object.revision().to_string(),
         Learned::Gone(target) => format!("{target} gone"),
+        Learned::Refused(target, why) => format!("{target} refused: {why}"),
     };
     learned.iter().map(revision).collect()
 }
@@ -119,11 +120,24 @@ async fn what_is_there_already_is_fine_if_it_is_ours() {
 #[tokio::test]
 async fn a_pod_that_is_refused_is_told_on_its_owner() {
     let wanted = Object::from_value(Kind::Pod, pod("owner", "1")).unwrap();
-    let (_, result, _, told) =
+    let (learned, result, _, told) =
         carry_out(vec![Effect::Create(Box::new(wanted))], vec![refusal(403, "exceeded quota: small")]).await;
-    assert!(matches!(result, Err(Failure::Refused(_))));
+    assert!(matches!(result, Err(Failure::Refused(_))) && learned.is_empty());
     assert_eq!(told[0].message, "Error creating pod: exceeded quota: small");
     assert_eq!(told[0].target.name, Name::new("ns", "demo"));
+}
+
+#[tokio::test]
+async fn why_a_target_pod_is_refused_is_learned() {
+    let mut wanted = pod("owner", "1");
+    wanted["metadata"]["labels"] = json!({"kubevirt.io/migrationJobUID": "m"});
+    let wanted = Object::from_value(Kind::Pod, wanted).unwrap();
+    let create = || vec![Effect::Create(Box::new(wanted.clone()))];
+    let (learned, ..) = carry_out(create(), vec![refusal(403, "exceeded quota: small")]).await;
+    assert_eq!(revisions(&learned), ["Pod ns/p refused: exceeded quota: small"]);
+    // A server that is too busy has not refused it.
+    let (learned, result, ..) = carry_out(create(), vec![refusal(503, "later")]).await;
+    assert!(matches!(result, Err(Failure::Refused(_))) && learned.is_empty());
 }
 
 #[tokio::test]

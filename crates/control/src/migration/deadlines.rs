@@ -8,6 +8,8 @@ use crate::names;
 
 /// A migration may wait for its turn this long.
 pub const QUEUE: SignedDuration = SignedDuration::from_hours(24);
+/// A target pod that the server would not make is asked for again after this long, or when a quota changes.
+pub const REFUSED: SignedDuration = SignedDuration::from_secs(30);
 /// The hand-over is one write; it is given up after this long.
 pub const HAND_OVER: SignedDuration = SignedDuration::from_mins(5);
 /// The target's handler has this long to listen, the source's to start. The handlers give up earlier, and say why.
@@ -79,6 +81,12 @@ pub fn rows() -> Vec<[String; 4]> {
     let annotation = |key: &str| format!("annotation `{key}` of the migration; 0 switches it off");
     vec![
         row("Pending", "wait for its turn, for the guest, for quota", seconds(QUEUE), "fixed"),
+        row(
+            "Pending",
+            "target pod that the API server does not accept (for another reason than a quota)",
+            format!("{} s", names::PENDING_POD_TIMEOUT_SECONDS),
+            &annotation(names::ANNOTATION_PENDING_POD_TIMEOUT),
+        ),
         row(
             "Scheduling",
             "target pod without a node",

@@ -1,6 +1,7 @@
 //! Says in words what a migration waits for, or why it failed and what to do about it.
 
 use godwit_api::failure::FailureCause;
+use godwit_api::migration::NodeVerdict;
 use godwit_api::vmi::AbortStatus;
 use godwit_api::{Condition, MigrationPhase as Phase, VirtualMachineInstanceMigration, condition};
 use jiff::SignedDuration;
@@ -8,11 +9,12 @@ use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
 use super::deadlines;
-use super::observe::Situation;
+use super::observe::{Situation, is_unschedulable};
 use super::table::{Blame, Fact, Row};
-use crate::names;
+use crate::launcher_pod::{self, Role};
 use crate::object::Stored;
 use crate::world::{World, claims_of};
+use crate::{names, placement};
 use crate::{turns, volumes};
 
 /// Writes into the status what the migration waits for, why it failed, or how it went.
@@ -41,6 +43,23 @@ pub fn say(after: &mut VirtualMachineInstanceMigration, row: &Row, situation: &S
         }
         _ => None,
     };
+    status.nodes = fact.map_or_else(Vec::new, |fact| nodes(fact, situation));
+    let quota = fact.filter(|fact| matches!(fact, Fact::QuotaExceeded | Fact::QuotaExceededTooLong));
+    match quota.and(situation.refused()) {
+        Some(why) => {
+            let type_ = names::conditions::MIGRATION_REJECTED_BY_RESOURCE_QUOTA;
+            let told = Condition::new(type_, true).because("ExceededQuota", why);
+            condition::set(&mut status.conditions, told, now);
+        }
+        None => {
+            let type_ = names::conditions::MIGRATION_REJECTED_BY_RESOURCE_QUOTA;
+            condition::remove(&mut status.conditions, type_);
+        }
+    }
+    let text = text.map(|(word, sentence)| match status.queue.as_ref().and_then(|queue| queue.position) {
+        Some(place) => (word, format!("{sentence} Place {place} of those that wait.")),
+        None => (word, sentence),
+    });
     status.reason = text.as_ref().and_then(|(word, _)| word.clone());
     status.message = text.as_ref().map(|(_, sentence)| sentence.clone());
     condition::remove(&mut status.conditions, names::conditions::MIGRATION_WAITING);
@@ -58,6 +77,27 @@ pub fn say(after: &mut VirtualMachineInstanceMigration, row: &Row, situation: &S
     said.last_transition_time = before.map_or_else(|| Some(now.clone()), |before| before.last_transition_time.clone());
     condition::remove(&mut status.conditions, type_);
     status.conditions.push(said);
+}
+
+/// Why the nodes do not take the target pod, while that is what it waits for or why it was given up.
+fn nodes(fact: Fact, situation: &Situation<'_>) -> Vec<NodeVerdict> {
+    match (fact, situation.pod, situation.vmi) {
+        (
+            Fact::TargetPodUnschedulable | Fact::TargetPodUnschedulableTooLong | Fact::TargetPodPendingTooLong,
+            Some(pod),
+            _,
+        ) if is_unschedulable(pod) => placement::verdicts(pod, &situation.view).nodes,
+        (Fact::InboundLimit, _, Some(vmi)) => {
+            // Thousands may wait for this: the nodes are looked at once a wait.
+            let held = &situation.migration.status;
+            if held.reason.as_deref() == Some(fact.word().as_str()) {
+                return held.nodes.clone();
+            }
+            let pod = launcher_pod::build(vmi, Role::Receive(situation.migration), &situation.view);
+            placement::verdicts(&pod, &situation.view).nodes
+        }
+        _ => Vec::new(),
+    }
 }
 
 /// What a migration waits for on entering a phase.
@@ -221,10 +261,19 @@ pub fn sentence(fact: Fact, situation: &Situation<'_>) -> String {
              (parallelOutboundMigrationsPerNode).",
             configuration.parallel_outbound_migrations_per_node.unwrap_or_default()
         ),
-        Fact::QuotaExceeded | Fact::QuotaExceededTooLong => match situation.quota() {
-            Some(why) => format!("The target pod does not fit into the quota: {why}."),
-            None => "The target pod does not fit into the quota.".to_owned(),
-        },
+        Fact::QuotaExceeded => format!(
+            "The target pod does not fit into the namespace's quota: {}. Waits until there is room.",
+            situation.refused().as_deref().unwrap_or("no more is said").trim_end_matches('.')
+        ),
+        Fact::QuotaExceededTooLong => format!(
+            "The target pod did not fit into the namespace's quota for {}: {}.",
+            span(secs(deadlines::QUEUE)),
+            situation.refused().as_deref().unwrap_or("no more is said").trim_end_matches('.')
+        ),
+        Fact::TargetPodRefused | Fact::TargetPodRefusedTooLong => format!(
+            "The API server does not accept the target pod: {}.",
+            situation.refused().as_deref().unwrap_or("no more is said").trim_end_matches('.')
+        ),
         Fact::WaitedTooLong => match &migration.status.message {
             Some(last) => format!("Waited for its turn for {}. Last: {last}", span(secs(deadlines::QUEUE))),
             None => format!("Waited for its turn for {}.", span(secs(deadlines::QUEUE))),

@@ -14,6 +14,7 @@ use crate::launcher_pod::{self, Role};
 use crate::object::{Name, Stored};
 use crate::plan::View;
 use crate::turns::{Setting, Turn};
+use crate::world::Refusal;
 use crate::{kubevirt, names, placement, quota, turns};
 
 /// What counts about a migration, gathered once.
@@ -147,7 +148,7 @@ impl<'a> Situation<'a> {
             hindrance
         } else {
             match turns::turn(self.migration, &self.view) {
-                Turn::Granted => return Fact::MayStart.into(),
+                Turn::Granted => return self.granted(vmi),
                 Turn::Waits { .. } if self.quota().is_some() => Fact::QuotaExceeded,
                 Turn::Waits { limit, .. } => match limit.map(|limit| limit.setting) {
                     Some(Setting::OutboundPerNode) => Fact::NodeLimit,
@@ -157,11 +158,44 @@ impl<'a> Situation<'a> {
                 },
             }
         };
-        self.within(self.since(), deadlines::QUEUE, wait, Fact::WaitedTooLong)
+        let late = if wait == Fact::QuotaExceeded { Fact::QuotaExceededTooLong } else { Fact::WaitedTooLong };
+        self.within(self.since(), deadlines::QUEUE, wait, late)
+    }
+
+    /// It is its turn; whether the API server takes the target pod is another matter.
+    fn granted(&self, vmi: &VirtualMachineInstance) -> Observation {
+        let Some(refusal) = self.refusal(vmi) else { return Fact::MayStart.into() };
+        let mut observation = match deadlines::pending(self.migration) {
+            _ if refusal.is_quota() => {
+                self.within(self.since(), deadlines::QUEUE, Fact::QuotaExceeded, Fact::QuotaExceededTooLong)
+            }
+            Some(limit) => self.within(refusal.first, limit, Fact::TargetPodRefused, Fact::TargetPodRefusedTooLong),
+            None => Fact::TargetPodRefused.into(),
+        };
+        let again = refusal.last + deadlines::REFUSED;
+        if observation.until.is_some() || observation.fact == Fact::TargetPodRefused {
+            if self.view.now >= again {
+                return Fact::MayStart.into();
+            }
+            observation.until = Some(observation.until.map_or(again, |end| end.min(again)));
+        }
+        observation
+    }
+
+    /// What the API server said when it would not make the target pod.
+    fn refusal(&self, vmi: &VirtualMachineInstance) -> Option<&'a Refusal> {
+        let pod = launcher_pod::name(vmi, Role::Receive(self.migration));
+        self.view.world.refusal(&Name::new(self.migration.namespace(), pod))
+    }
+
+    /// Why the target pod cannot be made, in the server's words: it said so, or would say so.
+    pub fn refused(&self) -> Option<String> {
+        let refusal = self.vmi.and_then(|vmi| self.refusal(vmi));
+        refusal.map(|refusal| refusal.message.clone()).or_else(|| self.quota())
     }
 
     /// Which quota the target pod would exceed, in Kubernetes' words.
-    pub fn quota(&self) -> Option<String> {
+    fn quota(&self) -> Option<String> {
         // Making the pod takes a while, and most namespaces have no quota.
         self.view.world.quotas.within(self.migration.namespace()).next()?;
         let pod = launcher_pod::build(self.vmi?, Role::Receive(self.migration), &self.view);

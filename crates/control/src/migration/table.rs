@@ -43,6 +43,10 @@ pub enum Fact {
     QuotaExceeded,
     /// The namespace's quota has had no room for too long.
     QuotaExceededTooLong,
+    /// The API server does not accept its target pod, for now.
+    TargetPodRefused,
+    /// The API server has not accepted its target pod for too long.
+    TargetPodRefusedTooLong,
     /// It has waited for its turn for too long.
     WaitedTooLong,
     /// It has its slot: the target pod can be made.
@@ -233,6 +237,13 @@ pub static TABLE: &[Row] = &[
         Phase::Failed,
         &[failed("Migration failed because it waited for its turn for too long.")],
     ),
+    row(Phase::Pending, Fact::TargetPodRefused, Phase::Pending, &[]),
+    row(
+        Phase::Pending,
+        Fact::TargetPodRefusedTooLong,
+        Phase::Failed,
+        &[failed("Migration failed because its target pod was not accepted by the API server.")],
+    ),
     row(Phase::Pending, Fact::MayStart, Phase::Pending, &[Action::CreateTargetPod]),
     row(Phase::Pending, Fact::TargetPodCreated, Phase::Scheduling, &[]),
     // Scheduling: the target pod finds a node and starts.
@@ -331,6 +342,7 @@ impl Fact {
             self,
             Fact::WaitedTooLong
                 | Fact::QuotaExceededTooLong
+                | Fact::TargetPodRefusedTooLong
                 | Fact::TargetPodUnschedulableTooLong
                 | Fact::TargetPodPendingTooLong
                 | Fact::HandOverTooLong
@@ -364,7 +376,7 @@ impl Fact {
             Fact::QuotaExceededTooLong => FailureCause::QuotaExceeded,
             Fact::WaitedTooLong => FailureCause::WaitedTooLong,
             Fact::TargetPodUnschedulableTooLong => FailureCause::Unschedulable,
-            Fact::TargetPodPendingTooLong => FailureCause::TargetNotReady,
+            Fact::TargetPodRefusedTooLong | Fact::TargetPodPendingTooLong => FailureCause::TargetNotReady,
             Fact::TargetPodDown | Fact::TargetPodGone => FailureCause::TargetLost,
             Fact::HandOverTooLong => FailureCause::NotHandedOver,
             Fact::StateCleared | Fact::StateTakenOver => FailureCause::StateTaken,
