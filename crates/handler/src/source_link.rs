@@ -23,7 +23,9 @@ const DIAL_LIMIT: Duration = Duration::from_secs(5);
 /// How long the target may take to run the guest after the go, before it is asked again.
 const GO_LIMIT: Duration = Duration::from_secs(10);
 /// How long the target may take to say why the migration failed.
-const WHY_LIMIT: Duration = Duration::from_secs(5);
+const WHY_LIMIT: Duration = Duration::from_secs(6);
+/// How often it is asked again over a channel that breaks: for about a second and a half.
+const WHY_ATTEMPTS: u32 = 8;
 /// The shortest and longest wait before the go is repeated.
 const RETRY: (Duration, Duration) = (Duration::from_millis(5), Duration::from_secs(1));
 
@@ -320,28 +322,53 @@ impl Run {
 
     /// The guest stays here; the waiting target may go. The API says so as well, so once is enough. Before that, after a
     /// failure, the target says what it knows of it.
-    async fn abandon(mut self, control: Option<Control>, ask_why: bool) {
-        let dialled = match control {
-            Some(control) => Ok(control),
-            None => self.redial().await,
-        };
-        let mut control = match dialled {
-            Ok(control) => control,
-            Err(error) => return self.set(|s| s.target = unheard(&error)),
-        };
+    async fn abandon(mut self, mut control: Option<Control>, ask_why: bool) {
         if ask_why {
-            let heard = match control.ask(Request::Why, WHY_LIMIT).await {
-                Ok(Answer::Because { ended, words, cause }) => TargetSays::Told { ended, words, cause },
-                Ok(_) => TargetSays::Told { ended: false, words: None, cause: None },
-                Err(error) => unheard(&error),
-            };
+            let heard = tokio::time::timeout(WHY_LIMIT, self.ask_why(&mut control)).await;
+            let heard =
+                heard.unwrap_or_else(|_| TargetSays::Unreachable("the target's handler does not answer".into()));
             tracing::info!(migration = %self.uid, ?heard, "what the target knows of the failure");
             self.set(|s| s.target = heard);
         }
+        let mut control = match control {
+            Some(control) => control,
+            None => match self.redial().await {
+                Ok(control) => control,
+                Err(_) => return,
+            },
+        };
         if let Err(error) = control.ask(Request::Abandon, DIAL_LIMIT).await {
             tracing::info!(migration = %self.uid, %error, "the target could not be told that the guest stays");
         }
         control.close(DIAL_LIMIT).await;
+    }
+
+    /// A channel that breaks is dialled again: a handler that ends takes a moment, and then its node refuses, which tells more
+    /// than a broken channel does.
+    async fn ask_why(&mut self, control: &mut Option<Control>) -> TargetSays {
+        let mut wait = RETRY.0;
+        let mut attempts = 0;
+        loop {
+            let answer = match control.as_mut() {
+                Some(open) => open.ask(Request::Why, WHY_LIMIT).await,
+                None => match self.redial().await {
+                    Ok(open) => control.insert(open).ask(Request::Why, WHY_LIMIT).await,
+                    Err(error) => Err(error),
+                },
+            };
+            let error = match answer {
+                Ok(Answer::Because { ended, words, cause }) => return TargetSays::Told { ended, words, cause },
+                Ok(_) => return TargetSays::Told { ended: false, words: None, cause: None },
+                Err(error) => error,
+            };
+            *control = None;
+            attempts += 1;
+            if error.is_answered() || attempts > WHY_ATTEMPTS {
+                return unheard(&error);
+            }
+            tokio::time::sleep(wait).await;
+            wait = (wait * 2).min(RETRY.1);
+        }
     }
 }
 
