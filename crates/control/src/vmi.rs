@@ -9,8 +9,8 @@ use std::sync::Arc;
 
 use godwit_api::names::conditions::{self, ready};
 use godwit_api::names::events::{self, reason};
-use godwit_api::vmi::VmiPhaseTransitionTimestamp;
-use godwit_api::{Condition, VirtualMachineInstance, VmiPhase, condition};
+use godwit_api::vmi::{MemoryStatus, VmiPhaseTransitionTimestamp};
+use godwit_api::{Condition, Quantity, VirtualMachineInstance, VmiPhase, condition};
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::{Pod, PodCondition};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
@@ -408,6 +408,7 @@ fn mirror(vmi: &mut VirtualMachineInstance, view: &View<'_>) {
             }
         }
     }
+    memory(vmi);
     let not = |why: (&str, &str)| Condition::new(conditions::READY, false).because(why.0, why.1);
     let told = match pod {
         None => not(ready::POD_NOT_EXISTS),
@@ -420,6 +421,32 @@ fn mirror(vmi: &mut VirtualMachineInstance, view: &View<'_>) {
         },
     };
     condition::set(&mut vmi.status.conditions, told, &now);
+}
+
+/// Says how much memory the guest has, and its launcher beside it.
+fn memory(vmi: &mut VirtualMachineInstance) {
+    let guest = u64::try_from(launcher_pod::guest_memory(&vmi.spec)).unwrap_or(0);
+    if guest == 0 || vmi.status.node_name.as_deref().unwrap_or_default().is_empty() {
+        return;
+    }
+    let overhead = launcher_pod::overhead(i128::from(guest), launcher_pod::vcpus(&vmi.spec));
+    let state = vmi.status.migration_state.as_ref();
+    let arrived = state.filter(|state| {
+        state.completed == Some(true) && state.failed != Some(true) && state.target_node == vmi.status.node_name
+    });
+    let arrived = arrived.and_then(|state| state.target_memory_overhead.clone());
+    let memory = vmi.status.memory.get_or_insert_with(|| {
+        let guest = Some(Quantity::from_bytes(guest));
+        let overhead = u64::try_from(overhead).ok().map(Quantity::from_bytes);
+        MemoryStatus {
+            guest_at_boot: guest.clone(),
+            guest_current: guest.clone(),
+            guest_requested: guest,
+            memory_overhead: overhead,
+        }
+    });
+    // The pod that it has moved to may have been made with another overhead.
+    memory.memory_overhead = arrived.or(memory.memory_overhead.take());
 }
 
 fn pod_condition<'a>(pod: &'a Pod, type_: &str) -> Option<&'a PodCondition> {

@@ -227,9 +227,10 @@ pub fn sentence(fact: Fact, situation: &Situation<'_>) -> String {
             format!("The VMI {vmi_name:?} does not exist in namespace {:?}.", migration.namespace())
         }
         Fact::VmiFinal => format!("The VMI {vmi_name:?} was shut down or deleted."),
-        Fact::GuestLost => {
+        Fact::GuestLost | Fact::GuestLostAtTarget => {
             let why = vmi.and_then(|vmi| vmi.status.reason.as_deref()).map(|why| format!(" ({why})"));
-            format!("The VMI {vmi_name:?} failed on node {source}{}.", why.unwrap_or_default())
+            let node = if fact == Fact::GuestLost { source } else { target };
+            format!("The VMI {vmi_name:?} failed on node {node}{}.", why.unwrap_or_default())
         }
         Fact::Cancelled => "The migration was deleted before it was handed over; the guest was not touched.".to_owned(),
         Fact::OtherMigration => format!("Another migration of the VMI {vmi_name:?} is in progress."),

@@ -554,6 +554,41 @@ fn the_place_in_the_line_is_said() {
 }
 
 #[test]
+fn a_guest_that_is_lost_after_it_has_moved_is_lost_at_the_target() {
+    let mut cluster = cluster(&[("demo", "node1")]);
+    run(&mut cluster, "job", "demo");
+    // Post-copy: it lives at the target before the migration is over.
+    tell(&mut cluster, "demo", json!({"mode": "PostCopy"}));
+    let target = state(&cluster, "demo")["targetNode"].clone();
+    let moved = json!({"status": {"nodeName": target}});
+    cluster.patch(Kind::VirtualMachineInstance, &name("demo"), moved);
+    cluster.settle();
+    assert_eq!(phase(&cluster, "job"), "Running");
+    let pod = target_pod(&cluster, "job").unwrap();
+    cluster.patch(Kind::Pod, &pod, json!({"status": {"phase": "Failed"}}));
+    cluster.settle();
+    let text = format!("The VMI \"demo\" failed on node {}", target.as_str().unwrap());
+    assert_failed(&cluster, "job", FailureCause::TargetLost, &text);
+}
+
+#[test]
+fn the_memory_of_the_launcher_follows_the_guest() {
+    let mut cluster = cluster(&[("demo", "node1")]);
+    let memory = |cluster: &Cluster| {
+        cluster.get(Kind::VirtualMachineInstance, &name("demo")).unwrap()["status"]["memory"].clone()
+    };
+    let told = memory(&cluster);
+    assert_eq!((&told["guestAtBoot"], &told["guestCurrent"]), (&json!("128Mi"), &json!("128Mi")));
+    assert_eq!(told["memoryOverhead"], "72Mi");
+    run(&mut cluster, "job", "demo");
+    tell(&mut cluster, "demo", json!({"targetMemoryOverhead": "90Mi"}));
+    cluster.settle();
+    assert_eq!(memory(&cluster)["memoryOverhead"], "72Mi");
+    arrive(&mut cluster, "demo");
+    assert_eq!(memory(&cluster)["memoryOverhead"], "90Mi");
+}
+
+#[test]
 fn the_ends_of_the_guest_have_their_own_words() {
     // Lost, shut down, and shut down by a handler that has given the migration up for it.
     for (vmi, facts, cause) in [

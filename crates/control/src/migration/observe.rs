@@ -269,7 +269,11 @@ impl<'a> Situation<'a> {
         }
         // The end of the guest after a completed migration is the guest's own affair.
         if vmi.is_final() && state.completed != Some(true) {
-            return Err(end_of(vmi));
+            let moved = self.migration.status.phase == Phase::Running && vmi.status.node_name == state.target_node;
+            return Err(match end_of(vmi) {
+                Fact::GuestLost if moved => Fact::GuestLostAtTarget,
+                end => end,
+            });
         }
         Ok(state)
     }

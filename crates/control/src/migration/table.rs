@@ -17,6 +17,8 @@ pub enum Fact {
     VmiFinal,
     /// The VMI has failed: the guest was lost where it ran.
     GuestLost,
+    /// The VMI has failed at the target, to which the guest had moved already (post-copy).
+    GuestLostAtTarget,
     /// The migration has been deleted by a user.
     Cancelled,
     /// Another migration of the same VMI is under way.
@@ -312,6 +314,7 @@ pub static TABLE: &[Row] = &[
     row(Phase::Running, Fact::VmiGone, Phase::Failed, &[NO_VMI]),
     row(Phase::Running, Fact::VmiFinal, Phase::Failed, &[SHUTDOWN]),
     row(Phase::Running, Fact::GuestLost, Phase::Failed, &[SHUTDOWN]),
+    row(Phase::Running, Fact::GuestLostAtTarget, Phase::Failed, &[SHUTDOWN]),
     row(Phase::Running, Fact::StateCleared, Phase::Failed, &[CLEARED]),
     row(Phase::Running, Fact::StateTakenOver, Phase::Failed, &[TAKEN_OVER]),
     row(Phase::Running, Fact::Cancelled, Phase::Running, ABORT),
@@ -377,7 +380,7 @@ impl Fact {
             Fact::WaitedTooLong => FailureCause::WaitedTooLong,
             Fact::TargetPodUnschedulableTooLong => FailureCause::Unschedulable,
             Fact::TargetPodRefusedTooLong | Fact::TargetPodPendingTooLong => FailureCause::TargetNotReady,
-            Fact::TargetPodDown | Fact::TargetPodGone => FailureCause::TargetLost,
+            Fact::TargetPodDown | Fact::TargetPodGone | Fact::GuestLostAtTarget => FailureCause::TargetLost,
             Fact::HandOverTooLong => FailureCause::NotHandedOver,
             Fact::StateCleared | Fact::StateTakenOver => FailureCause::StateTaken,
             Fact::PreparingTooLong => FailureCause::TargetUnresponsive,
