@@ -58,7 +58,8 @@ fn the_migration_shows_what_the_vmi_says_while_it_runs() {
 fn a_controller_that_is_behind_takes_nothing_back() {
     let mut cluster = cluster(&[("demo", "node1")]);
     run(&mut cluster, "job", "demo");
-    tell(&mut cluster, "demo", json!({"progress": {"totalMilliseconds": 1000, "bytesProcessed": 5}}));
+    tell(&mut cluster, "demo", json!({"progress": {"totalMilliseconds": 3000, "bytesProcessed": 5}}));
+    cluster.settle();
     let early = cluster.get(Kind::VirtualMachineInstance, &name("demo")).unwrap();
     let now = cluster.now.to_string();
     let end = json!({
@@ -69,6 +70,7 @@ fn a_controller_that_is_behind_takes_nothing_back() {
     cluster.step(&Key::Migration(name("job")));
     let held = status(&cluster, "job")["migrationState"].clone();
     assert_eq!(held["failed"], true);
+    assert_eq!(held["progress"]["bytesProcessed"], 9);
     // Another controller has this migration and an older VMI.
     cluster.put(Kind::VirtualMachineInstance, early);
     cluster.step(&Key::Migration(name("job")));

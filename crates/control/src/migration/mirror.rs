@@ -15,21 +15,31 @@ pub fn take(after: &mut VirtualMachineInstanceMigration, situation: &Situation<'
     }
 }
 
-/// Whether `told` is an earlier state of a migration than `held`: in its life each of these only appears, or grows.
+/// Whether `told` is an earlier state of a migration than `held`. In its life each of the marks only appears, and figures
+/// only grow; a new mark counts for more than a figure.
 fn is_behind(told: &State, held: &State) -> bool {
-    let gone = |told: bool, held: bool| held && !told;
-    let set = |flag: Option<bool>| flag == Some(true);
+    let (now, before) = (marks(told), marks(held));
+    if now != before {
+        return now.iter().zip(before).any(|(now, before)| before && !now);
+    }
     let less = |told: Option<u64>, held: Option<u64>| held.is_some_and(|held| told.is_none_or(|told| told < held));
     let (now, before) = (told.progress.as_ref(), held.progress.as_ref());
-    gone(told.target_node_address.is_some(), held.target_node_address.is_some())
-        || gone(told.start_timestamp.is_some(), held.start_timestamp.is_some())
-        || gone(told.end_timestamp.is_some(), held.end_timestamp.is_some())
-        || gone(told.target_node_domain_ready_timestamp.is_some(), held.target_node_domain_ready_timestamp.is_some())
-        || gone(set(told.completed), set(held.completed))
-        || gone(set(told.failed), set(held.failed))
-        || gone(set(told.abort_requested), set(held.abort_requested))
-        || gone(told.abort_status.is_some(), held.abort_status.is_some())
-        || less(now.and_then(|now| now.total_milliseconds), before.and_then(|before| before.total_milliseconds))
+    less(now.and_then(|now| now.total_milliseconds), before.and_then(|before| before.total_milliseconds))
         || less(now.and_then(|now| now.bytes_processed), before.and_then(|before| before.bytes_processed))
         || less(now.and_then(|now| now.downtime_milliseconds), before.and_then(|before| before.downtime_milliseconds))
+}
+
+/// What has happened to a migration so far.
+fn marks(state: &State) -> [bool; 8] {
+    let set = |flag: Option<bool>| flag == Some(true);
+    [
+        state.target_node_address.is_some(),
+        state.start_timestamp.is_some(),
+        state.end_timestamp.is_some(),
+        state.target_node_domain_ready_timestamp.is_some(),
+        set(state.completed),
+        set(state.failed),
+        set(state.abort_requested),
+        state.abort_status.is_some(),
+    ]
 }
