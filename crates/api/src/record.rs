@@ -7,7 +7,7 @@ use serde::Deserialize;
 use crate::failure::FailureCause;
 use crate::vmi::MigrationMode;
 
-/// How many records a namespace keeps.
+/// How many records of a VMI (of its name, in its namespace) are kept.
 pub const RECORDS_KEPT: usize = 50;
 /// How long a record is kept, in hours: two weeks.
 pub const RECORD_HOURS: i64 = 14 * 24;

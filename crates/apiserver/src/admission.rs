@@ -60,6 +60,30 @@ pub struct MutateOutcome {
     pub warnings: Vec<String>,
 }
 
+/// What is said of an eviction, and a write that goes with it.
+pub struct EvictionVerdict {
+    /// Warnings; a Status refuses the eviction.
+    pub verdict: Result<Vec<String>, Status>,
+    /// To be written before the verdict is given; not on a dry run.
+    pub write: Option<OwnWrite>,
+}
+
+/// A write of a plugin's own, past admission.
+pub struct OwnWrite {
+    /// The object's group.
+    pub group: String,
+    /// Its plural.
+    pub plural: String,
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+    /// A merge patch. With a `metadata.resourceVersion` it is refused when the object has changed since.
+    pub patch: Value,
+    /// The answer when it cannot be written; why is put behind its message.
+    pub failure: Status,
+}
+
 /// One admission plugin. Called on the request's task, so it should not take long.
 pub trait Admission: Send + Sync {
     /// May change the object of creates and updates; a Status refuses the write. Not called for deletes.
@@ -72,5 +96,10 @@ pub trait Admission: Send + Sync {
     fn validate(&self, request: &AdmissionRequest<'_>) -> Result<Vec<String>, Status> {
         let _ = request;
         Ok(Vec::new())
+    }
+
+    /// Called instead of [`Admission::validate`] for `pods/eviction`, and called again when its write met a newer object.
+    fn evict(&self, request: &AdmissionRequest<'_>) -> EvictionVerdict {
+        EvictionVerdict { verdict: self.validate(request), write: None }
     }
 }

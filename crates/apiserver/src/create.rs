@@ -224,7 +224,13 @@ pub(crate) fn judge(cx: &Context, kind: &Kind, write: Write<'_>, object: Option<
     Ok(())
 }
 
-fn question<'a>(cx: &'a Context, kind: &'a Kind, write: Write<'a>, object: Option<&'a Value>) -> AdmissionRequest<'a> {
+/// The question that plugins are asked about a write.
+pub(crate) fn question<'a>(
+    cx: &'a Context,
+    kind: &'a Kind,
+    write: Write<'a>,
+    object: Option<&'a Value>,
+) -> AdmissionRequest<'a> {
     AdmissionRequest {
         operation: write.operation,
         resource: &kind.resource,

@@ -32,7 +32,7 @@ mod update;
 mod user;
 mod watch;
 
-pub use admission::{Admission, AdmissionRequest, Lookup, MutateOutcome, Operation};
+pub use admission::{Admission, AdmissionRequest, EvictionVerdict, Lookup, MutateOutcome, Operation, OwnWrite};
 pub use respond::Body;
 pub use server::Service;
 pub use user::User;

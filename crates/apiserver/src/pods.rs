@@ -1,16 +1,17 @@
 //! Subresources of pods: binding, eviction, log.
 
-use crate::admission::Operation;
-use crate::create::{Write, judge};
+use crate::admission::{EvictionVerdict, Operation, OwnWrite};
+use crate::create::{Write, encode, judge, question};
 use crate::delete::{DeleteOptions, remove};
 use crate::kinds::Kind;
 use crate::read::not_found;
 use crate::respond::{self, Reply};
 use crate::server::Context;
-use crate::update::Change;
+use crate::update::{ATTEMPTS, Change};
 use crate::{intake, managed};
 use bytes::Bytes;
 use godwit_machinery::meta;
+use godwit_machinery::patch::merge_patch;
 use godwit_machinery::selector::LabelSelector;
 use godwit_machinery::status::{Cause, Status};
 use http::{Request, Response, StatusCode};
@@ -123,7 +124,7 @@ async fn change_whole(
         if change.dry_run {
             return Ok(());
         }
-        match cx.store().update(&key, Some(entry.revision), crate::create::encode(new)).await {
+        match cx.store().update(&key, Some(entry.revision), encode(new)).await {
             Ok(_) => return Ok(()),
             Err(godwit_store::Error::Conflict { .. } | godwit_store::Error::NotFound { .. }) => {}
             Err(error) => return Err(crate::read::store_error(kind, change.name, error)),
@@ -145,7 +146,7 @@ pub(crate) async fn evict(cx: &Context, kind: &Arc<Kind>, bytes: &Bytes) -> Repl
     let chosen = body.get("deleteOptions").cloned().unwrap_or_default();
     dry_run |= chosen.get("dryRun").and_then(Value::as_array).is_some_and(|list| list.contains(&json!("All")));
     let write = Write { operation: Operation::Create, namespace, name, old: None, dry_run };
-    judge(cx, kind, write, Some(&body))?;
+    ask_to_evict(cx, kind, write, &body).await?;
     let finished = matches!(text(&pod, "/status/phase"), "Succeeded" | "Failed" | "Pending");
     if !finished && !meta::is_deleting(&pod) {
         budget_allows(cx, namespace, &pod)?;
@@ -173,6 +174,50 @@ pub(crate) async fn evict(cx: &Context, kind: &Arc<Kind>, bytes: &Bytes) -> Repl
     };
     remove(cx, kind, namespace, name, &options).await?;
     created()
+}
+
+/// Asks every plugin whether the pod may be evicted, and writes what they want written with their answer.
+async fn ask_to_evict(cx: &Context, kind: &Kind, write: Write<'_>, body: &Value) -> Result<(), Status> {
+    for plugin in &cx.inner.admission {
+        for attempt in 1.. {
+            let EvictionVerdict { verdict, write: own } = plugin.evict(&question(cx, kind, write, Some(body)));
+            match own.filter(|_| !write.dry_run) {
+                None => {}
+                Some(own) => match carry_out(cx, &own).await {
+                    Ok(()) => {}
+                    // What was decided on has changed: the plugin decides anew.
+                    Err(why) if why.code == 409 && attempt < ATTEMPTS => continue,
+                    Err(why) => {
+                        let message = format!("{}{}", own.failure.message, why.message);
+                        return Err(Status { message, ..own.failure });
+                    }
+                },
+            }
+            cx.warn(verdict?);
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// Carries out a plugin's own write.
+async fn carry_out(cx: &Context, own: &OwnWrite) -> Result<(), Status> {
+    let kinds = cx.inner.registry.kinds();
+    let missing = || Status::not_found(&own.group, &own.plural, &own.name);
+    let key = kinds.any_version(&own.group, &own.plural).ok_or_else(missing)?.key(&own.namespace, &own.name);
+    let conflict = || Status::conflict(&own.group, &own.plural, &own.name);
+    let entry = cx.store().get(&key).ok_or_else(missing)?;
+    let decided_on = meta::resource_version(&own.patch);
+    if !decided_on.is_empty() && decided_on != meta::resource_version(entry.json()) {
+        return Err(conflict());
+    }
+    let new = merge_patch(entry.json(), &own.patch)?;
+    match cx.store().update(&key, Some(entry.revision), encode(new)).await {
+        Ok(_) => Ok(()),
+        Err(godwit_store::Error::Conflict { .. }) => Err(conflict()),
+        Err(godwit_store::Error::NotFound { .. }) => Err(missing()),
+        Err(error) => Err(Status::internal_error(error.to_string())),
+    }
 }
 
 /// How many pods a budget asks for: a number or a share of all.

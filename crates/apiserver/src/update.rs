@@ -17,7 +17,7 @@ use serde_json::Value;
 use std::sync::Arc;
 
 /// How often a change is computed anew because something else changed the object meanwhile.
-const ATTEMPTS: usize = 16;
+pub(crate) const ATTEMPTS: usize = 16;
 
 /// What to change, and how.
 pub(crate) struct Change<'a> {

@@ -6,12 +6,13 @@
 mod api;
 
 use api::Api;
-use godwit_apiserver::{Admission, AdmissionRequest, MutateOutcome, Operation, User};
+use godwit_apiserver::{Admission, AdmissionRequest, EvictionVerdict, MutateOutcome, Operation, OwnWrite, User};
 use godwit_machinery::status::Status;
 use godwit_store::Retention;
 use http::Method;
 use serde_json::{Value, json};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 const PODS: &str = "/api/v1/namespaces/default/pods";
 const MAPS: &str = "/api/v1/namespaces/default/configmaps";
@@ -420,6 +421,50 @@ async fn admission_changes_refuses_and_warns() {
     api.post(MAPS, &map("second")).await.ok();
     api.delete(&format!("{MAPS}/first")).await.fails(403);
     api.delete(&format!("{MAPS}/second")).await.ok();
+}
+
+/// Refuses evictions and marks the config map `mark`. Its first write is decided on a state that has gone by.
+struct Marker(AtomicUsize);
+
+impl Admission for Marker {
+    fn evict(&self, request: &AdmissionRequest<'_>) -> EvictionVerdict {
+        let asked = self.0.fetch_add(1, Ordering::SeqCst);
+        let mark = request.lookup.get("", "configmaps", "default", "mark");
+        let revision = mark.map(|mark| mark["metadata"]["resourceVersion"].clone());
+        let revision = if asked == 0 { Some(json!("1")) } else { revision };
+        let write = OwnWrite {
+            group: String::new(),
+            plural: "configmaps".to_owned(),
+            namespace: "default".to_owned(),
+            name: "mark".to_owned(),
+            patch: json!({"metadata": {"resourceVersion": revision}, "data": {"marked": "yes"}}),
+            failure: Status::too_many_requests("cannot mark: ", 0, None),
+        };
+        let refusal = Status::too_many_requests("it is being moved", 0, None);
+        EvictionVerdict { verdict: Err(refusal), write: Some(write) }
+    }
+}
+
+#[tokio::test]
+async fn an_eviction_may_be_refused_with_a_write() {
+    let marker = Arc::new(Marker(AtomicUsize::new(0)));
+    let api = Api::with(Retention::default(), vec![marker.clone()]).await;
+    api.post(PODS, &pod("p", None)).await.ok();
+    let path = format!("{PODS}/p/eviction");
+    let eviction = json!({"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": "p"}});
+    let missing = api.post(&path, &eviction).await.fails(429);
+    assert_eq!(missing, "cannot mark: configmaps \"mark\" not found");
+    api.post(MAPS, &map("mark")).await.ok();
+    let before = api.get(&format!("{MAPS}/mark")).await.ok();
+    assert_eq!(api.post(&format!("{path}?dryRun=All"), &eviction).await.fails(429), "it is being moved");
+    assert_eq!(api.get(&format!("{MAPS}/mark")).await.ok(), before, "a dry run writes nothing");
+    marker.0.store(0, Ordering::SeqCst);
+    assert_eq!(api.post(&path, &eviction).await.fails(429), "it is being moved");
+    assert_eq!(marker.0.load(Ordering::SeqCst), 2, "asked again on the newer state");
+    let after = api.get(&format!("{MAPS}/mark")).await.ok();
+    assert_eq!(after["data"]["marked"], "yes");
+    assert_ne!(after["metadata"]["resourceVersion"], before["metadata"]["resourceVersion"]);
+    assert_eq!(api.get(&format!("{PODS}/p")).await.ok()["metadata"]["deletionTimestamp"], Value::Null);
 }
 
 #[tokio::test]

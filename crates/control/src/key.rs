@@ -6,7 +6,7 @@ use crate::names;
 use crate::object::{Kind, Name, Object, Stored};
 use crate::plan::{Plan, View};
 use crate::world::{Change, World, claims_of, vmi_of_pod};
-use crate::{kubevirt, migration, node, placement, turns, vm, vmi, volumes};
+use crate::{evacuation, history, kubevirt, migration, node, placement, turns, vm, vmi, volumes};
 
 /// A group of decisions that can be switched on and off: cluster mode leaves placement, volumes and nodes to Kubernetes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -17,6 +17,10 @@ pub enum Noun {
     Vmi,
     /// Migrations.
     Migration,
+    /// VMIs that are to leave their node.
+    Evacuation,
+    /// Records of migrations.
+    History,
     /// Pods that need a node.
     Placement,
     /// Claims and volumes.
@@ -29,8 +33,17 @@ pub enum Noun {
 
 impl Noun {
     /// All of them, as the standalone mode has it.
-    pub const ALL: &'static [Noun] =
-        &[Noun::Vm, Noun::Vmi, Noun::Migration, Noun::Placement, Noun::Volumes, Noun::Node, Noun::KubeVirt];
+    pub const ALL: &'static [Noun] = &[
+        Noun::Vm,
+        Noun::Vmi,
+        Noun::Migration,
+        Noun::Evacuation,
+        Noun::History,
+        Noun::Placement,
+        Noun::Volumes,
+        Noun::Node,
+        Noun::KubeVirt,
+    ];
 }
 
 /// One thing to decide about.
@@ -42,6 +55,10 @@ pub enum Key {
     Turns,
     /// A VMI.
     Vmi(Name),
+    /// Whether a VMI leaves its node.
+    Evacuation(Name),
+    /// The records of a VMI's migrations.
+    History(Name),
     /// A VM.
     Vm(Name),
     /// A pod that needs a node.
@@ -62,6 +79,8 @@ impl fmt::Display for Key {
             Key::Migration(name) => write!(f, "migration {name}"),
             Key::Turns => write!(f, "turns of migrations"),
             Key::Vmi(name) => write!(f, "vmi {name}"),
+            Key::Evacuation(name) => write!(f, "evacuation of vmi {name}"),
+            Key::History(name) => write!(f, "history of vmi {name}"),
             Key::Vm(name) => write!(f, "vm {name}"),
             Key::Placement(name) => write!(f, "placement of pod {name}"),
             Key::Claim(name) => write!(f, "claim {name}"),
@@ -91,6 +110,8 @@ impl Key {
         match self {
             Key::Migration(_) | Key::Turns => Noun::Migration,
             Key::Vmi(_) => Noun::Vmi,
+            Key::Evacuation(_) => Noun::Evacuation,
+            Key::History(_) => Noun::History,
             Key::Vm(_) => Noun::Vm,
             Key::Placement(_) => Noun::Placement,
             Key::Claim(_) | Key::Volume(_) => Noun::Volumes,
@@ -104,7 +125,7 @@ impl Key {
         match self {
             Key::Turns => Lane::Turns,
             Key::Placement(_) => Lane::Placement,
-            Key::Vmi(name) => Lane::Vmi(name.clone()),
+            Key::Vmi(name) | Key::Evacuation(name) => Lane::Vmi(name.clone()),
             Key::Migration(name) => match world.migrations.get(name) {
                 Some(migration) => Lane::Vmi(Name::new(migration.namespace(), migration.vmi_name())),
                 None => Lane::Own(self.clone()),
@@ -119,6 +140,8 @@ impl Key {
             Key::Migration(name) => migration::decide(name, view),
             Key::Turns => turns::decide(view),
             Key::Vmi(name) => vmi::decide(name, view),
+            Key::Evacuation(name) => evacuation::decide(name, view),
+            Key::History(name) => history::decide(name, view),
             Key::Vm(name) => vm::decide(name, view),
             Key::Placement(name) => placement::decide(name, view),
             Key::Claim(name) => volumes::decide_claim(name, view),
@@ -230,6 +253,8 @@ impl Key {
             | Object::Namespace(_)
             | Object::MigrationRecord(_) => {}
         }
+        keys.extend(evacuation::affected(change, world).map(Key::Evacuation));
+        keys.extend(history::affected(change).map(Key::History));
         keys.sort();
         keys.dedup();
         keys
@@ -242,6 +267,8 @@ impl Key {
         keys.extend(world.nodes.iter().map(|node| Key::Node(node.name().to_owned())));
         keys.extend(world.vms.names().cloned().map(Key::Vm));
         keys.extend(world.vmis.names().cloned().map(Key::Vmi));
+        keys.extend(evacuation::all(world).map(Key::Evacuation));
+        keys.extend(history::all(world).map(Key::History));
         keys.extend(world.migrations.names().cloned().map(Key::Migration));
         keys.extend(world.claims.names().cloned().map(Key::Claim));
         keys.extend(world.volumes.names().cloned().map(Key::Volume));

@@ -4,6 +4,12 @@
 //! [`Plan`] of effects as data. The runtime carries them out and feeds the answers back; nothing here does IO, reads a
 //! clock or rolls dice.
 
+pub mod evacuation;
+#[cfg(test)]
+mod evacuation_tests;
+pub mod history;
+#[cfg(test)]
+mod history_tests;
 mod key;
 pub mod kubevirt;
 pub mod launcher_pod;

@@ -18,10 +18,14 @@ const LETTERS: &[u8; 27] = b"bcdfghjklmnpqrstvwxz2456789";
 /// Five letters that look random and are always the same for the same `seed` (a UID). Making something twice then makes
 /// the same thing, and the second attempt is refused by the server: the last guard against two of it.
 pub fn suffix(seed: &str) -> String {
+    letters(seed, 5)
+}
+
+fn letters(seed: &str, count: usize) -> String {
     let digest = Sha256::digest(seed.as_bytes());
     digest
         .iter()
-        .take(5)
+        .take(count)
         .filter_map(|byte| LETTERS.get(usize::from(*byte) % LETTERS.len()))
         .map(|b| *b as char)
         .collect()
@@ -33,6 +37,22 @@ pub fn label_value(name: &str) -> String {
         return name.to_owned();
     }
     Sha256::digest(name.as_bytes()).iter().take(16).map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// The name of a migration that an evacuation makes. Ten letters: two VMIs never meet under one name, not even where
+/// thousands are evacuated out of one namespace.
+pub fn evacuation(seed: &str) -> String {
+    format!("{EVACUATION_GENERATE_NAME}{}", letters(seed, 10))
+}
+
+/// The name of the record of a migration: its own with the start of its UID, so that a later one of the same name has
+/// another.
+pub fn record(migration: &str, uid: &str) -> String {
+    let start = |text: &str, most: usize| {
+        let end = (0..=text.len().min(most)).rev().find(|end| text.is_char_boundary(*end)).unwrap_or(0);
+        text.get(..end).unwrap_or_default().trim_end_matches(['-', '.']).to_owned()
+    };
+    format!("{}-{}", start(migration, 253 - 9), start(uid, 8))
 }
 
 /// The name of a launcher pod of `vmi`; `seed` is the VMI's UID for its first pod, the migration's UID for a target.
@@ -58,5 +78,8 @@ mod tests {
         let long = "x".repeat(60);
         assert!(launcher_pod(&long, "uid").len() <= 63);
         assert!(launcher_pod("demo", "uid").starts_with("virt-launcher-demo-"));
+        assert_eq!(evacuation("a").len(), EVACUATION_GENERATE_NAME.len() + 10);
+        assert_eq!(record("move", "01234567-89ab"), "move-01234567");
+        assert!(record(&"x".repeat(253), "01234567-89ab").len() <= 253);
     }
 }

@@ -168,6 +168,7 @@ pub struct World {
     pods_by_repelled: Index,
     pods_without_node: Index,
     claims_unbound: Index,
+    records_by_vmi: Index,
 
     /// Target pods that the server would not make.
     refusals: BTreeMap<Name, Refusal>,
@@ -196,6 +197,7 @@ struct Terms {
     pods_by_repelled: Vec<String>,
     pods_without_node: Vec<String>,
     claims_unbound: Vec<String>,
+    records_by_vmi: Vec<String>,
 }
 
 impl World {
@@ -333,6 +335,7 @@ impl World {
             (&mut self.pods_by_repelled, &old.pods_by_repelled, &new.pods_by_repelled),
             (&mut self.pods_without_node, &old.pods_without_node, &new.pods_without_node),
             (&mut self.claims_unbound, &old.claims_unbound, &new.claims_unbound),
+            (&mut self.records_by_vmi, &old.records_by_vmi, &new.records_by_vmi),
         ] {
             for term in old.iter().filter(|term| !new.contains(term)) {
                 if let Some(names) = index.get_mut(term) {
@@ -427,6 +430,11 @@ impl World {
     pub fn migrations_of(&self, vmi: &Name) -> impl Iterator<Item = &Arc<VirtualMachineInstanceMigration>> {
         self.migrations.pick(self.migrations_by_vmi.get(&vmi.to_string()))
     }
+
+    /// Records of a VMI's migrations, by its name.
+    pub fn records_of(&self, vmi: &Name) -> impl Iterator<Item = &Arc<MigrationRecord>> {
+        self.records.pick(self.records_by_vmi.get(&vmi.to_string()))
+    }
 }
 
 macro_rules! tables {
@@ -510,6 +518,9 @@ fn terms(object: &Object) -> Terms {
         }
         Object::PersistentVolumeClaim(claim) if !volumes::is_bound(claim) => {
             terms.claims_unbound.push(String::new());
+        }
+        Object::MigrationRecord(record) => {
+            terms.records_by_vmi.push(Name::new(record.namespace(), record.spec.vmi_name.as_str()).to_string());
         }
         _ => {}
     }

@@ -1,7 +1,8 @@
 //! KubeVirt's admission rules (functions of `api`) as a plugin of the embedded API server.
 
 use godwit_api::admission as rules;
-use godwit_apiserver::{Admission, AdmissionRequest, Lookup, MutateOutcome, Operation};
+use godwit_api::admission::eviction::Answer;
+use godwit_apiserver::{Admission, AdmissionRequest, EvictionVerdict, Lookup, MutateOutcome, Operation, OwnWrite};
 use godwit_machinery::status::{Cause, Details, Status};
 use serde_json::Value;
 
@@ -22,24 +23,41 @@ impl Admission for KubeVirtAdmission {
     }
 
     fn validate(&self, request: &AdmissionRequest<'_>) -> Result<Vec<String>, Status> {
-        if request.resource.gv.group.is_empty()
-            && request.resource.plural == "pods"
-            && request.subresource == "eviction"
-        {
-            return eviction(request);
-        }
         with(request, |rules_request| rules::validate(rules_request).map_err(|denial| status(*denial, request)))
+    }
+
+    fn evict(&self, request: &AdmissionRequest<'_>) -> EvictionVerdict {
+        eviction(request)
     }
 }
 
-fn eviction(request: &AdmissionRequest<'_>) -> Result<Vec<String>, Status> {
-    let Some(pod) = request.lookup.get("", "pods", request.namespace, request.name) else { return Ok(Vec::new()) };
-    let vmi = rules::eviction::domain_of(&pod)
-        .and_then(|name| request.lookup.get(GROUP, &plural("VirtualMachineInstance"), request.namespace, &name));
+fn eviction(request: &AdmissionRequest<'_>) -> EvictionVerdict {
+    let allowed = EvictionVerdict { verdict: Ok(Vec::new()), write: None };
+    let Some(pod) = request.lookup.get("", "pods", request.namespace, request.name) else { return allowed };
+    let Some(name) = rules::eviction::domain_of(&pod) else { return allowed };
+    let vmi = request.lookup.get(GROUP, &plural("VirtualMachineInstance"), request.namespace, &name);
     let kubevirt = request.lookup.get(GROUP, &plural("KubeVirt"), "kubevirt", "kubevirt");
-    let strategy = kubevirt.as_ref().and_then(|k| k["spec"]["configuration"]["evictionStrategy"].as_str());
-    rules::eviction::evict(&pod, vmi.as_deref(), strategy).map_err(|denial| status(*denial, request))?;
-    Ok(Vec::new())
+    let answer = rules::eviction::evict(&rules::eviction::Eviction {
+        pod: &pod,
+        vmi: vmi.as_deref().ok_or_else(|| rules::eviction::not_found(&name)),
+        eviction: request.object.unwrap_or(&Value::Null),
+        cluster_strategy: kubevirt.as_ref().and_then(|k| k["spec"]["configuration"]["evictionStrategy"].as_str()),
+    });
+    match answer {
+        Answer::Allowed => allowed,
+        Answer::Refused(denial) => EvictionVerdict { verdict: Err(status(*denial, request)), write: None },
+        Answer::Marks(mark, denial) => EvictionVerdict {
+            verdict: Err(status(*denial, request)),
+            write: Some(OwnWrite {
+                group: GROUP.to_owned(),
+                plural: plural("VirtualMachineInstance"),
+                namespace: mark.namespace,
+                name: mark.name,
+                patch: mark.patch,
+                failure: status(*rules::eviction::not_marked(""), request),
+            }),
+        },
+    }
 }
 
 fn with<T: Default>(

@@ -121,22 +121,3 @@ async fn a_migration_deleted_in_flight_leaves_the_guest_where_it_was() {
     assert_eq!(status(&after, "migrationState/failed"), "true");
     one_launcher_is_left(&cluster, "stayer").await;
 }
-
-/// There is no evacuation yet: a drain must wait for the guest, not end it.
-#[tokio::test(flavor = "multi_thread")]
-async fn an_eviction_does_not_end_a_guest_that_is_to_be_moved() {
-    let cluster = Cluster::start(1).await;
-    cluster.build_rom_image(Parameters::default());
-    let mut vmi = common::rom_vmi("kept");
-    vmi["spec"]["evictionStrategy"] = "LiveMigrate".into();
-    cluster.apply(vmi).await.expect("apply");
-    let runs = |vmi: &kube::api::DynamicObject| status(vmi, "conditions").contains("LiveMigratable");
-    cluster.wait(&cluster.vmis(), "kept", "it is known to be migratable", runs).await;
-    let Some(kubectl) = common::kubectls().pop() else { return };
-    let drain = ["drain", "node1", "--ignore-daemonsets", "--delete-emptydir-data", "--force", "--timeout=3s"];
-    let output = cluster.try_kubectl(&kubectl, &drain, None);
-    let said = text(&output.stdout) + &text(&output.stderr);
-    assert!(!output.status.success(), "{said}");
-    assert!(said.contains("has the eviction strategy LiveMigrate"), "{said}");
-    assert_eq!(status(&cluster.vmis().get("kept").await.expect("VMI"), "phase"), "Running");
-}

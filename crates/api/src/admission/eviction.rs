@@ -1,51 +1,124 @@
-//! Evictions of launcher pods (`reference/kubevirt-contract.md`, 2.6). There is no evacuation yet: an eviction that KubeVirt
-//! would answer by moving the guest is refused, so that `kubectl drain` waits instead of ending it.
+//! Evictions of launcher pods (`reference/kubevirt-contract.md`, 2.6): a guest whose strategy is to be moved is not ended.
+//! The eviction is refused with 429, which makes `kubectl drain` ask again until the guest has left, and the first one marks
+//! the VMI; the evacuation controller does the rest.
+
+use serde_json::{Value, json};
 
 use super::Denial;
-use serde_json::Value;
+use crate::names::conditions::EVACUATION_STOPPED;
+use crate::names::{ANNOTATION_DOMAIN, ANNOTATION_EVICTION_SOURCE, APP_VIRT_LAUNCHER, DESCHEDULER, LABEL_APP};
 
 /// The webhook that answers for evictions, as KubeVirt names it.
 const WEBHOOK: &str = "virt-launcher-eviction-interceptor.kubevirt.io";
+/// The annotation of an Eviction by which the descheduler gives its name.
+const REQUESTED_BY: &str = "requested-by";
+/// The descheduler's name there.
+const DESCHEDULER_NAME: &str = "sigs.k8s.io/descheduler";
 
-/// Whether this pod may be evicted. `vmi` is the VMI that the pod's annotation `kubevirt.io/domain` names ([`domain_of`]),
-/// `cluster_strategy` the KubeVirt object's `spec.configuration.evictionStrategy`.
-///
-/// # Errors
-/// 429, which makes clients try again: the guest's strategy is to be moved and it is still here.
-pub fn evict(pod: &Value, vmi: Option<&Value>, cluster_strategy: Option<&str>) -> Result<(), Box<Denial>> {
-    let Some(name) = domain_of(pod) else { return Ok(()) };
-    let Some(vmi) = vmi else { return Err(refuse(format!("kubevirt failed getting the vmi: {name} not found"))) };
-    let strategy = vmi["spec"]["evictionStrategy"].as_str().or(cluster_strategy).unwrap_or("None");
-    let conditions = vmi["status"]["conditions"].as_array().map(Vec::as_slice).unwrap_or_default();
-    let migratable = conditions.iter().any(|c| c["type"] == "LiveMigratable" && c["status"] == "True");
+/// A request to evict a pod, and what is known of its guest.
+pub struct Eviction<'a> {
+    /// The pod.
+    pub pod: &'a Value,
+    /// The VMI that [`domain_of`] names, or why it cannot be read ([`not_found`] when there is none).
+    pub vmi: Result<&'a Value, String>,
+    /// The body of the request.
+    pub eviction: &'a Value,
+    /// The KubeVirt object's `spec.configuration.evictionStrategy`.
+    pub cluster_strategy: Option<&'a str>,
+}
+
+/// What becomes of it.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Answer {
+    /// The pod may go.
+    Allowed,
+    /// It may not: 429.
+    Refused(Box<Denial>),
+    /// It may not, and before that is said the VMI is marked (not on a dry run).
+    Marks(Mark, Box<Denial>),
+}
+
+/// That a VMI shall leave its node, as a write.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Mark {
+    /// The VMI's namespace.
+    pub namespace: String,
+    /// The VMI's name.
+    pub name: String,
+    /// A merge patch of the VMI. It carries the revision that it was decided on: when that is refused (409), the VMI is
+    /// read again and the rule asked again.
+    pub patch: Value,
+}
+
+/// Whether a pod may be evicted.
+pub fn evict(request: &Eviction<'_>) -> Answer {
+    let Some(name) = domain_of(request.pod) else { return Answer::Allowed };
+    let vmi = match &request.vmi {
+        Ok(vmi) => *vmi,
+        Err(why) => return Answer::Refused(refuse(format!("kubevirt failed getting the vmi: {why}"))),
+    };
+    let strategy = vmi["spec"]["evictionStrategy"].as_str().or(request.cluster_strategy).unwrap_or("None");
+    let migratable = condition(vmi, "LiveMigratable").is_some();
     match strategy {
         "LiveMigrate" if !migratable => {
-            Err(refuse(format!("VMI {name} is configured with an eviction strategy but is not live-migratable")))
+            return Answer::Refused(refuse(format!(
+                "VMI {name} is configured with an eviction strategy but is not live-migratable"
+            )));
         }
-        "LiveMigrate" | "External" => Err(refuse(in_the_way(&name, strategy))),
-        "LiveMigrateIfPossible" if migratable => Err(refuse(in_the_way(&name, strategy))),
-        _ => Ok(()),
+        "LiveMigrate" | "External" => {}
+        "LiveMigrateIfPossible" if migratable => {}
+        _ => return Answer::Allowed,
     }
+    let namespace = request.pod["metadata"]["namespace"].as_str().unwrap_or_default();
+    let node = request.pod["spec"]["nodeName"].as_str().unwrap_or_default();
+    let marked = vmi["status"]["evacuationNodeName"].as_str().is_some_and(|node| !node.is_empty());
+    let triggered = format!("Eviction triggered evacuation of VMI \"{namespace}/{name}\"");
+    // Asking again does not start again what has been given up: `kubectl drain` asks every five seconds.
+    if let Some(stopped) = condition(vmi, EVACUATION_STOPPED) {
+        let why = stopped["message"].as_str().unwrap_or_default();
+        return Answer::Refused(refuse(format!("The evacuation of VMI \"{namespace}/{name}\" has stopped: {why}")));
+    }
+    if marked {
+        return Answer::Refused(refuse(format!("Evacuation in progress: {triggered}")));
+    }
+    if vmi["status"]["nodeName"].as_str().unwrap_or_default() != node {
+        return Answer::Refused(refuse("Eviction request for target Pod"));
+    }
+    let mut metadata = json!({"resourceVersion": vmi["metadata"]["resourceVersion"]});
+    if request.eviction["metadata"]["annotations"][REQUESTED_BY] == DESCHEDULER_NAME {
+        metadata["annotations"] = json!({ANNOTATION_EVICTION_SOURCE: DESCHEDULER});
+    }
+    let patch = json!({"metadata": metadata, "status": {"evacuationNodeName": node}});
+    Answer::Marks(Mark { namespace: namespace.to_owned(), name, patch }, refuse(triggered))
+}
+
+/// The answer when the VMI could not be marked.
+pub fn not_marked(why: &str) -> Box<Denial> {
+    refuse(format!("kubevirt failed marking the vmi for eviction: {why}"))
+}
+
+/// Why a VMI that is not there cannot be read.
+pub fn not_found(name: &str) -> String {
+    format!("virtualmachineinstances.kubevirt.io \"{name}\" not found")
 }
 
 /// The VMI whose guest a pod holds; none for pods that hold none (any more).
 pub fn domain_of(pod: &Value) -> Option<String> {
     let over = matches!(pod["status"]["phase"].as_str(), Some("Succeeded" | "Failed"));
-    let launcher = pod["metadata"]["labels"]["kubevirt.io"] == "virt-launcher";
+    let launcher = pod["metadata"]["labels"][LABEL_APP] == APP_VIRT_LAUNCHER;
     if over || !launcher {
         return None;
     }
-    pod["metadata"]["annotations"]["kubevirt.io/domain"].as_str().map(str::to_owned)
+    pod["metadata"]["annotations"][ANNOTATION_DOMAIN].as_str().map(str::to_owned)
 }
 
-fn in_the_way(name: &str, strategy: &str) -> String {
-    format!(
-        "VMI {name} has the eviction strategy {strategy} and is still on this node; evictions do not move VMs yet: \
-         create a VirtualMachineInstanceMigration for it, the eviction succeeds when it has left"
-    )
+/// A condition that is true.
+fn condition<'a>(vmi: &'a Value, type_: &str) -> Option<&'a Value> {
+    let conditions = vmi["status"]["conditions"].as_array()?;
+    conditions.iter().find(|condition| condition["type"] == type_ && condition["status"] == "True")
 }
 
-fn refuse(message: String) -> Box<Denial> {
+fn refuse(message: impl AsRef<str>) -> Box<Denial> {
     let mut denial = Denial::plain(WEBHOOK, message);
     denial.code = 429;
     denial.reason = "TooManyRequests".to_owned();
@@ -55,51 +128,125 @@ fn refuse(message: String) -> Box<Denial> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
 
-    fn pod(phase: &str) -> Value {
+    fn pod(phase: &str, node: &str) -> Value {
         json!({
-            "metadata": {"labels": {"kubevirt.io": "virt-launcher"}, "annotations": {"kubevirt.io/domain": "db"}},
+            "metadata": {
+                "namespace": "ns", "labels": {"kubevirt.io": "virt-launcher"}, "annotations": {"kubevirt.io/domain": "db"},
+            },
+            "spec": {"nodeName": node},
             "status": {"phase": phase},
         })
     }
 
     fn vmi(strategy: &str, migratable: &str) -> Value {
         json!({
+            "metadata": {"resourceVersion": "7"},
             "spec": {"evictionStrategy": strategy},
-            "status": {"conditions": [{"type": "LiveMigratable", "status": migratable}]},
+            "status": {"nodeName": "node1", "conditions": [{"type": "LiveMigratable", "status": migratable}]},
         })
     }
 
-    #[test]
-    fn a_guest_that_is_to_be_moved_is_not_ended() {
-        for (strategy, migratable, allowed) in [
-            ("LiveMigrate", "True", false),
-            ("LiveMigrate", "False", false),
-            ("LiveMigrateIfPossible", "True", false),
-            ("LiveMigrateIfPossible", "False", true),
-            ("External", "False", false),
-            ("None", "True", true),
-        ] {
-            let answer = evict(&pod("Running"), Some(&vmi(strategy, migratable)), None);
-            assert_eq!(answer.is_ok(), allowed, "{strategy} {migratable}");
-            if let Err(denial) = answer {
-                assert_eq!(denial.code, 429);
+    fn ask(pod: &Value, vmi: &Value, cluster_strategy: Option<&str>) -> Answer {
+        evict(&Eviction { pod, vmi: Ok(vmi), eviction: &json!({}), cluster_strategy })
+    }
+
+    fn text(answer: &Answer) -> &str {
+        match answer {
+            Answer::Allowed => "",
+            Answer::Refused(denial) | Answer::Marks(_, denial) => {
+                assert_eq!((denial.code, denial.reason.as_str()), (429, "TooManyRequests"));
+                denial.message.split_once("denied the request: ").unwrap().1
             }
         }
     }
 
     #[test]
+    fn a_guest_that_is_to_be_moved_is_not_ended() {
+        let triggered = "Eviction triggered evacuation of VMI \"ns/db\"";
+        for (strategy, migratable, said) in [
+            ("LiveMigrate", "True", triggered),
+            ("LiveMigrate", "False", "VMI db is configured with an eviction strategy but is not live-migratable"),
+            ("LiveMigrateIfPossible", "True", triggered),
+            ("LiveMigrateIfPossible", "False", ""),
+            ("External", "False", triggered),
+            ("None", "True", ""),
+        ] {
+            let answer = ask(&pod("Running", "node1"), &vmi(strategy, migratable), None);
+            assert_eq!(text(&answer), said, "{strategy} {migratable}");
+            assert_eq!(matches!(answer, Answer::Marks(..)), said == triggered, "{strategy} {migratable}");
+        }
+    }
+
+    #[test]
+    fn the_first_eviction_marks_and_the_next_ones_say_so() {
+        let pod = pod("Running", "node1");
+        let mut vmi = vmi("LiveMigrate", "True");
+        let Answer::Marks(mark, denial) = ask(&pod, &vmi, None) else { panic!("not marked") };
+        assert_eq!((mark.namespace.as_str(), mark.name.as_str()), ("ns", "db"));
+        let written = json!({"metadata": {"resourceVersion": "7"}, "status": {"evacuationNodeName": "node1"}});
+        assert_eq!(mark.patch, written);
+        assert!(
+            denial.message.starts_with("admission webhook \"virt-launcher-eviction-interceptor.kubevirt.io\" denied")
+        );
+        vmi["status"]["evacuationNodeName"] = "node1".into();
+        let again = ask(&pod, &vmi, None);
+        assert_eq!(text(&again), "Evacuation in progress: Eviction triggered evacuation of VMI \"ns/db\"");
+        assert!(matches!(again, Answer::Refused(_)));
+    }
+
+    #[test]
+    fn the_pod_at_the_target_does_not_mark() {
+        let answer = ask(&pod("Running", "node2"), &vmi("LiveMigrate", "True"), None);
+        assert_eq!(text(&answer), "Eviction request for target Pod");
+        assert!(matches!(answer, Answer::Refused(_)));
+    }
+
+    #[test]
+    fn the_descheduler_is_remembered() {
+        let (pod, vmi) = (pod("Running", "node1"), vmi("LiveMigrate", "True"));
+        let eviction = json!({"metadata": {"annotations": {"requested-by": "sigs.k8s.io/descheduler"}}});
+        let Answer::Marks(mark, _) =
+            evict(&Eviction { pod: &pod, vmi: Ok(&vmi), eviction: &eviction, cluster_strategy: None })
+        else {
+            panic!("not marked")
+        };
+        assert_eq!(mark.patch["metadata"]["annotations"]["kubevirt.io/eviction-source"], "descheduler");
+    }
+
+    #[test]
+    fn an_evacuation_that_has_stopped_is_not_started_again() {
+        let mut vmi = vmi("LiveMigrate", "True");
+        let stopped = json!({"type": "EvacuationStopped", "status": "True", "message": "It cannot move."});
+        vmi["status"]["conditions"].as_array_mut().unwrap().push(stopped);
+        for mark in [json!("node1"), Value::Null] {
+            vmi["status"]["evacuationNodeName"] = mark;
+            let answer = ask(&pod("Running", "node1"), &vmi, None);
+            assert_eq!(text(&answer), "The evacuation of VMI \"ns/db\" has stopped: It cannot move.");
+            assert!(matches!(answer, Answer::Refused(_)));
+        }
+    }
+
+    #[test]
     fn the_cluster_has_a_strategy_for_who_has_none() {
-        let vmi = json!({"spec": {}, "status": {}});
-        assert!(evict(&pod("Running"), Some(&vmi), None).is_ok());
-        assert!(evict(&pod("Running"), Some(&vmi), Some("LiveMigrate")).is_err());
+        let mut vmi = vmi("", "True");
+        vmi["spec"] = json!({});
+        assert_eq!(ask(&pod("Running", "node1"), &vmi, None), Answer::Allowed);
+        assert!(matches!(ask(&pod("Running", "node1"), &vmi, Some("LiveMigrate")), Answer::Marks(..)));
+        vmi["spec"]["evictionStrategy"] = "None".into();
+        assert_eq!(ask(&pod("Running", "node1"), &vmi, Some("LiveMigrate")), Answer::Allowed);
     }
 
     #[test]
     fn other_pods_and_pods_that_are_over_may_go() {
-        assert!(evict(&json!({"metadata": {}}), None, None).is_ok());
-        assert!(evict(&pod("Succeeded"), None, None).is_ok());
-        assert!(evict(&pod("Running"), None, None).is_err());
+        let nothing = json!({});
+        let asked = |pod: &Value| {
+            evict(&Eviction { pod, vmi: Err(not_found("db")), eviction: &nothing, cluster_strategy: None })
+        };
+        assert_eq!(asked(&json!({"metadata": {}})), Answer::Allowed);
+        assert_eq!(asked(&pod("Succeeded", "node1")), Answer::Allowed);
+        let said = "kubevirt failed getting the vmi: virtualmachineinstances.kubevirt.io \"db\" not found";
+        assert_eq!(text(&asked(&pod("Running", "node1"))), said);
+        assert!(not_marked("no").message.ends_with("kubevirt failed marking the vmi for eviction: no"));
     }
 }

@@ -85,6 +85,8 @@ pub const ANNOTATION_STORAGE_OBSERVED_API_VERSION: &str = "kubevirt.io/storage-o
 pub const ANNOTATION_ALLOW_POD_BRIDGE_MIGRATION: &str = "kubevirt.io/allow-pod-bridge-network-live-migration";
 /// `descheduler` when the descheduler asked for the eviction, on VMIs.
 pub const ANNOTATION_EVICTION_SOURCE: &str = "kubevirt.io/eviction-source";
+/// The value of [`ANNOTATION_EVICTION_SOURCE`] that makes an evacuation less urgent.
+pub const DESCHEDULER: &str = "descheduler";
 /// Ignition data, on VMIs (KubeVirt needs a gate for it).
 pub const ANNOTATION_IGNITION: &str = "kubevirt.io/ignitiondata";
 /// The handler's sign of life, on nodes (RFC 3339).

@@ -151,6 +151,14 @@ api_struct! {
     EvacuationStatus {
         /// The node that it is to leave.
         node_name: Option<String>,
+        /// Since when.
+        start_timestamp: Option<Time>,
+        /// The node has been cordoned or drained meanwhile: when it is open again, the evacuation is over.
+        cordoned: Option<bool>,
+        /// The migration that is the attempt under way.
+        migration_name: Option<String>,
+        /// When it was made.
+        attempt_timestamp: Option<Time>,
         /// Attempts that failed since the last success.
         failed_attempts: Option<u32>,
         /// The last migration that was counted.
@@ -160,6 +168,8 @@ api_struct! {
         last_failure_timestamp: Option<Time>,
         /// Why it failed.
         last_failure: Option<FailureCause>,
+        /// The sentence that went with it.
+        last_failure_message: Option<String>,
         /// Not tried again before this time.
         next_attempt_timestamp: Option<Time>,
     }

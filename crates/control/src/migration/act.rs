@@ -15,7 +15,7 @@ use super::{explain, mirror};
 use crate::launcher_pod::{self, Role};
 use crate::object::{Name, Stored};
 use crate::plan::{EventType, Plan, VM_CONTROLLER};
-use crate::{names, vmi};
+use crate::{evacuation, history, names, vmi};
 
 /// Carries out one action: writes to other objects go into `plan`, to the migration itself into `after`, events (which
 /// come last, when everything has been written) into `tell`.
@@ -167,8 +167,24 @@ pub fn finish(situation: &Situation<'_>, plan: &mut Plan) {
     let mut after = migration.clone();
 
     mirror::take(&mut after, situation);
-    if let (Some(state), Some(vmi)) = (situation.own_state(), situation.vmi) {
-        unlabel(vmi, state, plan);
+    // What the finalizer holds it for: it is written down, and counted as an attempt.
+    let held = migration.has_finalizer(names::FINALIZER_MIGRATION);
+    let mut tell = Plan::nothing();
+    if held {
+        let from = situation.vmi.and_then(|vmi| vmi.status.node_name.as_deref());
+        let to = situation.pod.and_then(|pod| pod.spec.as_ref()).and_then(|spec| spec.node_name.as_deref());
+        history::write_down(&after, from, to, &situation.view, plan);
+    }
+    let labelled = |vmi: &VirtualMachineInstance| vmi.label(names::LABEL_MIGRATION_TARGET_NODE_NAME).is_some();
+    if let Some(vmi) = situation.vmi.filter(|vmi| held || labelled(vmi)) {
+        let mut told = vmi.as_ref().clone();
+        if let Some(state) = situation.own_state() {
+            unlabel(&mut told, state);
+        }
+        if held {
+            evacuation::note_end(vmi, &mut told, migration, &situation.view, &mut tell);
+        }
+        plan.update(vmi.as_ref(), &told);
     }
     if migration.status.phase == Phase::Failed
         && let Some(pod) = situation.pod.filter(|pod| !pod.deleting())
@@ -187,6 +203,7 @@ pub fn finish(situation: &Situation<'_>, plan: &mut Plan) {
     }
     after.status.fill_columns();
     plan.update(migration, &after);
+    plan.effects.append(&mut tell.effects);
     if !migration.is_deleting() {
         if situation.vmi.is_none() {
             plan.delete(migration);
@@ -205,14 +222,13 @@ fn may_drop(situation: &Situation<'_>, pod_node: Option<&str>) -> bool {
 }
 
 /// The VMI is not on its way any more.
-fn unlabel(vmi: &VirtualMachineInstance, state: &State, plan: &mut Plan) {
+fn unlabel(vmi: &mut VirtualMachineInstance, state: &State) {
     let arrived = state.failed == Some(true) || vmi.status.node_name == state.target_node;
-    if state.completed == Some(true) && arrived && vmi.label(names::LABEL_MIGRATION_TARGET_NODE_NAME).is_some() {
-        let mut after = vmi.clone();
-        if let Some(labels) = &mut after.metadata.labels {
-            labels.remove(names::LABEL_MIGRATION_TARGET_NODE_NAME);
-        }
-        plan.update(vmi, &after);
+    if state.completed == Some(true)
+        && arrived
+        && let Some(labels) = &mut vmi.metadata.labels
+    {
+        labels.remove(names::LABEL_MIGRATION_TARGET_NODE_NAME);
     }
 }
 
