@@ -1,6 +1,6 @@
 //! From a VMI to the machine that QEMU is told to build. The same VMI gives the same machine at the source and at the target.
 
-use crate::rpc::{InterfaceOrder, Paths, VolumeFacts};
+use crate::rpc::{InterfaceOrder, Paths, VolumeFacts, VolumeState};
 use crate::volumes::{self, Image, Preparer};
 use godwit_api::VirtualMachineInstance;
 use godwit_api::vmi::Disk as DiskSpec;
@@ -51,6 +51,8 @@ pub struct Plan {
     pub machine: Machine,
     /// Numbers (places in `machine.disks`) and volume names of the writable disks that the other end does not see.
     pub local_disks: Vec<(usize, String)>,
+    /// What is known of each of the machine's disks, in their order; their sizes QEMU knows.
+    pub volumes: Vec<VolumeState>,
 }
 
 /// Makes the plan, and the files that it needs.
@@ -76,10 +78,10 @@ pub async fn plan(inputs: &Inputs<'_>) -> Result<Plan, Error> {
     let own = Some(vmi.uid()).filter(|uid| is_uuid(uid)).map(str::to_owned);
     machine.uuid = firmware.and_then(|f| f.uuid.clone()).or(own);
     machine.serial_number = firmware.and_then(|f| f.serial.clone());
-    let local_disks = disks(inputs, &mut machine).await?;
+    let (local_disks, volumes) = disks(inputs, &mut machine).await?;
     machine.nics = nics(inputs)?;
     boot_order(&mut machine);
-    Ok(Plan { machine, local_disks })
+    Ok(Plan { machine, local_disks, volumes })
 }
 
 fn invalid(message: impl Into<String>) -> Error {
@@ -156,10 +158,12 @@ fn boot(inputs: &Inputs<'_>) -> Result<Boot, Error> {
     boot_of_kernel(kernel.clone(), initrd, arguments).map_err(|e| invalid(format!("{}: {e}", kernel.display())))
 }
 
-async fn disks(inputs: &Inputs<'_>, machine: &mut Machine) -> Result<Vec<(usize, String)>, Error> {
+type Disks = (Vec<(usize, String)>, Vec<VolumeState>);
+
+async fn disks(inputs: &Inputs<'_>, machine: &mut Machine) -> Result<Disks, Error> {
     let preparer = Preparer { paths: inputs.paths, vmi: inputs.vmi, arriving: inputs.arriving };
     let unknown = VolumeFacts::default();
-    let mut local = Vec::new();
+    let (mut local, mut volumes) = (Vec::new(), Vec::new());
     for spec in &inputs.vmi.spec.domain.devices.disks {
         let Some(volume) = inputs.vmi.spec.volumes.iter().find(|v| v.name == spec.name) else {
             return Err(invalid(format!("disk {} has no volume of its name", spec.name)));
@@ -167,12 +171,36 @@ async fn disks(inputs: &Inputs<'_>, machine: &mut Machine) -> Result<Vec<(usize,
         let facts = inputs.volumes.get(&volume.name).unwrap_or(&unknown);
         let image = preparer.prepare(volume, spec.is_read_only(), facts).await?;
         let disk = disk(spec, &image)?;
-        if !disk.read_only && !image.same_everywhere {
+        let shared = disk.read_only || image.same_everywhere;
+        if !shared {
             local.push((machine.disks.len(), volume.name.clone()));
         }
+        volumes.push(VolumeState {
+            name: volume.name.clone(),
+            target: guest_name(machine, disk.bus),
+            size_bytes: None,
+            claim: volume.persistent_volume_claim.as_ref().map(|claim| claim.claim_name.clone()),
+            shared,
+        });
         machine.disks.push(disk);
     }
-    Ok(local)
+    Ok((local, volumes))
+}
+
+/// What Linux most likely calls the next disk on this bus, as KubeVirt counts them.
+fn guest_name(machine: &Machine, bus: Bus) -> String {
+    let prefix = |bus| if bus == Bus::Virtio { "vd" } else { "sd" };
+    let before = machine.disks.iter().filter(|d| prefix(d.bus) == prefix(bus)).count();
+    let mut letters = Vec::new();
+    let mut rest = before;
+    loop {
+        letters.insert(0, char::from(b'a' + (rest % 26) as u8));
+        match (rest / 26).checked_sub(1) {
+            Some(more) => rest = more,
+            None => break,
+        }
+    }
+    prefix(bus).chars().chain(letters).collect()
 }
 
 fn disk(spec: &DiskSpec, image: &Image) -> Result<Disk, Error> {
@@ -319,6 +347,8 @@ mod tests {
             ]
         );
         assert_eq!(plan.local_disks, [(1, "work".to_string())]);
+        let volumes: Vec<_> = plan.volumes.iter().map(|v| (v.name.as_str(), v.target.as_str(), v.shared)).collect();
+        assert_eq!(volumes, [("seed", "vda", true), ("work", "sda", false), ("cd", "sdb", true)]);
         machine.arguments(0).unwrap();
     }
 

@@ -295,9 +295,9 @@ impl Vm {
         let prelaunch = Prelaunch::launch(&program, &plan.machine).await?;
         self.attach(prelaunch.qemu(), accelerator, plan.machine.serial.is_some()).await?;
         let running = prelaunch.start().await?;
-        self.local_disks = plan.local_disks;
         self.grace = grace(&vmi);
         self.stage = Stage::Running(running);
+        self.know_disks(plan.local_disks, plan.volumes).await;
         self.refresh().await;
         Ok(())
     }
@@ -321,10 +321,10 @@ impl Vm {
         let mut incoming = Incoming::launch_for(&program, &plan.machine, &path, allow_post_copy).await?;
         let ready = self.offer(&mut incoming, socket, &plan, &migration_uid).await?;
         self.attach(incoming.qemu(), accelerator, plan.machine.serial.is_some()).await?;
-        self.local_disks = plan.local_disks;
         self.grace = grace(&vmi);
         self.ready = Some(ready.clone());
         self.stage = Stage::Incoming(incoming);
+        self.know_disks(plan.local_disks, plan.volumes).await;
         self.arriving(migration_uid);
         self.refresh().await;
         Ok(ready)
@@ -381,6 +381,22 @@ impl Vm {
         self.now.machine_type = Some(qemu.machine_type().to_string());
         self.now.qemu_pid = Some(qemu.process().pid());
         Ok(())
+    }
+
+    /// Keeps what is known of the disks, with the sizes that QEMU says.
+    async fn know_disks(&mut self, local: Vec<(usize, String)>, mut volumes: Vec<VolumeState>) {
+        self.local_disks = local;
+        if let Some(qemu) = self.stage.qemu() {
+            match qemu.disk_sizes().await {
+                Ok(sizes) => {
+                    for (number, volume) in volumes.iter_mut().enumerate() {
+                        volume.size_bytes = sizes.get(&number).copied();
+                    }
+                }
+                Err(error) => tracing::warn!(%error, "asking for the sizes of the disks"),
+            }
+        }
+        self.now.volumes = volumes;
     }
 
     /// Forgets a QEMU that could not be started.

@@ -86,7 +86,15 @@ async fn a_disk_of_its_own_moves_with_the_guest() {
         json!([{"name": "work", "emptyDisk": {"capacity": "8Mi"}}]),
         json!([{"name": "work", "disk": {"bus": "virtio"}}]),
     );
-    source.client.start(&VmOrder { vmi: vmi.clone(), ..vm_order() }).await.unwrap();
+    let state = source.client.start(&VmOrder { vmi: vmi.clone(), ..vm_order() }).await.unwrap();
+    let known = VolumeState {
+        name: "work".into(),
+        target: "vda".into(),
+        size_bytes: Some(8 << 20),
+        claim: None,
+        shared: false,
+    };
+    assert_eq!(state.volumes, [known]);
     let mut here = source.console().await;
     let mut story = Story::default();
     here.hear(&mut story, 1).await;

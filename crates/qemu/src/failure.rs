@@ -108,6 +108,9 @@ const TEXTS: [(Cause, &[&str]); 4] = [
     ),
 ];
 
+/// What a target says when its stream ends before its time. (One that it cannot use is `Invalid argument`.)
+const STREAM_ENDED: &str = "load of migration failed: Input/output error";
+
 /// The kind of failure that this text of QEMU's is about.
 pub fn cause(text: &str) -> Cause {
     let text = text.to_lowercase();
@@ -127,8 +130,13 @@ pub struct Explanation {
 /// The most telling of several lines: a refusal before a broken connection, the first of its kind before what followed from it.
 pub fn explain<'a>(lines: impl IntoIterator<Item = &'a str>) -> Option<Explanation> {
     let lines = lines.into_iter().map(strip).filter(|line| !line.is_empty() && !line.contains("warning:"));
+    let lines: Vec<(Cause, &str)> = lines.map(|line| (cause(line), line)).collect();
+    // A stream that ended in the middle of a section looks like a section of another machine; the last word tells them apart.
+    if let Some((cause, text)) = lines.iter().find(|(_, line)| line.contains(STREAM_ENDED)) {
+        return Some(Explanation { cause: *cause, text: text.to_string() });
+    }
     // Of those that are alike `min_by_key` takes the first.
-    let (cause, text) = lines.map(|line| (cause(line), line)).min_by_key(|(cause, _)| *cause)?;
+    let (cause, text) = lines.into_iter().min_by_key(|(cause, _)| *cause)?;
     Some(Explanation { cause, text: text.to_string() })
 }
 
@@ -175,6 +183,15 @@ mod tests {
         let said =
             ["Unable to write to socket: Broken pipe", "Could not open '/d/disk.img': No such file or directory"];
         assert_eq!(explain(said).unwrap().cause, Cause::RefusedStorage);
+    }
+
+    #[test]
+    fn a_stream_that_ends_in_a_section_is_no_other_machine() {
+        let said = [
+            "qemu-system-x86_64: check_section_footer: Read section footer failed: -5",
+            "qemu-system-x86_64: load of migration failed: Input/output error",
+        ];
+        assert_eq!(explain(said).unwrap().cause, Cause::LinkLost);
     }
 
     #[test]

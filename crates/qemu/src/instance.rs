@@ -28,6 +28,7 @@ use crate::migration::{self, Options};
 use crate::process::{Ended, Process};
 use crate::qmp::commands::{self, CapabilityState, RunState, VersionTriple};
 use crate::qmp::{self, Event, Events, Qmp};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -158,6 +159,13 @@ impl Qemu {
     /// Whether the guest runs, or why not.
     pub async fn status(&self) -> Result<RunState, qmp::Error> {
         Ok(self.qmp.execute(&commands::QueryStatus {}).await?.status)
+    }
+
+    /// How many bytes the guest sees of each of the machine's disks, by the number of the disk.
+    pub async fn disk_sizes(&self) -> Result<BTreeMap<usize, u64>, qmp::Error> {
+        let nodes = self.qmp.execute(&commands::QueryNamedBlockNodes { flat: true }).await?;
+        let number = |name: &str| name.strip_prefix(machine::NODE_PREFIX).and_then(|n| n.parse().ok());
+        Ok(nodes.iter().filter_map(|n| Some((number(&n.node_name)?, n.image.virtual_size))).collect())
     }
 
     /// Presses the power button.

@@ -463,8 +463,11 @@ impl Machine {
 
 /// The block node of the disk with this number (from 0).
 pub fn node_name(number: usize) -> String {
-    format!("drive{number}")
+    format!("{NODE_PREFIX}{number}")
 }
+
+/// How all names of the disks' block nodes begin.
+pub(crate) const NODE_PREFIX: &str = "drive";
 
 impl Disk {
     fn node(&self, node: &str) -> Result<String, Error> {

@@ -40,6 +40,7 @@ impl Vm {
             }
             // The guest needs this QEMU until all of its memory is there; only after its patience it is lost.
             Stage::Serving(_) if grace.is_zero() => {
+                self.dismissed = true;
                 if let Some(qemu) = self.stage.qemu() {
                     qemu.process().kill().await;
                 }

@@ -209,7 +209,7 @@ impl Vm {
                     Err(GoError { incoming, may_run, error }) => {
                         self.set_gone(gone || may_run);
                         self.stage = Stage::Incoming(incoming);
-                        Err(refused(Refusal::Conflict, error.to_string()))
+                        Err(Refused { cause: Some(error.cause()), ..refused(Refusal::Conflict, error.to_string()) })
                     }
                 }
             }

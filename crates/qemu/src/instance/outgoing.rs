@@ -438,7 +438,12 @@ impl Outgoing {
                     }
                     self.held = false;
                 }
-                (MigrationStatus::Failed | MigrationStatus::Cancelled, state) if is_here(state, self.paused) => {
+                (status @ (MigrationStatus::Failed | MigrationStatus::Cancelled), state)
+                    if is_here(state, self.paused) =>
+                {
+                    if status == MigrationStatus::Failed {
+                        self.tracker.fail("QEMU gave no reason; the target may know it".into());
+                    }
                     let facts = self.tracker.facts().clone();
                     return Settled::Stays(Running { qemu: self.qemu, paused: self.paused }, facts);
                 }

@@ -92,6 +92,8 @@ commands! {
     };
     /// Ends a mirror: at once and clean when it is ready, unless forced.
     BlockJobCancel = "block-job-cancel" -> Nothing { device: String, force: bool };
+    /// The block nodes, without what is behind them.
+    QueryNamedBlockNodes = "query-named-block-nodes" -> Vec<BlockNode> { flat: bool };
     /// The block jobs.
     QueryBlockJobs = "query-block-jobs" -> Vec<BlockJob>;
 }
@@ -331,6 +333,24 @@ pub struct RamInfo {
     pub dirty_sync_count: u64,
     /// Bytes of a page.
     pub page_size: u64,
+}
+
+/// A block node.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
+pub struct BlockNode {
+    /// Its name.
+    pub node_name: String,
+    /// What it shows.
+    pub image: BlockImage,
+}
+
+/// What a block node shows.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
+pub struct BlockImage {
+    /// Bytes that the guest sees.
+    pub virtual_size: u64,
 }
 
 /// A job on a block node.
