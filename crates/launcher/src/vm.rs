@@ -10,6 +10,7 @@ use crate::record::{self, Record};
 use crate::rpc::{
     Accelerator, Cause, DomainPhase, EventRecord, GoOrder, GuestAgentFacts, InterfaceOrder, MigrationRef,
     MigrationRole, Paths, Refusal, ShutdownOrder, SourceOrder, State, TargetOrder, TargetReady, VmOrder, VolumeFacts,
+    VolumeState,
 };
 use godwit_api::VirtualMachineInstance;
 use godwit_qemu::failure;

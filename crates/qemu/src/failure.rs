@@ -109,7 +109,7 @@ const TEXTS: [(Cause, &[&str]); 4] = [
 ];
 
 /// What a target says when its stream ends before its time. (One that it cannot use is `Invalid argument`.)
-const STREAM_ENDED: &str = "load of migration failed: Input/output error";
+const STREAM_ENDED: [&str; 2] = ["load of migration failed: Input/output error", " failed: -5"];
 
 /// The kind of failure that this text of QEMU's is about.
 pub fn cause(text: &str) -> Cause {
@@ -131,9 +131,9 @@ pub struct Explanation {
 pub fn explain<'a>(lines: impl IntoIterator<Item = &'a str>) -> Option<Explanation> {
     let lines = lines.into_iter().map(strip).filter(|line| !line.is_empty() && !line.contains("warning:"));
     let lines: Vec<(Cause, &str)> = lines.map(|line| (cause(line), line)).collect();
-    // A stream that ended in the middle of a section looks like a section of another machine; the last word tells them apart.
-    if let Some((cause, text)) = lines.iter().find(|(_, line)| line.contains(STREAM_ENDED)) {
-        return Some(Explanation { cause: *cause, text: text.to_string() });
+    // A stream that ended in the middle of a section looks like a section of another machine; the error tells them apart.
+    if let Some((_, text)) = lines.iter().find(|(_, line)| STREAM_ENDED.iter().any(|end| line.ends_with(end))) {
+        return Some(Explanation { cause: Cause::LinkLost, text: text.to_string() });
     }
     // Of those that are alike `min_by_key` takes the first.
     let (cause, text) = lines.into_iter().min_by_key(|(cause, _)| *cause)?;
@@ -189,7 +189,12 @@ mod tests {
     fn a_stream_that_ends_in_a_section_is_no_other_machine() {
         let said = [
             "qemu-system-x86_64: check_section_footer: Read section footer failed: -5",
-            "qemu-system-x86_64: load of migration failed: Input/output error",
+            "qemu-system-x86_64: load of migration failed: Invalid argument",
+        ];
+        assert_eq!(explain(said).unwrap().cause, Cause::LinkLost);
+        let said = [
+            "error while loading state for instance 0x0 of device 'ram'",
+            "load of migration failed: Input/output error",
         ];
         assert_eq!(explain(said).unwrap().cause, Cause::LinkLost);
     }
