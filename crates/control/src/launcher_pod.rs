@@ -13,6 +13,7 @@ use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta, OwnerReference};
 use serde_json::json;
 
+use crate::kubevirt;
 use crate::names;
 use crate::object::{Stored, labels};
 use crate::plan::View;
@@ -86,7 +87,7 @@ pub fn build(vmi: &VirtualMachineInstance, role: Role<'_>, view: &View<'_>) -> P
         security_context: Some(SecurityContext {
             allow_privilege_escalation: Some(false),
             run_as_user: Some(0),
-            capabilities: Some(Capabilities { add: Some(vec!["NET_BIND_SERVICE".to_owned()]), drop: None }),
+            capabilities: Some(Capabilities { add: Some(added_capabilities(vmi, role, view)), drop: None }),
             ..SecurityContext::default()
         }),
         volume_mounts: Some(volumes.mounts),
@@ -115,6 +116,18 @@ pub fn build(vmi: &VirtualMachineInstance, role: Role<'_>, view: &View<'_>) -> P
         }),
         status: None,
     }
+}
+
+/// Receiving in post-copy needs userfaultfd(2) for faults in the kernel too, which Linux allows only with CAP_SYS_PTRACE. Only
+/// pods that may have to get it.
+fn added_capabilities(vmi: &VirtualMachineInstance, role: Role<'_>, view: &View<'_>) -> Vec<String> {
+    let mut added = vec!["NET_BIND_SERVICE".to_owned()];
+    if let Role::Receive(_) = role
+        && kubevirt::migration_configuration_of(view.world, vmi).configuration.allow_post_copy == Some(true)
+    {
+        added.push("SYS_PTRACE".to_owned());
+    }
+    added
 }
 
 /// The image that a migration asks for instead of the launcher's (KubeVirt's test hook).
@@ -420,6 +433,17 @@ mod tests {
         elsewhere.metadata.annotations = Some(BTreeMap::from([annotation]));
         let other = build(&vmi, Role::Receive(&elsewhere), &view);
         assert_eq!(other.spec.unwrap().containers[0].image.as_deref(), Some("other:1"));
+        let added = |pod: Pod| pod.spec?.containers.remove(0).security_context?.capabilities?.add;
+        assert_eq!(added(pod.clone()).unwrap(), ["NET_BIND_SERVICE"]);
+        let mut allowing = crate::World::default();
+        let kubevirt = serde_json::from_value(json!({
+            "metadata": {"name": "kubevirt", "namespace": "kubevirt", "uid": "kv"},
+            "spec": {"configuration": {"migrations": {"allowPostCopy": true}}},
+        }));
+        allowing.apply(crate::Object::KubeVirt(std::sync::Arc::new(kubevirt.unwrap())), crate::Source::Watch);
+        let view = testing::view(&allowing, &settings);
+        assert_eq!(added(build(&vmi, Role::Receive(&migration), &view)).unwrap(), ["NET_BIND_SERVICE", "SYS_PTRACE"]);
+        assert_eq!(added(build(&vmi, Role::Start, &view)).unwrap(), ["NET_BIND_SERVICE"], "it receives nothing");
         // The pod that starts the guest differs in name and knows nothing of a migration.
         let first = build(&vmi, Role::Start, &view);
         assert_ne!(first.metadata.name, pod.metadata.name);
