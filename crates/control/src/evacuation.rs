@@ -29,6 +29,8 @@ use crate::{kubevirt, names, placement, turns};
 const FIRST_PAUSE: SignedDuration = SignedDuration::from_secs(20);
 /// The longest pause. With the default number of attempts it is never reached.
 const LONGEST_PAUSE: SignedDuration = SignedDuration::from_hours(2);
+/// A migration that is named and not there was not made, or is not seen yet: it is tried again after this long.
+const ASK_AGAIN: SignedDuration = SignedDuration::from_secs(10);
 /// The reason of `EvacuationStopped` when there were attempts enough.
 pub const ATTEMPTS_USED_UP: &str = "AttemptsUsedUp";
 /// The reason of `EvacuationStopped` when the VMI cannot be migrated at all.
@@ -269,6 +271,11 @@ fn attempt(
     if let Some(next) = state.next_attempt_timestamp.as_ref().map(|time| time.0).filter(|next| view.now < *next) {
         after.status.evacuation = Some(state);
         return then.wake(next);
+    }
+    // What the server refuses is not asked for again at once, which each write to the VMI would bring about.
+    let asked = state.attempt_timestamp.as_ref().filter(|_| state.migration_name.is_some());
+    if let Some(again) = asked.map(|asked| asked.0 + ASK_AGAIN).filter(|again| view.now < *again) {
+        return then.wake(again);
     }
     let name = state.migration_name.get_or_insert_with(|| {
         let start = state.start_timestamp.as_ref().map(|time| time.0.to_string()).unwrap_or_default();

@@ -4,7 +4,7 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 
 use crate::evacuation::pause;
-use crate::plan::View;
+use crate::plan::{Effect, View};
 use crate::testing::Cluster;
 use crate::{Key, Kind, Name, Object, Ref, World, names};
 
@@ -326,6 +326,28 @@ fn a_migration_of_a_user_comes_first() {
     let now = open(&cluster.world);
     assert!(now.len() == 1 && now[0]["metadata"]["name"] != "own", "{now:?}");
     assert_eq!(vmi(&cluster)["status"]["evacuation"]["failedAttempts"], Value::Null, "that was not an attempt of ours");
+}
+
+#[test]
+fn a_migration_that_the_server_refuses_is_asked_for_now_and_then() {
+    let mut cluster = cluster();
+    set(&mut cluster, json!({"status": {"evacuationNodeName": "node1"}}));
+    let key = Key::Evacuation(name("demo"));
+    let refused = |cluster: &mut Cluster| {
+        let mut plan = cluster.decide(&key);
+        let asked = plan.effects.iter().any(|effect| matches!(effect, Effect::Create(_)));
+        plan.effects.retain(|effect| !matches!(effect, Effect::Create(_)));
+        let wake = plan.wake_at;
+        cluster.carry_out(plan);
+        (asked, wake.map(|at| at.duration_since(cluster.now).as_secs()))
+    };
+    for _ in 0..3 {
+        assert_eq!(refused(&mut cluster), (true, None));
+        assert_eq!(refused(&mut cluster), (false, Some(10)));
+        cluster.pass(10);
+    }
+    cluster.settle();
+    assert_eq!(open(&cluster.world).len(), 1);
 }
 
 #[test]

@@ -4,7 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
 use std::time::Duration;
 
-use godwit_control::{Change, Effect, Key, Kind, Lane, Name, Noun, Object, Ref, Source, View, World, kinds_for};
+use godwit_control::{
+    Change, Effect, EventRecord, EventType, Key, Kind, Lane, Name, Noun, Object, Ref, Source, View, World, kinds_for,
+    names,
+};
 use jiff::Timestamp;
 use kube::Client;
 use tokio::sync::mpsc;
@@ -192,6 +195,21 @@ impl Shell {
         }
     }
 
+    /// That a VMI's evacuation cannot go on, its `kubectl describe` shall say.
+    fn tell_evacuated(&self, key: &Key, error: &str) {
+        let Key::Evacuation(name) = key else { return };
+        let Some(vmi) = self.world.vmis.get(name) else { return };
+        let _ = self.executor.events.try_send(EventRecord {
+            target: Ref::new(Kind::VirtualMachineInstance, name.clone()),
+            uid: vmi.uid().to_owned(),
+            resource_version: String::new(),
+            type_: EventType::Warning,
+            reason: names::events::reason::FAILED_CREATE.to_owned(),
+            message: names::events::failed_to_create_migration(error),
+            component: names::events::COMPONENT_EVACUATION,
+        });
+    }
+
     fn conclude(&mut self, outcome: Outcome) {
         let Outcome { key, lane, seen, learned, result } = outcome;
         for piece in learned {
@@ -219,6 +237,7 @@ impl Shell {
                     // What is fresh has been taken in, which decides again at once; the pause is the second net.
                     Failure::Conflict => debug!(%key, "decided on an old state, deciding again"),
                     Failure::Refused(error) => {
+                        self.tell_evacuated(&key, &error);
                         warn!(%key, %error, retry_in_ms = pause.as_millis(), "could not be carried out");
                     }
                 }
