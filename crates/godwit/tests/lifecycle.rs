@@ -29,8 +29,7 @@ async fn objects_survive_kill_and_down_and_up_again() {
     assert_eq!(before["nodes"].as_array().expect("nodes").len(), 2);
     let pid = before["processes"][0]["pid"].as_i64().expect("pid of the control plane");
     let nodes: Vec<Value> = before["processes"].as_array().expect("processes")[1..].to_vec();
-    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid.try_into().expect("pid")), nix::sys::signal::Signal::SIGKILL)
-        .expect("kill the control plane");
+    common::kill_hard(nix::unistd::Pid::from_raw(pid.try_into().expect("pid")));
     let output = cluster.godwit(&["up", "--nodes", "2", "--detach"]);
     assert!(output.status.success(), "{}", text(&output.stderr));
     let after = status_of(&cluster);

@@ -260,6 +260,22 @@ pub fn godwit(data_dir: &Path, arguments: &[&str]) -> Output {
         .expect("godwit starts")
 }
 
+/// `kill -9`, and waits until nothing of it is left: its sockets stay open until its last thread has ended.
+pub fn kill_hard(pid: nix::unistd::Pid) {
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).expect("kill");
+    let threads = || std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    // One that nobody collects stays a zombie.
+    let lives = |task: std::fs::DirEntry| {
+        let stat = std::fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+        stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']))
+    };
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while threads().any(lives) {
+        assert!(Instant::now() < deadline, "{pid} does not die");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
 pub fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }

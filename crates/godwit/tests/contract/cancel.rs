@@ -1,6 +1,6 @@
 //! A migration is cancelled by deleting it, at every phase, and the guest goes on where it was.
 
-use crate::common::{Cluster, status};
+use crate::common::{Cluster, rom_vmi, status};
 use crate::stage::{NARROW, annotated, is_over, migration, phase};
 use serde_json::json;
 
@@ -80,6 +80,19 @@ async fn cancelled_while_its_target_pod_starts() {
     cluster.is_told("move", "Warning", "FailedMigration", "Migration failed due to being canceled").await;
     drop(frozen);
     nothing_is_left(&cluster, "stayer", &before).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn cancelled_while_the_target_prepares() {
+    let cluster = Cluster::with_rom(2, 3).await;
+    // KubeVirt's own hook for this.
+    let hook = "kubevirt.io/func-test-block-migration-target-preparation";
+    cluster.start_on(annotated(rom_vmi("stayer"), hook, "true"), "node1").await;
+    let before = cluster.only_launcher("stayer").await;
+    cluster.migrate("stayer", "move").await;
+    cluster.comes_to("move", "PreparingTarget").await;
+    cluster.cancel("move").await;
+    the_abort_is_told(&cluster, "stayer", &before).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,7 +1,7 @@
 //! The rest of what KubeVirt's clients count on.
 
 use crate::common::{Cluster, kubectls, rom_vmi, status, text};
-use crate::stage::{NARROW, condition, is_over, migration, phase, uid};
+use crate::stage::{NARROW, annotated, condition, is_over, migration, phase, uid};
 use kube::api::{DynamicObject, PostParams};
 use serde_json::json;
 
@@ -183,4 +183,69 @@ async fn manifests_of_the_old_version_still_migrate() {
     let warning = "kubevirt.io/v1alpha3 is now deprecated and will be removed in a future release.";
     assert!(answer.warnings.iter().any(|said| said.contains(warning)), "{:?}", answer.warnings);
     cluster.has_moved("veteran", "move").await;
+}
+
+/// KubeVirt's two columns first, as they are there; ours behind them.
+#[tokio::test(flavor = "multi_thread")]
+async fn kubectl_shows_where_a_migration_is_and_how_it_went() {
+    let Some(kubectl) = kubectls().pop() else { return };
+    let cluster = Cluster::with_rom(2, 3).await;
+    cluster.start_rom_guest_on("shown", "node1").await;
+    cluster.narrow("node1", NARROW);
+    cluster.migrate("shown", "move").await;
+    let under_way = |m: &DynamicObject| {
+        let percent = status(m, "migrationState/progress/percent").parse::<u64>().unwrap_or(0);
+        is_over(m) || percent > 0
+    };
+    let running = cluster.wait(&cluster.migrations(), "move", "it has come a bit", under_way).await;
+    assert_eq!(phase(&running), "Running", "{}", running.data["status"]);
+    // All of it is in the migration itself, while it runs.
+    for field in ["bytesTotal", "bytesProcessed", "bytesRemaining", "bytesPerSecond"] {
+        let value = status(&running, &format!("migrationState/progress/{field}"));
+        assert!(value.parse::<u64>().is_ok(), "{field} is {value:?}: {}", running.data["status"]);
+    }
+    let row = |table: &str, at: usize| -> Vec<String> {
+        table.lines().nth(at).unwrap_or_default().split_whitespace().map(str::to_owned).collect()
+    };
+    let table = cluster.kubectl(&kubectl, &["get", "vmim"]);
+    let headings = ["NAME", "PHASE", "VMI", "SOURCE", "TARGET", "PROGRESS", "DOWNTIME", "AGE"];
+    assert_eq!(row(&table, 0)[..8], headings, "{table}");
+    assert_eq!(row(&table, 1)[..5], ["move", "Running", "shown", "node1", "node2"], "{table}");
+    assert!(row(&table, 1)[5].parse::<u64>().is_ok_and(|percent| percent <= 100), "{table}");
+    cluster.widen("node1");
+    cluster.has_moved("shown", "move").await;
+    let table = cluster.kubectl(&kubectl, &["get", "vmim"]);
+    assert_eq!(row(&table, 1)[..6], ["move", "Succeeded", "shown", "node1", "node2", "100"], "{table}");
+    assert!(row(&table, 1)[6].parse::<u64>().is_ok(), "no downtime: {table}");
+    let told = cluster.kubectl(&kubectl, &["describe", "vmim", "move"]);
+    for part in [
+        "Phase:",
+        "Succeeded",
+        "Target Node Domain Ready Timestamp:",
+        "Total Milliseconds:",
+        "Downtime Milliseconds:",
+        "SuccessfulCreate",
+        "Created migration target pod virt-launcher-shown-",
+        "SuccessfulHandOver",
+        "SuccessfulMigration",
+    ] {
+        assert!(told.contains(part), "no {part:?} in\n{told}");
+    }
+}
+
+/// The source's handler fails it, as KubeVirt's own tests make it.
+#[tokio::test(flavor = "multi_thread")]
+async fn failures_are_told_and_leave_a_record() {
+    let cluster = Cluster::with_rom(2, 3).await;
+    let hook = "kubevirt.io/func-test-force-launcher-migration-failure";
+    cluster.start_on(annotated(rom_vmi("stayer"), hook, "true"), "node1").await;
+    let (pod, node) = cluster.only_launcher("stayer").await;
+    cluster.migrate("stayer", "move").await;
+    let over = cluster.wait(&cluster.migrations(), "move", "it is over", is_over).await;
+    assert_eq!(phase(&over), "Failed");
+    let said = status(&over, "migrationState/failureReason");
+    assert!(said.contains("Failed migration to satisfy functional test condition"), "{said}");
+    assert!(status(&over, "message").contains(&said), "{}", status(&over, "message"));
+    cluster.is_told("move", "Warning", "FailedMigration", "source node reported migration failed").await;
+    cluster.stays("stayer", &node, &pod).await;
 }

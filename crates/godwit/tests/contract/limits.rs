@@ -1,9 +1,8 @@
 //! How many migrations run at once, and whose turn it is.
 
-use crate::common::Cluster;
-use crate::stage::{NARROW, is_over, is_running, phase};
+use crate::common::{Cluster, kill_hard, kubectls, status};
+use crate::stage::{NARROW, condition, is_over, is_running, migration, phase};
 use kube::api::DynamicObject;
-use nix::sys::signal::{Signal, kill};
 use serde_json::json;
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -48,6 +47,81 @@ async fn no_more_leave_a_node_than_it_may_send() {
     cluster.has_moved("two", "two").await;
 }
 
+/// Each that waits says for which limit and at which place; the more urgent one goes first, whenever it came.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_waits_says_for_what_and_the_urgent_overtakes() {
+    let cluster = Cluster::with_rom(2, 3).await;
+    for name in ["first", "manual", "urgent"] {
+        cluster.start_rom_guest_on(name, "node1").await;
+    }
+    cluster.configure(json!({"parallelMigrationsPerCluster": 1, "parallelOutboundMigrationsPerNode": 9})).await;
+    cluster.narrow("node1", NARROW);
+    cluster.migrate("first", "first").await;
+    cluster.comes_to("first", "Running").await;
+    cluster.migrate("manual", "manual").await;
+    let place = |m: &DynamicObject| {
+        (phase(m), status(m, "queue/limit"), status(m, "queue/position").parse::<u32>().unwrap_or(0))
+    };
+    let at = |position: u32| {
+        move |m: &DynamicObject| {
+            place(m) == ("Pending".into(), "parallelMigrationsPerCluster".into(), position)
+                && status(m, "reason") == "ClusterLimit"
+        }
+    };
+    let waiting = cluster.wait(&cluster.migrations(), "manual", "it is next", at(1)).await;
+    assert!(status(&waiting, "message").contains("parallelMigrationsPerCluster"), "{}", status(&waiting, "message"));
+    assert_eq!(condition(&waiting, "Waiting").expect("a condition")["reason"], "ClusterLimit");
+
+    // Only the controller may say that something is urgent.
+    let mut urgent = migration("urgent", "urgent");
+    urgent["spec"]["priority"] = json!("system-critical");
+    let path = "/apis/kubevirt.io/v1/namespaces/default/virtualmachineinstancemigrations";
+    let controller = "system:serviceaccount:kubevirt:kubevirt-controller";
+    cluster.post(path, &urgent, controller).await.made();
+    cluster.wait(&cluster.migrations(), "urgent", "it is next", at(1)).await;
+    if let Some(kubectl) = kubectls().pop() {
+        let table = cluster.kubectl(&kubectl, &["get", "vmim", "-o", "wide"]);
+        let row = table.lines().find(|line| line.starts_with("manual ")).unwrap_or_default();
+        assert!(row.contains("ClusterLimit"), "{table}");
+    }
+
+    cluster.cancel("first").await;
+    cluster.comes_to("urgent", "Running").await;
+    let behind = cluster.wait(&cluster.migrations(), "manual", "it is next", at(1)).await;
+    assert_eq!(phase(&behind), "Pending");
+    cluster.widen("node1");
+    cluster.has_moved("urgent", "urgent").await;
+    cluster.has_moved("manual", "manual").await;
+    assert_eq!(cluster.migration("manual").await.data.pointer("/status/queue"), None);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_more_come_to_a_node_than_it_may_receive() {
+    let cluster = Cluster::with_rom(3, 3).await;
+    cluster.start_rom_guest_on("one", "node1").await;
+    cluster.start_rom_guest_on("two", "node2").await;
+    cluster.configure(json!({"parallelInboundMigrationsPerNode": 1})).await;
+    cluster.narrow("node1", NARROW);
+    // Both can only go to node3.
+    let to_the_third = |name: &str| {
+        let mut wanted = migration(name, name);
+        wanted["spec"]["addedNodeSelector"] = json!({"kubernetes.io/hostname": "node3"});
+        wanted
+    };
+    cluster.ask(&to_the_third("one")).await.made();
+    cluster.comes_to("one", "Running").await;
+    cluster.ask(&to_the_third("two")).await.made();
+    let limit = |m: &DynamicObject| {
+        status(m, "queue/limit") == "parallelInboundMigrationsPerNode" && status(m, "reason") == "InboundLimit"
+    };
+    let waiting = cluster.wait(&cluster.migrations(), "two", "it says what it waits for", limit).await;
+    assert_eq!(phase(&waiting), "Pending");
+    assert_eq!(phase(&cluster.migration("one").await), "Running");
+    cluster.widen("node1");
+    assert_eq!(cluster.has_moved("one", "one").await, "node3");
+    assert_eq!(cluster.has_moved("two", "two").await, "node3");
+}
+
 /// Whoever decides forgets everything, twice, and never lets one too many go.
 #[tokio::test(flavor = "multi_thread")]
 async fn limits_hold_when_the_control_plane_is_killed() {
@@ -78,7 +152,7 @@ async fn limits_hold_when_the_control_plane_is_killed() {
         }
         // In the middle of things, after the first and after the third.
         if over > 2 * kills && kills < 2 && list.items.iter().any(is_running) {
-            kill(cluster.pid("control-plane"), Signal::SIGKILL).expect("kill it");
+            kill_hard(cluster.pid("control-plane"));
             kills += 1;
             cluster.up_again(3).await;
         }

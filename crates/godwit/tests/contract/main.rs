@@ -9,4 +9,7 @@ mod cancel;
 mod contract;
 mod deadlines;
 mod limits;
+mod modes;
+mod policy;
 mod stage;
+mod waiting;

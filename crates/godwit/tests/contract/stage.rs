@@ -11,7 +11,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 /// A link on which the ROM guest needs many seconds: whatever must happen meanwhile, does.
-pub const NARROW: &str = "2mbit";
+pub const NARROW: &str = "1mbit";
 
 /// How long anything may take on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -149,6 +149,8 @@ impl Cluster {
 
     /// Changes the cluster's migration settings.
     pub async fn configure(&self, migrations: Value) {
+        // It is made a moment after the cluster is up.
+        self.wait(&self.kubevirt(), "kubevirt", "it is there", |_| true).await;
         let patch = Patch::Merge(json!({"spec": {"configuration": {"migrations": migrations}}}));
         self.kubevirt().patch("kubevirt", &Default::default(), &patch).await.expect("patch the KubeVirt CR");
     }
@@ -181,6 +183,27 @@ impl Cluster {
     /// Takes back [`Cluster::narrow`].
     pub fn widen(&self, node: &str) {
         self.tc(node, &["del", "dev", "eth0", "root"]);
+    }
+
+    fn route(&self, from: &str, to: &str, verb: &str) {
+        let layout = godwit_standalone::Layout::open(self.data_dir()).expect("layout");
+        let cluster = layout.load().expect("cluster.json").expect("a cluster");
+        let address = godwit_standalone::Cluster::node_address(cluster.number_of(to).expect("a node")).to_string();
+        let output = Command::new("ip")
+            .args(["netns", "exec", &self.namespace(from), "ip", "route", verb, "blackhole", &address])
+            .output()
+            .expect("ip starts");
+        assert!(output.status.success(), "ip route {verb}: {}", text(&output.stderr));
+    }
+
+    /// Cuts one node off from another one; both still reach the API.
+    pub fn cut(&self, from: &str, to: &str) {
+        self.route(from, to, "add");
+    }
+
+    /// Takes back [`Cluster::cut`].
+    pub fn mend(&self, from: &str, to: &str) {
+        self.route(from, to, "del");
     }
 
     /// The number of one of the cluster's processes: `control-plane` or a node's name.

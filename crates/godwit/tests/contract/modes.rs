@@ -1,0 +1,48 @@
+//! What a guest was doing it goes on doing.
+
+use crate::common::{Cluster, status};
+use crate::stage::{condition, phase};
+use godwit_guest_rom::Line;
+use godwit_launcher::client::Client;
+use kube::api::DynamicObject;
+use std::os::fd::AsRawFd;
+
+impl Cluster {
+    /// Does something with a pod's launcher, as its node would. (A socket's path must be short: it is reached through the
+    /// open folder.)
+    async fn with_launcher<T>(&self, pod: &str, what: impl AsyncFnOnce(Client) -> T) -> T {
+        let pod = self.pods().get(pod).await.expect("pod");
+        let node = pod.data["spec"]["nodeName"].as_str().expect("a node");
+        let uid = pod.metadata.uid.as_deref().expect("uid");
+        let sockets = self.data_dir().join("nodes").join(node).join("pods").join(uid);
+        let folder = std::fs::File::open(sockets.join("volumes/kubernetes.io~empty-dir/sockets")).expect("the sockets");
+        what(Client::new(format!("/proc/self/fd/{}/launcher.sock", folder.as_raw_fd()))).await
+    }
+}
+
+fn paused_by(vmi: &DynamicObject) -> &str {
+    condition(vmi, "Paused").filter(|c| c["status"] == "True").and_then(|c| c["reason"].as_str()).unwrap_or_default()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_paused_guest_moves_and_stays_paused_until_it_is_unpaused() {
+    let cluster = Cluster::with_rom(2, 3).await;
+    cluster.start_rom_guest_on("sleeper", "node1").await;
+    let (source, _) = cluster.only_launcher("sleeper").await;
+    cluster.beats_in(&source).await;
+    cluster.with_launcher(&source, async |launcher| launcher.pause().await.expect("pause")).await;
+    let by_user = |vmi: &DynamicObject| paused_by(vmi) == "PausedByUser";
+    cluster.wait(&cluster.vmis(), "sleeper", "it is paused", by_user).await;
+    cluster.migrate("sleeper", "move").await;
+    cluster.comes_to("move", "Succeeded").await;
+    let vmi = cluster.vmis().get("sleeper").await.expect("VMI");
+    assert_eq!((status(&vmi, "nodeName").as_str(), phase(&vmi).as_str()), ("node2", "Running"));
+    let vmi = cluster.wait(&cluster.vmis(), "sleeper", "it is paused there", by_user).await;
+    let target = status(&vmi, "migrationState/targetPod");
+    let state = cluster.with_launcher(&target, async |launcher| launcher.state().await.expect("state")).await;
+    assert_eq!(state.phase, godwit_launcher::rpc::DomainPhase::Paused);
+    assert_eq!(cluster.lines(&target).await, Vec::<Line>::new(), "it has run");
+    cluster.with_launcher(&target, async |launcher| launcher.unpause().await.expect("unpause")).await;
+    cluster.wait(&cluster.vmis(), "sleeper", "it runs", |vmi| paused_by(vmi).is_empty()).await;
+    cluster.beats_in(&target).await;
+}
