@@ -13,6 +13,7 @@ mod history_tests;
 mod key;
 pub mod kubevirt;
 pub mod launcher_pod;
+pub mod lease;
 pub mod migration;
 pub mod names;
 pub mod node;

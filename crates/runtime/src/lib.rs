@@ -8,6 +8,7 @@
 mod events;
 mod execute;
 mod intake;
+mod leader;
 mod run;
 #[cfg(test)]
 mod tests;
@@ -25,6 +26,9 @@ pub struct Options {
     pub settings: Settings,
     /// What to decide about. [`Noun::ALL`] for the standalone mode.
     pub nouns: Vec<Noun>,
+    /// Under which name to hold the lease of the controllers; decides only while it holds it. No two running controllers may
+    /// have the same name, and one that is restarted goes on faster with the name it had. `None` decides without a lease.
+    pub lease_holder: Option<String>,
     /// Another identity for placement (`system:kube-scheduler`); the main client places when there is none.
     pub scheduler: Option<kube::Client>,
 }
@@ -32,8 +36,11 @@ pub struct Options {
 impl Options {
     /// Everything on, for the standalone mode with this data directory.
     pub fn standalone(identity: impl Into<String>, data_dir: &str) -> Self {
+        let identity = identity.into();
         Self {
-            identity: identity.into(),
+            // The store is open in one process only.
+            lease_holder: Some(identity.clone()),
+            identity,
             settings: Settings::standalone(data_dir),
             nouns: Noun::ALL.to_vec(),
             scheduler: None,

@@ -10,13 +10,14 @@ use godwit_control::{
 };
 use jiff::Timestamp;
 use kube::Client;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
 use crate::execute::{Executor, Failure, Learned};
 use crate::intake::{News, watch_kind};
-use crate::{Error, Options, events};
+use crate::{Error, Options, events, leader};
 use godwit_control::queue::Queue;
 
 /// How many pieces of news are taken in before decisions are made on them.
@@ -46,10 +47,15 @@ pub async fn run(client: Client, options: Options, shutdown: impl Future<Output 
     drop(news_in);
     background.spawn(events::record(client.clone(), options.identity.clone(), events_out));
 
+    let (tell_until, mut until) = watch::channel(None);
+    let holder = options.lease_holder.clone();
+    let election =
+        holder.as_ref().map(|holder| background.spawn(leader::elect(client.clone(), holder.clone(), tell_until)));
+
     let executor = Executor { client: client.clone(), controller: None, events: events_in.clone() };
     let scheduler = Executor {
         client: options.scheduler.clone().unwrap_or_else(|| client.clone()),
-        controller: Some(client),
+        controller: Some(client.clone()),
         events: events_in,
     };
     let mut shell = Shell {
@@ -61,6 +67,7 @@ pub async fn run(client: Client, options: Options, shutdown: impl Future<Output 
         executor,
         scheduler,
         running: JoinSet::new(),
+        leads: if holder.is_some() { Leads::Not } else { Leads::Always },
     };
     let mut shutdown = std::pin::pin!(shutdown);
     let mut batch = Vec::new();
@@ -81,14 +88,36 @@ pub async fn run(client: Client, options: Options, shutdown: impl Future<Output 
                 // A panic in the executor would be ours; the lane stays closed rather than being worked twice.
                 Err(error) => warn!(%error, "a write ended abnormally"),
             },
+            Ok(()) = until.changed(), if holder.is_some() => shell.lead(*until.borrow_and_update()),
             () = tokio::time::sleep(timer) => {}
         }
         shell.pump();
     }
     info!("controllers stop");
-    let farewell = async { while shell.running.join_next().await.is_some() {} };
+    if let Some(election) = election {
+        election.abort();
+    }
+    let farewell = async {
+        while shell.running.join_next().await.is_some() {}
+        if let Some(holder) = holder
+            && let Err(error) = leader::give_back(client, &holder).await
+        {
+            debug!(%error, "the lease is not given back, it ends by itself");
+        }
+    };
     let _ = tokio::time::timeout(FAREWELL, farewell).await;
     Ok(())
+}
+
+/// Whether this controller decides.
+#[derive(Clone, Copy)]
+enum Leads {
+    /// There is nobody else.
+    Always,
+    /// Somebody else does.
+    Not,
+    /// Until this moment, unless the lease is renewed.
+    Until(Instant),
 }
 
 struct Shell {
@@ -102,9 +131,32 @@ struct Shell {
     executor: Executor,
     scheduler: Executor,
     running: JoinSet<Outcome>,
+    leads: Leads,
 }
 
 impl Shell {
+    /// The lease is held until then, or not.
+    fn lead(&mut self, until: leader::Until) {
+        if matches!(self.leads, Leads::Not) && until.is_some() && self.unlisted.is_empty() {
+            // Whoever decided before may have left something undone.
+            for key in Key::all(&self.world) {
+                self.push(key);
+            }
+        }
+        self.leads = until.map_or(Leads::Not, Leads::Until);
+    }
+
+    /// Whether to decide now. A lease that has not been renewed in time is lost, whatever anybody says.
+    fn decides(&mut self) -> bool {
+        if let Leads::Until(until) = self.leads
+            && Instant::now() >= until
+        {
+            warn!("the lease was not renewed in time, this controller decides no more");
+            self.leads = Leads::Not;
+        }
+        !matches!(self.leads, Leads::Not) && self.unlisted.is_empty()
+    }
+
     fn take_in(&mut self, piece: News) -> Result<(), Error> {
         match piece {
             News::Here(object) => {
@@ -160,6 +212,9 @@ impl Shell {
 
     fn until_next_wake(&self) -> Duration {
         let longest = Duration::from_secs(3600);
+        if matches!(self.leads, Leads::Not) {
+            return longest;
+        }
         let Some(wake) = self.queue.next_wake() else { return longest };
         let wait = wake.duration_since(Timestamp::now());
         Duration::try_from(wait).unwrap_or(Duration::ZERO).min(longest)
@@ -167,10 +222,7 @@ impl Shell {
 
     /// Decides about everything that is due, and starts carrying it out.
     fn pump(&mut self) {
-        if !self.unlisted.is_empty() {
-            return;
-        }
-        loop {
+        while self.decides() {
             let now = Timestamp::now();
             let world = &self.world;
             let Some((key, lane)) = self.queue.next(now, |key| key.lane(world)) else { return };

@@ -11,8 +11,8 @@ use kube::client::Body;
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
-use crate::events;
 use crate::execute::{Executor, Failure, Learned};
+use crate::{events, leader};
 
 /// What was asked: method, path and body.
 type Asked = Arc<Mutex<Vec<(String, String, Value)>>>;
@@ -179,4 +179,48 @@ async fn the_same_event_again_raises_its_count() {
     assert_eq!(asked[0].2["involvedObject"]["uid"], "u");
     assert_eq!(asked[0].2["source"]["component"], "virtualmachine-controller");
     assert_eq!((&asked[1].2["count"], &asked[3].2["count"], &asked[4].2["count"]), (&json!(2), &json!(3), &json!(1)));
+}
+
+fn lease(holder: &str, revision: &str) -> Value {
+    json!({
+        "apiVersion": "coordination.k8s.io/v1", "kind": "Lease",
+        "metadata": {"name": "virt-controller", "namespace": "kubevirt", "resourceVersion": revision},
+        "spec": {"holderIdentity": holder, "leaseDurationSeconds": 15},
+    })
+}
+
+/// What comes of the first look at the lease.
+async fn first_look(answers: Vec<(u16, Value)>) -> (bool, Vec<(String, String, Value)>) {
+    let (client, asked) = server(answers);
+    let (tell, mut until) = tokio::sync::watch::channel(None);
+    let election = tokio::spawn(leader::elect(client, "me".into(), tell));
+    until.changed().await.unwrap();
+    let leads = until.borrow().is_some();
+    election.abort();
+    let asked = asked.lock().unwrap().clone();
+    (leads, asked)
+}
+
+#[tokio::test]
+async fn the_lease_is_made_taken_back_and_left_to_others() {
+    let (leads, asked) = first_look(vec![refusal(404, "NotFound"), (201, lease("me", "1"))]).await;
+    assert!(leads);
+    assert_eq!(asked[1].0, "POST");
+    assert_eq!(asked[1].2["spec"]["holderIdentity"], "me");
+    // After a restart nobody waits for the own lease to end.
+    let (leads, asked) = first_look(vec![(200, lease("me", "7")), (200, lease("me", "8"))]).await;
+    assert!(leads);
+    assert_eq!((asked[1].0.as_str(), &asked[1].2["metadata"]["resourceVersion"]), ("PUT", &json!("7")));
+    let (leads, asked) = first_look(vec![(200, lease("other", "7"))]).await;
+    assert_eq!((leads, asked.len()), (false, 1));
+}
+
+#[tokio::test]
+async fn the_lease_is_given_back_by_its_holder_only() {
+    let (client, asked) = server(vec![(200, lease("me", "7")), (200, lease("", "8")), (200, lease("other", "9"))]);
+    leader::give_back(client.clone(), "me").await.unwrap();
+    leader::give_back(client, "me").await.unwrap();
+    let asked = asked.lock().unwrap().clone();
+    assert_eq!(asked.len(), 3);
+    assert_eq!((asked[1].0.as_str(), &asked[1].2["spec"]["holderIdentity"]), ("PUT", &json!("")));
 }

@@ -12,7 +12,7 @@ mod mirror;
 mod observe;
 pub mod table;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 #[cfg(test)]
 mod walk_tests;
 

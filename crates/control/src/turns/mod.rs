@@ -6,6 +6,8 @@
 
 mod index;
 mod ledger;
+#[cfg(test)]
+mod race_tests;
 mod ranked;
 #[cfg(test)]
 mod tests;
