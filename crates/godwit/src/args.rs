@@ -1,6 +1,7 @@
 //! The command line.
 
 use clap::{Parser, Subcommand, ValueEnum};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 const DEFAULT_DATA_DIR: &str = "/var/lib/godwit";
@@ -28,6 +29,8 @@ pub enum Command {
     /// Build, import, list and remove images of the cluster's local store
     #[command(subcommand)]
     Image(Image),
+    /// Serve KubeVirt's admission webhooks for a Kubernetes cluster
+    Webhook(Webhook),
     /// The control plane's process (started by `up`)
     #[command(hide = true)]
     ControlPlane(ControlPlane),
@@ -111,6 +114,23 @@ impl From<Demo> for godwit_standalone::demo::DemoOptions {
     fn from(demo: Demo) -> Self {
         Self { guest: demo.guest, keep: demo.keep, data_dir: demo.data_dir }
     }
+}
+
+/// `godwit webhook`
+#[derive(clap::Args)]
+pub struct Webhook {
+    /// How to reach the API server, as a service account of the namespace kubevirt [default: as a pod of the cluster]
+    #[arg(long)]
+    pub kubeconfig: Option<PathBuf>,
+    /// Where to listen (port 0: any free one)
+    #[arg(long, default_value = "0.0.0.0:8443")]
+    pub listen: SocketAddr,
+    /// PEM file of the serving certificate and its chain
+    #[arg(long)]
+    pub tls_cert: PathBuf,
+    /// PEM file of its private key
+    #[arg(long)]
+    pub tls_key: PathBuf,
 }
 
 /// `godwit image …`

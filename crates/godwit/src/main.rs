@@ -6,6 +6,7 @@ mod control_plane;
 mod images;
 mod node;
 mod shutdown;
+mod webhook;
 
 use anyhow::Context;
 use args::{Args, Command};
@@ -61,6 +62,10 @@ fn run(args: Args) -> anyhow::Result<ExitCode> {
         }
         Command::Demo(demo) => runtime.block_on(godwit_standalone::demo::demo(&demo.into()))?,
         Command::Image(image) => runtime.block_on(images::run(image))?,
+        Command::Webhook(arguments) => {
+            log_to_stderr();
+            runtime.block_on(webhook::run(arguments))?;
+        }
         Command::Shim(_) | Command::Launcher(_) | Command::Node(_) | Command::ControlPlane(_) => {}
     }
     Ok(ExitCode::SUCCESS)

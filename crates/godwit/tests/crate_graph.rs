@@ -22,6 +22,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("handler", &["api", "launcher", "network"]),
     ("kubelet", &["images", "network"]),
     ("standalone", &["api", "images", "network"]),
+    ("webhook", &["api"]),
     ("simulator", &["api", "machinery", "control"]),
 ];
 

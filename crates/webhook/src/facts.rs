@@ -1,0 +1,157 @@
+//! What the rules want to know of other objects, read from the API server.
+//!
+//! The rules are pure functions that look things up; reading takes time. So a rule is asked, what it looked for and is not
+//! known yet is read, and it is asked again, until nothing is missing.
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use godwit_api::admission::{Lookup, resource_of};
+use kube::Api;
+use kube::api::{ApiResource, DynamicObject, ListParams};
+use serde_json::Value;
+
+/// The API server waits ten seconds for a webhook.
+const READ_TIMEOUT: Duration = Duration::from_secs(4);
+/// A rule asks for two or three things in turn.
+const ROUNDS: usize = 8;
+
+/// One thing to look up.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Question {
+    /// One object.
+    Get {
+        /// Its kind.
+        kind: String,
+        /// Its namespace.
+        namespace: String,
+        /// Its name.
+        name: String,
+    },
+    /// All objects, or those with the label.
+    List {
+        /// Their kind.
+        kind: String,
+        /// Their namespace, empty for all.
+        namespace: String,
+        /// A label and its value.
+        label: Option<(String, String)>,
+    },
+}
+
+/// Why something could not be read.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The API server refused or could not be reached.
+    #[error("cannot read {what} from the API server: {source}")]
+    Read {
+        /// What.
+        what: String,
+        /// Why.
+        source: Box<kube::Error>,
+    },
+    /// It did not answer.
+    #[error("cannot read {0} from the API server: no answer in {READ_TIMEOUT:?}")]
+    Late(String),
+    /// A rule asks on and on.
+    #[error("the rule does not come to an end")]
+    Endless,
+}
+
+/// What has been read so far.
+#[derive(Debug, Default)]
+pub struct Facts(BTreeMap<Question, Vec<Value>>);
+
+/// The facts as a rule sees them; notes what is missing.
+struct Known<'a> {
+    facts: &'a Facts,
+    missing: RefCell<BTreeSet<Question>>,
+}
+
+impl Known<'_> {
+    fn answer(&self, question: Question) -> Vec<Value> {
+        self.facts.0.get(&question).cloned().unwrap_or_else(|| {
+            self.missing.borrow_mut().insert(question);
+            Vec::new()
+        })
+    }
+}
+
+impl Lookup for Known<'_> {
+    fn get(&self, kind: &str, namespace: &str, name: &str) -> Option<Value> {
+        let question = Question::Get { kind: kind.to_owned(), namespace: namespace.to_owned(), name: name.to_owned() };
+        self.answer(question).into_iter().next()
+    }
+
+    fn list(&self, kind: &str, namespace: &str, label: Option<(&str, &str)>) -> Vec<Value> {
+        let label = label.map(|(key, value)| (key.to_owned(), value.to_owned()));
+        self.answer(Question::List { kind: kind.to_owned(), namespace: namespace.to_owned(), label })
+    }
+}
+
+/// Asks a rule until it has seen all that it looks for.
+///
+/// # Errors
+/// When something could not be read; the rule's verdict is then worth nothing.
+pub async fn ask<T>(client: &kube::Client, rule: impl Fn(&dyn Lookup) -> T) -> Result<T, Error> {
+    let mut facts = Facts::default();
+    for _ in 0..ROUNDS {
+        let (verdict, missing) = {
+            let known = Known { facts: &facts, missing: RefCell::default() };
+            (rule(&known), known.missing.into_inner())
+        };
+        if missing.is_empty() {
+            return Ok(verdict);
+        }
+        for question in missing {
+            let found = tokio::time::timeout(READ_TIMEOUT, read(client, &question))
+                .await
+                .map_err(|_| Error::Late(question.what()))??;
+            facts.0.insert(question, found);
+        }
+    }
+    Err(Error::Endless)
+}
+
+impl Question {
+    fn what(&self) -> String {
+        match self {
+            Self::Get { kind, namespace, name } => format!("{kind} {namespace}/{name}"),
+            Self::List { kind, namespace, .. } => format!("the objects of kind {kind} in {namespace:?}"),
+        }
+    }
+}
+
+async fn read(client: &kube::Client, question: &Question) -> Result<Vec<Value>, Error> {
+    let failed = |source| Error::Read { what: question.what(), source: Box::new(source) };
+    let value = |object: DynamicObject| serde_json::to_value(object).unwrap_or_default();
+    match question {
+        // an object without a name cannot exist, and its path would be that of the list
+        Question::Get { name, .. } if name.is_empty() => Ok(Vec::new()),
+        Question::Get { kind, namespace, name } => {
+            let found = api(client, kind, namespace).get_opt(name).await.map_err(failed)?;
+            Ok(found.map(value).into_iter().collect())
+        }
+        Question::List { kind, namespace, label } => {
+            let parameters = match label {
+                Some((key, value)) => ListParams::default().labels(&format!("{key}={value}")),
+                None => ListParams::default(),
+            };
+            let found = api(client, kind, namespace).list(&parameters).await.map_err(failed)?;
+            Ok(found.items.into_iter().map(value).collect())
+        }
+    }
+}
+
+/// The objects of a kind that the rules look up.
+pub(crate) fn api(client: &kube::Client, kind: &str, namespace: &str) -> Api<DynamicObject> {
+    let (group, plural) = resource_of(kind);
+    let version = "v1".to_owned();
+    let api_version = if group.is_empty() { version.clone() } else { format!("{group}/{version}") };
+    let resource = ApiResource { group: group.to_owned(), version, api_version, kind: kind.to_owned(), plural };
+    match namespace {
+        "" => Api::all_with(client.clone(), &resource),
+        _ => Api::namespaced_with(client.clone(), namespace, &resource),
+    }
+}

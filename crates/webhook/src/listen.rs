@@ -1,0 +1,137 @@
+//! The socket: TLS, HTTP/1.1 and HTTP/2.
+
+use std::convert::Infallible;
+use std::future::Future;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{Method, Request, Response, StatusCode, header};
+use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
+use hyper::body::Incoming;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::conn::auto::Builder;
+use rustls::ServerConfig;
+use rustls_pki_types::pem::PemObject;
+use rustls_pki_types::{CertificateDer, PrivateKeyDer};
+use tokio::net::TcpStream;
+use tokio::task::JoinSet;
+use tokio_rustls::TlsAcceptor;
+
+use crate::review::Review;
+use crate::{Error, Options, judge, routes};
+
+/// A client that says nothing for so long is not a client.
+const HANDSHAKE: Duration = Duration::from_secs(10);
+/// A review holds the object twice, each at most three MiB (the API server's own limit), and some more.
+const MAX_BODY: usize = 8 << 20;
+/// How long requests may still run after the end was asked for.
+const GRACE: Duration = Duration::from_secs(2);
+
+/// Serves until `shutdown`. Certificates are read once.
+///
+/// # Errors
+/// When certificate, key or socket cannot be used.
+pub async fn serve(options: Options, shutdown: impl Future<Output = ()> + Send) -> Result<(), Error> {
+    let acceptor = acceptor(&options.certificate, &options.key)?;
+    options.listener.set_nonblocking(true)?;
+    let listener = tokio::net::TcpListener::from_std(options.listener)?;
+    let mut connections = JoinSet::new();
+    tokio::pin!(shutdown);
+    loop {
+        let accepted = tokio::select! {
+            () = &mut shutdown => break,
+            accepted = listener.accept() => accepted,
+        };
+        while connections.try_join_next().is_some() {}
+        match accepted {
+            Ok((tcp, _)) => {
+                connections.spawn(connection(tcp, acceptor.clone(), options.client.clone()));
+            }
+            Err(error) => {
+                // out of file descriptors, most likely: let some be closed
+                tracing::warn!(%error, "accept failed");
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        }
+    }
+    // clients keep idle connections open for minutes: what runs may end, the rest is cut
+    let _ = tokio::time::timeout(GRACE, async { while connections.join_next().await.is_some() {} }).await;
+    Ok(())
+}
+
+fn acceptor(certificate: &Path, key: &Path) -> Result<TlsAcceptor, Error> {
+    let pem = |path: &Path, why: String| Error::Pem { path: path.to_owned(), why };
+    let chain: Result<Vec<_>, _> =
+        CertificateDer::pem_file_iter(certificate).map_err(|e| pem(certificate, e.to_string()))?.collect();
+    let chain = chain.map_err(|e| pem(certificate, e.to_string()))?;
+    if chain.is_empty() {
+        return Err(pem(certificate, "no certificate in it".to_owned()));
+    }
+    let key = PrivateKeyDer::from_pem_file(key).map_err(|e| pem(key, e.to_string()))?;
+    let mut config = ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+        .with_safe_default_protocol_versions()?
+        .with_no_client_auth()
+        .with_single_cert(chain, key)?;
+    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+    Ok(TlsAcceptor::from(Arc::new(config)))
+}
+
+async fn connection(tcp: TcpStream, acceptor: TlsAcceptor, client: kube::Client) {
+    let _ = tcp.set_nodelay(true);
+    let stream = match tokio::time::timeout(HANDSHAKE, acceptor.accept(tcp)).await {
+        Ok(Ok(stream)) => stream,
+        Ok(Err(error)) => {
+            tracing::debug!(%error, "TLS handshake failed");
+            return;
+        }
+        Err(_) => return,
+    };
+    let service = service_fn(move |request: Request<Incoming>| {
+        let client = client.clone();
+        async move { Ok::<_, Infallible>(handle(&client, request).await) }
+    });
+    let mut builder = Builder::new(TokioExecutor::new());
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(HANDSHAKE);
+    builder.http2().timer(TokioTimer::new()).keep_alive_interval(Duration::from_secs(30));
+    if let Err(error) = builder.serve_connection(TokioIo::new(stream), service).await {
+        tracing::debug!(%error, "connection ended");
+    }
+}
+
+async fn handle(client: &kube::Client, request: Request<Incoming>) -> Response<Full<Bytes>> {
+    let path = request.uri().path().to_owned();
+    if request.method() == Method::GET && path == "/healthz" {
+        return text(StatusCode::OK, "ok");
+    }
+    let Some(route) = routes::of(&path) else {
+        return text(StatusCode::NOT_FOUND, &format!("there is no webhook at {path}"));
+    };
+    if request.method() != Method::POST {
+        return text(StatusCode::METHOD_NOT_ALLOWED, "an AdmissionReview is sent with POST");
+    }
+    let body = match Limited::new(request.into_body(), MAX_BODY).collect().await {
+        Ok(body) => body.to_bytes(),
+        Err(error) if error.is::<LengthLimitError>() => {
+            return text(StatusCode::PAYLOAD_TOO_LARGE, &format!("a review has at most {MAX_BODY} bytes"));
+        }
+        Err(error) => return text(StatusCode::BAD_REQUEST, &format!("the body cannot be read: {error}")),
+    };
+    match Review::read(&body, route) {
+        Ok(review) => {
+            let answer = judge(client, route, &review).await.review(&review);
+            let mut response = Response::new(Full::new(Bytes::from(answer.to_string())));
+            response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static("application/json"));
+            response
+        }
+        Err(error) => text(StatusCode::BAD_REQUEST, &error.to_string()),
+    }
+}
+
+fn text(code: StatusCode, text: &str) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::new(Bytes::from(text.to_owned())));
+    *response.status_mut() = code;
+    response
+}

@@ -1,0 +1,128 @@
+//! Which path answers for what: KubeVirt's paths and webhooks' names.
+
+/// What a path does with a review.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Act {
+    /// Changes the object.
+    Mutate,
+    /// Says whether it may come in.
+    Validate,
+    /// Says whether a pod may be evicted, and marks its VMI.
+    Evict,
+}
+
+/// One webhook.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Route {
+    /// The path.
+    pub path: &'static str,
+    /// The webhook's name, which stands in every refusal.
+    pub webhook: &'static str,
+    /// What is done.
+    pub act: Act,
+    /// The API group of its resource, empty for the core group.
+    pub group: &'static str,
+    /// The resource's plural.
+    pub resource: &'static str,
+    /// The subresource, mostly empty.
+    pub subresource: &'static str,
+    /// `CREATE`, `UPDATE`.
+    pub operations: &'static [&'static str],
+}
+
+const CREATE: &[&str] = &["CREATE"];
+const UPDATE: &[&str] = &["UPDATE"];
+const BOTH: &[&str] = &["CREATE", "UPDATE"];
+
+const fn route(
+    path: &'static str,
+    webhook: &'static str,
+    act: Act,
+    resource: &'static str,
+    operations: &'static [&'static str],
+) -> Route {
+    Route { path, webhook, act, group: "kubevirt.io", resource, subresource: "", operations }
+}
+
+/// Every webhook. Godwit's own are: migrations are mutated on updates too (who asked for one stays), and the ConfigMap
+/// `kubevirt-config` is looked at for warnings.
+pub const ROUTES: &[Route] = &[
+    route(
+        "/migration-mutate-create",
+        "migrations-mutator.kubevirt.io",
+        Act::Mutate,
+        "virtualmachineinstancemigrations",
+        BOTH,
+    ),
+    route(
+        "/migration-validate-create",
+        "migration-create-validator.kubevirt.io",
+        Act::Validate,
+        "virtualmachineinstancemigrations",
+        CREATE,
+    ),
+    route(
+        "/migration-validate-update",
+        "migration-update-validator.kubevirt.io",
+        Act::Validate,
+        "virtualmachineinstancemigrations",
+        UPDATE,
+    ),
+    route(
+        "/virtualmachineinstances-mutate",
+        "virtualmachineinstances-mutator.kubevirt.io",
+        Act::Mutate,
+        "virtualmachineinstances",
+        BOTH,
+    ),
+    route(
+        "/virtualmachineinstances-validate-create",
+        "virtualmachineinstances-create-validator.kubevirt.io",
+        Act::Validate,
+        "virtualmachineinstances",
+        CREATE,
+    ),
+    route(
+        "/virtualmachineinstances-validate-update",
+        "virtualmachineinstances-update-validator.kubevirt.io",
+        Act::Validate,
+        "virtualmachineinstances",
+        UPDATE,
+    ),
+    route("/virtualmachines-mutate", "virtualmachines-mutator.kubevirt.io", Act::Mutate, "virtualmachines", BOTH),
+    route("/virtualmachines-validate", "virtualmachine-validator.kubevirt.io", Act::Validate, "virtualmachines", BOTH),
+    route("/kubevirt-validate-create", "kubevirt-create-validator.kubevirt.io", Act::Validate, "kubevirts", CREATE),
+    route("/kubevirt-validate-update", "kubevirt-update-validator.kubevirt.io", Act::Validate, "kubevirts", UPDATE),
+    Route {
+        path: "/migration-policy-validate-create",
+        webhook: "migration-policy-validator.kubevirt.io",
+        act: Act::Validate,
+        group: "migrations.kubevirt.io",
+        resource: "migrationpolicies",
+        subresource: "",
+        operations: BOTH,
+    },
+    Route {
+        path: "/kubevirt-config-validate",
+        webhook: "kubevirt-config-validator.godwit.io",
+        act: Act::Validate,
+        group: "",
+        resource: "configmaps",
+        subresource: "",
+        operations: BOTH,
+    },
+    Route {
+        path: "/pod-eviction-validate",
+        webhook: "virt-launcher-eviction-interceptor.kubevirt.io",
+        act: Act::Evict,
+        group: "",
+        resource: "pods",
+        subresource: "eviction",
+        operations: CREATE,
+    },
+];
+
+/// The webhook of a path.
+pub fn of(path: &str) -> Option<&'static Route> {
+    ROUTES.iter().find(|route| route.path == path)
+}
