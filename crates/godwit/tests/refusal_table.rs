@@ -312,7 +312,7 @@ impl Test {
             request["resource"]["resource"] == route.resource
                 && request["operation"].as_str().is_some_and(|operation| route.operations.contains(&operation))
         };
-        let (mutating, validating): (Vec<_>, Vec<_>) = godwit_webhook::routes::ROUTES
+        let (mutating, validating): (Vec<&godwit_webhook::routes::Route>, Vec<_>) = godwit_webhook::routes::ROUTES
             .iter()
             .filter(here)
             .partition(|route| route.act == godwit_webhook::routes::Act::Mutate);
