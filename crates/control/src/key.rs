@@ -180,6 +180,8 @@ impl Key {
                 };
                 if standing(&change.before) != standing(&change.after) {
                     keys.push(Key::Turns);
+                    // Somebody has come into the line or left it: the first of those behind have another place.
+                    keys.extend(turns::to_tell(world.turns()).cloned().map(Key::Migration));
                     keys.extend(world.migrations_of(&vmi).map(|migration| Key::Migration(migration.key())));
                     keys.push(Key::Vmi(vmi));
                 }

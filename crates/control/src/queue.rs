@@ -19,8 +19,8 @@ pub struct Queue {
     /// Keys whose lane was busy when their turn came.
     parked: BTreeMap<Lane, VecDeque<Key>>,
     busy: BTreeMap<Lane, Key>,
-    /// Keys that are being carried out, whatever lane they are in by now.
-    running: BTreeSet<Key>,
+    /// Keys that are being carried out, and the lane that they hold, whatever lane they would be in by now.
+    running: BTreeMap<Key, Lane>,
     timers: BTreeSet<(Timestamp, Key)>,
     wake: BTreeMap<Key, Timestamp>,
     failures: BTreeMap<Key, u32>,
@@ -66,12 +66,10 @@ impl Queue {
                 self.parked.entry(lane).or_default().push_back(key);
                 continue;
             }
-            if self.running.contains(&key) {
+            if let Some(held) = self.running.get(&key) {
                 // It changes lanes while it is carried out: wait in the lane that it holds.
-                if let Some(held) = self.busy.iter().find(|(_, holder)| **holder == key).map(|(lane, _)| lane.clone()) {
-                    self.parked.entry(held).or_default().push_back(key);
-                    continue;
-                }
+                self.parked.entry(held.clone()).or_default().push_back(key);
+                continue;
             }
             self.queued.remove(&key);
             // The decision to come replaces any wake-up of an earlier one.
@@ -79,7 +77,7 @@ impl Queue {
                 self.timers.remove(&(at, key.clone()));
             }
             self.busy.insert(lane.clone(), key.clone());
-            self.running.insert(key.clone());
+            self.running.insert(key.clone(), lane.clone());
             return Some((key, lane));
         }
         None

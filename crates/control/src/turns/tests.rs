@@ -361,3 +361,21 @@ fn few_are_told_that_the_line_has_moved() {
     assert_eq!(told.len(), 13);
     assert_eq!((told[0].as_str(), told[9].as_str(), told[12].as_str()), ("job-v00", "job-v09", "job-v80"));
 }
+
+#[test]
+fn who_is_overtaken_is_told() {
+    let mut cluster = cluster(&[("a", "node1"), ("b", "node2"), ("c", "node3")]);
+    limits(&mut cluster, json!({"parallelMigrationsPerCluster": 0}));
+    ask(&mut cluster, "hand", "a", None);
+    cluster.settle();
+    assert_eq!(migration(&cluster, "hand")["status"]["queue"]["position"], 1);
+    migrate(&mut cluster, "urgent", "b");
+    cluster.patch(Kind::Migration, &name("urgent"), json!({"spec": {"priority": "system-critical"}}));
+    let before = cluster.world.get(Kind::Migration, &name("urgent"));
+    cluster.step(&Key::Migration(name("urgent")));
+    let after = cluster.world.get(Kind::Migration, &name("urgent"));
+    let keys = Key::affected(&crate::Change { before, after }, &cluster.world);
+    assert!(keys.contains(&Key::Migration(name("hand"))), "{keys:?}");
+    cluster.step(&Key::Migration(name("hand")));
+    assert_eq!(migration(&cluster, "hand")["status"]["queue"]["position"], 2);
+}
