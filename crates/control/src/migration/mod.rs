@@ -14,6 +14,8 @@ pub mod table;
 #[cfg(test)]
 pub(crate) mod tests;
 #[cfg(test)]
+mod waiting_tests;
+#[cfg(test)]
 mod walk_tests;
 
 use godwit_api::condition;
