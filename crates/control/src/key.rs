@@ -6,7 +6,7 @@ use crate::names;
 use crate::object::{Kind, Name, Object, Stored};
 use crate::plan::{Plan, View};
 use crate::world::{Change, World, claims_of, vmi_of_pod};
-use crate::{evacuation, history, kubevirt, migration, node, placement, turns, vm, vmi, volumes};
+use crate::{confirm, evacuation, history, kubevirt, migration, node, placement, turns, vm, vmi, volumes};
 
 /// A group of decisions that can be switched on and off: cluster mode leaves placement, volumes and nodes to Kubernetes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -136,7 +136,7 @@ impl Key {
 
     /// Decides.
     pub fn decide(&self, view: &View<'_>) -> Plan {
-        match self {
+        let plan = match self {
             Key::Migration(name) => migration::decide(name, view),
             Key::Turns => turns::decide(view),
             Key::Vmi(name) => vmi::decide(name, view),
@@ -148,7 +148,8 @@ impl Key {
             Key::Volume(name) => volumes::decide_volume(name, view),
             Key::Node(name) => node::decide(name, view),
             Key::KubeVirt(name) => kubevirt::decide(name, view),
-        }
+        };
+        confirm::confirmed(self, view, plan)
     }
 
     /// What has to be decided again after a change.

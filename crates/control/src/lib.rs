@@ -4,6 +4,7 @@
 //! [`Plan`] of effects as data. The runtime carries them out and feeds the answers back; nothing here does IO, reads a
 //! clock or rolls dice.
 
+mod confirm;
 pub mod evacuation;
 #[cfg(test)]
 mod evacuation_tests;

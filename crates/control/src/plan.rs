@@ -54,6 +54,13 @@ pub enum Effect {
         /// The node's name.
         node: String,
     },
+    /// Read an object: the plan goes on only if it has this revision, or does not exist when none is given.
+    Confirm {
+        /// Which object.
+        target: Ref,
+        /// The revision that was decided on.
+        revision: Option<String>,
+    },
     /// Ask for the eviction of a pod.
     Evict {
         /// The pod.

@@ -143,6 +143,12 @@ impl Cluster {
                 Effect::Delete { target, .. } => self.delete(&target),
                 Effect::Bind { pod, node, .. } => self.patch(Kind::Pod, &pod.name, json!({"spec": {"nodeName": node}})),
                 Effect::Evict { pod, .. } => self.delete(&pod),
+                Effect::Confirm { target, revision } => {
+                    let held = self.world.get(target.kind, &target.name);
+                    if held.and_then(|held| held.metadata().resource_version.clone()) != revision {
+                        return; // another one than was decided on: the plan ends here
+                    }
+                }
                 Effect::Record(event) => self.events.push(event),
             }
         }

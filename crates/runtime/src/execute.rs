@@ -106,6 +106,11 @@ impl Executor {
                 });
                 self.post_to(&pod, "binding", &binding, learned).await
             }
+            Effect::Confirm { target, revision } => {
+                let found = self.look(&target, learned).await?;
+                let found = found.and_then(|object| object.metadata().resource_version.clone());
+                if found == revision { Ok(()) } else { Err(Failure::Conflict) }
+            }
             Effect::Evict { pod, uid } => {
                 let eviction = json!({
                     "apiVersion": "policy/v1",

@@ -301,7 +301,10 @@ impl Shell {
 /// The objects that effects write to.
 fn targets(effects: &[Effect]) -> impl Iterator<Item = &Ref> {
     effects.iter().filter_map(|effect| match effect {
-        Effect::Patch(target, _) | Effect::PatchStatus(target, _) | Effect::Delete { target, .. } => Some(target),
+        Effect::Patch(target, _)
+        | Effect::PatchStatus(target, _)
+        | Effect::Delete { target, .. }
+        | Effect::Confirm { target, .. } => Some(target),
         Effect::Bind { pod, .. } | Effect::Evict { pod, .. } => Some(pod),
         Effect::Create(_) | Effect::Record(_) => None,
     })
@@ -315,6 +318,7 @@ fn trace(key: &Key, effects: &[Effect]) {
             Effect::PatchStatus(target, patch) => debug!(%key, %target, %patch, "patch status"),
             Effect::Delete { target, .. } => debug!(%key, %target, "delete"),
             Effect::Bind { pod, node, .. } => debug!(%key, %pod, node, "bind"),
+            Effect::Confirm { target, .. } => debug!(%key, %target, "confirm"),
             Effect::Evict { pod, .. } => debug!(%key, %pod, "evict"),
             Effect::Record(event) => debug!(%key, reason = event.reason, message = event.message, "event"),
         }

@@ -141,6 +141,27 @@ async fn why_a_target_pod_is_refused_is_learned() {
 }
 
 #[tokio::test]
+async fn a_plan_goes_on_only_when_what_it_rests_on_is_confirmed() {
+    let plan = |revision: Option<&str>| {
+        let confirm = Effect::Confirm { target: the_pod(), revision: revision.map(str::to_owned) };
+        vec![confirm, Effect::Delete { target: the_pod(), uid: "u".into(), grace_seconds: None }]
+    };
+    for (decided_on, found, goes_on) in [
+        (Some("5"), (200, pod("o", "5")), true),
+        (Some("4"), (200, pod("o", "5")), false),
+        (None, (200, pod("o", "5")), false),
+        (Some("5"), refusal(404, "NotFound"), false),
+        (None, refusal(404, "NotFound"), true),
+    ] {
+        let (learned, result, asked, _) = carry_out(plan(decided_on), vec![found, refusal(404, "NotFound")]).await;
+        assert_eq!(asked[0].0, "GET");
+        assert_eq!(asked.len(), if goes_on { 2 } else { 1 }, "{decided_on:?}");
+        assert_eq!(result.is_ok(), goes_on, "{decided_on:?}");
+        assert!(!learned.is_empty(), "the fresh state is learned");
+    }
+}
+
+#[tokio::test]
 async fn deleting_what_is_gone_is_done() {
     let effects = vec![Effect::Delete { target: the_pod(), uid: "u".into(), grace_seconds: Some(3) }];
     let (learned, result, asked, _) = carry_out(effects, vec![refusal(404, "NotFound")]).await;

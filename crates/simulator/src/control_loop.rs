@@ -404,6 +404,16 @@ impl Sim {
             self.look_up(&target, learned);
             return false;
         }
+        if let Effect::Confirm { revision, .. } = &effect {
+            self.look_up(&target, learned);
+            let found = self.store.get(&target).and_then(|object| object.metadata().resource_version.as_ref());
+            let same = found == revision.as_ref();
+            if !same {
+                self.stats.conflicts += 1;
+                self.note(format!("{who} [{key}] decided on another {target} than there is"));
+            }
+            return same;
+        }
         let what = describe(&effect);
         let unguarded = self.controllers.get(who).is_some_and(|one| one.mutation == Some(Mutation::NoRevisions));
         let answer = match effect {
@@ -432,7 +442,7 @@ impl Sim {
             },
             Effect::Bind { uid, node, .. } => self.store.bind(&target, &uid, &node).map(Some),
             Effect::Evict { uid, .. } => self.store.delete(&target, &uid, None, now),
-            Effect::Record(_) => return true,
+            Effect::Confirm { .. } | Effect::Record(_) => return true,
         };
         match &answer {
             Ok(_) => {
@@ -499,7 +509,10 @@ fn without_revision(mut patch: serde_json::Value) -> serde_json::Value {
 /// The object that an effect changes.
 fn written(effect: &Effect) -> Option<&Ref> {
     match effect {
-        Effect::Patch(target, _) | Effect::PatchStatus(target, _) | Effect::Delete { target, .. } => Some(target),
+        Effect::Patch(target, _)
+        | Effect::PatchStatus(target, _)
+        | Effect::Delete { target, .. }
+        | Effect::Confirm { target, .. } => Some(target),
         Effect::Bind { pod, .. } | Effect::Evict { pod, .. } => Some(pod),
         Effect::Create(_) | Effect::Record(_) => None,
     }
@@ -520,6 +533,7 @@ fn describe(effect: &Effect) -> String {
         Effect::Delete { .. } => "deletes".to_owned(),
         Effect::Bind { node, .. } => format!("binds to {node}"),
         Effect::Evict { .. } => "evicts".to_owned(),
+        Effect::Confirm { .. } => "confirms".to_owned(),
         Effect::Record(_) => "tells of".to_owned(),
     }
 }

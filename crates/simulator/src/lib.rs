@@ -63,6 +63,8 @@ pub struct Options {
     pub report_every: Duration,
     /// Numbers of injected faults (counted from 1) that are left out; see [`Report::injections`].
     pub without: BTreeSet<u64>,
+    /// Rules that are not checked, to see what else there is beneath.
+    pub unchecked: BTreeSet<Rule>,
     /// Something that is wrong with the controllers.
     pub mutation: Option<Mutation>,
 }
@@ -85,6 +87,7 @@ impl Default for Options {
             moves: None,
             report_every: Duration::from_secs(1),
             without: BTreeSet::new(),
+            unchecked: BTreeSet::new(),
             mutation: None,
         }
     }

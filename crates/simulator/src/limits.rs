@@ -12,9 +12,6 @@ use crate::store::Commit;
 /// a watch may have broken, and a controller may stand still with a decision taken before.
 const OLD_LIMITS_HOLD: u64 = 25 * SECOND;
 
-/// Whether the controllers keep the inbound limit.
-const INBOUND_IS_KEPT: bool = false;
-
 /// How many migrations may be under way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
@@ -187,7 +184,7 @@ impl Sim {
         for node in &new.targets {
             let to = add_one(&mut count.to, node);
             self.stats.most_to_one_node = self.stats.most_to_one_node.max(to);
-            if INBOUND_IS_KEPT && to > limits.inbound && !old.targets.contains(node) {
+            if to > limits.inbound && !old.targets.contains(node) {
                 wrong.push((Rule::Limits, format!("{to} migrations arrive on {node}, {} may", limits.inbound)));
             }
         }

@@ -1,7 +1,7 @@
 //! Faults of the controllers themselves, put in on purpose: what the checks are worth shows in whether they see them.
 
 use godwit_api::MigrationPhase as Phase;
-use godwit_control::{Effect, Key, Name, Object, Plan, Stored, View, World, names, vmi};
+use godwit_control::{Effect, Key, Kind, Name, Object, Plan, Source, Stored, View, World, names, vmi};
 
 /// Something that is wrong with the controllers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -14,7 +14,7 @@ pub enum Mutation {
     StartsBesideOthers,
     /// Every pod of a VMI but the one that its status names goes, also while a migration is not resolved.
     SweepsUnresolved,
-    /// One migration more than the limit.
+    /// Every limit counts one too many.
     LimitOffByOne,
     /// Decisions ask for no wake-up.
     NeverWakes,
@@ -38,7 +38,7 @@ impl Mutation {
     pub fn decide(self, key: &Key, view: &View<'_>) -> Plan {
         let mut plan = match self {
             Mutation::StartsBesideOthers => self.decide_without_others(key, view),
-            Mutation::LimitOffByOne => self.decide_with_one_less(key, view),
+            Mutation::LimitOffByOne => self.decide_with_one_more(key, view),
             _ => key.decide(view),
         };
         let world = view.world;
@@ -88,7 +88,7 @@ impl Mutation {
         let current = vmi::current_pod(vmi, view.world).map(|pod| pod.key());
         for pod in view.world.pods_of_vmi(vmi.uid()) {
             if Some(pod.key()) != current {
-                world.forget(godwit_control::Kind::Pod, &pod.key());
+                world.forget(Kind::Pod, &pod.key());
             }
         }
         let mut resolved = vmi.as_ref().clone();
@@ -96,22 +96,25 @@ impl Mutation {
             state.completed = Some(true);
             state.failed = Some(true);
         }
-        world.forget(godwit_control::Kind::VirtualMachineInstance, &vmi_name);
-        world.apply(Object::from(resolved), godwit_control::Source::Watch);
+        world.forget(Kind::VirtualMachineInstance, &vmi_name);
+        world.apply(Object::from(resolved), Source::Watch);
         key.decide(&View { world: &world, ..*view })
     }
 
-    /// As if one of those under way were not there.
-    fn decide_with_one_less(self, key: &Key, view: &View<'_>) -> Plan {
-        let Key::Migration(name) = key else { return key.decide(view) };
-        let waits = view.world.migrations.get(name).is_some_and(|one| one.status.phase == Phase::Pending);
-        let other = view.world.migrations.iter().find(|one| one.status.phase.is_running());
-        let (true, Some(other)) = (waits, other) else { return key.decide(view) };
+    /// As if every limit were one higher.
+    fn decide_with_one_more(self, key: &Key, view: &View<'_>) -> Plan {
+        let held = view.world.kubevirts.iter().next();
+        let (Key::Turns | Key::Migration(_), Some(held)) = (key, held) else { return key.decide(view) };
+        let in_force = godwit_api::config::effective(Some(held.as_ref()), None);
+        let mut raised = held.as_ref().clone();
+        let migrations = raised.spec.configuration.migrations.get_or_insert_default();
+        let one_more = |limit: Option<u32>| limit.map(|limit| limit + 1);
+        migrations.parallel_migrations_per_cluster = one_more(in_force.parallel_migrations_per_cluster);
+        migrations.parallel_outbound_migrations_per_node = one_more(in_force.parallel_outbound_migrations_per_node);
+        migrations.parallel_inbound_migrations_per_node = one_more(in_force.parallel_inbound_migrations_per_node);
         let mut world: World = view.world.clone();
-        for pod in view.world.pods_of_migration(other.uid()) {
-            world.forget(godwit_control::Kind::Pod, &pod.key());
-        }
-        world.forget(godwit_control::Kind::Migration, &other.key());
+        world.forget(Kind::KubeVirt, &held.key());
+        world.apply(Object::from(raised), Source::Watch);
         key.decide(&View { world: &world, ..*view })
     }
 }

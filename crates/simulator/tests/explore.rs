@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use godwit_simulator::{Faults, Options, simulate};
+use godwit_simulator::{Faults, Options, Rule, simulate};
 
 /// A range of seeds from the environment.
 fn seeds() -> std::ops::Range<u64> {
@@ -28,6 +28,7 @@ fn explore() {
             migrations: 3,
             duration: Duration::from_secs(240),
             full_trace: count == 1,
+            unchecked: if std::env::var("BACKWARDS").is_ok() { [Rule::Backwards].into() } else { Default::default() },
             controllers: std::env::var("CONTROLLERS").map_or(1, |text| text.parse().expect("a number")),
             ..Options::default()
         };

@@ -1,0 +1,102 @@
+//! What cannot be taken back is decided on what is, not on what a cache still says.
+//!
+//! A patch is guarded by the revision of the object that it changes. A decision that rests on another object as well has no
+//! such guard: with two controllers at work (a leader that has lost its lease and does not know yet), or a watch that is
+//! behind, one may know the pod of a guest and not yet its VMI. So a plan that deletes something, or ends a migration or a
+//! VMI, first reads the VMI that it is about; when that is another than the one that was decided on, the plan ends there and
+//! the decision is taken again.
+
+use godwit_api::MigrationPhase;
+
+use crate::key::Key;
+use crate::object::{Kind, Name, Ref, Stored};
+use crate::plan::{Effect, Plan, View};
+
+/// Puts the confirmation that a plan needs in front of it.
+pub fn confirmed(key: &Key, view: &View<'_>, mut plan: Plan) -> Plan {
+    if !plan.effects.iter().any(ends_something) {
+        return plan;
+    }
+    let Some(vmi) = vmi_of(key, view) else { return plan };
+    let revision = view.world.vmis.get(&vmi).and_then(|vmi| vmi.metadata.resource_version.clone());
+    let target = Ref::new(Kind::VirtualMachineInstance, vmi);
+    plan.effects.insert(0, Effect::Confirm { target, revision });
+    plan
+}
+
+/// The VMI that a decision is about.
+fn vmi_of(key: &Key, view: &View<'_>) -> Option<Name> {
+    match key {
+        Key::Vmi(name) => Some(name.clone()),
+        Key::Migration(name) => {
+            let migration = view.world.migrations.get(name)?;
+            Some(Name::new(migration.namespace(), migration.vmi_name()))
+        }
+        _ => None,
+    }
+}
+
+fn ends_something(effect: &Effect) -> bool {
+    match effect {
+        Effect::Delete { .. } | Effect::Evict { .. } => true,
+        Effect::PatchStatus(target, patch) if target.kind == Kind::Migration => {
+            let phase = patch.pointer("/status/phase").and_then(|phase| phase.as_str());
+            phase.is_some_and(|phase| {
+                [MigrationPhase::Succeeded, MigrationPhase::Failed].iter().any(|end| end.as_str() == phase)
+            })
+        }
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::testing::{self, Cluster};
+
+    fn plan_that_deletes() -> Plan {
+        let pod = Ref::new(Kind::Pod, Name::new("default", "p"));
+        let effects = vec![Effect::Delete { target: pod, uid: "u".to_owned(), grace_seconds: None }];
+        Plan { effects, wake_at: None }
+    }
+
+    fn confirms(plan: &Plan) -> Option<(String, Option<String>)> {
+        match plan.effects.first() {
+            Some(Effect::Confirm { target, revision }) => Some((target.to_string(), revision.clone())),
+            _ => None,
+        }
+    }
+
+    #[test]
+    fn what_ends_something_reads_its_vmi_first() {
+        let mut cluster = Cluster::new();
+        let key = Key::Vmi(Name::new("default", "vm"));
+        let absent = confirmed(&key, &testing::view(&cluster.world, &cluster.settings), plan_that_deletes());
+        assert_eq!(confirms(&absent), Some(("VirtualMachineInstance default/vm".to_owned(), None)));
+
+        let vmi = json!({"metadata": {"namespace": "default", "name": "vm", "uid": "v"}, "spec": {"domain": {"devices": {}}}});
+        cluster.put(Kind::VirtualMachineInstance, vmi);
+        let held = confirmed(&key, &testing::view(&cluster.world, &cluster.settings), plan_that_deletes());
+        assert!(confirms(&held).is_some_and(|(_, revision)| revision.is_some()), "{held:?}");
+    }
+
+    #[test]
+    fn what_ends_nothing_reads_nothing() {
+        let cluster = Cluster::new();
+        let key = Key::Vmi(Name::new("default", "vm"));
+        let target = Ref::new(Kind::VirtualMachineInstance, Name::new("default", "vm"));
+        let mut plan = Plan::nothing();
+        plan.push(Effect::Patch(target.clone(), json!({"status": {"phase": "Scheduling"}})));
+        assert_eq!(confirms(&confirmed(&key, &testing::view(&cluster.world, &cluster.settings), plan)), None);
+        assert_eq!(
+            confirms(&confirmed(
+                &Key::Node("n".to_owned()),
+                &testing::view(&cluster.world, &cluster.settings),
+                plan_that_deletes()
+            )),
+            None
+        );
+    }
+}
