@@ -33,22 +33,24 @@ const ABANDON_LIMIT: SignedDuration = SignedDuration::from_secs(15);
 /// `Ready` is `False` with this reason when the launcher pod has ended.
 const POD_ENDED: (&str, &str) = ("PodCompleted", "virt-launcher pod has terminated");
 
-/// The pod that holds the guest, or shall hold it: the target pod of the last migration when the VMI says that it lives on
-/// the target node, else the pod it came from, else the pod that it started in.
-pub fn current_pod<'a>(vmi: &VirtualMachineInstance, world: &'a World) -> Option<&'a Arc<Pod>> {
-    let pod = |name: &str| {
-        let pod = world.pods.get(&Name::new(vmi.namespace(), name))?;
-        (pod.label(names::LABEL_CREATED_BY) == Some(vmi.uid())).then_some(pod)
-    };
+/// The name of the pod that holds the guest, or shall hold it: the target pod of the last migration when the VMI says that it
+/// lives on the target node, else the pod it came from, else the pod that it started in.
+pub fn current_pod_name(vmi: &VirtualMachineInstance) -> String {
     let node = vmi.status.node_name.as_deref().filter(|node| !node.is_empty());
     if let (Some(state), Some(node)) = (&vmi.status.migration_state, node) {
         // The target's handler alone writes the target's name here, and only when the guest runs there.
         let known = if state.target_node.as_deref() == Some(node) { &state.target_pod } else { &state.source_pod };
         if let Some(name) = known {
-            return pod(name);
+            return name.clone();
         }
     }
-    pod(&launcher_pod::name(vmi, Role::Start))
+    launcher_pod::name(vmi, Role::Start)
+}
+
+/// The pod of [`current_pod_name`], if there is one.
+pub fn current_pod<'a>(vmi: &VirtualMachineInstance, world: &'a World) -> Option<&'a Arc<Pod>> {
+    let pod = world.pods.get(&Name::new(vmi.namespace(), current_pod_name(vmi)))?;
+    (pod.label(names::LABEL_CREATED_BY) == Some(vmi.uid())).then_some(pod)
 }
 
 /// Decides about one VMI.

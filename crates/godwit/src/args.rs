@@ -31,6 +31,8 @@ pub enum Command {
     Image(Image),
     /// Serve KubeVirt's admission webhooks for a Kubernetes cluster
     Webhook(Webhook),
+    /// Run the controllers on a simulated cluster in virtual time, with faults, and check what must always hold
+    Simulate(Simulate),
     /// The control plane's process (started by `up`)
     #[command(hide = true)]
     ControlPlane(ControlPlane),
@@ -131,6 +133,41 @@ pub struct Webhook {
     /// PEM file of its private key
     #[arg(long)]
     pub tls_key: PathBuf,
+}
+
+/// `godwit simulate`
+#[derive(clap::Args)]
+pub struct Simulate {
+    /// Nodes [default: 3 or 4, by the seed]
+    #[arg(long)]
+    pub nodes: Option<u32>,
+    /// VMs [default: 2 or 4, by the seed]
+    #[arg(long)]
+    pub vms: Option<u32>,
+    /// The first seed; the same seed and options give the same run
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// How many seeds, one after another
+    #[arg(long, default_value_t = 1)]
+    pub seeds: u64,
+    /// What goes wrong: none, all, or names joined by commas (an unknown name lists them)
+    #[arg(long, value_delimiter = ',', default_value = "all")]
+    pub faults: Vec<String>,
+    /// For how long users and faults are at work, in hours of virtual time [default: one to three minutes, by the seed]
+    #[arg(long)]
+    pub hours: Option<f64>,
+    /// Migrations, of VMs drawn at random [default: 2 or 3 of each VM, by the seed]
+    #[arg(long)]
+    pub migrations: Option<u32>,
+    /// Controllers that are at work at the same time [default: 1 or 2, by the seed]
+    #[arg(long)]
+    pub controllers: Option<u32>,
+    /// Migrations that may be under way in the cluster at once (parallelMigrationsPerCluster) [default: 5]
+    #[arg(long)]
+    pub parallel: Option<u32>,
+    /// The VMs run already when time begins
+    #[arg(long)]
+    pub standing: bool,
 }
 
 /// `godwit image …`

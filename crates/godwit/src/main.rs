@@ -6,6 +6,8 @@ mod control_plane;
 mod images;
 mod node;
 mod shutdown;
+
+mod simulate;
 mod webhook;
 
 use anyhow::Context;
@@ -40,6 +42,7 @@ fn run(args: Args) -> anyhow::Result<ExitCode> {
             log_to_stderr();
             return node::run(node).map(|()| ExitCode::SUCCESS);
         }
+        Command::Simulate(ref wanted) => return simulate::run(wanted),
         Command::ControlPlane(ref plane) => {
             log_to_stderr();
             return control_plane::run(plane).map(|()| ExitCode::SUCCESS);
@@ -66,7 +69,11 @@ fn run(args: Args) -> anyhow::Result<ExitCode> {
             log_to_stderr();
             runtime.block_on(webhook::run(arguments))?;
         }
-        Command::Shim(_) | Command::Launcher(_) | Command::Node(_) | Command::ControlPlane(_) => {}
+        Command::Shim(_)
+        | Command::Launcher(_)
+        | Command::Node(_)
+        | Command::ControlPlane(_)
+        | Command::Simulate(_) => {}
     }
     Ok(ExitCode::SUCCESS)
 }

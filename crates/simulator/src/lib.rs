@@ -5,6 +5,7 @@
 //! every event it checks what must always hold; at the end nothing may be stuck. See docs/simulator.md.
 
 mod backwards;
+mod campaign;
 mod check;
 mod control_loop;
 mod event;
@@ -18,7 +19,9 @@ mod mutation;
 mod quick;
 mod random;
 mod rates;
+mod shrink;
 mod sim;
+mod standing;
 mod store;
 mod trace;
 mod users;
@@ -26,11 +29,16 @@ mod users;
 use std::collections::BTreeSet;
 use std::time::Duration;
 
+pub use campaign::{Summary, campaign, explain, run_of};
 pub use check::{Rule, Violation};
 pub use godwit_api::MigrationPhase;
 pub use limits::Limits;
 pub use mutation::Mutation;
 pub use rates::Faults;
+pub use shrink::{Shrunk, shrink};
+
+/// Migrations that may leave one node, and arrive on one, when nothing else is said.
+pub const DEFAULT_PER_NODE: u32 = godwit_api::config::PARALLEL_OUTBOUND_MIGRATIONS_PER_NODE;
 
 /// What is simulated.
 #[derive(Clone, Debug)]
@@ -65,6 +73,8 @@ pub struct Options {
     pub without: BTreeSet<u64>,
     /// Rules that are not checked, to see what else there is beneath.
     pub unchecked: BTreeSet<Rule>,
+    /// The VMs run already when time begins, instead of being started one by one (for clusters of tens of thousands).
+    pub standing: bool,
     /// Something that is wrong with the controllers.
     pub mutation: Option<Mutation>,
 }
@@ -88,6 +98,7 @@ impl Default for Options {
             report_every: Duration::from_secs(1),
             without: BTreeSet::new(),
             unchecked: BTreeSet::new(),
+            standing: false,
             mutation: None,
         }
     }

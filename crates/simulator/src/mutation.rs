@@ -56,9 +56,8 @@ impl Mutation {
                 let Some(current) = vmi::current_pod(vmi, world) else { return plan };
                 for pod in world.pods_of_vmi(vmi.uid()) {
                     let migration = pod.label(names::LABEL_MIGRATION_JOB_UID);
-                    let waited_for = world
-                        .migrations_of(name)
-                        .any(|one| Some(one.uid()) == migration && !one.is_final() && !one.status.phase.is_running());
+                    let waited_for =
+                        world.migrations_of(name).any(|one| Some(one.uid()) == migration && !one.is_final());
                     if pod.name() != current.name() && !pod.deleting() && !waited_for {
                         plan.delete(pod.as_ref());
                     }

@@ -18,6 +18,11 @@ macro_rules! faults {
             /// The names of all faults, as `godwit simulate --faults` takes them.
             pub const NAMES: &'static [&'static str] = &[$($name),*];
 
+            /// Whether the fault of this name is a share of what is done, instead of coming so many times in an hour.
+            pub fn is_share(name: &str) -> bool {
+                match name { $($name => stringify!($field).ends_with("_per_mille"),)* _ => false }
+            }
+
             /// How often the fault of this name is to happen.
             pub fn rate(&mut self, name: &str) -> Option<&mut u32> {
                 match name { $($name => Some(&mut self.$field),)* _ => None }

@@ -115,6 +115,8 @@ pub struct Sim {
     pub phases: BTreeMap<String, MigrationPhase>,
     /// The blow has landed.
     pub struck: bool,
+    /// What the names of VMs begin with.
+    pub prefix: &'static str,
     /// Migrations that users have asked for.
     pub asked_migrations: u64,
     calm: bool,
@@ -150,6 +152,7 @@ impl Sim {
             asked: BTreeSet::new(),
             phases: BTreeMap::new(),
             struck: false,
+            prefix: "vm",
             asked_migrations: 0,
             calm: false,
             rested: 0,
@@ -236,6 +239,12 @@ impl Sim {
 
     /// Runs to the end.
     pub fn run(mut self) -> Report {
+        let events = self.drive();
+        self.report(events)
+    }
+
+    /// Founds the cluster and lets time pass until the end. Returns the number of events.
+    pub fn drive(&mut self) -> u64 {
         self.found();
         let duration = u64::try_from(self.options.duration.as_micros()).unwrap_or(u64::MAX / 4);
         self.at(duration, Event::Calm);
@@ -253,6 +262,10 @@ impl Sim {
                 break;
             }
         }
+        events
+    }
+
+    fn report(self, events: u64) -> Report {
         let of = |wanted: MigrationPhase| self.phases.values().filter(|phase| **phase == wanted).count() as u64;
         Report {
             seed: self.options.seed,

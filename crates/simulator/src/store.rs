@@ -118,6 +118,11 @@ impl Store {
         self.put(target.clone(), read(&target, value)?)
     }
 
+    /// Puts in an object as it is (of a cluster that stands already).
+    pub fn adopt(&mut self, object: Object) {
+        let _ = self.put(object.reference(), object);
+    }
+
     /// What admission makes of an object.
     pub fn admit(&self, kind: Kind, value: Value, user: &str) -> Result<Value, Refusal> {
         let refused = |denial: Box<admission::Denial>| Refusal::Invalid(denial.message.clone());

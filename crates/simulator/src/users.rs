@@ -15,10 +15,10 @@ const VMS_IN_NAMESPACE: u64 = 100;
 const USER: &str = "admin";
 
 /// The name of a VM; few are together in one namespace, as in a cluster with many tenants.
-fn vm_name(number: u64, of: u32) -> Name {
+pub fn vm_name(prefix: &str, number: u64, of: u32) -> Name {
     match u64::from(of) > VMS_IN_NAMESPACE {
-        true => Name::new(format!("tenant{}", number / VMS_IN_NAMESPACE), format!("vm{number}")),
-        false => Name::new("default", format!("vm{number}")),
+        true => Name::new(format!("tenant{}", number / VMS_IN_NAMESPACE), format!("{prefix}{number}")),
+        false => Name::new("default", format!("{prefix}{number}")),
     }
 }
 
@@ -85,14 +85,18 @@ impl Sim {
             self.restart_controllers(who, MS);
         }
         let duration = u64::try_from(self.options.duration.as_micros()).unwrap_or(u64::MAX / 4);
-        for number in 0..self.options.vms {
-            self.found_vm(number, duration);
+        if self.options.standing {
+            self.stand();
+        } else {
+            for number in 0..self.options.vms {
+                self.found_vm(number, duration);
+            }
         }
         for _ in 0..self.options.moves.unwrap_or(0) {
             let number = self.random.between(0, u64::from(self.options.vms.max(1)) - 1);
             let begin = begin(duration);
             let after = if self.options.at_once { begin } else { self.random.between(begin, duration) };
-            self.at(after, Event::AskMigration { vmi: vm_name(number, self.options.vms) });
+            self.at(after, Event::AskMigration { vmi: vm_name(self.prefix, number, self.options.vms) });
         }
         for fault in Fault::ALL {
             if let Some(after) = self.interval(fault) {
@@ -102,7 +106,7 @@ impl Sim {
     }
 
     fn found_vm(&mut self, number: u32, duration: u64) {
-        let key = vm_name(u64::from(number), self.options.vms);
+        let key = vm_name(self.prefix, u64::from(number), self.options.vms);
         let (name, namespace) = (key.name.clone(), key.namespace.clone());
         let memory = self.random.between(1, 16) * 128 * MEBI;
         let bandwidth = self.random.between(32, 512) * MEBI;
