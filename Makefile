@@ -23,7 +23,7 @@ build: deps
 guest: deps
 	guests/build.sh $(GUEST)
 
-## make test            everything that can fail: unit, property and end-to-end tests on real guests
+## make test            everything that can fail: unit, property and end-to-end tests on real guests, 2,000 simulated clusters
 test: deps
 	scripts/test.sh all
 

@@ -84,7 +84,7 @@ pub fn explain(options: &Options, report: &Report, tries: u32) -> String {
 /// row see all of them. `faults` is how bad it may get.
 pub fn run_of(seed: u64, faults: Faults) -> Options {
     let mut options = Options { seed, faults, ..Options::default() };
-    if seed % 2 == 0 {
+    if seed.is_multiple_of(2) {
         // Short runs in which all happens close together.
         (options.vms, options.migrations, options.duration) = (2, 2, Duration::from_secs(60));
         for name in Faults::NAMES.iter().filter(|name| !Faults::is_share(name)) {

@@ -38,6 +38,9 @@ pub fn shrink(options: &Options, most: u32) -> Option<Shrunk> {
     Some(Shrunk { options, report, tried: search.tried })
 }
 
+/// A number of a run that can be made smaller, and the least that it can be.
+type Size = fn(&mut Options) -> Option<(&mut u32, u32)>;
+
 struct Search {
     rule: Rule,
     tried: u32,
@@ -82,7 +85,7 @@ impl Search {
             smaller.without = BTreeSet::new();
             self.take(smaller, best);
         }
-        let sizes: [fn(&mut Options) -> Option<(&mut u32, u32)>; 5] = [
+        let sizes: [Size; 5] = [
             |options| Some((&mut options.vms, 1)),
             |options| Some((&mut options.migrations, 1)),
             |options| Some((options.moves.as_mut()?, 1)),
