@@ -6,7 +6,6 @@ mod control_plane;
 mod images;
 mod node;
 mod shutdown;
-
 mod simulate;
 mod webhook;
 
