@@ -54,7 +54,7 @@ fn main() {
             assert!(!decide(&scale, &Key::Placement(name.clone())).effects.is_empty());
         });
         let Some(held) = scale.world.pods.get(&name).cloned() else { continue };
-        measure(&format!("  verdicts on it"), 5, &mut |_| {
+        measure("  verdicts on it", 5, &mut |_| {
             placement::verdicts(&held, &View { now, world: &scale.world, settings: &settings });
         });
     }
