@@ -167,6 +167,13 @@ pub fn finish(situation: &Situation<'_>, plan: &mut Plan) {
     let mut after = migration.clone();
 
     mirror::take(&mut after, situation);
+    after.status.fill_columns();
+    // What is still told of it comes first, in a write of its own: only one write of a plan to an object is guarded by its
+    // revision, and another controller may have more to tell.
+    plan.update(migration, &after);
+    if !plan.effects.is_empty() {
+        return;
+    }
     // What the finalizer holds it for: it is written down, and counted as an attempt.
     let held = migration.has_finalizer(names::FINALIZER_MIGRATION);
     let mut tell = Plan::nothing();
@@ -201,7 +208,6 @@ pub fn finish(situation: &Situation<'_>, plan: &mut Plan) {
             after.metadata.finalizers = None;
         }
     }
-    after.status.fill_columns();
     plan.update(migration, &after);
     plan.effects.append(&mut tell.effects);
     if !migration.is_deleting() {
