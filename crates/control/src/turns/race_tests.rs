@@ -122,6 +122,11 @@ impl Race {
                     .is_some_and(|held| held["metadata"]["uid"] == json!(uid) && held["spec"]["nodeName"].is_null());
                 (pod.clone(), free)
             }
+            Effect::Confirm { target, revision } => {
+                let held = value(target);
+                let seen = held.as_ref().and_then(|held| held.pointer("/metadata/resourceVersion")?.as_str());
+                (target.clone(), seen == revision.as_deref())
+            }
             Effect::Record(_) => return,
         };
         let before = self.truth.world.turns().ledger().clone();
