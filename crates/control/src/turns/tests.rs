@@ -365,7 +365,9 @@ fn few_are_told_that_the_line_has_moved() {
 #[test]
 fn who_is_overtaken_is_told() {
     let mut cluster = cluster(&[("a", "node1"), ("b", "node2"), ("c", "node3")]);
-    limits(&mut cluster, json!({"parallelMigrationsPerCluster": 0}));
+    limits(&mut cluster, json!({"parallelMigrationsPerCluster": 1}));
+    ask(&mut cluster, "first", "c", None);
+    cluster.settle();
     ask(&mut cluster, "hand", "a", None);
     cluster.settle();
     assert_eq!(migration(&cluster, "hand")["status"]["queue"]["position"], 1);
