@@ -3,10 +3,10 @@
 use std::time::Duration;
 
 use godwit_api::FailureCause as Cause;
-use godwit_launcher::rpc::{DomainPhase, MigrationFacts, MigrationRole, State};
+use godwit_launcher::rpc::{self, DomainPhase, MigrationFacts, MigrationRole, State};
 
 use super::source::{failed_message, lost_because};
-use super::{Action, Change, Failure, Plan, causes, end};
+use super::{Action, Change, Failure, Plan, end};
 use crate::facts::{Facts, Launcher, MigrationView, PodView, is_alive, is_broken, migration};
 
 /// How long after the guest resumed here the source's handler may take to report the end; then this end does it.
@@ -133,10 +133,10 @@ fn ended_in_between(
     }
     let (cause, what) = match facts.peer_ended.as_deref() {
         Some(ended) => (Cause::SourceLost, ended.to_owned()),
-        None if broken => match causes::of_target(f.cause) {
-            Cause::HypervisorError => (Cause::LinkLost, f.error.clone().unwrap_or_else(|| "the link broke".into())),
-            cause => (cause, f.error.clone().unwrap_or_else(|| "the link broke".into())),
-        },
+        // Whatever QEMU says of the stream that it could not read on: it had taken the guest.
+        None if broken && f.cause != Some(rpc::Cause::Killed) => {
+            (Cause::LinkLost, f.error.clone().unwrap_or_else(|| "the link broke".into()))
+        }
         None => (Cause::TargetLost, why.to_owned()),
     };
     let reason = format!("VMI is irrecoverable due to failed post-copy migration: {what}");

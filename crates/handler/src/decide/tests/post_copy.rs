@@ -116,6 +116,11 @@ fn a_broken_link_is_the_guests_loss_and_is_said_only_when_it_does_not_run() {
         assert_eq!(writes(&plan)[0], Change::Phase("Failed"));
         assert_eq!(cause(&plan), FailureCause::LinkLost);
         assert!(failure(&plan).starts_with("VMI is irrecoverable due to failed post-copy migration"));
+        // QEMU 7.2's words for it sound like a refusal.
+        let mut state = serving(status, DomainPhase::Crashed);
+        let f = state.migration.as_mut().unwrap();
+        (f.error, f.cause) = (Some("Read section footer failed: -5".into()), Some(Cause::RefusedMachine));
+        assert_eq!(cause(&decide(&at_target(arrived(), state))), FailureCause::LinkLost);
         facts.peer_ended = Some("the source's pod old has ended (Failed)".into());
         assert_eq!(cause(&decide(&facts)), FailureCause::SourceLost);
         // Also when its launcher has gone after that.
