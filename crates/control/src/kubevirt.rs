@@ -76,3 +76,55 @@ pub fn migration_configuration_of(world: &World, vmi: &VirtualMachineInstance) -
 pub fn is_configuration(config_map: &Name) -> bool {
     config_map.namespace == names::KUBEVIRT_NAMESPACE && config_map.name == names::CONFIG_MAP_NAME
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::object::Kind;
+    use crate::plan::Effect;
+    use crate::testing::Cluster;
+
+    fn applied(cluster: &Cluster) -> (String, String) {
+        let name = Name::new("kubevirt", "kubevirt");
+        let view = View { now: cluster.now, world: &cluster.world, settings: &cluster.settings };
+        let plan = decide(&name, &view);
+        let [Effect::PatchStatus(_, patch)] = plan.effects.as_slice() else {
+            panic!("one write of the status: {plan:?}")
+        };
+        let conditions = patch["status"]["conditions"].as_array().unwrap();
+        let found = conditions.iter().find(|condition| condition["type"] == CONFIGURATION_APPLIED).unwrap();
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        (text(&found["status"]), text(&found["message"]))
+    }
+
+    #[test]
+    fn settings_that_are_not_applied_are_named_on_the_object() {
+        let mut cluster = Cluster::new();
+        let kubevirt = json!({
+            "metadata": {"namespace": "kubevirt", "name": "kubevirt"},
+            "spec": {"configuration": {"migrations": {"progressTimeout": 10}}},
+        });
+        cluster.put(Kind::KubeVirt, kubevirt);
+        assert_eq!(applied(&cluster), ("True".to_owned(), "All settings are applied.".to_owned()));
+        cluster.put(
+            Kind::ConfigMap,
+            json!({
+                "metadata": {"namespace": "kubevirt", "name": "kubevirt-config"},
+                "data": {"migrations": "parallelMigrationsPerCluster: -3\nprogressTimeout: 20\nmaxAttempts: 4"},
+            }),
+        );
+        let (status, message) = applied(&cluster);
+        assert_eq!(status, "False");
+        assert_eq!(
+            message,
+            "ConfigMap kubevirt-config, migrations.parallelMigrationsPerCluster: -3 is no value for it"
+        );
+        let found = migration_configuration(&cluster.world);
+        assert_eq!(
+            (found.parallel_migrations_per_cluster, found.progress_timeout, found.max_attempts),
+            (Some(5), Some(10), Some(4))
+        );
+    }
+}
