@@ -29,7 +29,9 @@ async fn objects_survive_kill_and_down_and_up_again() {
     assert_eq!(before["nodes"].as_array().expect("nodes").len(), 2);
     let pid = before["processes"][0]["pid"].as_i64().expect("pid of the control plane");
     let nodes: Vec<Value> = before["processes"].as_array().expect("processes")[1..].to_vec();
-    common::kill_hard(nix::unistd::Pid::from_raw(pid.try_into().expect("pid")));
+    // Straight after it: `up` itself waits until the port is free.
+    let process = nix::unistd::Pid::from_raw(pid.try_into().expect("pid"));
+    nix::sys::signal::kill(process, nix::sys::signal::Signal::SIGKILL).expect("kill");
     let output = cluster.godwit(&["up", "--nodes", "2", "--detach"]);
     assert!(output.status.success(), "{}", text(&output.stderr));
     let after = status_of(&cluster);

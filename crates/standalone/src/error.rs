@@ -55,6 +55,19 @@ pub enum Error {
         /// The end of its log.
         tail: String,
     },
+    /// A killed process that does not go.
+    #[error(
+        "{process} has been killed, but process {pid} is not gone after {seconds} seconds and may still hold its port; \
+         see what it waits for with `cat /proc/{pid}/task/*/stack`, then run `godwit up` again"
+    )]
+    Ending {
+        /// Which process.
+        process: String,
+        /// Its number.
+        pid: i32,
+        /// How long it was waited for.
+        seconds: u64,
+    },
     /// No cluster in the data directory.
     #[error("no cluster in {}: start one with `godwit up --data-dir {}`", .0.display(), .0.display())]
     NoCluster(PathBuf),

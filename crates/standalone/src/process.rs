@@ -22,17 +22,34 @@ pub struct Process {
 
 impl Process {
     fn of(pid: i32) -> Option<Self> {
-        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        // The command name may hold anything, also spaces and brackets: count from behind it.
-        let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
-        let state = fields.next()?;
-        let started = fields.nth(18)?.parse().ok()?;
-        (state != "Z" && state != "X").then_some(Self { pid, started })
+        Self::read(Path::new("/proc"), pid)
     }
 
-    /// Whether it still runs.
+    fn read(proc: &Path, pid: i32) -> Option<Self> {
+        let folder = proc.join(pid.to_string());
+        let (over, started) = stat(&folder)?;
+        // Its first thread is a zombie as soon as that one has ended; files and sockets stay open until the last has.
+        let lives = || {
+            let threads = std::fs::read_dir(folder.join("task")).into_iter().flatten().flatten();
+            threads.filter_map(|thread| stat(&thread.path())).any(|(over, _)| !over)
+        };
+        (!over || lives()).then_some(Self { pid, started })
+    }
+
+    /// Whether it still runs, or some of it: only afterwards its files and sockets are free.
     pub fn is_alive(self) -> bool {
         Self::of(self.pid) == Some(self)
+    }
+
+    /// Whether it has been killed and is not gone yet.
+    fn is_ending(self, proc: &Path) -> bool {
+        let folder = proc.join(self.pid.to_string());
+        if stat(&folder).is_some_and(|(over, _)| over) {
+            return true;
+        }
+        let status = std::fs::read_to_string(folder.join("status")).unwrap_or_default();
+        let sets = status.lines().filter_map(|line| line.strip_prefix("SigPnd:").or(line.strip_prefix("ShdPnd:")));
+        sets.filter_map(|set| u64::from_str_radix(set.trim(), 16).ok()).any(|set| set & KILLED != 0)
     }
 
     fn signal(self, signal: Signal) {
@@ -41,6 +58,36 @@ impl Process {
         }
     }
 }
+
+/// SIGKILL in the sets of pending signals of `/proc/PID/status`.
+const KILLED: u64 = 1 << (Signal::SIGKILL as u64 - 1);
+
+/// Whether a process or thread is over, and when it started.
+fn stat(folder: &Path) -> Option<(bool, u64)> {
+    let stat = std::fs::read_to_string(folder.join("stat")).ok()?;
+    // The command name may hold anything, also spaces and brackets: count from behind it.
+    let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
+    let state = fields.next()?;
+    Some((matches!(state, "Z" | "X"), fields.nth(18)?.parse().ok()?))
+}
+
+/// Waits until the recorded process called `name` is gone, if it has been killed: a successor needs its port and files.
+///
+/// # Errors
+/// It is still there after ten seconds.
+pub async fn settled(layout: &Layout, name: &str) -> Result<(), Error> {
+    let deadline = Instant::now() + GONE_WITHIN;
+    while let Some(process) = find(layout, name).filter(|process| process.is_ending(Path::new("/proc"))) {
+        if Instant::now() > deadline {
+            return Err(Error::Ending { process: name.to_owned(), pid: process.pid, seconds: GONE_WITHIN.as_secs() });
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    Ok(())
+}
+
+/// How long a killed process may take to be gone: the kernel first takes back its memory and closes its files.
+const GONE_WITHIN: Duration = Duration::from_secs(10);
 
 /// Starts `godwit <arguments>` as a detached process called `name`, with its output in the name's log.
 pub fn start(layout: &Layout, name: &str, arguments: &[String]) -> Result<Process, Error> {
@@ -151,5 +198,37 @@ mod tests {
         end(&[process], Duration::from_secs(5));
         waiter.join().unwrap().unwrap();
         assert!(!process.is_alive());
+    }
+
+    /// A thread or process as `/proc` has it.
+    fn task(folder: &Path, state: &str, pending: &str) {
+        std::fs::create_dir_all(folder).unwrap();
+        let middle = ["0"; 18].join(" ");
+        std::fs::write(folder.join("stat"), format!("7 (a) b) {state} {middle} 4711 0 0\n")).unwrap();
+        std::fs::write(folder.join("status"), format!("Name:\ta\nSigPnd:\t{pending}\nShdPnd:\t0000000000000000\n"))
+            .unwrap();
+    }
+
+    #[test]
+    fn a_killed_process_lives_until_its_last_thread_has_ended() {
+        let proc = tempfile::tempdir().unwrap();
+        let (folder, none) = (proc.path().join("7"), "0000000000000000");
+        let found = || Process::read(proc.path(), 7);
+        assert_eq!(found(), None);
+        task(&folder, "S", none);
+        task(&folder.join("task/7"), "S", none);
+        task(&folder.join("task/8"), "S", none);
+        let process = Process { pid: 7, started: 4711 };
+        assert_eq!(found(), Some(process));
+        assert!(!process.is_ending(proc.path()));
+        task(&folder, "S", "0000000000000100");
+        assert_eq!(found(), Some(process));
+        assert!(process.is_ending(proc.path()), "it has been told to");
+        task(&folder, "Z", none);
+        task(&folder.join("task/7"), "Z", none);
+        assert_eq!(found(), Some(process), "its second thread may hold its port");
+        assert!(process.is_ending(proc.path()));
+        task(&folder.join("task/8"), "X", none);
+        assert_eq!(found(), None);
     }
 }

@@ -45,6 +45,10 @@ pub async fn up(options: &Options) -> Result<Up, Error> {
     require_root()?;
     require_programs()?;
     let layout = Layout::open(&options.data_dir)?;
+    let recorded = layout.load()?.map(|cluster| cluster.nodes).unwrap_or_default();
+    for name in std::iter::once(CONTROL_PLANE).chain(recorded.iter().map(String::as_str)) {
+        process::settled(&layout, name).await?;
+    }
     let cluster = shape(&layout, options)?;
     pki::ensure(&layout, &cluster)?;
     fabric::ensure(&cluster).await?;
