@@ -74,5 +74,61 @@ api_struct! {
         total_milliseconds: Option<u64>,
         /// Bytes sent.
         bytes_processed: Option<u64>,
+        /// For people: the downtime with its unit, e.g. `73 ms`.
+        downtime: Option<String>,
+        /// For people: the bytes sent, e.g. `116 MiB`.
+        sent: Option<String>,
+    }
+}
+
+impl MigrationRecordSpec {
+    /// Makes the columns' texts from the numbers; to be called on every record before it is written.
+    pub fn fill_columns(&mut self) {
+        self.downtime = self.downtime_milliseconds.map(|ms| format!("{ms} ms"));
+        self.sent = self.bytes_processed.map(readable);
+    }
+}
+
+/// An amount of bytes for people: rounded to whole KiB or MiB, from a GiB on cut to tenths.
+fn readable(bytes: u64) -> String {
+    const KIB: u64 = 1 << 10;
+    const MIB: u64 = 1 << 20;
+    const GIB: u64 = 1 << 30;
+    let rounded = |unit: u64| bytes / unit + u64::from(bytes % unit >= unit / 2);
+    match bytes {
+        0..KIB => format!("{bytes} B"),
+        KIB..MIB => format!("{} KiB", rounded(KIB)),
+        MIB..GIB => format!("{} MiB", rounded(MIB)),
+        _ => {
+            let tenths = u128::from(bytes) * 10 / u128::from(GIB);
+            format!("{}.{} GiB", tenths / 10, tenths % 10)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_are_for_people() {
+        let mut spec = MigrationRecordSpec::default();
+        spec.fill_columns();
+        assert_eq!((spec.downtime.as_deref(), spec.sent.as_deref()), (None, None), "nothing was measured");
+        for (bytes, text) in [
+            (0, "0 B"),
+            (1023, "1023 B"),
+            (1024, "1 KiB"),
+            (1536, "2 KiB"),
+            (121_634_816, "116 MiB"),
+            (1 << 30, "1.0 GiB"),
+            (1_717_986_919, "1.6 GiB"),
+            (u64::MAX, "17179869183.9 GiB"),
+        ] {
+            spec.bytes_processed = Some(bytes);
+            spec.downtime_milliseconds = Some(73);
+            spec.fill_columns();
+            assert_eq!((spec.downtime.as_deref(), spec.sent.as_deref()), (Some("73 ms"), Some(text)));
+        }
     }
 }

@@ -46,7 +46,7 @@ fn record(migration: &VirtualMachineInstanceMigration, now: Timestamp) -> Migrat
     let ended = state.and_then(|state| state.end_timestamp.clone()).or(over).unwrap_or(Time(now));
     let progress = state.and_then(|state| state.progress.as_ref());
     let took = started.as_ref().map(|started| ended.0.duration_since(started.0).as_millis());
-    MigrationRecord {
+    let mut record = MigrationRecord {
         metadata: ObjectMeta {
             namespace: migration.metadata.namespace.clone(),
             name: Some(names::record(Stored::name(migration), migration.uid())),
@@ -73,8 +73,11 @@ fn record(migration: &VirtualMachineInstanceMigration, now: Timestamp) -> Migrat
             ended_at: Some(ended),
             downtime_milliseconds: progress.and_then(|progress| progress.downtime_milliseconds),
             bytes_processed: progress.and_then(|progress| progress.bytes_processed),
+            ..MigrationRecordSpec::default()
         },
-    }
+    };
+    record.spec.fill_columns();
+    record
 }
 
 /// When a record has been kept for long enough.

@@ -62,6 +62,7 @@ fn a_migration_leaves_a_record_when_it_goes() {
             "sourceNode": "node1", "targetNode": "node2", "result": "Succeeded", "mode": "PreCopy",
             "requestedAt": asked, "startedAt": "2026-01-02T03:04:05Z", "endedAt": "2026-01-02T03:04:07Z",
             "downtimeMilliseconds": 12, "totalMilliseconds": 2000, "bytesProcessed": 1024,
+            "downtime": "12 ms", "sent": "1 KiB",
         })
     );
 }

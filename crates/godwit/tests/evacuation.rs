@@ -108,6 +108,8 @@ async fn an_evicted_guest_moves_and_its_record_tells() {
         let asked = spec["requestedBy"].as_str().unwrap_or_default();
         assert!(!asked.is_empty() && asked.contains(by), "{spec}");
         assert!(spec["downtimeMilliseconds"].is_u64() && spec["bytesProcessed"].is_u64(), "{spec}");
+        assert_eq!(spec["downtime"], format!("{} ms", spec["downtimeMilliseconds"]));
+        assert!(spec["sent"].as_str().is_some_and(|sent| sent.ends_with("iB")), "{spec}");
         assert!(spec["startedAt"].is_string() && spec["endedAt"].is_string(), "{spec}");
     }
     let table = cluster.kubectl(&kubectl, &["get", "mrec"]);
