@@ -2,7 +2,9 @@
 
 use crate::create::insert;
 use crate::managed::Manager;
+use crate::reconcile::reconciled;
 use crate::server::{Context, Inner};
+use crate::update::{Change, change_object};
 use crate::{Error, collector};
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -13,7 +15,7 @@ const READ: [&str; 3] = ["get", "list", "watch"];
 const WRITE: [&str; 5] = ["create", "delete", "deletecollection", "patch", "update"];
 const KUBEVIRT: &str = "kubevirt.io";
 
-/// Creates what is missing; what is there stays as it is.
+/// Creates what is missing. Roles and bindings that are there are given what they lack; the rest stays as it is.
 pub(crate) async fn objects(inner: &Arc<Inner>, ca: &str) -> Result<(), Error> {
     for name in NAMESPACES {
         ensure(inner, "", "v1", "namespaces", "", json!({"metadata": {"name": name}})).await?;
@@ -25,12 +27,25 @@ pub(crate) async fn objects(inner: &Arc<Inner>, ca: &str) -> Result<(), Error> {
     });
     ensure(inner, "", "v1", "services", "default", service).await?;
     for role in cluster_roles() {
-        ensure(inner, RBAC, "v1", "clusterroles", "", role).await?;
+        reconcile(inner, "clusterroles", role).await?;
     }
     for binding in cluster_role_bindings() {
-        ensure(inner, RBAC, "v1", "clusterrolebindings", "", binding).await?;
+        reconcile(inner, "clusterrolebindings", binding).await?;
     }
     Ok(())
+}
+
+/// Creates a role or binding, or brings the one of an older data directory up to date.
+async fn reconcile(inner: &Arc<Inner>, plural: &str, object: Value) -> Result<(), Error> {
+    ensure(inner, RBAC, "v1", plural, "", object.clone()).await?;
+    let cx = Context::internal(inner);
+    let Some(kind) = cx.kinds.get(RBAC, "v1", plural).cloned() else { return Ok(()) };
+    let name = object.pointer("/metadata/name").and_then(Value::as_str).unwrap_or_default();
+    let change = Change { namespace: "", name, dry_run: false, manager: Manager::server() };
+    match change_object(&cx, &kind, &change, |found| Ok(reconciled(found, &object))).await {
+        Ok(_) => Ok(()),
+        Err(status) => Err(Error::Bootstrap { what: format!("{plural} {name}"), status: Box::new(status) }),
+    }
 }
 
 /// Creates an object unless one of its name is there.

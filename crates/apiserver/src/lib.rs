@@ -22,6 +22,7 @@ mod pods;
 mod quotas;
 mod rbac;
 mod read;
+mod reconcile;
 mod render;
 mod request;
 mod respond;
@@ -190,12 +191,38 @@ impl Server {
     }
 }
 
-/// Serves until `shutdown` is done, then ends watches, lets other requests finish for a moment, and returns.
+/// A running server whose sockets are not served yet: what has to be there for the first client can be made.
+pub struct Prepared {
+    /// The server, for requests of this process.
+    pub server: Server,
+    listeners: Vec<TcpListener>,
+    acceptor: tokio_rustls::TlsAcceptor,
+}
+
+impl Prepared {
+    /// Starts the server; clients that connect wait. Must be called within a tokio runtime.
+    ///
+    /// # Errors
+    /// Unusable certificates, or objects of the server's own that cannot be made.
+    pub async fn new(options: Options) -> Result<Self, Error> {
+        let Options { store, listeners, tls, kubelet_client, admission, dialer } = options;
+        let acceptor = listen::acceptor(&tls)?;
+        let ca = std::fs::read_to_string(&tls.ca)
+            .map_err(|error| Error::Pem { path: tls.ca.clone(), why: error.to_string() })?;
+        let server = Server::start(Parts { store, admission, dialer, kubelet_client, ca }).await?;
+        Ok(Self { server, listeners, acceptor })
+    }
+
+    /// Serves until `shutdown` is done, then ends watches, lets other requests finish for a moment, and returns.
+    ///
+    /// # Errors
+    /// Unusable sockets.
+    pub async fn serve(self, shutdown: impl Future<Output = ()> + Send) -> Result<(), Error> {
+        listen::run(&self.server, self.listeners, self.acceptor, shutdown).await
+    }
+}
+
+/// [`Prepared::new`] and [`Prepared::serve`] in one.
 pub async fn serve(options: Options, shutdown: impl Future<Output = ()> + Send) -> Result<(), Error> {
-    let Options { store, listeners, tls, kubelet_client, admission, dialer } = options;
-    let acceptor = listen::acceptor(&tls)?;
-    let ca = std::fs::read_to_string(&tls.ca)
-        .map_err(|error| Error::Pem { path: tls.ca.clone(), why: error.to_string() })?;
-    let server = Server::start(Parts { store, admission, dialer, kubelet_client, ca }).await?;
-    listen::run(&server, listeners, acceptor, shutdown).await
+    Prepared::new(options).await?.serve(shutdown).await
 }

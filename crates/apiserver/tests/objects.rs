@@ -528,3 +528,39 @@ async fn everything_survives_a_restart() {
     let server = start().await;
     assert_eq!(call(&server, Method::GET, "/apis/example.com/v1/namespaces/default/vms/a", String::new()).await, made);
 }
+
+#[tokio::test]
+async fn roles_of_an_older_server_gain_what_they_lack() {
+    const ROLE: &str = "/apis/rbac.authorization.k8s.io/v1/clusterroles/kubevirt-controller";
+    const BINDING: &str = "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings/kubevirt-controller";
+    let api = Api::start().await;
+    let records = "/apis/authorization.k8s.io/v1/subjectaccessreviews";
+    let review = json!({"spec": {"user": "system:serviceaccount:kubevirt:kubevirt-controller", "resourceAttributes":
+        {"verb": "list", "group": "godwit.io", "resource": "migrationrecords"}}});
+    let whole = api.get(ROLE).await.ok();
+    let mine = json!({"apiGroups": ["example.com"], "resources": ["things"], "verbs": ["get"]});
+    let old = json!({"apiGroups": ["kubevirt.io"], "resources": ["*"], "verbs": ["*"]});
+    api.merge(ROLE, &json!({"rules": [old, mine]})).await.ok();
+    api.merge(BINDING, &json!({"subjects": []})).await.ok();
+    let user = json!([{"kind": "User", "name": "u", "apiGroup": "rbac.authorization.k8s.io"}]);
+    let viewers = "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings/system:basic-user";
+    api.merge(
+        viewers,
+        &json!({"metadata": {"annotations": {"rbac.authorization.kubernetes.io/autoupdate": "false"}},
+        "subjects": user}),
+    )
+    .await
+    .ok();
+    assert_eq!(api.post(records, &review).await.ok()["status"]["allowed"], false);
+
+    let api = Api::over(api.store.clone()).await;
+    assert_eq!(api.post(records, &review).await.ok()["status"]["allowed"], true);
+    let role = api.get(ROLE).await.ok();
+    let rules = role["rules"].as_array().unwrap();
+    assert!(rules.contains(&mine) && rules.contains(&old), "{role}");
+    assert!(whole["rules"].as_array().unwrap().iter().all(|rule| rules.contains(rule)), "{role}");
+    assert_eq!(api.get(viewers).await.ok()["subjects"], user, "its owner wants it so");
+    // A third start finds nothing to do.
+    let api = Api::over(api.store.clone()).await;
+    assert_eq!(api.get(ROLE).await.ok(), role);
+}

@@ -5,7 +5,7 @@ use crate::args::ControlPlane;
 use crate::shutdown::until;
 use anyhow::Context;
 use futures::future::BoxFuture;
-use godwit_apiserver::{Dialer, Options, TlsFiles};
+use godwit_apiserver::{Dialer, Options, Prepared, TlsFiles, User};
 use godwit_network::Namespace;
 use godwit_standalone::{CONTROL_PLANE_ADDRESS, Cluster, FABRIC_API_PORT, Layout, fabric, pki};
 use kube::api::{ApiResource, DynamicObject, GroupVersionKind, Patch, PatchParams};
@@ -39,7 +39,10 @@ async fn serve(layout: &Layout, cluster: &Cluster) -> anyhow::Result<()> {
         admission: vec![Arc::new(KubeVirtAdmission)],
         dialer: Arc::new(FabricDialer(switch)),
     };
-    let mut server = tokio::spawn(godwit_apiserver::serve(options, until(stopped.clone())));
+    let prepared = Prepared::new(options).await.context("API server")?;
+    // Before the first request is taken: whoever reaches the API finds KubeVirt's kinds and objects.
+    furnish(&Client::new(prepared.server.service(User::new("godwit", &["system:masters"])), "default")).await?;
+    let mut server = tokio::spawn(prepared.serve(until(stopped.clone())));
     let mut controllers = tokio::spawn(control(layout.clone(), stopped));
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
@@ -83,19 +86,23 @@ impl Dialer for FabricDialer {
     }
 }
 
-/// Makes KubeVirt's kinds and objects, then runs the controllers.
 async fn control(layout: Layout, stopped: watch::Receiver<bool>) -> anyhow::Result<()> {
-    let admin = godwit_standalone::admin_client(&layout).await?;
-    for crd in godwit_api::crd::crds() {
-        apply(&admin, crd).await?;
-    }
-    for object in godwit_api::initial::initial_objects() {
-        apply(&admin, object).await?;
-    }
     let client = godwit_standalone::client(&pki::kubeconfig(&layout, pki::CONTROLLER)).await?;
     let data_dir = layout.root().to_str().context("the data directory's path is not UTF-8")?;
     let options = godwit_runtime::Options::standalone("godwit-standalone", data_dir);
     godwit_runtime::run(client, options, until(stopped)).await?;
+    Ok(())
+}
+
+/// Makes KubeVirt's kinds and objects. Kinds, roles and bindings of an older data directory become those of this version;
+/// other objects belong to the user once they are there.
+async fn furnish(admin: &Client) -> anyhow::Result<()> {
+    for crd in godwit_api::crd::crds() {
+        apply(admin, crd).await?;
+    }
+    for object in godwit_api::initial::initial_objects() {
+        apply(admin, object).await?;
+    }
     Ok(())
 }
 
@@ -109,11 +116,18 @@ async fn apply(client: &Client, value: serde_json::Value) -> anyhow::Result<()> 
         None => Api::all_with(client.clone(), &resource),
     };
     let name = object.metadata.name.clone().unwrap_or_default();
+    let ours = ["CustomResourceDefinition", "ClusterRole", "ClusterRoleBinding"].contains(&gvk.kind.as_str());
     let parameters = PatchParams::apply("godwit").force();
-    // The server may be a moment behind its listeners, and a kind behind its definition.
+    // A kind may be a moment behind its definition.
     let mut last = None;
     for _ in 0..200 {
-        match api.patch(&name, &parameters, &Patch::Apply(&object)).await {
+        let there = if ours { Ok(None) } else { api.get_opt(&name).await };
+        let made = match there {
+            Ok(None) => api.patch(&name, &parameters, &Patch::Apply(&object)).await,
+            Ok(Some(there)) => Ok(there),
+            Err(error) => Err(error),
+        };
+        match made {
             Ok(_) => return Ok(()),
             Err(error) => last = Some(error),
         }

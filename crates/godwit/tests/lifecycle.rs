@@ -71,8 +71,66 @@ async fn kubevirt_is_deployed_from_the_start() {
         "kubevirt",
         &kube::api::ApiResource::from_gvk(&kube::api::GroupVersionKind::gvk("kubevirt.io", "v1", "KubeVirt")),
     );
-    cluster.wait(&api, "kubevirt", "it is deployed", |kubevirt| common::status(kubevirt, "phase") == "Deployed").await;
+    let kubevirt = api.get("kubevirt").await.expect("it is there as soon as `godwit up` has said ready");
+    assert_eq!(common::status(&kubevirt, "phase"), "Deployed");
     assert_eq!(config_map(&cluster, "nothing").await, None);
+}
+
+/// An object of the cluster's own, by its kind.
+fn own(client: &kube::Client, group: &str, kind: &str) -> kube::Api<kube::api::DynamicObject> {
+    let version = kube::api::GroupVersionKind::gvk(group, "v1", kind);
+    let mut resource = kube::api::ApiResource::from_gvk(&version);
+    if kind == "StorageClass" {
+        resource.plural = "storageclasses".to_owned();
+    }
+    match kind {
+        "KubeVirt" => kube::Api::namespaced_with(client.clone(), "kubevirt", &resource),
+        _ => kube::Api::all_with(client.clone(), &resource),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_older_data_directory_is_brought_up_to_date() {
+    let cluster = Cluster::start(1).await;
+    let crds = ("apiextensions.k8s.io", "CustomResourceDefinition", "migrationrecords.godwit.io");
+    let controller = ("rbac.authorization.k8s.io", "ClusterRole", "kubevirt-controller");
+    let migrate = ("rbac.authorization.k8s.io", "ClusterRole", "kubevirt.io:migrate");
+    let class = ("storage.k8s.io", "StorageClass", "shared");
+    let kubevirt = ("kubevirt.io", "KubeVirt", "kubevirt");
+    let default = "storageclass.kubernetes.io/is-default-class";
+    let mine = json!({"apiGroups": ["example.com"], "resources": ["things"], "verbs": ["get"]});
+    let old = json!({"name": "v1alpha1", "served": true, "storage": true,
+        "additionalPrinterColumns": [{"name": "Bytes", "type": "integer", "jsonPath": ".spec.bytesProcessed"}],
+        "schema": {"openAPIV3Schema": {"type": "object", "properties": {"spec": {"type": "object"}}}}});
+    let changes = [
+        (crds, json!({"spec": {"versions": [old]}})),
+        (controller, json!({"rules": [mine]})),
+        (migrate, json!({"rules": []})),
+        (class, json!({"metadata": {"annotations": {default: "false"}}})),
+        (kubevirt, json!({"spec": {"configuration": {"migrations": {"parallelMigrationsPerCluster": 7}}}})),
+    ];
+    for ((group, kind, name), change) in changes {
+        let patch = kube::api::Patch::Merge(change);
+        own(&cluster.client, group, kind).patch(name, &Default::default(), &patch).await.expect("patch");
+    }
+    for arguments in [&["down"][..], &["up", "--nodes", "1", "--detach"]] {
+        let output = cluster.godwit(arguments);
+        assert!(output.status.success(), "{}", text(&output.stderr));
+    }
+    let client = godwit_standalone::client(&cluster.kubeconfig()).await.expect("client");
+    let get = async |(group, kind, name): (&str, &str, &str)| own(&client, group, kind).get(name).await.expect("get");
+    let rules = get(controller).await.data["rules"].clone();
+    let rules = rules.as_array().expect("rules");
+    assert!(rules.contains(&mine) && json!(rules).to_string().contains("godwit.io"), "{rules:?}");
+    assert!(get(migrate).await.data.to_string().contains("virtualmachineinstancemigrations"));
+    let version = get(crds).await.data["spec"]["versions"][0].clone();
+    assert!(version["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"]["sent"].is_object(), "{version}");
+    let columns = version["additionalPrinterColumns"].as_array().expect("columns");
+    assert!(columns.iter().any(|column| column["name"] == "Bytes" && column["type"] == "string"), "{columns:?}");
+    let annotations = get(class).await.metadata.annotations.expect("annotations");
+    assert_eq!(annotations[default], "false", "the user's");
+    let migrations = get(kubevirt).await.data["spec"]["configuration"]["migrations"].clone();
+    assert_eq!(migrations["parallelMigrationsPerCluster"], 7, "the user's");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,8 +1,10 @@
 //! Bringing a cluster up, level by level: what already runs is left alone, what is missing is started.
 
 use crate::layout::{Cluster, Layout, MAX_NODES};
+use crate::status::{kubevirt, text};
 use crate::{Error, fabric, pki, process};
 use k8s_openapi::api::core::v1::Node;
+use kube::api::DynamicObject;
 use kube::{Api, Client};
 use std::net::{Ipv4Addr, TcpListener};
 use std::path::{Path, PathBuf};
@@ -36,7 +38,7 @@ pub struct Up {
     pub took: Duration,
 }
 
-/// Brings the cluster up and returns when every node is ready for VMs.
+/// Brings the cluster up and returns when every node is ready for VMs and the KubeVirt object says that it is deployed.
 ///
 /// # Errors
 /// Not root, missing programs, or a process that ended or was not ready within a minute (with the end of its log).
@@ -150,13 +152,14 @@ async fn wait_until_ready(layout: &Layout, cluster: &Cluster) -> Result<(), Erro
     let deadline = Instant::now() + READY_WITHIN;
     let client = admin_client(layout).await?;
     let nodes: Api<Node> = Api::all(client.clone());
+    let kubevirts: Api<DynamicObject> = Api::namespaced_with(client.clone(), "kubevirt", &kubevirt("KubeVirt"));
     loop {
         for name in std::iter::once(CONTROL_PLANE).chain(cluster.nodes.iter().map(String::as_str)) {
             if process::find(layout, name).is_none() {
                 return Err(process::died(layout, name));
             }
         }
-        let waiting = match nodes.list(&Default::default()).await {
+        let mut waiting = match nodes.list(&Default::default()).await {
             Err(_) => vec![CONTROL_PLANE.to_owned()],
             Ok(list) => cluster
                 .nodes
@@ -165,6 +168,13 @@ async fn wait_until_ready(layout: &Layout, cluster: &Cluster) -> Result<(), Erro
                 .cloned()
                 .collect(),
         };
+        if waiting.is_empty() {
+            // Its controllers say it.
+            let found = kubevirts.get_opt("kubevirt").await.ok().flatten();
+            if found.is_none_or(|found| text(&found, "/status/phase") != "Deployed") {
+                waiting.push(CONTROL_PLANE.to_owned());
+            }
+        }
         let Some(first) = waiting.first() else { return Ok(()) };
         if Instant::now() > deadline {
             return Err(process::failed(layout, first, "was not ready within a minute"));

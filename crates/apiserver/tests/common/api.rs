@@ -60,6 +60,13 @@ impl Api {
         Self { server, store, service }
     }
 
+    /// Another server over what one has stored.
+    pub async fn over(store: Store) -> Self {
+        let server = Server::start(Parts::new(store.clone())).await.unwrap();
+        let service = server.service(User::new("admin", &["system:masters"]));
+        Self { server, store, service }
+    }
+
     /// The same server for somebody else.
     pub fn user(&self, user: User) -> Self {
         Self { server: self.server.clone(), store: self.store.clone(), service: self.server.service(user) }
