@@ -1,6 +1,9 @@
 //! What is decided about, which changes touch it, and which decisions must not run at the same time.
 
 use std::fmt;
+use std::sync::Arc;
+
+use godwit_api::{VirtualMachineInstance, VmiPhase};
 
 use crate::names;
 use crate::object::{Kind, Name, Object, Stored};
@@ -211,6 +214,11 @@ impl Key {
                 let waiting = world.turns().waiting_in(&name.namespace).take(TOLD_OF_QUOTA);
                 keys.extend(holders.chain(waiting).cloned().map(Key::Migration));
                 keys.push(Key::Turns);
+                // Guests that have not got their first pod yet.
+                let unstarted = |vmi: &&Arc<VirtualMachineInstance>| {
+                    matches!(vmi.status.phase, VmiPhase::Unset | VmiPhase::Pending)
+                };
+                keys.extend(world.vmis.within(&name.namespace).filter(unstarted).map(|vmi| Key::Vmi(vmi.key())));
             }
             Object::MigrationPolicy(_) => keys.extend(under_way(world)),
             Object::Pod(_) => affected_by_pod(change, &name, world, &mut keys),

@@ -21,6 +21,7 @@ use crate::names;
 use crate::object::{Name, Stored};
 use crate::placement;
 use crate::plan::{EventType, Plan, VM_CONTROLLER, View};
+use crate::quota;
 use crate::world::World;
 
 /// When the source pod of a handed-over migration ends, its guest may already run at the target: the handlers have this
@@ -165,8 +166,18 @@ fn start(
         }
         return;
     }
-    condition::remove(&mut after.status.conditions, conditions::SYNCHRONIZED);
     let pod = launcher_pod::build(vmi, Role::Start, view);
+    if let Some(refusal) = quota::exceeded(&pod, view.world) {
+        let message = format!("failed to create virtual machine pod: {refusal}");
+        let told = Condition::new(conditions::SYNCHRONIZED, false).because(reason::FAILED_CREATE, message);
+        if condition::set(&mut after.status.conditions, told, &Time(view.now)) {
+            let text = events::failed_to_create_pod(&refusal);
+            events.record(vmi.as_ref(), VM_CONTROLLER, EventType::Warning, reason::FAILED_CREATE, text);
+        }
+        // It is looked at again when a quota of its namespace changes.
+        return;
+    }
+    condition::remove(&mut after.status.conditions, conditions::SYNCHRONIZED);
     events.record(
         vmi.as_ref(),
         VM_CONTROLLER,

@@ -106,6 +106,27 @@ fn trouble_with_images_and_claims_is_said() {
 }
 
 #[test]
+fn a_start_that_a_quota_refuses_is_said_on_the_vmi() {
+    let mut cluster = cluster();
+    let quota = |pods: &str| {
+        json!({"metadata": {"name": "small", "namespace": "default"}, "spec": {"hard": {"pods": pods}},
+            "status": {"hard": {"pods": pods}, "used": {"pods": "1"}}})
+    };
+    cluster.put(Kind::ResourceQuota, quota("1"));
+    add_vmi(&mut cluster, "demo", spec());
+    cluster.settle();
+    let said = condition(&vmi(&cluster, "demo"), "Synchronized");
+    assert_eq!((&said["status"], &said["reason"]), (&json!("False"), &json!("FailedCreate")), "{said}");
+    assert!(said["message"].as_str().unwrap().contains("exceeded quota: small"), "{said}");
+    assert_eq!(vmi(&cluster, "demo")["status"]["phase"], "Pending");
+    assert_eq!(cluster.world.pods.iter().count(), 0);
+    cluster.put(Kind::ResourceQuota, quota("2"));
+    cluster.settle();
+    assert!(condition(&vmi(&cluster, "demo"), "Synchronized").is_null());
+    assert_eq!(cluster.world.pods.iter().count(), 1);
+}
+
+#[test]
 fn deletion_waits_for_the_pod() {
     let mut cluster = cluster();
     add_vmi(&mut cluster, "demo", spec());
