@@ -220,17 +220,19 @@ fn report(
         true => condition::set(&mut conditions, Condition::new(c::AGENT_CONNECTED, true), now),
         false => condition::remove(&mut conditions, c::AGENT_CONNECTED),
     };
-    changed |= match state.phase {
-        DomainPhase::Paused => {
-            let by_migration = state.migration.as_ref().is_some_and(|m| m.paused_by_migration);
+    let held = state.migration.as_ref().filter(|m| m.paused_by_migration);
+    // A guest that stands still for its migration is no paused one to its launcher; post-copy's switch is too short to tell.
+    let stands_still = state.phase == DomainPhase::Paused || held.is_some_and(|m| m.mode == MigrationMode::Paused);
+    changed |= match stands_still {
+        true => {
             let (reason, message) = match state.qemu_status.as_deref() {
                 Some("io-error") => c::paused::IO_ERROR,
-                _ if by_migration => c::paused::BY_MIGRATION_MONITOR,
+                _ if held.is_some() => c::paused::BY_MIGRATION_MONITOR,
                 _ => c::paused::BY_USER,
             };
             condition::set(&mut conditions, Condition::new(c::PAUSED, true).because(reason, message), now)
         }
-        _ => condition::remove(&mut conditions, c::PAUSED),
+        false => condition::remove(&mut conditions, c::PAUSED),
     };
     if changed {
         set(status, "conditions", json!(conditions));

@@ -226,10 +226,16 @@ fn a_migration_that_was_to_be_given_up_and_is_quicker_has_no_cause() {
 
 #[test]
 fn a_pause_by_the_migration_is_told_from_a_users() {
+    // To its launcher it is a running guest, which runs on if the migration fails.
     let mut state = running();
-    state.phase = DomainPhase::Paused;
     let mut facts = MigrationFacts::new("m", MigrationRole::Source);
     facts.paused_by_migration = true;
+    // So it stands before post-copy, for a moment.
+    state.migration = Some(facts.clone());
+    let report = [Change::Report { pod: "p".into() }];
+    let switching = made(&vmi(json!({})), &report, state.clone()).map(|patch| applied(&vmi(json!({})), &patch));
+    assert!(switching.is_none_or(|vmi| vmi.condition("Paused").is_none()));
+    facts.mode = MigrationMode::Paused;
     state.migration = Some(facts);
     let changes = [Change::Mode(MigrationMode::Paused), Change::Report { pod: "p".into() }];
     let patch = made(&vmi(json!({})), &changes, state).unwrap();

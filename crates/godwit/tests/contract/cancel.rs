@@ -141,7 +141,7 @@ async fn cancelled_while_it_runs() {
 async fn a_cancel_and_the_end_race_and_one_of_them_wins() {
     let cluster = Cluster::with_rom(2, 3).await;
     cluster.start_rom_guest_on("racer", "node1").await;
-    for (round, percent) in [0, 30, 60, 90, 95, 98, 99, 100].into_iter().enumerate() {
+    for (round, percent) in [0, 60, 98, 100].into_iter().enumerate() {
         let (pod, node) = cluster.only_launcher("racer").await;
         let name = format!("race-{round}");
         let asked = cluster.ask(&annotated(migration(&name, "racer"), "round", &round.to_string())).await.made();

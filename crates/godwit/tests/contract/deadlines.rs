@@ -107,6 +107,22 @@ async fn a_link_that_is_cut_is_named_and_the_guest_stays() {
     cluster.has_moved("stayer", "again").await;
 }
 
+/// KubeVirt's own way again, without another limit: at a byte a second QEMU comes no nearer to the end.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_migration_that_comes_no_nearer_makes_no_progress() {
+    let cluster = Cluster::with_rom(2, 64).await;
+    cluster.configure(json!({"progressTimeout": 3, "completionTimeoutPerGiB": 0, "bandwidthPerMigration": "1"})).await;
+    cluster.start_rom_guest_on("stayer", "node1").await;
+    let (pod, node) = cluster.only_launcher("stayer").await;
+    cluster.migrate("stayer", "move").await;
+    let over = cluster.wait(&cluster.migrations(), "move", "it is over", is_over).await;
+    gave_up(&over, &["NoProgress"]);
+    let reason = status(&over, "migrationState/failureReason");
+    assert!(reason.starts_with("Live migration has been aborted: stuck for "), "{reason}");
+    assert!(reason.ends_with(" seconds: what remains to be sent has become no less (progressTimeout)"), "{reason}");
+    cluster.stays("stayer", &node, &pod).await;
+}
+
 /// It says so on both objects, with one of these causes and what to do about it.
 fn gave_up(over: &DynamicObject, causes: &[&str]) {
     assert_eq!(phase(over), "Failed", "{}", over.data["status"]);

@@ -79,6 +79,7 @@ async fn who_waits_says_for_what_and_the_urgent_overtakes() {
     let controller = "system:serviceaccount:kubevirt:kubevirt-controller";
     cluster.post(path, &urgent, controller).await.made();
     cluster.wait(&cluster.migrations(), "urgent", "it is next", at(1)).await;
+    cluster.wait(&cluster.migrations(), "manual", "it was overtaken", at(2)).await;
     if let Some(kubectl) = kubectls().pop() {
         let table = cluster.kubectl(&kubectl, &["get", "vmim", "-o", "wide"]);
         let row = table.lines().find(|line| line.starts_with("manual ")).unwrap_or_default();

@@ -1,10 +1,11 @@
 //! What a guest was doing it goes on doing.
 
 use crate::common::{Cluster, status};
-use crate::stage::{condition, phase};
+use crate::stage::{NARROW, condition, phase};
 use godwit_guest_rom::Line;
 use godwit_launcher::client::Client;
 use kube::api::DynamicObject;
+use serde_json::json;
 use std::os::fd::AsRawFd;
 
 impl Cluster {
@@ -45,4 +46,41 @@ async fn a_paused_guest_moves_and_stays_paused_until_it_is_unpaused() {
     cluster.with_launcher(&target, async |launcher| launcher.unpause().await.expect("unpause")).await;
     cluster.wait(&cluster.vmis(), "sleeper", "it runs", |vmi| paused_by(vmi).is_empty()).await;
     cluster.beats_in(&target).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_may_be_disturbed_is_held_until_the_rest_is_over() {
+    let cluster = Cluster::with_rom(2, 64).await;
+    cluster.configure(json!({"completionTimeoutPerGiB": 15, "allowWorkloadDisruption": true})).await;
+    cluster.start_rom_guest_on("busy", "node1").await;
+    cluster.narrow("node1", NARROW);
+    cluster.migrate("busy", "move").await;
+    let held = |vmi: &DynamicObject| {
+        paused_by(vmi) == "PausedByMigrationMonitor" && status(vmi, "migrationState/mode") == "Paused"
+    };
+    cluster.wait(&cluster.vmis(), "busy", "it is held", held).await;
+    assert_eq!(phase(&cluster.migration("move").await), "Running");
+    // It has as long again for the rest.
+    cluster.widen("node1");
+    cluster.has_moved("busy", "move").await;
+    let vmi = cluster.wait(&cluster.vmis(), "busy", "it is not paused", |vmi| paused_by(vmi).is_empty()).await;
+    assert_eq!(status(&vmi, "migrationState/mode"), "Paused", "{}", vmi.data["status"]["migrationState"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_may_go_ahead_of_its_memory_does() {
+    let cluster = Cluster::with_rom(2, 64).await;
+    cluster.configure(json!({"completionTimeoutPerGiB": 3, "allowPostCopy": true})).await;
+    cluster.start_rom_guest_on("ahead", "node1").await;
+    cluster.narrow("node1", NARROW);
+    cluster.migrate("ahead", "move").await;
+    // It lives at the target, and a part of its memory is still at the source.
+    let ahead =
+        |vmi: &DynamicObject| status(vmi, "migrationState/mode") == "PostCopy" && status(vmi, "nodeName") == "node2";
+    let vmi = cluster.wait(&cluster.vmis(), "ahead", "it is in post-copy", ahead).await;
+    assert_eq!(status(&vmi, "migrationState/completed"), "", "{}", vmi.data["status"]["migrationState"]);
+    cluster.widen("node1");
+    cluster.has_moved("ahead", "move").await;
+    let vmi = cluster.vmis().get("ahead").await.expect("VMI");
+    assert_eq!(status(&vmi, "migrationState/mode"), "PostCopy", "{}", vmi.data["status"]["migrationState"]);
 }

@@ -57,7 +57,7 @@ pub(super) fn of_failure(f: &MigrationFacts, says: &TargetSays, target_ended: Op
 pub(super) fn remembered(cause: &FailureCause) -> Failure {
     let words = match cause {
         FailureCause::Cancelled => return Failure::new(FailureCause::Cancelled, ABORTED),
-        FailureCause::NoProgress => "stuck: the guest writes faster than the link carries (progressTimeout)",
+        FailureCause::NoProgress => "stuck: what remains to be sent has become no less (progressTimeout)",
         FailureCause::OutOfTime => "not completed in time (completionTimeoutPerGiB)",
         FailureCause::NotConverging => "not completed in time: the guest writes faster than the link carries",
         FailureCause::LinkLost => "no byte moved any more; the link to the target may be cut",

@@ -82,7 +82,7 @@ pub(super) fn overdue(
         (Some(stuck), _) => Failure::new(
             FailureCause::NoProgress,
             format!(
-                "stuck for {} seconds: the guest writes faster than the link carries (progressTimeout)",
+                "stuck for {} seconds: what remains to be sent has become no less (progressTimeout)",
                 stuck.as_secs()
             ),
         ),

@@ -93,7 +93,7 @@ fn a_post_copy_that_loses_its_link_is_the_guests_loss_and_ends_both_halves() {
 fn a_migration_out_of_time_pauses_the_guest_when_it_may() {
     blocking(async {
         let (cluster, source, target) = endless(&hasty(&["allowWorkloadDisruption"])).await;
-        until("the guest is paused", || source.now().phase == DomainPhase::Paused).await;
+        until("the guest is paused", || source.is_held()).await;
         until("the mode is written", || state(&cluster)["mode"] == "Paused").await;
         until("the condition is written", || paused_reason(&cluster) == "PausedByMigrationMonitor").await;
         source.finish.notify_one();

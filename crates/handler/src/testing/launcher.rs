@@ -97,7 +97,12 @@ impl Launcher {
 
     /// Whether this launcher's guest executes.
     pub fn executes(&self) -> bool {
-        self.now().phase == DomainPhase::Running
+        self.now().phase == DomainPhase::Running && !self.is_held()
+    }
+
+    /// Whether it stands still for its migration.
+    pub fn is_held(&self) -> bool {
+        self.now().migration.is_some_and(|m| m.paused_by_migration)
     }
 
     /// Whether this launcher was told that its guest's departure is known.
@@ -282,7 +287,7 @@ async fn post_copy(Shared(launcher): Shared<Launcher>, Json(_): Json<MigrationRe
 
 async fn pause_to_migrate(Shared(launcher): Shared<Launcher>, Json(_): Json<MigrationRef>) -> Json<State> {
     Json(launcher.change(|s| {
-        s.phase = DomainPhase::Paused;
+        // As the real one has it: the phase is what the user wanted.
         if let Some(f) = &mut s.migration {
             f.mode = MigrationMode::Paused;
             f.paused_by_migration = true;
