@@ -281,9 +281,9 @@ async fn the_history_outlives_the_migration() {
     let headings = ["NAME", "VMI", "FROM", "TO", "RESULT", "REASON", "DOWNTIME", "BYTES", "BY", "AGE"];
     assert_eq!(row(0), headings, "{table}");
     // Of a success there is no reason, and its cell is empty.
-    let (downtime, bytes) = (record["downtimeMilliseconds"].to_string(), record["bytesProcessed"].to_string());
-    let wanted = ["mover", "node1", "node2", "Succeeded", &downtime, &bytes, whoami.trim()];
-    assert_eq!(row(1)[1..8], wanted, "{table}");
+    let downtime = record["downtimeMilliseconds"].to_string();
+    assert_eq!(row(1)[1..7], ["mover", "node1", "node2", "Succeeded", &downtime, "ms"], "{table}");
+    assert!(row(1).contains(&whoami.trim()), "{table}");
     assert_eq!(table.lines().count(), 2, "{table}");
 }
 
