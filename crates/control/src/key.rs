@@ -232,7 +232,18 @@ impl Key {
                     keys.extend(world.vmis_on(node.name()).map(|vmi| Key::Vmi(vmi.key())));
                 }
             }
-            Object::Lease(_) if name.namespace == node::LEASES => keys.push(Key::Node(name.name)),
+            Object::Lease(_) if name.namespace == node::LEASES => {
+                let lease = |side: &'_ Option<Object>| match side {
+                    Some(Object::Lease(lease)) => Some(Arc::clone(lease)),
+                    _ => None,
+                };
+                let (before, after) = (lease(&change.before), lease(&change.after));
+                let node = world.nodes.get(&Name::cluster(name.name.as_str()));
+                if node::is_told_by(before.as_deref(), after.as_deref(), node.map(Arc::as_ref)) {
+                    keys.push(Key::Node(name.name));
+                }
+                return keys;
+            }
             Object::PersistentVolumeClaim(claim) => {
                 keys.extend(world.pods_using(&name).map(|pod| Key::Placement(pod.key())));
                 let volume = claim.spec.as_ref().and_then(|spec| spec.volume_name.clone());

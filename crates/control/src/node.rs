@@ -3,7 +3,10 @@
 //! A node whose lease is not renewed becomes `Ready=Unknown` and gets Kubernetes' `unreachable` taints; a node whose
 //! handler is silent takes no new VMs. Both are taken back when the node speaks again.
 
+use std::borrow::Cow;
+
 use jiff::{SignedDuration, Timestamp};
+use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{Node, NodeCondition, Taint};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
@@ -22,14 +25,17 @@ pub const LEASES: &str = "kube-node-lease";
 pub fn decide(name: &str, view: &View<'_>) -> Plan {
     let mut plan = Plan::nothing();
     let Some(node) = view.world.nodes.get(&Name::cluster(name)).filter(|node| !node.deleting()) else { return plan };
-    let mut after = node.as_ref().clone();
+    // Most decisions change nothing, so the node is copied only when one may.
+    let mut after = Cow::Borrowed(node.as_ref());
 
     if let Some(silent_from) = silence(node, view) {
         if view.now >= silent_from {
-            mark_unreachable(&mut after, view.now);
+            mark_unreachable(after.to_mut(), view.now);
         } else {
             plan.wake(silent_from);
-            unmark_unreachable(&mut after);
+            if is_marked(node) {
+                unmark_unreachable(after.to_mut());
+            }
         }
     }
     let mut handler_silent = false;
@@ -41,11 +47,13 @@ pub fn decide(name: &str, view: &View<'_>) -> Plan {
             plan.wake(silent_from);
         } else if node.label(names::LABEL_SCHEDULABLE) != Some("false") {
             handler_silent = true;
-            let labels = after.metadata.labels.get_or_insert_default();
+            let labels = after.to_mut().metadata.labels.get_or_insert_default();
             labels.insert(names::LABEL_SCHEDULABLE.to_owned(), "false".to_owned());
         }
     }
-    plan.update(node.as_ref(), &after);
+    if let Cow::Owned(after) = &after {
+        plan.update(node.as_ref(), after);
+    }
     if handler_silent {
         let message = "virt-handler is not responsive, marking node as unresponsive";
         plan.record(node.as_ref(), NODE_CONTROLLER, EventType::Normal, "NodeUnresponsive", message);
@@ -63,6 +71,28 @@ fn silence(node: &Node, view: &View<'_>) -> Option<Timestamp> {
         .map_or(GRACE, |seconds| SignedDuration::from_secs(i64::from(seconds)));
     let posted = ready_condition(node).and_then(|condition| condition.last_heartbeat_time.as_ref()).map(|time| time.0);
     [renewed.map(|time| time + allowed), posted.map(|time| time + GRACE)].into_iter().flatten().max()
+}
+
+/// Whether a change of a node's lease asks for a decision. A renewal of a node that counts as alive does not: the decision
+/// before has asked to be woken when the node would count as silent, and that is soon enough to find that it does not.
+/// Ten thousand nodes renew thousands of leases each second.
+pub fn is_told_by(before: Option<&Lease>, after: Option<&Lease>, node: Option<&Node>) -> bool {
+    let said = |lease: Option<&Lease>| {
+        let spec = lease?.spec.as_ref()?;
+        Some((spec.renew_time.as_ref()?.0, spec.lease_duration_seconds))
+    };
+    match (said(before), said(after)) {
+        (Some((renewed_before, allowed_before)), Some((renewed, allowed))) => {
+            renewed < renewed_before || allowed != allowed_before || node.is_some_and(is_marked)
+        }
+        _ => true,
+    }
+}
+
+/// Whether anything about the node says that it was found silent.
+fn is_marked(node: &Node) -> bool {
+    let taints = node.spec.as_ref().and_then(|spec| spec.taints.as_ref());
+    is_silent(node) || taints.into_iter().flatten().any(|taint| taint.key == names::TAINT_UNREACHABLE)
 }
 
 fn ready_condition(node: &Node) -> Option<&NodeCondition> {

@@ -1,6 +1,6 @@
 //! Virtual time and the order of events.
 
-use std::cmp::{Ordering, Reverse};
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
 use std::time::Duration;
 
@@ -50,31 +50,13 @@ pub struct Stats {
     pub guests_killed: u64,
 }
 
-/// An event and when it happens; of two at the same time the one that was asked for first comes first.
+/// When an event happens; of two at the same time the one that was asked for first comes first. The event itself lies in
+/// `Sim::held`, so that what is sorted is small.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct Due {
     at: u64,
     sequence: u64,
-    event: Event,
-}
-
-impl PartialEq for Due {
-    fn eq(&self, other: &Self) -> bool {
-        self.cmp(other) == Ordering::Equal
-    }
-}
-
-impl Eq for Due {}
-
-impl PartialOrd for Due {
-    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
-impl Ord for Due {
-    fn cmp(&self, other: &Self) -> Ordering {
-        (self.at, self.sequence).cmp(&(other.at, other.sequence))
-    }
+    place: usize,
 }
 
 /// One simulation.
@@ -82,7 +64,10 @@ pub struct Sim {
     /// Microseconds since the beginning.
     pub now: u64,
     sequence: u64,
-    events: BinaryHeap<Reverse<Due>>,
+    due: BinaryHeap<Reverse<Due>>,
+    /// The events that are due, and places that are free.
+    held: Vec<Option<Event>>,
+    free: Vec<usize>,
     /// All that is left to chance.
     pub random: Random,
     /// The API server.
@@ -135,7 +120,9 @@ impl Sim {
         Self {
             now: 0,
             sequence: 0,
-            events: BinaryHeap::new(),
+            due: BinaryHeap::new(),
+            held: Vec::new(),
+            free: Vec::new(),
             random: Random::new(options.seed),
             store: Store::default(),
             store_down: false,
@@ -182,7 +169,14 @@ impl Sim {
     pub fn at(&mut self, after: u64, event: Event) {
         self.sequence += 1;
         let (at, sequence) = (self.now.saturating_add(after), self.sequence);
-        self.events.push(Reverse(Due { at, sequence, event }));
+        let place = self.free.pop().unwrap_or_else(|| {
+            self.held.push(None);
+            self.held.len() - 1
+        });
+        if let Some(held) = self.held.get_mut(place) {
+            *held = Some(event);
+        }
+        self.due.push(Reverse(Due { at, sequence, place }));
     }
 
     /// Adds a line to the trace.
@@ -249,7 +243,9 @@ impl Sim {
         let duration = u64::try_from(self.options.duration.as_micros()).unwrap_or(u64::MAX / 4);
         self.at(duration, Event::Calm);
         let mut events = 0;
-        while let Some(Reverse(Due { at, event, .. })) = self.events.pop() {
+        while let Some(Reverse(Due { at, place, .. })) = self.due.pop() {
+            self.free.push(place);
+            let Some(event) = self.held.get_mut(place).and_then(Option::take) else { continue };
             self.now = at;
             events += 1;
             self.handle(event);

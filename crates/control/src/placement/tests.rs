@@ -1,7 +1,8 @@
+use jiff::{SignedDuration, Timestamp};
 use serde_json::{Value, json};
 
 use crate::testing::Cluster;
-use crate::{Key, Kind, Name};
+use crate::{Change, Key, Kind, Name, Object};
 
 fn cluster() -> Cluster {
     let mut cluster = Cluster::new();
@@ -172,6 +173,43 @@ fn a_silent_node_is_marked_and_welcomed_back() {
     cluster.patch(Kind::Node, &node, json!({"status": {"conditions": [{"type": "Ready", "status": "True"}]}}));
     cluster.step(&key);
     assert!(cluster.get(Kind::Node, &node).unwrap()["spec"].get("taints").is_none());
+}
+
+#[test]
+fn a_renewal_of_a_node_that_lives_asks_for_no_decision() {
+    let mut cluster = cluster();
+    let lease = |at: Timestamp, seconds: i32| {
+        let value = json!({
+            "metadata": {"name": "node1", "namespace": "kube-node-lease"},
+            "spec": {"leaseDurationSeconds": seconds, "renewTime": format!("{at:.6}")},
+        });
+        Object::from_value(Kind::Lease, value).unwrap()
+    };
+    let key = Key::Node("node1".into());
+    let asked = |cluster: &Cluster, before: Option<Object>, after: Option<Object>| {
+        Key::affected(&Change { before, after }, &cluster.world).contains(&key)
+    };
+    let begin = cluster.now;
+    let first = lease(begin, 40);
+    let renewed = lease(begin + SignedDuration::from_secs(13), 40);
+    assert!(asked(&cluster, None, Some(first.clone())), "the first word of a node");
+    assert!(!asked(&cluster, Some(first.clone()), Some(renewed.clone())), "it lives, and goes on living");
+    assert!(asked(&cluster, Some(first.clone()), Some(lease(begin, 20))), "silent earlier than it was");
+    assert!(asked(&cluster, Some(renewed.clone()), Some(first.clone())), "a clock that was set back");
+    assert!(asked(&cluster, Some(renewed.clone()), None));
+
+    // The decision before the renewal has asked to be woken; the one after the wake-up asks for the rest of the time.
+    cluster.put(Kind::Lease, first.to_value().unwrap());
+    assert_eq!(cluster.decide(&key).wake_at, Some(begin + SignedDuration::from_secs(40)));
+    let name = Name::new("kube-node-lease", "node1");
+    cluster.patch(Kind::Lease, &name, json!({"spec": renewed.to_value().unwrap()["spec"]}));
+    cluster.pass(40);
+    assert!(!cluster.step(&key));
+    assert_eq!(cluster.decide(&key).wake_at, Some(begin + SignedDuration::from_secs(53)));
+    cluster.pass(13);
+    assert!(cluster.step(&key), "silent at last");
+    let last = lease(cluster.now, 40);
+    assert!(asked(&cluster, Some(renewed), Some(last)), "one that was found silent is welcomed back at once");
 }
 
 #[test]
