@@ -467,9 +467,12 @@ async fn the_webhook_survives_what_is_no_review() {
         assert!(text.contains(said), "{text}");
     }
     assert_eq!(post("/nowhere", b"{}").await.0, 404);
-    assert_eq!(post(path, &vec![b' '; 9 << 20]).await.0, 413);
-    let (code, _) = raw(&test.reviewer, "GET", path, JSON, Vec::new()).await.expect("an answer");
-    assert_eq!(code, 405);
+    // The answer is read and the connection good for the next request, however far the client was with writing.
+    for _ in 0..8 {
+        assert_eq!(post(path, &vec![b' '; 9 << 20]).await.0, 413);
+        let (code, _) = raw(&test.reviewer, "GET", path, JSON, Vec::new()).await.expect("an answer");
+        assert_eq!(code, 405);
+    }
     let (code, _) = raw(&test.reviewer, "GET", "/healthz", JSON, Vec::new()).await.expect("an answer");
     assert_eq!(code, 200);
 }

@@ -6,9 +6,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
-use http::{Method, Request, Response, StatusCode, header};
-use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
+use bytes::{Bytes, BytesMut};
+use http::{Method, Request, Response, StatusCode, Version, header};
+use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
@@ -27,6 +27,9 @@ use crate::{Error, Options, judge, routes};
 const HANDSHAKE: Duration = Duration::from_secs(10);
 /// A review holds the object twice, each at most three MiB (the API server's own limit), and some more.
 const MAX_BODY: usize = 8 << 20;
+/// Of a body that is too long this much is read all the same: a client that still writes would see a broken connection in
+/// place of the answer, and one that has written would take the connection for free when it is about to be closed.
+const MAX_DISCARDED: usize = 4 * MAX_BODY;
 /// How long requests may still run after the end was asked for.
 const GRACE: Duration = Duration::from_secs(2);
 
@@ -103,6 +106,7 @@ async fn connection(tcp: TcpStream, acceptor: TlsAcceptor, client: kube::Client)
 
 async fn handle(client: &kube::Client, request: Request<Incoming>) -> Response<Full<Bytes>> {
     let path = request.uri().path().to_owned();
+    let http2 = request.version() == Version::HTTP_2;
     if request.method() == Method::GET && path == "/healthz" {
         return text(StatusCode::OK, "ok");
     }
@@ -112,10 +116,14 @@ async fn handle(client: &kube::Client, request: Request<Incoming>) -> Response<F
     if request.method() != Method::POST {
         return text(StatusCode::METHOD_NOT_ALLOWED, "an AdmissionReview is sent with POST");
     }
-    let body = match Limited::new(request.into_body(), MAX_BODY).collect().await {
-        Ok(body) => body.to_bytes(),
-        Err(error) if error.is::<LengthLimitError>() => {
-            return text(StatusCode::PAYLOAD_TOO_LARGE, &format!("a review has at most {MAX_BODY} bytes"));
+    let body = match read(request.into_body()).await {
+        Ok(Some(body)) => body,
+        Ok(None) => {
+            let mut refusal = text(StatusCode::PAYLOAD_TOO_LARGE, &format!("a review has at most {MAX_BODY} bytes"));
+            if !http2 {
+                refusal.headers_mut().insert(header::CONNECTION, header::HeaderValue::from_static("close"));
+            }
+            return refusal;
         }
         Err(error) => return text(StatusCode::BAD_REQUEST, &format!("the body cannot be read: {error}")),
     };
@@ -128,6 +136,21 @@ async fn handle(client: &kube::Client, request: Request<Incoming>) -> Response<F
         }
         Err(error) => text(StatusCode::BAD_REQUEST, &error.to_string()),
     }
+}
+
+/// The whole body, or `None` when it is too long.
+async fn read(mut body: Incoming) -> Result<Option<Bytes>, hyper::Error> {
+    let (mut kept, mut length) = (BytesMut::new(), 0_usize);
+    while let Some(frame) = body.frame().await {
+        let Ok(data) = frame?.into_data() else { continue };
+        length = length.saturating_add(data.len());
+        match length {
+            0..=MAX_BODY => kept.extend_from_slice(&data),
+            _ if length > MAX_DISCARDED => break,
+            _ => kept.clear(),
+        }
+    }
+    Ok((length <= MAX_BODY).then(|| kept.freeze()))
 }
 
 fn text(code: StatusCode, text: &str) -> Response<Full<Bytes>> {
