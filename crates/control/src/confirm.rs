@@ -117,7 +117,7 @@ mod tests {
         assert_eq!(confirms(&confirmed(&key, &testing::view(&cluster.world, &cluster.settings), plan)), None);
         assert_eq!(
             confirms(&confirmed(
-                &Key::Node("n".to_owned()),
+                &Key::Node("n".into()),
                 &testing::view(&cluster.world, &cluster.settings),
                 plan_that_deletes()
             )),

@@ -5,6 +5,8 @@ use std::sync::Arc;
 
 use godwit_api::{VirtualMachineInstance, VmiPhase};
 
+use smol_str::SmolStr;
+
 use crate::names;
 use crate::object::{Kind, Name, Object, Stored};
 use crate::plan::{Plan, View};
@@ -50,7 +52,7 @@ impl Noun {
 }
 
 /// One thing to decide about.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Key {
     /// A migration.
     Migration(Name),
@@ -71,7 +73,7 @@ pub enum Key {
     /// A volume.
     Volume(Name),
     /// A node.
-    Node(String),
+    Node(SmolStr),
     /// The installation.
     KubeVirt(Name),
 }
@@ -95,7 +97,7 @@ impl fmt::Display for Key {
 }
 
 /// Decisions of one lane are carried out one after another, each knowing what the one before has written.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Lane {
     /// Which migrations may begin: the limits count what has just begun.
     Turns,
@@ -223,7 +225,7 @@ impl Key {
             Object::MigrationPolicy(_) => keys.extend(under_way(world)),
             Object::Pod(_) => affected_by_pod(change, &name, world, &mut keys),
             Object::Node(node) => {
-                keys.push(Key::Node(node.name().to_owned()));
+                keys.push(Key::Node(SmolStr::new(node.name())));
                 if changes_room(change) {
                     keys.extend(unplaced(world));
                     keys.push(Key::Turns);
@@ -286,7 +288,7 @@ impl Key {
     pub fn all(world: &World) -> Vec<Key> {
         let mut keys = vec![Key::Turns];
         keys.extend(world.kubevirts.names().cloned().map(Key::KubeVirt));
-        keys.extend(world.nodes.iter().map(|node| Key::Node(node.name().to_owned())));
+        keys.extend(world.nodes.iter().map(|node| Key::Node(SmolStr::new(node.name()))));
         keys.extend(world.vms.names().cloned().map(Key::Vm));
         keys.extend(world.vmis.names().cloned().map(Key::Vmi));
         keys.extend(evacuation::all(world).map(Key::Evacuation));

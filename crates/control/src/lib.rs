@@ -19,6 +19,7 @@ pub mod migration;
 pub mod names;
 pub mod node;
 pub mod object;
+mod ordered;
 pub mod placement;
 mod plan;
 pub mod quantity;
@@ -37,6 +38,7 @@ mod world;
 
 pub use key::{Key, Lane, Noun, kinds_for};
 pub use object::{Kind, Name, Object, Ref, Stored};
+pub use ordered::Ordered;
 pub use plan::{
     Effect, EventRecord, EventType, NODE_CONTROLLER, Plan, SCHEDULER, VM_CONTROLLER, VOLUME_CONTROLLER, View,
     has_status_subresource, merge_difference,

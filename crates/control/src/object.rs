@@ -15,30 +15,33 @@ use k8s_openapi::api::core::v1::{
 use k8s_openapi::api::storage::v1::StorageClass;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde_json::Value;
+use smol_str::SmolStr;
 
-/// Namespace and name of an object; the namespace is empty for cluster-scoped kinds.
+/// Namespace and name of an object; the namespace is empty for cluster-scoped kinds. Short names lie in place: tens of
+/// thousands of them are compared and copied with every piece of news.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Name {
     /// Namespace, empty for cluster-scoped objects.
-    pub namespace: String,
+    pub namespace: SmolStr,
     /// Name within the namespace.
-    pub name: String,
+    pub name: SmolStr,
 }
 
 impl Name {
     /// A name in a namespace (empty for cluster scope).
-    pub fn new(namespace: impl Into<String>, name: impl Into<String>) -> Self {
+    pub fn new(namespace: impl Into<SmolStr>, name: impl Into<SmolStr>) -> Self {
         Self { namespace: namespace.into(), name: name.into() }
     }
 
     /// A cluster-scoped name.
-    pub fn cluster(name: impl Into<String>) -> Self {
-        Self { namespace: String::new(), name: name.into() }
+    pub fn cluster(name: impl Into<SmolStr>) -> Self {
+        Self { namespace: SmolStr::default(), name: name.into() }
     }
 
     /// The name that an object's metadata carries; missing parts are empty.
     pub fn of(meta: &ObjectMeta) -> Self {
-        Self { namespace: meta.namespace.clone().unwrap_or_default(), name: meta.name.clone().unwrap_or_default() }
+        let part = |part: &Option<String>| part.as_deref().map(SmolStr::new).unwrap_or_default();
+        Self { namespace: part(&meta.namespace), name: part(&meta.name) }
     }
 }
 
@@ -49,7 +52,7 @@ impl fmt::Display for Name {
 }
 
 /// One object of the cluster, named well enough to write to it.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Ref {
     /// What it is.
     pub kind: Kind,

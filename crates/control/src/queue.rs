@@ -1,9 +1,11 @@
 //! What is to be decided next: each key once, lanes kept apart, failures backed off, wake-ups in time.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
+
+use foldhash::fast::FixedState;
+use jiff::{SignedDuration, Timestamp};
 
 use crate::{Key, Lane};
-use jiff::{SignedDuration, Timestamp};
 
 /// The first pause after a failure; it doubles with each further one.
 const FIRST_PAUSE_MS: i64 = 50;
@@ -15,15 +17,15 @@ const LONGEST_PAUSE_MS: i64 = 30_000;
 pub struct Queue {
     ready: VecDeque<Key>,
     /// Keys in `ready` or in `parked`.
-    queued: BTreeSet<Key>,
+    queued: HashSet<Key, FixedState>,
     /// Keys whose lane was busy when their turn came.
-    parked: BTreeMap<Lane, VecDeque<Key>>,
-    busy: BTreeMap<Lane, Key>,
+    parked: HashMap<Lane, VecDeque<Key>, FixedState>,
+    busy: HashMap<Lane, Key, FixedState>,
     /// Keys that are being carried out, and the lane that they hold, whatever lane they would be in by now.
-    running: BTreeMap<Key, Lane>,
+    running: HashMap<Key, Lane, FixedState>,
     timers: BTreeSet<(Timestamp, Key)>,
-    wake: BTreeMap<Key, Timestamp>,
-    failures: BTreeMap<Key, u32>,
+    wake: HashMap<Key, Timestamp, FixedState>,
+    failures: HashMap<Key, u32, FixedState>,
 }
 
 impl Queue {

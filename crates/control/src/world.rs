@@ -15,15 +15,16 @@ use k8s_openapi::api::core::v1::{
 use k8s_openapi::api::storage::v1::StorageClass;
 
 use crate::object::{Kind, Name, Object, Stored};
+use crate::ordered::Ordered;
 use crate::{kubevirt, names, placement, turns, volumes};
 
 /// All objects of one type, by name.
 #[derive(Clone, Debug)]
-pub struct Table<T>(BTreeMap<Name, Arc<T>>);
+pub struct Table<T>(Ordered<Name, Arc<T>>);
 
 impl<T> Default for Table<T> {
     fn default() -> Self {
-        Self(BTreeMap::new())
+        Self(Ordered::default())
     }
 }
 

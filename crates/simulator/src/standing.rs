@@ -128,7 +128,7 @@ impl Sim {
             objects.push(self.store.get(&Ref::new(Kind::PersistentVolume, Name::cluster(volume)))?);
         }
         let mut tokens = vec![
-            (name.name.clone(), NAME),
+            (name.name.to_string(), NAME),
             (format!("\"{}\"", name.namespace), NAMESPACE),
             ("\"node1\"".to_owned(), NODE),
             (pod_name, POD),
@@ -144,7 +144,7 @@ impl Sim {
     fn stamp(&mut self, number: u32, node: usize, shape: &Shape) -> Option<()> {
         let name = vm_name(self.prefix, u64::from(number), self.options.vms);
         let mut values = vec![
-            name.name.clone(),
+            name.name.to_string(),
             format!("\"{}\"", name.namespace),
             format!("\"{}\"", self.name_of(node)),
             String::new(),

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use godwit_api::admission::{self, Lookup, Operation, Request, User};
-use godwit_control::{Kind, Name, Object, Ref, Stored, has_status_subresource};
+use godwit_control::{Kind, Name, Object, Ordered, Ref, Stored, has_status_subresource};
 use godwit_machinery::patch;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{PodCondition, PodStatus};
@@ -42,7 +42,7 @@ pub struct Commit {
 /// All objects, typed; the JSON form is made when a request needs it.
 #[derive(Debug, Default)]
 pub struct Store {
-    objects: BTreeMap<Ref, Object>,
+    objects: Ordered<Ref, Object>,
     by_uid: BTreeMap<String, Ref>,
     /// By the UID of an owner.
     owned: BTreeMap<String, BTreeSet<Ref>>,

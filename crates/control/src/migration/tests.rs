@@ -216,7 +216,7 @@ fn a_migration_goes_all_the_way() {
     assert_eq!(handed["sourceNode"], "node1");
     assert_eq!(handed["sourcePod"], crate::names::launcher_pod("demo", "uid-demo"));
     assert_ne!(handed["targetNode"], "node1");
-    assert_eq!(handed["targetPod"], target_pod(&cluster, "job").unwrap().name);
+    assert_eq!(handed["targetPod"], target_pod(&cluster, "job").unwrap().name.as_str());
     assert_eq!(handed["migrationConfiguration"]["completionTimeoutPerGiB"], 800);
     assert_eq!(vmi["metadata"]["labels"]["kubevirt.io/migrationTargetNodeName"], handed["targetNode"]);
 

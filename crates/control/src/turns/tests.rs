@@ -357,7 +357,7 @@ fn few_are_told_that_the_line_has_moved() {
         ask(&mut cluster, &format!("job-{vmi}"), vmi, None);
     }
     assert_eq!(cluster.world.turns().waiting(), 100);
-    let told: Vec<String> = to_tell(cluster.world.turns()).map(|name| name.name.clone()).collect();
+    let told: Vec<String> = to_tell(cluster.world.turns()).map(|name| name.name.to_string()).collect();
     assert_eq!(told.len(), 13);
     assert_eq!((told[0].as_str(), told[9].as_str(), told[12].as_str()), ("job-v00", "job-v09", "job-v80"));
 }
