@@ -6,8 +6,9 @@ use godwit_api::vmi::{CloudInitNoCloudSource, ResourceList, VirtualMachineInstan
 use godwit_api::{VirtualMachineInstance, VirtualMachineInstanceMigration};
 use k8s_openapi::api::core::v1::{
     Affinity, Capabilities, ConfigMapVolumeSource, Container, EmptyDirVolumeSource, EnvVar, ImageVolumeSource,
-    PersistentVolumeClaimVolumeSource, Pod, PodAffinityTerm, PodAntiAffinity, PodSpec, ProjectedVolumeSource,
-    ResourceRequirements, SecretProjection, SecretVolumeSource, SecurityContext, Volume, VolumeMount, VolumeProjection,
+    PersistentVolumeClaimVolumeSource, Pod, PodAffinityTerm, PodAntiAffinity, PodReadinessGate, PodSpec,
+    ProjectedVolumeSource, ResourceRequirements, SecretProjection, SecretVolumeSource, SecurityContext, Volume,
+    VolumeMount, VolumeProjection,
 };
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta, OwnerReference};
@@ -99,6 +100,7 @@ pub fn build(vmi: &VirtualMachineInstance, role: Role<'_>, view: &View<'_>) -> P
         spec: Some(PodSpec {
             containers: vec![compute],
             volumes: Some(volumes.volumes),
+            readiness_gates: Some(vec![PodReadinessGate { condition_type: names::READINESS_GATE_UNPAUSED.to_owned() }]),
             restart_policy: Some("Never".to_owned()),
             termination_grace_period_seconds: Some(grace.saturating_add(GRACE_MARGIN_SECONDS)),
             node_selector: Some(node_selector(spec, role)),

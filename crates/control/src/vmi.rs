@@ -4,6 +4,7 @@
 //! controller still does later: it notices that the launcher pod is gone, keeps conditions in step with the pod, removes
 //! pods that a migration has left behind, and takes everything away when the VMI is deleted.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -33,6 +34,9 @@ const LOOK_AGAIN: SignedDuration = SignedDuration::from_secs(10);
 const ABANDON_LIMIT: SignedDuration = SignedDuration::from_secs(15);
 /// `Ready` is `False` with this reason when the launcher pod has ended.
 const POD_ENDED: (&str, &str) = ("PodCompleted", "virt-launcher pod has terminated");
+
+/// Why Kubernetes' kubelet says that a pod is not ready whose containers are.
+const GATES_SHUT: &str = "ReadinessGatesNotReady";
 
 /// The name of the pod that holds the guest, or shall hold it: the target pod of the last migration when the VMI says that it
 /// lives on the target node, else the pod it came from, else the pod that it started in.
@@ -70,7 +74,7 @@ pub fn decide(name: &Name, view: &View<'_>) -> Plan {
     } else {
         drive(vmi, &mut after, view, &mut plan, &mut events);
         sweep(vmi, view, &mut plan);
-        announce_arrival(vmi, view.world, &mut plan);
+        mark_pods(vmi, view, &mut plan);
     }
     unlabel(&mut after, view.world);
     mirror(&mut after, view);
@@ -333,19 +337,71 @@ fn sweep(vmi: &VirtualMachineInstance, view: &View<'_>, plan: &mut Plan) {
     }
 }
 
+/// Tells others, on the launcher pods, what they have to know of the VMI.
+fn mark_pods(vmi: &VirtualMachineInstance, view: &View<'_>, plan: &mut Plan) {
+    let current = current_pod_name(vmi);
+    for pod in view.world.pods_of_vmi(vmi.uid()).filter(|pod| !pod.deleting() && !placement::is_finished(pod)) {
+        let mut after = Cow::Borrowed(pod.as_ref());
+        name_node(&mut after);
+        announce_arrival(vmi, &mut after);
+        // One write at a time: the conditions are also the kubelet's, so theirs must be made on the state that was read.
+        if pod.name() == current && matches!(after, Cow::Borrowed(_)) {
+            open_gate(vmi, view.now, &mut after);
+        }
+        if let Cow::Owned(after) = &after {
+            plan.update(pod.as_ref(), after);
+        }
+    }
+}
+
+/// KubeVirt's selectors find launcher pods by their node.
+fn name_node(pod: &mut Cow<'_, Pod>) {
+    let node = pod.spec.as_ref().and_then(|spec| spec.node_name.clone()).unwrap_or_default();
+    if !node.is_empty() && pod.label(names::LABEL_NODE_NAME) != Some(node.as_str()) {
+        pod.to_mut().metadata.labels.get_or_insert_default().insert(names::LABEL_NODE_NAME.to_owned(), node);
+    }
+}
+
 /// Tells the target pod when the guest began to run in it: networks that carry addresses over wait for this (KubeVirt's
 /// contract with them).
-fn announce_arrival(vmi: &VirtualMachineInstance, world: &World, plan: &mut Plan) {
+fn announce_arrival(vmi: &VirtualMachineInstance, pod: &mut Cow<'_, Pod>) {
     let Some(state) = &vmi.status.migration_state else { return };
-    let (Some(ready), Some(pod)) = (&state.target_node_domain_ready_timestamp, &state.target_pod) else { return };
-    let pod = world.pods.get(&Name::new(vmi.namespace(), pod.as_str()));
-    let Some(pod) = pod.filter(|pod| !pod.deleting() && !placement::is_finished(pod)) else { return };
-    if pod.annotation(names::ANNOTATION_MIGRATION_TARGET_READY).is_none() {
-        let mut after = pod.as_ref().clone();
-        let annotations = after.metadata.annotations.get_or_insert_default();
+    let Some(ready) = &state.target_node_domain_ready_timestamp else { return };
+    if state.target_pod.as_deref() == Some(pod.name())
+        && pod.annotation(names::ANNOTATION_MIGRATION_TARGET_READY).is_none()
+    {
+        let annotations = pod.to_mut().metadata.annotations.get_or_insert_default();
         annotations.insert(names::ANNOTATION_MIGRATION_TARGET_READY.to_owned(), ready.0.to_string());
-        plan.update(pod.as_ref(), &after);
     }
+}
+
+/// The readiness gate of the pod that holds the guest: services do not send anybody to a guest that is paused, nor to a pod
+/// that it has not come to yet. KubeVirt's condition, with its texts.
+fn open_gate(vmi: &VirtualMachineInstance, now: Timestamp, pod: &mut Cow<'_, Pod>) {
+    if vmi.status.phase != VmiPhase::Running {
+        return;
+    }
+    let (status, reason, message) = match is_paused(vmi) {
+        true => ("False", "Paused", "the virtual machine is paused"),
+        false => ("True", "NotPaused", "the virtual machine is not paused"),
+    };
+    if pod_condition(pod, names::READINESS_GATE_UNPAUSED).is_some_and(|told| told.status == status) {
+        return;
+    }
+    let conditions = pod.to_mut().status.get_or_insert_default().conditions.get_or_insert_default();
+    conditions.retain(|one| one.type_ != names::READINESS_GATE_UNPAUSED);
+    conditions.push(PodCondition {
+        type_: names::READINESS_GATE_UNPAUSED.to_owned(),
+        status: status.to_owned(),
+        reason: Some(reason.to_owned()),
+        message: Some(message.to_owned()),
+        last_transition_time: Some(Time(now)),
+        ..PodCondition::default()
+    });
+}
+
+fn is_paused(vmi: &VirtualMachineInstance) -> bool {
+    condition::is_true(&vmi.status.conditions, conditions::PAUSED)
 }
 
 /// Takes the target's label away when the guest is not on its way any more, and no migration is left that would do it.
@@ -429,6 +485,10 @@ fn mirror(vmi: &mut VirtualMachineInstance, view: &View<'_>) {
         Some(pod) if pod.deleting() => not(ready::POD_TERMINATING),
         Some(_) if vmi.status.phase != VmiPhase::Running => not(ready::GUEST_NOT_RUNNING),
         Some(pod) => match pod_condition(pod, conditions::READY) {
+            // The gate of a pod that the guest has just come to opens in a moment; nobody has to be told of that moment.
+            Some(ready) if ready.reason.as_deref() == Some(GATES_SHUT) && !is_paused(vmi) => {
+                Condition::new(conditions::READY, true)
+            }
             Some(ready) => copy(conditions::READY, ready),
             None => not(ready::POD_CONDITION_MISSING),
         },

@@ -54,6 +54,57 @@ fn run(cluster: &mut Cluster, vmi: &str) {
 }
 
 #[test]
+fn its_pod_says_where_it_is_and_whether_the_guest_is_paused() {
+    let mut cluster = cluster();
+    add_vmi(&mut cluster, "demo", spec());
+    run(&mut cluster, "demo");
+    let name = pod(&cluster, "demo");
+    let gate = "kubevirt.io/virtual-machine-unpaused";
+    let object = cluster.get(Kind::Pod, &name).unwrap();
+    assert_eq!(object["metadata"]["labels"]["kubevirt.io/nodeName"], "node1");
+    assert_eq!(object["spec"]["readinessGates"][0]["conditionType"], gate);
+    let told = |cluster: &Cluster| {
+        let told = condition(&cluster.get(Kind::Pod, &name).unwrap(), gate);
+        [told["status"].clone(), told["reason"].clone(), told["message"].clone()]
+    };
+    assert_eq!(told(&cluster), ["True", "NotPaused", "the virtual machine is not paused"]);
+    let mut conditions = vmi(&cluster, "demo")["status"]["conditions"].as_array().unwrap().clone();
+    conditions.push(json!({"type": "Paused", "status": "True", "reason": "PausedByUser"}));
+    let vmi_name = Name::new("default", "demo");
+    cluster.patch(Kind::VirtualMachineInstance, &vmi_name, json!({"status": {"conditions": conditions}}));
+    cluster.settle();
+    assert_eq!(told(&cluster), ["False", "Paused", "the virtual machine is paused"]);
+    conditions.pop();
+    cluster.patch(Kind::VirtualMachineInstance, &vmi_name, json!({"status": {"conditions": conditions}}));
+    cluster.settle();
+    assert_eq!(told(&cluster)[0], "True");
+}
+
+#[test]
+fn a_gate_that_is_about_to_open_does_not_make_the_vmi_unready() {
+    let mut cluster = cluster();
+    add_vmi(&mut cluster, "demo", spec());
+    run(&mut cluster, "demo");
+    let name = pod(&cluster, "demo");
+    let conditions = |paused: bool| {
+        let gate = if paused { "False" } else { "True" };
+        json!({"status": {"conditions": [
+            {"type": "Ready", "status": "False", "reason": "ReadinessGatesNotReady", "message": "m"},
+            {"type": "kubevirt.io/virtual-machine-unpaused", "status": gate},
+        ]}})
+    };
+    cluster.patch(Kind::Pod, &name, conditions(false));
+    cluster.settle();
+    assert_eq!(condition(&vmi(&cluster, "demo"), "Ready")["status"], "True");
+    let paused = json!({"status": {"conditions": [{"type": "Paused", "status": "True"}]}});
+    cluster.patch(Kind::VirtualMachineInstance, &Name::new("default", "demo"), paused);
+    cluster.patch(Kind::Pod, &name, conditions(true));
+    cluster.settle();
+    let ready = condition(&vmi(&cluster, "demo"), "Ready");
+    assert_eq!([&ready["status"], &ready["reason"]], ["False", "ReadinessGatesNotReady"]);
+}
+
+#[test]
 fn a_vmi_gets_its_pod_and_its_node() {
     let mut cluster = cluster();
     add_vmi(&mut cluster, "demo", spec());

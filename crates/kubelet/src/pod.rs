@@ -75,6 +75,18 @@ pub(crate) async fn run(context: Arc<Context>, mut seen: watch::Receiver<Seen>) 
         let board = life.board.clone();
         Aborting(tokio::spawn(async move { board.publish().await }).abort_handle())
     };
+    let watcher = {
+        let (board, mut seen) = (life.board.clone(), seen.clone());
+        Aborting(
+            tokio::spawn(async move {
+                while seen.changed().await.is_ok() {
+                    let pod = seen.borrow_and_update().pod.clone();
+                    board.change(|info| info.see(&pod));
+                }
+            })
+            .abort_handle(),
+        )
+    };
     let lived = tokio::select! {
         biased;
         _ = seen.wait_for(Seen::must_end) => false,
@@ -86,7 +98,7 @@ pub(crate) async fn run(context: Arc<Context>, mut seen: watch::Receiver<Seen>) 
         let _ = seen.wait_for(Seen::must_end).await;
     }
     life.end(&mut seen).await;
-    drop(publisher);
+    drop((publisher, watcher));
     life.release();
     // The last status is written while the object is still there; a server that does not answer is not waited for.
     if !seen.borrow().gone {

@@ -76,10 +76,11 @@ impl Board {
         if written.status.as_ref() == Some(&status) {
             return true;
         }
-        // The uid makes sure that it is not another pod with the same name.
+        // The uid makes sure that it is not another pod with the same name. A strategic patch leaves the conditions of
+        // others as they are.
         let patch = serde_json::json!({ "metadata": { "uid": self.writer.uid }, "status": status });
         let result =
-            self.writer.api.patch_status(&self.writer.name, &PatchParams::default(), &Patch::Merge(patch)).await;
+            self.writer.api.patch_status(&self.writer.name, &PatchParams::default(), &Patch::Strategic(patch)).await;
         match result {
             Ok(_) => {
                 written.status = Some(status);

@@ -132,6 +132,8 @@ pub(crate) struct PodInfo {
     pub(crate) main: Vec<ContainerInfo>,
     /// Set when the pod as a whole has failed: reason and message.
     pub(crate) failed: Option<(String, String)>,
+    /// What keeps the pod from being ready though its containers are, in Kubernetes' words: its readiness gates.
+    pub(crate) shut_gates: Vec<String>,
 }
 
 impl PodInfo {
@@ -149,7 +151,13 @@ impl PodInfo {
             init,
             main: spec.containers.iter().map(|c| ContainerInfo::new(c, waiting)).collect(),
             failed: None,
+            shut_gates: shut_gates(pod),
         }
+    }
+
+    /// Takes in what others have written into the pod.
+    pub(crate) fn see(&mut self, pod: &Pod) {
+        self.shut_gates = shut_gates(pod);
     }
 
     /// The phase, by the rules of Kubernetes' kubelet.
@@ -191,6 +199,7 @@ impl PodInfo {
         matches!(self.phase(), "Succeeded" | "Failed")
     }
 
+    /// The kubelet's own conditions. Those of others (readiness gates, DisruptionTarget) are not its to write.
     fn conditions(&self, phase: &str, before: &[PodCondition]) -> Vec<PodCondition> {
         let initialized = self.init.iter().all(|init| init.ended().is_some_and(|ended| ended.exit_code == 0));
         let unready: Vec<&str> = self.main.iter().filter(|c| !c.ready).map(|c| c.name.as_str()).collect();
@@ -201,16 +210,21 @@ impl PodInfo {
             _ if ready => (None, None),
             _ => (Some("ContainersNotReady"), Some(format!("containers with unready status: [{}]", unready.join(" ")))),
         };
+        let gated = ready && !self.shut_gates.is_empty();
+        let why_not = if gated {
+            (Some("ReadinessGatesNotReady"), Some(self.shut_gates.join(", ")))
+        } else {
+            (reason, message.clone())
+        };
         let not_initialized = (Some("ContainersNotInitialized"), None);
         let all = [
             ("PodReadyToStartContainers", self.pod_ip.is_some() && !self.is_over(), (None, None)),
             ("Initialized", initialized, if initialized { (None, None) } else { not_initialized }),
-            ("Ready", ready, (reason, message.clone())),
+            ("Ready", ready && !gated, why_not),
             ("ContainersReady", ready, (reason, message)),
             ("PodScheduled", true, (None, None)),
         ];
-        let mut conditions: Vec<PodCondition> = all
-            .into_iter()
+        all.into_iter()
             .map(|(kind, status, (reason, message))| {
                 let status = if status { "True" } else { "False" };
                 // The time is that of the change, not of the last look.
@@ -226,12 +240,7 @@ impl PodInfo {
                     ..PodCondition::default()
                 }
             })
-            .collect();
-        // Those of others (readiness gates, DisruptionTarget) stay.
-        let own = |known: &&PodCondition| conditions.iter().all(|condition| condition.type_ != known.type_);
-        let others: Vec<PodCondition> = before.iter().filter(own).cloned().collect();
-        conditions.extend(others);
-        conditions
+            .collect()
     }
 
     /// The status to be written; `before` is the one that was written last.
@@ -258,9 +267,26 @@ impl PodInfo {
     }
 }
 
+/// The readiness gates of a pod whose conditions are missing or not `True`, as Kubernetes' kubelet says it.
+fn shut_gates(pod: &Pod) -> Vec<String> {
+    let conditions = pod.status.as_ref().and_then(|status| status.conditions.as_deref()).unwrap_or_default();
+    let gates = pod.spec.iter().flat_map(|spec| spec.readiness_gates.iter().flatten());
+    let shut = gates.filter_map(|gate| {
+        let kind = &gate.condition_type;
+        match conditions.iter().find(|condition| condition.type_ == *kind) {
+            None => Some(format!("corresponding condition of pod readiness gate {kind:?} does not exist.")),
+            Some(condition) if condition.status == "True" => None,
+            Some(other) => {
+                Some(format!("the status of pod readiness gate {kind:?} is not \"True\", but {}", other.status))
+            }
+        }
+    });
+    shut.collect()
+}
+
 #[cfg(test)]
 mod tests {
-    use k8s_openapi::api::core::v1::PodSpec;
+    use k8s_openapi::api::core::v1::{PodReadinessGate, PodSpec};
 
     use super::*;
 
@@ -333,9 +359,7 @@ mod tests {
         let mut pod = info("Never", 0, 1);
         let mut first = pod.status(None);
         let old = Time("2020-01-01T00:00:00Z".parse().unwrap());
-        let other = PodCondition { type_: "Other".into(), status: "True".into(), ..PodCondition::default() };
         first.conditions.iter_mut().flatten().for_each(|c| c.last_transition_time = Some(old.clone()));
-        first.conditions.iter_mut().for_each(|list| list.push(other.clone()));
         pod.main[0].run(&running());
         pod.main[0].ready = true;
         let conditions = pod.status(Some(&first)).conditions.unwrap();
@@ -343,6 +367,50 @@ mod tests {
         assert_eq!(of("Initialized").last_transition_time.as_ref(), Some(&old));
         assert_ne!(of("Ready").last_transition_time.as_ref(), Some(&old));
         assert_eq!(of("Ready").status, "True");
-        assert_eq!(of("Other"), &other);
+    }
+
+    #[test]
+    fn a_pod_is_ready_when_its_gates_are_open() {
+        let condition = |kind: &str, status: &str| PodCondition {
+            type_: kind.into(),
+            status: status.into(),
+            ..PodCondition::default()
+        };
+        let mut pod = Pod {
+            spec: Some(PodSpec {
+                containers: vec![Container { name: "c".into(), ..Container::default() }],
+                readiness_gates: Some(vec![PodReadinessGate { condition_type: "gate".into() }]),
+                ..PodSpec::default()
+            }),
+            ..Pod::default()
+        };
+        let mut info = PodInfo::new(&pod, "10.88.0.11".parse().unwrap());
+        info.main[0].run(&running());
+        info.main[0].ready = true;
+        let of = |info: &PodInfo, kind: &str| {
+            let conditions = info.status(None).conditions.unwrap();
+            assert!(conditions.iter().all(|one| one.type_ != "gate"), "the gate's condition is not the kubelet's");
+            let found = conditions.into_iter().find(|one| one.type_ == kind).unwrap();
+            (found.status, found.reason, found.message)
+        };
+        let shut = |message: &str| {
+            let reason = Some("ReadinessGatesNotReady".to_owned());
+            ("False".to_owned(), reason, Some(message.to_owned()))
+        };
+        let open = ("True".to_owned(), None, None);
+        let missing = shut("corresponding condition of pod readiness gate \"gate\" does not exist.");
+        assert_eq!(of(&info, "Ready"), missing);
+        assert_eq!(of(&info, "ContainersReady"), open);
+
+        pod.status.get_or_insert_default().conditions = Some(vec![condition("gate", "False")]);
+        info.see(&pod);
+        assert_eq!(of(&info, "Ready"), shut("the status of pod readiness gate \"gate\" is not \"True\", but False"));
+
+        pod.status.get_or_insert_default().conditions = Some(vec![condition("gate", "True")]);
+        info.see(&pod);
+        assert_eq!(of(&info, "Ready"), open);
+
+        info.main[0].ready = false;
+        assert_eq!(of(&info, "Ready").1.as_deref(), Some("ContainersNotReady"));
     }
 }

@@ -40,8 +40,14 @@ fn migrations_that_begin_again_are_seen() {
 
 #[test]
 fn what_is_seen_is_made_small() {
-    let options = wrong(Mutation::FailedBeginsAgain, 5);
-    let before = simulate(options.clone());
+    // One in which much happens before it goes wrong; which seed that is changes with every change of the controllers.
+    let all = (0..40)
+        .map(|seed| wrong(Mutation::FailedBeginsAgain, seed))
+        .map(|options| (simulate(options.clone()), options));
+    let (before, options) = all
+        .into_iter()
+        .find(|(run, _)| run.violation.is_some() && run.events > 1_000)
+        .expect("a long run that goes wrong");
     let small = shrink(&options, 80).expect("it violates something");
     let after = small.report.violation.as_ref().expect("the small run violates it as well");
     assert_eq!(after.rule, before.violation.as_ref().expect("a violation").rule);

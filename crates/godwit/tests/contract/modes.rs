@@ -25,6 +25,12 @@ fn paused_by(vmi: &DynamicObject) -> &str {
     condition(vmi, "Paused").filter(|c| c["status"] == "True").and_then(|c| c["reason"].as_str()).unwrap_or_default()
 }
 
+/// Status and reason of a pod's `Ready`.
+fn is_ready(pod: &DynamicObject) -> (&str, &str) {
+    let field = |name: &str| condition(pod, "Ready").and_then(|ready| ready[name].as_str()).unwrap_or_default();
+    (field("status"), field("reason"))
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_paused_guest_moves_and_stays_paused_until_it_is_unpaused() {
     let cluster = Cluster::with_rom(2, 3).await;
@@ -43,8 +49,13 @@ async fn a_paused_guest_moves_and_stays_paused_until_it_is_unpaused() {
     let state = cluster.with_launcher(&target, async |launcher| launcher.state().await.expect("state")).await;
     assert_eq!(state.phase, godwit_launcher::rpc::DomainPhase::Paused);
     assert_eq!(cluster.lines(&target).await, Vec::<Line>::new(), "it has run");
+    // Services send nobody there meanwhile.
+    let shut = |pod: &DynamicObject| is_ready(pod) == ("False", "ReadinessGatesNotReady");
+    let pod = cluster.wait(&cluster.pods(), &target, "it is not ready", shut).await;
+    assert_eq!(pod.metadata.labels.unwrap_or_default()["kubevirt.io/nodeName"], "node2");
     cluster.with_launcher(&target, async |launcher| launcher.unpause().await.expect("unpause")).await;
     cluster.wait(&cluster.vmis(), "sleeper", "it runs", |vmi| paused_by(vmi).is_empty()).await;
+    cluster.wait(&cluster.pods(), &target, "it is ready", |pod| is_ready(pod) == ("True", "")).await;
     cluster.beats_in(&target).await;
 }
 
