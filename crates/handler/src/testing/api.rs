@@ -42,27 +42,21 @@ impl Api {
     }
 
     /// Creates or replaces an object.
-    pub fn put(&self, collection: &str, mut object: Value) {
-        let mut inner = self.0.lock().unwrap();
-        inner.revision += 1;
-        object["metadata"]["resourceVersion"] = json!(inner.revision.to_string());
-        inner.store(collection, object);
+    pub fn put(&self, collection: &str, object: Value) {
+        self.0.lock().unwrap().store(collection, object);
     }
 
     /// Merges into an object, as its controller would.
     pub fn merge(&self, collection: &str, name: &str, patch: &Value) {
-        let mut object = self.get(collection, name).expect("object exists");
-        merge(&mut object, patch);
-        self.put(collection, object);
+        self.0.lock().unwrap().patch(collection, name, patch).expect("object exists and nobody asked for a revision");
     }
 
     pub fn get(&self, collection: &str, name: &str) -> Option<Value> {
-        self.0.lock().unwrap().objects.get(&(collection.to_owned(), name.to_owned())).cloned()
+        self.0.lock().unwrap().get(collection, name)
     }
 
     pub fn list(&self, collection: &str) -> Vec<Value> {
-        let inner = self.0.lock().unwrap();
-        inner.objects.iter().filter(|((c, _), _)| c == collection).map(|(_, o)| o.clone()).collect()
+        self.0.lock().unwrap().list(collection)
     }
 
     async fn serve(&self, request: Request<Body>) -> Response<axum::body::Body> {
@@ -96,8 +90,12 @@ impl Api {
                 self.watch(collection, selector, query["resourceVersion"].parse().unwrap())
             }
             (Method::GET, None) => {
-                let items: Vec<Value> = self.list(&collection).into_iter().filter(|o| matches(o, &selector)).collect();
-                let revision = self.0.lock().unwrap().revision.to_string();
+                // What the list shows and where a watch goes on from are of one moment.
+                let (items, revision) = {
+                    let inner = self.0.lock().unwrap();
+                    (inner.list(&collection), inner.revision.to_string())
+                };
+                let items: Vec<Value> = items.into_iter().filter(|o| matches(o, &selector)).collect();
                 answer(
                     200,
                     &json!({ "kind": "List", "apiVersion": "v1", "metadata": { "resourceVersion": revision },
@@ -113,14 +111,11 @@ impl Api {
                 answer(201, &body)
             }
             (Method::PATCH, Some(name)) => {
-                let Some(mut object) = self.get(&collection, &name) else { return status(404, "NotFound") };
-                let wanted = body["metadata"]["resourceVersion"].as_str();
-                if wanted.is_some_and(|w| object["metadata"]["resourceVersion"] != w) {
-                    return status(409, "Conflict");
+                let patched = self.0.lock().unwrap().patch(&collection, &name, &body);
+                match patched {
+                    Ok(object) => answer(200, &object),
+                    Err((code, reason)) => status(code, reason),
                 }
-                merge(&mut object, &body);
-                self.put(&collection, object);
-                answer(200, &self.get(&collection, &name).unwrap())
             }
             (method, name) => panic!("unexpected request {method} {collection} {name:?}"),
         }
@@ -147,7 +142,29 @@ impl Api {
 }
 
 impl Inner {
-    fn store(&mut self, collection: &str, object: Value) {
+    fn get(&self, collection: &str, name: &str) -> Option<Value> {
+        self.objects.get(&(collection.to_owned(), name.to_owned())).cloned()
+    }
+
+    fn list(&self, collection: &str) -> Vec<Value> {
+        self.objects.iter().filter(|((c, _), _)| c == collection).map(|(_, o)| o.clone()).collect()
+    }
+
+    /// Merges into an object, unless it is at another revision than the patch asks for.
+    fn patch(&mut self, collection: &str, name: &str, patch: &Value) -> Result<Value, (u16, &'static str)> {
+        let mut object = self.get(collection, name).ok_or((404, "NotFound"))?;
+        let wanted = patch["metadata"]["resourceVersion"].as_str();
+        if wanted.is_some_and(|w| object["metadata"]["resourceVersion"] != w) {
+            return Err((409, "Conflict"));
+        }
+        merge(&mut object, patch);
+        self.store(collection, object);
+        self.get(collection, name).ok_or((404, "NotFound"))
+    }
+
+    fn store(&mut self, collection: &str, mut object: Value) {
+        self.revision += 1;
+        object["metadata"]["resourceVersion"] = json!(self.revision.to_string());
         let name = object["metadata"]["name"].as_str().unwrap().to_owned();
         let old = self.objects.insert((collection.to_owned(), name), object.clone());
         self.watches.retain(|(watched, selector, sender)| {
@@ -211,4 +228,40 @@ fn status(code: u16, reason: &str) -> Response<axum::body::Body> {
     let body = json!({ "kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code, "reason": reason,
                        "message": reason });
     answer(code, &body)
+}
+
+#[cfg(test)]
+mod tests {
+    use kube::api::{DynamicObject, ListParams};
+
+    use super::*;
+
+    const WRITES: usize = 3_000;
+
+    /// A list whose revision was of a later moment than its items once lost what was written in between to its watchers.
+    #[test]
+    fn a_list_and_its_revision_are_of_one_moment() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let resource = kube::core::ApiResource::erase::<k8s_openapi::api::core::v1::Node>(&());
+            let server = Api::default();
+            let nodes: kube::Api<DynamicObject> = kube::Api::all_with(server.client(), &resource);
+            let writer = std::thread::spawn(move || {
+                for number in 0..WRITES {
+                    let name = format!("node{number}");
+                    server.put("nodes", json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": name}}));
+                    // Lets the other in: the lock is not fair.
+                    std::thread::sleep(std::time::Duration::from_micros(1));
+                }
+            });
+            let mut seen = 0;
+            while seen < WRITES {
+                let list = nodes.list(&ListParams::default()).await.unwrap();
+                seen = list.items.len();
+                // Each of these writes makes an object, so there are as many as revisions.
+                assert_eq!(list.metadata.resource_version, Some(seen.to_string()));
+            }
+            writer.join().unwrap();
+        });
+    }
 }
