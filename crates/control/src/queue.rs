@@ -1,4 +1,5 @@
 //! What is to be decided next: each key once, lanes kept apart, failures backed off, wake-ups in time.
+#![expect(clippy::disallowed_types, reason = "these maps are asked and never walked, so their order is never seen")]
 
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 

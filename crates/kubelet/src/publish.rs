@@ -6,6 +6,7 @@ use std::time::Duration;
 use k8s_openapi::api::core::v1::{Pod, PodStatus};
 use kube::api::{DeleteParams, Patch, PatchParams, Preconditions};
 use kube::{Api, ResourceExt};
+use serde_json::{Value, json};
 use tokio::sync::{Mutex, watch};
 
 use crate::status::PodInfo;
@@ -76,9 +77,7 @@ impl Board {
         if written.status.as_ref() == Some(&status) {
             return true;
         }
-        // The uid makes sure that it is not another pod with the same name. A strategic patch leaves the conditions of
-        // others as they are.
-        let patch = serde_json::json!({ "metadata": { "uid": self.writer.uid }, "status": status });
+        let patch = patch(&self.writer.uid, &status);
         let result =
             self.writer.api.patch_status(&self.writer.name, &PatchParams::default(), &Patch::Strategic(patch)).await;
         match result {
@@ -123,5 +122,43 @@ impl Board {
             }
             tokio::time::sleep(Duration::from_millis(500)).await;
         }
+    }
+}
+
+/// The patch that makes a pod's status what is known of it. It is a strategic one, which leaves the conditions of others as
+/// they are, and the uid makes sure that it is not another pod with the same name.
+fn patch(uid: &str, status: &PodStatus) -> Value {
+    let mut patch = json!({ "metadata": { "uid": uid }, "status": status });
+    let conditions = patch.pointer_mut("/status/conditions").and_then(Value::as_array_mut);
+    for condition in conditions.into_iter().flatten().filter_map(Value::as_object_mut) {
+        for field in ["reason", "message"] {
+            // What a strategic patch does not name stays.
+            condition.entry(field).or_insert(Value::Null);
+        }
+    }
+    patch
+}
+
+#[cfg(test)]
+mod tests {
+    use k8s_openapi::api::core::v1::PodCondition;
+
+    use super::*;
+
+    #[test]
+    fn what_a_condition_does_not_say_any_more_is_taken_back() {
+        let condition = |kind: &str, reason: Option<&str>| PodCondition {
+            type_: kind.into(),
+            status: "True".into(),
+            reason: reason.map(str::to_owned),
+            ..PodCondition::default()
+        };
+        let conditions = Some(vec![condition("Ready", None), condition("Initialized", Some("why"))]);
+        let patch = patch("u", &PodStatus { conditions, ..PodStatus::default() });
+        let expected = json!([
+            { "type": "Ready", "status": "True", "reason": null, "message": null },
+            { "type": "Initialized", "status": "True", "reason": "why", "message": null },
+        ]);
+        assert_eq!(patch["status"]["conditions"], expected);
     }
 }
