@@ -4,8 +4,9 @@
 //! first checks that the other is the node recorded in the VMI's `migrationState`; then the source sends one line,
 //! `{"migrationUid": "…"}`, and the target answers `{"accepted": true}` or `{"refused": "why"}`.
 //!
-//! - The memory channel is accepted once: a second connection, of whoever, is refused. What follows the greeting is QEMU's
-//!   stream, both ways.
+//! - The memory channel is accepted once for each of the connections that were agreed over the control channel
+//!   ([`Request::Carry`]), and once when nothing was. The greeting says which of them it is (`stream`, from 0, QEMU's main
+//!   connection). A further one, of whoever, is refused. What follows the greeting is QEMU's stream, both ways.
 //! - The blocks channel, for disks that are not shared, carries one NBD connection a connection.
 //! - The control channel carries one JSON request a line and one JSON answer a line. It may be dialled again (a handler that
 //!   restarts does that): every request can be repeated without harm.
@@ -13,11 +14,11 @@
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use futures::future::BoxFuture;
-use godwit_launcher::rpc::Cause;
+use godwit_launcher::rpc::{Ability, Cause, Transport};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
@@ -28,6 +29,7 @@ use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 use crate::pump::{self, Carried};
 use crate::sockets::SocketDir;
+use crate::streams::{Memory, Stream};
 use crate::tls::{Identity, TlsError, check_node};
 
 /// Inner port of the control channel in `targetDirectMigrationNodePorts` (KubeVirt's number for the hypervisor's own socket).
@@ -87,6 +89,14 @@ impl ChannelError {
 #[serde(rename_all = "camelCase")]
 struct Greeting {
     migration_uid: String,
+    /// Which connection of the memory stream it is.
+    #[serde(default, skip_serializing_if = "is_main")]
+    stream: u8,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde asks for it")]
+fn is_main(stream: &u8) -> bool {
+    *stream == 0
 }
 
 /// Its answer.
@@ -104,8 +114,10 @@ struct Welcome {
 pub enum Request {
     /// What is the time at your end?
     Clock,
-    /// Can the target's QEMU receive in post-copy?
+    /// How can the target's QEMU receive?
     Offer,
+    /// Memory is going to come in this way.
+    Carry(Transport),
     /// The source is stopped for good, and that is written down: run the guest.
     Go {
         /// Its user had paused it: it stays so.
@@ -129,9 +141,14 @@ pub enum Answer {
     },
     /// To [`Request::Offer`].
     Offered {
-        /// It can.
+        /// In post-copy.
         post_copy: bool,
+        /// Over several connections, and compressed. A handler that does not know of that says nothing.
+        #[serde(default)]
+        ability: Ability,
     },
+    /// To [`Request::Carry`]: this is how it is received. What was agreed first stands.
+    Carries(Transport),
     /// To [`Request::Why`].
     Because {
         /// QEMU is not there any more.
@@ -166,6 +183,9 @@ pub enum Answer {
 pub trait TargetControl: Send + Sync + 'static {
     /// Carries out one request.
     fn answer(self: Arc<Self>, request: Request) -> BoxFuture<'static, Answer>;
+
+    /// How memory comes: as was agreed, or, where nothing has been, as QEMU's plain stream from now on.
+    fn transport(self: Arc<Self>) -> BoxFuture<'static, Result<Transport, String>>;
 }
 
 /// What the target listens for.
@@ -221,8 +241,9 @@ impl TargetChannels {
         });
         let mut tasks = Vec::new();
         let (listener, control_port) = bind(options.address).await?;
+        let mut memory = Some(Memory::new(options.control.clone()));
         let control = options.control;
-        tasks.push(tokio::spawn(door.clone().serve(listener, "control", move |stream| {
+        tasks.push(tokio::spawn(door.clone().serve(listener, "control", move |stream, _| {
             let control = control.clone();
             async move {
                 if let Err(error) = serve_control(stream, control).await {
@@ -236,9 +257,7 @@ impl TargetChannels {
             ports.insert(port, inner);
             let stream = Arc::new(Stream {
                 channel: if inner == MEMORY { "memory" } else { "blocks" },
-                // QEMU's memory stream is one connection, for once; blocks are one connection a disk.
-                once: inner == MEMORY,
-                used: AtomicBool::new(false),
+                memory: memory.take_if(|_| inner == MEMORY),
                 uid: door.migration_uid.clone(),
                 dir,
                 socket,
@@ -246,7 +265,9 @@ impl TargetChannels {
                 refused: refused.clone(),
             });
             let channel = stream.channel;
-            tasks.push(tokio::spawn(door.clone().serve(listener, channel, move |tls| stream.clone().carry(tls))));
+            tasks.push(tokio::spawn(
+                door.clone().serve(listener, channel, move |tls, number| stream.clone().carry(tls, number)),
+            ));
         }
         Ok(Self { address: options.address, ports, carried, refused, tasks })
     }
@@ -258,44 +279,6 @@ impl TargetChannels {
     }
 }
 
-/// A stream into one of the launcher's sockets.
-struct Stream {
-    channel: &'static str,
-    once: bool,
-    used: AtomicBool,
-    uid: String,
-    dir: Arc<SocketDir>,
-    socket: String,
-    carried: Arc<Carried>,
-    refused: Arc<AtomicU64>,
-}
-
-impl Stream {
-    async fn carry(self: Arc<Self>, mut tls: Served) {
-        let (uid, channel) = (&self.uid, self.channel);
-        if self.once && self.used.swap(true, Ordering::SeqCst) {
-            self.refused.fetch_add(1, Ordering::Relaxed);
-            let reason = "this migration's memory stream has been connected before";
-            tracing::warn!(migration = %uid, reason, "connection refused");
-            let _ = refuse(&mut tls, reason).await;
-            return;
-        }
-        let began = std::time::Instant::now();
-        let result = async {
-            let local = self.dir.connect(&self.socket).await?;
-            accept(&mut tls).await?;
-            pump::pump(local, tls, self.carried.clone()).await
-        }
-        .await;
-        let bytes = self.carried.total();
-        let ms = began.elapsed().as_millis() as u64;
-        match result {
-            Ok(()) => tracing::info!(migration = %uid, channel, bytes, ms, "stream at its end"),
-            Err(error) => tracing::warn!(migration = %uid, channel, bytes, ms, %error, "stream broke"),
-        }
-    }
-}
-
 async fn bind(address: IpAddr) -> Result<(TcpListener, u16), ChannelError> {
     let wanted = SocketAddr::new(address, 0);
     let io = |source| ChannelError::Io { what: "cannot listen on", address: wanted, source };
@@ -304,7 +287,8 @@ async fn bind(address: IpAddr) -> Result<(TcpListener, u16), ChannelError> {
     Ok((listener, port))
 }
 
-type Served = BufReader<tokio_rustls::server::TlsStream<TcpStream>>;
+/// A connection as the listening half has it; the reader may already hold bytes after the greeting.
+pub(crate) type Served = BufReader<tokio_rustls::server::TlsStream<TcpStream>>;
 
 /// Decides who comes in.
 struct Door {
@@ -318,7 +302,7 @@ struct Door {
 impl Door {
     async fn serve<F, Fut>(self: Arc<Self>, listener: TcpListener, channel: &'static str, serve: F)
     where
-        F: Fn(Served) -> Fut + Send + Sync + 'static,
+        F: Fn(Served, u8) -> Fut + Send + Sync + 'static,
         Fut: Future<Output = ()> + Send + 'static,
     {
         let serve = Arc::new(serve);
@@ -344,7 +328,7 @@ impl Door {
                     }
                 };
                 match entered {
-                    Ok(stream) => serve(stream).await,
+                    Ok((stream, number)) => serve(stream, number).await,
                     Err(reason) => {
                         door.refused.fetch_add(1, Ordering::Relaxed);
                         tracing::warn!(%peer, channel, migration = %door.migration_uid, %reason, "connection refused");
@@ -354,7 +338,8 @@ impl Door {
         }
     }
 
-    async fn enter(&self, stream: TcpStream) -> Result<Served, String> {
+    /// Lets in who may come in, with the number of the connection that it says it is.
+    async fn enter(&self, stream: TcpStream) -> Result<(Served, u8), String> {
         pump::prepare(&stream).map_err(|e| e.to_string())?;
         let stream = self.acceptor.accept(stream).await.map_err(|e| format!("handshake: {e}"))?;
         let node = match stream.get_ref().1.peer_certificates().and_then(|chain| chain.first()) {
@@ -365,7 +350,7 @@ impl Door {
         let greeting: Result<Option<Greeting>, _> = read_line(&mut stream).await;
         let verdict = match (node, greeting) {
             (Err(reason), _) => Err(reason),
-            (Ok(()), Ok(Some(greeting))) if greeting.migration_uid == self.migration_uid => Ok(()),
+            (Ok(()), Ok(Some(greeting))) if greeting.migration_uid == self.migration_uid => Ok(greeting.stream),
             (Ok(()), Ok(Some(greeting))) => {
                 Err(format!("migration {:?} is not the one expected here", greeting.migration_uid))
             }
@@ -373,7 +358,7 @@ impl Door {
             (Ok(()), Err(e)) => Err(format!("greeting: {e}")),
         };
         match verdict {
-            Ok(()) => Ok(stream),
+            Ok(number) => Ok((stream, number)),
             Err(reason) => {
                 let _ = refuse(&mut stream, &reason).await;
                 Err(reason)
@@ -382,11 +367,11 @@ impl Door {
     }
 }
 
-async fn accept(stream: &mut (impl tokio::io::AsyncWrite + Unpin)) -> io::Result<()> {
+pub(crate) async fn accept(stream: &mut (impl tokio::io::AsyncWrite + Unpin)) -> io::Result<()> {
     write_line(stream, &Welcome { accepted: true, refused: None }).await
 }
 
-async fn refuse(stream: &mut Served, reason: &str) -> io::Result<()> {
+pub(crate) async fn refuse(stream: &mut Served, reason: &str) -> io::Result<()> {
     write_line(stream, &Welcome { accepted: false, refused: Some(reason.to_owned()) }).await?;
     stream.shutdown().await
 }
@@ -451,6 +436,20 @@ impl Target {
     /// # Errors
     /// When the target cannot be reached within `limit`, is another node than expected, or refuses.
     pub async fn dial(&self, identity: &Identity, port: u16, limit: Duration) -> Result<Dialled, ChannelError> {
+        self.dial_stream(identity, port, 0, limit).await
+    }
+
+    /// Dials connection `number` of the memory stream.
+    ///
+    /// # Errors
+    /// As [`Target::dial`].
+    pub async fn dial_stream(
+        &self,
+        identity: &Identity,
+        port: u16,
+        number: u8,
+        limit: Duration,
+    ) -> Result<Dialled, ChannelError> {
         let address = SocketAddr::new(self.address, port);
         let config = identity.client(&self.node)?;
         let io = |what| move |source| ChannelError::Io { what, address, source };
@@ -462,7 +461,7 @@ impl Target {
                 .await
                 .map_err(io("handshake with the target's handler at"))?;
             let mut stream = BufReader::with_capacity(4096, stream);
-            let greeting = Greeting { migration_uid: self.migration_uid.clone() };
+            let greeting = Greeting { migration_uid: self.migration_uid.clone(), stream: number };
             write_line(&mut stream, &greeting).await.map_err(io("greeting the target's handler at"))?;
             let welcome: Option<Welcome> =
                 read_line(&mut stream).await.map_err(io("greeting the target's handler at"))?;
@@ -517,6 +516,12 @@ impl Control {
             Ok(result) => result.map_err(io),
             Err(_) => Err(io(io::ErrorKind::TimedOut.into())),
         }
+    }
+
+    /// The target has answered, and it is no.
+    #[must_use]
+    pub fn refused(&self, reason: String) -> ChannelError {
+        ChannelError::Refused { address: self.address, reason }
     }
 
     /// Takes leave, so that the other end does not take it for a broken connection.

@@ -11,19 +11,25 @@ use crate::tls::TlsPaths;
 const LIMIT: Duration = Duration::from_secs(5);
 const HERE: IpAddr = IpAddr::V4(std::net::Ipv4Addr::LOCALHOST);
 
-struct Echo;
+/// A target whose memory comes so.
+struct Echo(Transport);
 
 impl TargetControl for Echo {
     fn answer(self: Arc<Self>, request: Request) -> BoxFuture<'static, Answer> {
         Box::pin(async move {
             match request {
                 Request::Clock => Answer::Time { now_us: jiff::Timestamp::now().as_microsecond() + 5_000_000 },
-                Request::Offer => Answer::Offered { post_copy: true },
+                Request::Offer => Answer::Offered { post_copy: true, ability: Ability::default() },
+                Request::Carry(_) => Answer::Carries(self.0),
                 Request::Go { .. } => Answer::Running { resume_us: 42 },
                 Request::Why => Answer::Because { ended: false, words: None, cause: None },
                 Request::Abandon => Answer::Abandoned,
             }
         })
+    }
+
+    fn transport(self: Arc<Self>) -> BoxFuture<'static, Result<Transport, String>> {
+        Box::pin(async move { Ok(self.0) })
     }
 }
 
@@ -37,6 +43,11 @@ struct Stage {
 
 /// A target on node2 that waits for migration `uid-1` from node1.
 async fn stage() -> Stage {
+    stage_for(Transport::default()).await
+}
+
+/// The same, with memory that comes in this way.
+async fn stage_for(transport: Transport) -> Stage {
     let dir = tempfile::tempdir().unwrap();
     let ca = Ca::new();
     let source = ca.identity(dir.path(), "system:node:node1", &[]);
@@ -48,7 +59,7 @@ async fn stage() -> Stage {
         source_node: "node1".into(),
         address: HERE,
         streams: vec![(MEMORY, sockets, "in.sock".into())],
-        control: Arc::new(Echo),
+        control: Arc::new(Echo(transport)),
     };
     let channels = TargetChannels::open(&target, options).await.unwrap();
     Stage { ca, dir, source, channels, launcher }
@@ -182,6 +193,121 @@ async fn the_memory_stream_is_accepted_once() {
     drop(first);
 }
 
+const THREE: Transport = Transport { channels: 2, zstd: false };
+
+impl Stage {
+    /// Connection `number` of the memory stream, with a byte that says so.
+    async fn memory_stream(&self, number: u8) -> Dialled {
+        let target = self.target("uid-1", "node2");
+        let mut dialled = target.dial_stream(&self.source, self.memory(), number, LIMIT).await.unwrap();
+        dialled.write_all(&[number]).await.unwrap();
+        dialled.flush().await.unwrap();
+        dialled
+    }
+
+    async fn assert_refused(&self, number: u8, because: &str) {
+        match self.target("uid-1", "node2").dial_stream(&self.source, self.memory(), number, LIMIT).await {
+            Err(ChannelError::Refused { reason, .. }) => assert!(reason.contains(because), "{reason}"),
+            other => panic!("{:?}", other.err()),
+        }
+    }
+
+    /// QEMU's end of the next connection, and which it is.
+    async fn accept(&self) -> (tokio::net::UnixStream, u8) {
+        let (mut local, _) = tokio::time::timeout(LIMIT, self.launcher.accept()).await.unwrap().unwrap();
+        let number = tokio::time::timeout(LIMIT, local.read_u8()).await.unwrap().unwrap();
+        (local, number)
+    }
+}
+
+#[tokio::test]
+async fn the_agreed_connections_come_in_once_and_the_main_one_is_qemus_first() {
+    let mut stage = stage_for(THREE).await;
+    // The others are there before it.
+    let (_two, _one) = (stage.memory_stream(2).await, stage.memory_stream(1).await);
+    stage.assert_launcher_untouched();
+    let _main = stage.memory_stream(0).await;
+    let mut locals = [stage.accept().await, stage.accept().await, stage.accept().await];
+    let numbers: Vec<u8> = locals.iter().map(|(_, number)| *number).collect();
+    assert_eq!(numbers[0], 0, "{numbers:?}");
+    locals.sort_by_key(|(_, number)| *number);
+    assert_eq!(locals.iter().map(|(_, number)| *number).collect::<Vec<_>>(), [0, 1, 2]);
+    // Each of them once, and none beyond them.
+    for number in 0..3 {
+        stage.assert_refused(number, "connected before").await;
+    }
+    stage.assert_refused(3, "for which 3 were agreed").await;
+    stage.assert_refused(255, "for which 3 were agreed").await;
+    stage.wait_refused(5).await;
+    stage.assert_launcher_untouched();
+}
+
+#[tokio::test]
+async fn a_second_connection_is_refused_where_one_was_agreed() {
+    let mut stage = stage().await;
+    stage.assert_refused(1, "for which 1 were agreed").await;
+    stage.wait_refused(1).await;
+    stage.assert_launcher_untouched();
+    // That does not take the place of the one that was.
+    let _main = stage.memory_stream(0).await;
+    assert_eq!(stage.accept().await.1, 0);
+}
+
+#[tokio::test]
+async fn a_stranger_takes_no_place_among_the_connections() {
+    let mut stage = stage_for(THREE).await;
+    let other = stage.ca.identity(stage.dir.path(), "system:node:node3", &[]);
+    for number in 0..3 {
+        let dialled = stage.target("uid-1", "node2").dial_stream(&other, stage.memory(), number, LIMIT).await;
+        assert!(dialled.is_err());
+        let stale = stage.target("uid-0", "node2").dial_stream(&stage.source, stage.memory(), number, LIMIT).await;
+        assert!(stale.is_err());
+    }
+    stage.wait_refused(6).await;
+    stage.assert_launcher_untouched();
+    let _streams = [stage.memory_stream(0).await, stage.memory_stream(1).await, stage.memory_stream(2).await];
+    let _locals = [stage.accept().await, stage.accept().await, stage.accept().await];
+}
+
+#[tokio::test]
+async fn a_connection_that_goes_before_it_said_anything_may_come_again() {
+    let mut stage = stage_for(THREE).await;
+    let target = stage.target("uid-1", "node2");
+    drop(target.dial_stream(&stage.source, stage.memory(), 1, LIMIT).await.unwrap());
+    // Its end has to be noticed first.
+    let again = async {
+        while target.dial_stream(&stage.source, stage.memory(), 1, LIMIT).await.is_err() {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    };
+    tokio::time::timeout(LIMIT, again).await.expect("it is let in again");
+    stage.assert_launcher_untouched();
+}
+
+#[tokio::test]
+async fn a_connection_that_breaks_takes_the_others_with_it() {
+    let stage = stage_for(THREE).await;
+    let mut streams = [stage.memory_stream(0).await, stage.memory_stream(1).await, stage.memory_stream(2).await];
+    let mut locals = vec![stage.accept().await, stage.accept().await, stage.accept().await];
+    locals.sort_by_key(|(_, number)| *number);
+    let (broken, _) = locals.remove(1);
+    drop(broken);
+    // What is written to it now cannot arrive.
+    let mut noticed = false;
+    for _ in 0..1000 {
+        noticed = streams[1].write_all(&[0; 4096]).await.is_err() || streams[1].flush().await.is_err();
+        if noticed {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    assert!(noticed, "the source hears of it");
+    for (local, number) in &mut locals {
+        let read = tokio::time::timeout(LIMIT, local.read(&mut [0; 16])).await;
+        assert!(matches!(read.expect("it ends"), Ok(0) | Err(_)), "connection {number} goes on");
+    }
+}
+
 #[tokio::test]
 async fn garbage_instead_of_a_greeting_is_refused() {
     let mut stage = stage().await;
@@ -259,7 +385,7 @@ impl tokio::io::AsyncRead for Cut {
 async fn a_source_that_leaves_between_two_lines_is_no_error() {
     let serve = |said| {
         let stream = BufReader::new(tokio::io::join(Cut(said), tokio::io::sink()));
-        serve_control(stream, Arc::new(Echo))
+        serve_control(stream, Arc::new(Echo(Transport::default())))
     };
     let line = serde_json::to_string(&Request::Clock).unwrap() + "\n";
     let line: &'static str = Box::leak(line.into_boxed_str());

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use godwit_api::FailureCause;
+use godwit_launcher::rpc::transport::Single;
 use godwit_launcher::rpc::{Cause, DomainPhase, MigrationFacts, MigrationMode, MigrationRole, State};
 use jiff::Timestamp;
 
@@ -196,6 +197,8 @@ pub struct SourceView {
     pub ready: bool,
     /// The target's end can receive in post-copy.
     pub post_copy_offered: bool,
+    /// Why memory goes over one connection, where that was a choice.
+    pub single: Option<Single>,
     /// Why it is not ready; `None` while it is being dialled.
     pub error: Option<String>,
     /// How long this half exists.

@@ -20,6 +20,7 @@ mod progress;
 pub mod pump;
 pub mod sockets;
 mod source_link;
+mod streams;
 mod target_link;
 #[cfg(test)]
 mod testing;

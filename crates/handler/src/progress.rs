@@ -23,6 +23,8 @@ pub fn report(f: &MigrationFacts, before: &MigrationProgress, now: Timestamp) ->
         "bytesRemaining": f.remaining_bytes,
         "bytesPerSecond": f.bytes_per_second,
         "dirtyBytesPerSecond": f.dirty_bytes_per_second,
+        "connections": f.transport.connections(),
+        "compression": f.transport.zstd.then_some("zstd"),
         "iteration": f.iteration.max(before.iteration.unwrap_or(0)),
         "totalMilliseconds": elapsed.max(before.total_milliseconds),
         "qemuDowntimeMilliseconds": f.qemu_downtime_ms,
@@ -75,7 +77,7 @@ fn dirty(f: &MigrationFacts) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use godwit_launcher::rpc::MigrationRole;
+    use godwit_launcher::rpc::{MigrationRole, Transport};
 
     use super::*;
 
@@ -109,6 +111,15 @@ mod tests {
         assert_eq!(shown(&f, &nothing).percent, Some(0));
         f.status = "completed".into();
         assert_eq!(shown(&f, &nothing).percent, Some(100));
+    }
+
+    #[test]
+    fn how_memory_goes_is_told() {
+        let mut f = active();
+        assert_eq!((shown(&f, &MigrationProgress::default())).connections, Some(1));
+        f.transport = Transport { channels: 2, zstd: true };
+        let told = shown(&f, &MigrationProgress::default());
+        assert_eq!((told.connections, told.compression.as_deref()), (Some(3), Some("zstd")));
     }
 
     #[test]

@@ -8,7 +8,8 @@ use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use godwit_launcher::rpc::MigrationRole;
+use godwit_launcher::rpc::transport::{self, Single, Wish};
+use godwit_launcher::rpc::{Ability, MigrationRole, Transport};
 use tokio::net::UnixListener;
 use tokio::sync::{Notify, watch};
 use tokio::task::{AbortHandle, JoinHandle};
@@ -59,6 +60,10 @@ pub struct LinkState {
     pub error: Option<String>,
     /// The target can receive in post-copy.
     pub post_copy_offered: bool,
+    /// How memory is carried, as agreed with the target.
+    pub transport: Transport,
+    /// Why over one connection, where that was a choice.
+    pub single: Option<Single>,
     /// How the go went.
     pub go: Go,
     /// What the target's end said after the migration had failed.
@@ -88,7 +93,8 @@ impl Drop for SourceLink {
 
 impl SourceLink {
     /// Begins to dial. QEMU's streams are taken from `listeners` (by inner port); without any only the control channel is
-    /// opened. `post_copy`: ask the target whether it could.
+    /// opened. `ability`: how this end could send memory. `wish`: what is known beforehand; whether the target could do its
+    /// part of post-copy is asked.
     #[must_use]
     pub fn start(
         tls: TlsPaths,
@@ -96,7 +102,8 @@ impl SourceLink {
         listeners: Vec<(i32, UnixListener)>,
         launcher: watch::Receiver<Launcher>,
         wake: Arc<Notify>,
-        post_copy: bool,
+        ability: Ability,
+        wish: Wish,
     ) -> Self {
         let uid = endpoint.migration_uid.clone();
         let state = Arc::new(Mutex::new(LinkState::default()));
@@ -113,7 +120,8 @@ impl SourceLink {
             wake,
             streams: streams.clone(),
             offset_us: 0,
-            post_copy,
+            ability,
+            wish,
         };
         let task = tokio::spawn(run.run(listeners));
         Self { uid, carried, state, endpoint: sender, task, streams }
@@ -146,8 +154,8 @@ struct Run {
     streams: Arc<Mutex<Vec<AbortHandle>>>,
     /// By how much the target's clock is ahead.
     offset_us: i64,
-    /// Ask the target whether it can receive in post-copy.
-    post_copy: bool,
+    ability: Ability,
+    wish: Wish,
 }
 
 /// What the source's launcher says of the migration.
@@ -224,7 +232,7 @@ impl Run {
         let endpoint = self.endpoint.borrow_and_update().clone();
         let identity = Arc::new(Identity::load(&self.tls)?);
         let target = endpoint.target();
-        let control = Control::connect(&target, &identity, endpoint.control, DIAL_LIMIT);
+        let mut control = Control::connect(&target, &identity, endpoint.control, DIAL_LIMIT).await?;
         // Dialled ahead, so that QEMU's first byte finds an open channel.
         let mut memory = None;
         let mut blocks = None;
@@ -236,23 +244,26 @@ impl Run {
                 (_, None) => {}
             }
         }
+        let transport = match memory {
+            Some(_) => self.agree(&mut control).await?,
+            None => Transport::default(),
+        };
         let dialled = async {
+            let numbers = 0..=transport.channels;
             match &memory {
-                Some((port, _)) => target.dial(&identity, *port, DIAL_LIMIT).await.map(Some),
-                None => Ok(None),
+                Some((port, _)) => {
+                    let dial = |number| target.dial_stream(&identity, *port, number, DIAL_LIMIT);
+                    futures::future::try_join_all(numbers.map(dial)).await
+                }
+                None => Ok(Vec::new()),
             }
         };
-        let (mut control, dialled) = tokio::try_join!(control, dialled)?;
-        self.offset_us = control.clock_offset_us(DIAL_LIMIT).await?;
-        if self.post_copy
-            && let Answer::Offered { post_copy } = control.ask(Request::Offer, DIAL_LIMIT).await?
-        {
-            self.set(|s| s.post_copy_offered = post_copy);
-        }
+        let (offset_us, dialled) = tokio::try_join!(control.clock_offset_us(DIAL_LIMIT), dialled)?;
+        self.offset_us = offset_us;
         let mut streams = Vec::new();
-        if let (Some((_, listener)), Some(channel)) = (memory, dialled) {
+        if let Some((_, listener)) = memory {
             let (uid, carried) = (self.uid.clone(), self.carried.clone());
-            streams.push(tokio::spawn(carry_memory(uid, listener, channel, carried)).abort_handle());
+            streams.push(tokio::spawn(carry_memory(uid, listener, dialled, carried)).abort_handle());
         }
         if let Some((port, listener)) = blocks {
             let (uid, carried) = (self.uid.clone(), self.carried.clone());
@@ -260,6 +271,41 @@ impl Run {
         }
         *self.streams.lock().unwrap_or_else(PoisonError::into_inner) = streams;
         Ok(control)
+    }
+
+    /// Agrees with the target on how memory is carried.
+    async fn agree(&self, control: &mut Control) -> Result<Transport, ChannelError> {
+        if self.ability == Ability::default() && !self.wish.post_copy {
+            return Ok(Transport::default());
+        }
+        let Answer::Offered { post_copy, ability } = control.ask(Request::Offer, DIAL_LIMIT).await? else {
+            return Ok(Transport::default());
+        };
+        let wish = Wish { post_copy: self.wish.post_copy && post_copy, ..self.wish };
+        let (mut transport, mut single) = transport::choose(self.ability, ability, &wish);
+        // A target that does not know of this says so by being able to nothing, and is not asked.
+        if ability != Ability::default() {
+            match control.ask(Request::Carry(transport), DIAL_LIMIT).await? {
+                Answer::Carries(stands) if stands != transport => (transport, single) = (stands, None),
+                Answer::Carries(_) => {}
+                Answer::NotYet { reason } => return Err(control.refused(reason)),
+                other => return Err(control.refused(format!("unexpected answer {other:?}"))),
+            }
+        }
+        tracing::info!(
+            migration = %self.uid,
+            channels = transport.channels,
+            zstd = transport.zstd,
+            single = single.map(Single::as_str),
+            "how memory is carried is agreed"
+        );
+        self.set(|s| {
+            // What has channels has no post-copy, whatever was agreed before this process.
+            s.post_copy_offered = wish.post_copy && transport.channels == 0;
+            s.transport = transport;
+            s.single = single;
+        });
+        Ok(transport)
     }
 
     /// Dials the control channel at the place that is published now.
@@ -380,11 +426,35 @@ fn unheard(error: &ChannelError) -> TargetSays {
     }
 }
 
-async fn carry_memory(uid: String, listener: UnixListener, channel: Dialled, carried: Arc<Carried>) {
+/// QEMU opens its connections in their order, the main one first. When one breaks the others end with it.
+async fn carry_memory(uid: String, listener: UnixListener, channels: Vec<Dialled>, carried: Arc<Carried>) {
     let result = async {
-        let (local, _) = listener.accept().await?;
-        drop(listener);
-        pump::pump(local, channel, carried.clone()).await
+        let mut listener = Some(listener);
+        let mut channels = channels.into_iter();
+        // Ends the others with the first that breaks.
+        let mut pumps = tokio::task::JoinSet::new();
+        loop {
+            if channels.len() == 0 {
+                listener = None;
+                if pumps.is_empty() {
+                    return Ok::<(), std::io::Error>(());
+                }
+            }
+            let accepted = async {
+                match &listener {
+                    Some(listener) => listener.accept().await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                accepted = accepted => {
+                    if let (local, Some(channel)) = (accepted?.0, channels.next()) {
+                        pumps.spawn(pump::pump(local, channel, carried.clone()));
+                    }
+                }
+                Some(ended) = pumps.join_next() => ended.map_err(std::io::Error::other)??,
+            }
+        }
     };
     match result.await {
         Ok(()) => tracing::info!(migration = %uid, bytes = carried.total(), "memory stream at its end"),

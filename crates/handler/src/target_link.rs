@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use futures::future::BoxFuture;
 use godwit_launcher::client::Client;
-use godwit_launcher::rpc::{DomainPhase, MigrationRole, State};
-use tokio::sync::watch;
+use godwit_launcher::rpc::{Ability, DomainPhase, MigrationRole, State, Transport};
+use tokio::sync::{OnceCell, watch};
 
 use crate::channel::{Answer, Request, TargetControl};
 use crate::facts::{self, Launcher};
@@ -24,6 +24,10 @@ pub struct TargetAnswers {
     pub client: Client,
     /// Its QEMU can receive in post-copy.
     pub post_copy: bool,
+    /// How it could receive memory, within what this node can.
+    pub ability: Ability,
+    /// How it does: set from the beginning where its QEMU listens already.
+    pub agreed: OnceCell<Transport>,
     /// Its states.
     pub launcher: watch::Receiver<Launcher>,
 }
@@ -33,7 +37,11 @@ impl TargetControl for TargetAnswers {
         Box::pin(async move {
             match request {
                 Request::Clock => Answer::Time { now_us: jiff::Timestamp::now().as_microsecond() },
-                Request::Offer => Answer::Offered { post_copy: self.post_copy },
+                Request::Offer => Answer::Offered { post_copy: self.post_copy, ability: self.ability },
+                Request::Carry(wish) => match self.receive_by(wish).await {
+                    Ok(stands) => Answer::Carries(stands),
+                    Err(reason) => Answer::NotYet { reason },
+                },
                 Request::Go { paused } => self.go(paused).await,
                 Request::Why => self.why().await,
                 Request::Abandon => match self.client.abandon(&self.uid).await {
@@ -43,9 +51,25 @@ impl TargetControl for TargetAnswers {
             }
         })
     }
+
+    fn transport(self: Arc<Self>) -> BoxFuture<'static, Result<Transport, String>> {
+        Box::pin(async move { self.receive_by(Transport::default()).await })
+    }
 }
 
 impl TargetAnswers {
+    /// Orders the launcher to receive so, unless it is agreed already.
+    async fn receive_by(&self, wish: Transport) -> Result<Transport, String> {
+        let order = async {
+            let state = self.client.receive_by(&self.uid, wish).await.map_err(|e| e.to_string())?;
+            let facts = facts::migration(&state, &self.uid, MigrationRole::Target);
+            let stands = facts.map(|f| f.transport).ok_or("the launcher knows nothing of this migration")?;
+            tracing::info!(migration = %self.uid, channels = stands.channels, zstd = stands.zstd, "how memory comes is agreed");
+            Ok::<_, String>(stands)
+        };
+        self.agreed.get_or_try_init(|| order).await.copied()
+    }
+
     async fn go(&self, paused: bool) -> Answer {
         let answer = if paused { self.client.go_paused(&self.uid).await } else { self.client.go(&self.uid).await };
         match answer {

@@ -490,6 +490,7 @@ impl Source {
             uid: self.link.uid.clone(),
             ready: state.ready,
             post_copy_offered: state.post_copy_offered,
+            single: state.single,
             error: state.error,
             age: self.first_dialled.elapsed(),
             start_error: self.start_error.clone(),

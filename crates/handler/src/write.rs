@@ -261,6 +261,10 @@ fn report(
     if state.qemu_version.is_some() && state.qemu_version != old.qemu_version {
         set(status, "qemuVersion", json!(state.qemu_version));
     }
+    // Targets build the same; a guest whose launcher knows of none has none.
+    if state.machine_revision.is_some() && state.machine_revision != old.machine_revision {
+        set(status, "machineRevision", json!(state.machine_revision));
+    }
     let machine = old.machine.as_ref().map(|m| json!(m)).and_then(|m| m.get("type").cloned());
     if let Some(real) = &state.machine_type
         && machine.as_ref().and_then(Value::as_str) != Some(real)

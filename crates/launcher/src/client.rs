@@ -138,6 +138,12 @@ impl Client {
         self.call(Method::PUT, rpc::MIGRATION_TARGET, Some(order)).await
     }
 
+    /// Target: receive memory in this way. The answer's [`rpc::MigrationFacts::transport`] is the way that stands.
+    pub async fn receive_by(&self, migration_uid: &str, transport: rpc::Transport) -> Result<rpc::State, Error> {
+        let order = rpc::TransportOrder { migration_uid: migration_uid.into(), transport };
+        self.call(Method::PUT, rpc::MIGRATION_TRANSPORT, Some(&order)).await
+    }
+
     /// Start the outgoing migration. The same order again with another bandwidth changes the bandwidth.
     pub async fn migrate(&self, order: &rpc::SourceOrder) -> Result<rpc::State, Error> {
         self.call(Method::PUT, rpc::MIGRATION_SOURCE, Some(order)).await

@@ -40,6 +40,8 @@ pub struct Inputs<'a> {
     pub accelerator: Accelerator,
     /// The machine type of the source.
     pub machine_type: Option<&'a str>,
+    /// How the machine is built ([`crate::rpc::MACHINE_REVISION`]).
+    pub revision: u32,
     /// Whether this is a target.
     pub arriving: bool,
 }
@@ -68,6 +70,7 @@ pub async fn plan(inputs: &Inputs<'_>) -> Result<Plan, Error> {
     machine.incoming = inputs.arriving;
     machine.rng = domain.devices.rng.is_some();
     machine.balloon = domain.devices.autoattach_mem_balloon.unwrap_or(true);
+    machine.free_page_hint = machine.balloon && inputs.revision >= 1;
     if domain.devices.autoattach_serial_console.unwrap_or(true) {
         machine.serial = Some(inputs.paths.sockets.join(SERIAL));
     }
@@ -268,6 +271,7 @@ fn boot_order(machine: &mut Machine) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rpc::MACHINE_REVISION;
     use serde_json::{Value, json};
 
     async fn try_plan(vmi: Value, interfaces: &[InterfaceOrder], arriving: bool) -> Result<Plan, Error> {
@@ -285,6 +289,7 @@ mod tests {
             paths: &paths,
             accelerator: Accelerator::Tcg,
             machine_type: None,
+            revision: MACHINE_REVISION,
             arriving,
         };
         let mut plan = plan(&inputs).await?;

@@ -6,6 +6,7 @@
 use godwit_api::VirtualMachineInstance;
 pub use godwit_qemu::accelerator::Accelerator;
 pub use godwit_qemu::failure::Cause;
+pub use godwit_qemu::transport::{self, Ability, Transport};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -20,6 +21,8 @@ pub const EVENTS: &str = "/v1/events";
 pub const VM: &str = "/v1/vm";
 /// Path of [`TargetOrder`].
 pub const MIGRATION_TARGET: &str = "/v1/migration/target";
+/// Path of [`TransportOrder`].
+pub const MIGRATION_TRANSPORT: &str = "/v1/migration/transport";
 /// Path of [`SourceOrder`].
 pub const MIGRATION_SOURCE: &str = "/v1/migration/source";
 /// Path of the cancellation of an outgoing migration ([`MigrationRef`]).
@@ -38,6 +41,12 @@ pub const SHUTDOWN: &str = "/v1/shutdown";
 pub const PAUSE: &str = "/v1/pause";
 /// Path that lets the guest's CPUs run again.
 pub const UNPAUSE: &str = "/v1/unpause";
+
+/// The newest way to build a guest's machine, beyond what its VMI says. What a guest was started with it keeps wherever it
+/// goes ([`State::machine_revision`], `status.machineRevision`), until it is started anew.
+///
+/// 0: as launchers built it that knew of no revisions. 1: the memory balloon takes hints of free pages.
+pub const MACHINE_REVISION: u32 = 1;
 
 /// A network interface of the guest, as the handler wired it in the pod's network namespace.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -78,6 +87,9 @@ pub struct VmOrder {
     /// The accelerator to use; none lets the launcher find out what this machine can do.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub accelerator: Option<Accelerator>,
+    /// The newest [`MACHINE_REVISION`] that the handler knows, and will keep for the guest's targets. An older one knows none.
+    #[serde(default)]
+    pub machine_revision: u32,
 }
 
 /// Prepare to receive a VM (`PUT /v1/migration/target`). Never runs the guest. Idempotent for the same migration uid.
@@ -105,6 +117,10 @@ pub struct TargetOrder {
     /// The migration may switch to post-copy. A machine that cannot receive so says so ([`TargetReady::post_copy`]).
     #[serde(default)]
     pub allow_post_copy: bool,
+    /// How memory comes is agreed later: nobody can connect before [`MIGRATION_TRANSPORT`]. Without it QEMU's plain stream
+    /// is expected at once.
+    #[serde(default)]
+    pub transport_follows: bool,
 }
 
 /// Where a target receives.
@@ -120,6 +136,24 @@ pub struct TargetReady {
     /// the same on both ends.
     #[serde(default)]
     pub post_copy: bool,
+    /// It waits for [`MIGRATION_TRANSPORT`], as it was told to ([`TargetOrder::transport_follows`]).
+    #[serde(default)]
+    pub awaits_transport: bool,
+    /// How its QEMU could receive memory.
+    #[serde(default)]
+    pub ability: Ability,
+}
+
+/// Target: how memory comes (`PUT /v1/migration/transport`). The first order stands; the state that is answered says which
+/// ([`MigrationFacts::transport`]).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct TransportOrder {
+    /// UID of the VirtualMachineInstanceMigration.
+    pub migration_uid: String,
+    /// What both ends have agreed on.
+    #[serde(default)]
+    pub transport: Transport,
 }
 
 /// Start the outgoing migration (`PUT /v1/migration/source`), once for a migration uid.
@@ -148,6 +182,9 @@ pub struct SourceOrder {
     /// It may be switched to post-copy ([`MIGRATION_POST_COPY`]). Only where the target said [`TargetReady::post_copy`].
     #[serde(default)]
     pub allow_post_copy: bool,
+    /// How memory is carried, as the target was told.
+    #[serde(default)]
+    pub transport: Transport,
 }
 
 /// The source is stopped for good (`POST /v1/migration/go`).
@@ -230,6 +267,11 @@ pub struct State {
     /// Machine type with its version, for example `pc-q35-7.2`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub machine_type: Option<String>,
+    /// How its machine was built ([`MACHINE_REVISION`]).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub machine_revision: Option<u32>,
+    /// How its QEMU could carry memory.
+    pub ability: Ability,
     /// Process id of QEMU, as this launcher's process namespace numbers it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub qemu_pid: Option<u32>,
@@ -369,6 +411,9 @@ pub struct MigrationFacts {
     /// Source: [`MIGRATION_POST_COPY`] would be obeyed now.
     #[serde(default)]
     pub post_copy_possible: bool,
+    /// How memory is carried.
+    #[serde(default)]
+    pub transport: Transport,
     /// When it began.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub start_us: Option<i64>,
@@ -444,6 +489,7 @@ impl MigrationFacts {
             guest_paused: false,
             paused_by_migration: false,
             post_copy_possible: false,
+            transport: Transport::default(),
             start_us: None,
             stop_us: None,
             resume_us: None,

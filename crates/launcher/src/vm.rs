@@ -8,9 +8,9 @@ use crate::console::{self, Console};
 use crate::plan::{self, AGENT, Inputs, SERIAL};
 use crate::record::{self, Record};
 use crate::rpc::{
-    Accelerator, Cause, DomainPhase, EventRecord, GoOrder, GuestAgentFacts, InterfaceOrder, MigrationRef,
-    MigrationRole, Paths, Refusal, ShutdownOrder, SourceOrder, State, TargetOrder, TargetReady, VmOrder, VolumeFacts,
-    VolumeState,
+    Accelerator, Cause, DomainPhase, EventRecord, GoOrder, GuestAgentFacts, InterfaceOrder, MACHINE_REVISION,
+    MigrationRef, MigrationRole, Paths, Refusal, ShutdownOrder, SourceOrder, State, TargetOrder, TargetReady,
+    Transport, TransportOrder, VmOrder, VolumeFacts, VolumeState,
 };
 use godwit_api::VirtualMachineInstance;
 use godwit_qemu::failure;
@@ -44,6 +44,7 @@ pub struct Request {
 pub enum Order {
     Start(Box<VmOrder>),
     Target(Box<TargetOrder>),
+    Transport(TransportOrder),
     Source(SourceOrder),
     Cancel(MigrationRef),
     PostCopy(MigrationRef),
@@ -258,6 +259,7 @@ impl Vm {
         match order {
             Order::Start(order) => self.start(*order).await?,
             Order::Target(order) => return self.prepare_target(*order).await.map(Answer::Ready),
+            Order::Transport(order) => self.receive_by(&order).await?,
             Order::Source(order) => self.migrate(order).await?,
             Order::Cancel(order) => self.cancel(&order.migration_uid).await?,
             Order::PostCopy(order) => self.switch_to_post_copy(&order.migration_uid).await?,
@@ -290,9 +292,10 @@ impl Vm {
             // Started already, here or elsewhere, or ended.
             _ => return Ok(()),
         }
-        let VmOrder { vmi, interfaces, volumes, accelerator } = order;
+        let VmOrder { vmi, interfaces, volumes, accelerator, machine_revision } = order;
+        let revision = machine_revision.min(MACHINE_REVISION);
         let (program, accelerator) = self.program(accelerator).await?;
-        let plan = self.plan(&vmi, &interfaces, &volumes, accelerator, None, false).await?;
+        let plan = self.plan(&vmi, &interfaces, &volumes, accelerator, None, (revision, false)).await?;
         let prelaunch = Prelaunch::launch(&program, &plan.machine).await?;
         self.attach(prelaunch.qemu(), accelerator, plan.machine.serial.is_some()).await?;
         let running = prelaunch.start().await?;
@@ -312,15 +315,38 @@ impl Vm {
             }
             _ => return Err(refused(Refusal::Conflict, "this launcher already has a VM")),
         }
-        let TargetOrder { migration_uid, vmi, interfaces, volumes, accelerator, machine_type, allow_post_copy } = order;
+        let TargetOrder {
+            migration_uid,
+            vmi,
+            interfaces,
+            volumes,
+            accelerator,
+            machine_type,
+            allow_post_copy,
+            transport_follows,
+        } = order;
         let told = vmi.status.accelerator.as_deref().and_then(accelerator_named);
         let (program, accelerator) = self.program(accelerator.or(told)).await?;
-        let plan = self.plan(&vmi, &interfaces, &volumes, accelerator, machine_type.as_deref(), true).await?;
+        // As the guest was built, wherever that was.
+        let revision = vmi.status.machine_revision.unwrap_or(0);
+        if revision > MACHINE_REVISION {
+            let message = format!(
+                "the guest's machine is of revision {revision}, and this launcher builds up to {MACHINE_REVISION}; \
+                 move it to a node whose launchers are as new as its own"
+            );
+            return Err(refused(Refusal::Invalid, message));
+        }
+        let machine_type = machine_type.as_deref();
+        let plan = self.plan(&vmi, &interfaces, &volumes, accelerator, machine_type, (revision, true)).await?;
         let socket = format!("incoming-{}.sock", short(&migration_uid));
         let path = self.paths.sockets.join(&socket);
         let _ = std::fs::remove_file(&path);
-        let mut incoming = Incoming::launch_for(&program, &plan.machine, &path, allow_post_copy).await?;
+        let mut incoming = Incoming::prepare(&program, &plan.machine, &path, allow_post_copy).await?;
+        if !transport_follows {
+            incoming.listen(Transport::default()).await?;
+        }
         let ready = self.offer(&mut incoming, socket, &plan, &migration_uid).await?;
+        let ready = TargetReady { awaits_transport: transport_follows, ..ready };
         self.attach(incoming.qemu(), accelerator, plan.machine.serial.is_some()).await?;
         self.grace = grace(&vmi);
         self.ready = Some(ready.clone());
@@ -349,17 +375,18 @@ impl Vm {
     }
 
     async fn plan(
-        &self,
+        &mut self,
         vmi: &VirtualMachineInstance,
         interfaces: &[InterfaceOrder],
         volumes: &BTreeMap<String, VolumeFacts>,
         accelerator: Accelerator,
         machine_type: Option<&str>,
-        arriving: bool,
+        (revision, arriving): (u32, bool),
     ) -> Result<plan::Plan, Refused> {
         let paths = &self.paths;
-        let inputs = Inputs { vmi, interfaces, volumes, paths, accelerator, machine_type, arriving };
+        let inputs = Inputs { vmi, interfaces, volumes, paths, accelerator, machine_type, revision, arriving };
         let plan = plan::plan(&inputs).await?;
+        self.now.machine_revision = Some(revision);
         // Sockets of a QEMU that could not be started the last time.
         for stale in [Some(&plan.machine.monitor), plan.machine.serial.as_ref(), plan.machine.guest_agent.as_ref()] {
             let _ = stale.map(std::fs::remove_file);
@@ -380,6 +407,7 @@ impl Vm {
         self.now.accelerator = Some(accelerator);
         self.now.qemu_version = Some(qemu.version().to_string());
         self.now.machine_type = Some(qemu.machine_type().to_string());
+        self.now.ability = qemu.ability();
         self.now.qemu_pid = Some(qemu.process().pid());
         Ok(())
     }

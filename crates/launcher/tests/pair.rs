@@ -76,6 +76,64 @@ async fn a_guest_moves_and_the_source_ends() {
 }
 
 #[tokio::test]
+async fn memory_comes_as_it_was_agreed_and_not_before() {
+    let (source, target) = (Pod::start().await, Pod::start().await);
+    let state = source.client.start(&vm_order()).await.unwrap();
+    assert!(state.ability.zstd, "{state:?}");
+    let mut here = source.console().await;
+    let mut story = Story::default();
+    here.hear(&mut story, 2).await;
+    let order = TargetOrder { transport_follows: true, ..target_order() };
+    let ready = target.client.prepare_target(&order).await.unwrap();
+    assert!(ready.awaits_transport);
+    assert_eq!(ready.ability, state.ability, "the same machine");
+    let mut there = target.console().await;
+    let incoming = Pod::paths(target.folder.path()).sockets.join(&ready.socket);
+    assert!(UnixStream::connect(&incoming).await.is_err());
+    let transport = Transport { channels: 2, zstd: true };
+    assert_eq!(refusal(target.client.receive_by("another", transport).await), Refusal::Conflict);
+    for wish in [transport, Transport::default()] {
+        let state = target.client.receive_by(MIGRATION, wish).await.unwrap();
+        assert_eq!(state.migration.unwrap().transport, transport, "the first stands");
+    }
+    let _carrier = carry_memory(&source, "outgoing.sock", &target, &ready.socket);
+    let state = source.client.migrate(&SourceOrder { transport, ..source_order(None) }).await.unwrap();
+    assert_eq!(state.migration.unwrap().transport, transport);
+    source.until("completed", |s| status(s) == "completed").await;
+    target.client.go(MIGRATION).await.unwrap();
+    here.drain(&mut story).await;
+    there.hear(&mut story, 20).await;
+}
+
+#[tokio::test]
+async fn a_guest_of_an_older_launcher_keeps_its_machine_and_one_of_a_newer_is_refused() {
+    let (source, target, another) = (Pod::start().await, Pod::start().await, Pod::start().await);
+    let state = source.client.start(&VmOrder { machine_revision: 0, ..vm_order() }).await.unwrap();
+    assert_eq!(state.machine_revision, Some(0));
+    let mut here = source.console().await;
+    let mut story = Story::default();
+    here.hear(&mut story, 2).await;
+    let mut order = target_order();
+    order.vmi.status.machine_revision = Some(MACHINE_REVISION + 1);
+    let refused = another.client.prepare_target(&order).await.unwrap_err();
+    assert_eq!(refused.refusal(), Some(Refusal::Invalid), "{refused}");
+    // Its VMI says nothing of a revision.
+    order.vmi.status.machine_revision = None;
+    let ready = target.client.prepare_target(&order).await.unwrap();
+    assert_eq!(target.client.state().await.unwrap().machine_revision, Some(0));
+    let mut there = target.console().await;
+    let _carrier = carry(&source, "outgoing.sock", &target, &ready.socket);
+    source.client.migrate(&source_order(None)).await.unwrap();
+    source.until("completed", |s| status(s) == "completed").await;
+    target.client.go(MIGRATION).await.unwrap();
+    here.drain(&mut story).await;
+    there.hear(&mut story, 5).await;
+    // Started anew it is a machine of today.
+    let state = another.client.start(&VmOrder { machine_revision: 99, ..vm_order() }).await.unwrap();
+    assert_eq!(state.machine_revision, Some(MACHINE_REVISION));
+}
+
+#[tokio::test]
 async fn a_disk_of_its_own_moves_with_the_guest() {
     let (source, target) = (Pod::start().await, Pod::start().await);
     let work = |pod: &Pod| Pod::paths(pod.folder.path()).ephemeral_disks.join("work.img");

@@ -28,6 +28,7 @@ use crate::migration::{self, Options};
 use crate::process::{Ended, Process};
 use crate::qmp::commands::{self, CapabilityState, RunState, VersionTriple};
 use crate::qmp::{self, Event, Events, Qmp};
+use crate::transport::{Ability, Transport, channels_for};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -89,6 +90,7 @@ pub struct Qemu {
     machine_type: String,
     capabilities: Vec<String>,
     accelerator: Accelerator,
+    ability: Ability,
 }
 
 impl Qemu {
@@ -111,13 +113,17 @@ impl Qemu {
         };
         let version = qmp.execute(&commands::QueryVersion {}).await?.qemu;
         let known = qmp.execute(&commands::QueryMigrateCapabilities {}).await?;
-        let capabilities = known.into_iter().map(|c| c.capability).collect();
+        let capabilities: Vec<String> = known.into_iter().map(|c| c.capability).collect();
+        let ability = match capabilities.iter().any(|c| c == MULTIFD) {
+            true => Ability { channels: channels_for(cores()), zstd: knows_zstd(&qmp).await? },
+            false => Ability::default(),
+        };
         // The versioned name behind an alias such as `q35`; both ends of a migration need the same.
         let get = commands::QomGet { path: "/machine".into(), property: "type".into() };
         let machine_type = qmp.execute(&get).await?;
         let machine_type = machine_type.as_str().unwrap_or(&machine.machine_type);
         let machine_type = machine_type.strip_suffix("-machine").unwrap_or(machine_type).to_string();
-        Ok(Qemu { process, qmp, version, machine_type, capabilities, accelerator: machine.accelerator })
+        Ok(Qemu { process, qmp, version, machine_type, capabilities, accelerator: machine.accelerator, ability })
     }
 
     /// QEMU's version.
@@ -139,6 +145,11 @@ impl Qemu {
     /// Whether this QEMU knows a migration capability.
     pub fn knows(&self, capability: &str) -> bool {
         self.capabilities.iter().any(|c| c == capability)
+    }
+
+    /// How it can carry memory on this machine.
+    pub fn ability(&self) -> Ability {
+        self.ability
     }
 
     /// Its process.
@@ -187,18 +198,61 @@ impl Qemu {
     }
 
     /// Switches on what every migration here needs, the same on both ends.
-    async fn set_capabilities(&self, auto_converge: bool, mirrors: bool, post_copy: bool) -> Result<(), qmp::Error> {
+    async fn set_capabilities(&self, wanted: Capabilities) -> Result<(), qmp::Error> {
         // Without `return-path` a source may report a success for a guest that the target could not load.
-        let wanted = [
+        let mut on = vec![
             ("events", true),
             ("return-path", true),
-            ("auto-converge", auto_converge),
-            ("postcopy-ram", post_copy),
+            ("auto-converge", wanted.auto_converge),
+            ("postcopy-ram", wanted.post_copy),
             // The moment to end the mirrors of disks: the guest stands still and the disks are still the source's.
-            ("pause-before-switchover", mirrors),
+            ("pause-before-switchover", wanted.mirrors),
         ];
-        let capabilities = wanted.map(|(name, state)| CapabilityState { capability: name.into(), state });
-        self.qmp.execute(&commands::MigrateSetCapabilities { capabilities: capabilities.into() }).await.map(drop)
+        let Transport { channels, zstd } = wanted.transport;
+        if channels > 0 || self.knows(MULTIFD) {
+            on.push((MULTIFD, channels > 0));
+        }
+        let capabilities = on.into_iter().map(|(name, state)| CapabilityState { capability: name.into(), state });
+        self.qmp.execute(&commands::MigrateSetCapabilities { capabilities: capabilities.collect() }).await?;
+        if channels > 0 {
+            let parameters = commands::MigrateSetParameters {
+                multifd_channels: Some(channels),
+                multifd_compression: Some(if zstd { ZSTD } else { UNCOMPRESSED }),
+                ..Default::default()
+            };
+            self.qmp.execute(&parameters).await?;
+        }
+        Ok(())
+    }
+}
+
+/// What is switched on beside what every migration needs.
+#[derive(Clone, Copy, Debug, Default)]
+struct Capabilities {
+    auto_converge: bool,
+    mirrors: bool,
+    post_copy: bool,
+    transport: Transport,
+}
+
+/// QEMU's name for several connections.
+const MULTIFD: &str = "multifd";
+/// QEMU's names of compressions.
+const ZSTD: &str = "zstd";
+const UNCOMPRESSED: &str = "none";
+
+/// The cores that this process, and a QEMU that it starts, may use.
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+}
+
+/// A QEMU that was built without it refuses the word.
+async fn knows_zstd(qmp: &Qmp) -> Result<bool, qmp::Error> {
+    let set = |name| commands::MigrateSetParameters { multifd_compression: Some(name), ..Default::default() };
+    match qmp.execute(&set(ZSTD)).await {
+        Ok(_) => qmp.execute(&set(UNCOMPRESSED)).await.map(|_| true),
+        Err(qmp::Error::Refused { .. }) => Ok(false),
+        Err(error) => Err(error),
     }
 }
 

@@ -12,3 +12,4 @@ pub mod machine;
 pub mod migration;
 pub mod process;
 pub mod qmp;
+pub mod transport;

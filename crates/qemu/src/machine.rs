@@ -34,6 +34,9 @@ pub struct Machine {
     pub guest_agent: Option<PathBuf>,
     /// A memory balloon that returns free pages.
     pub balloon: bool,
+    /// The balloon also says, when the guest is sent, which of its memory is free and need not be (`free-page-hint`). The
+    /// guest sees this as a feature of the device, so both ends of a migration must agree on it.
+    pub free_page_hint: bool,
     /// SMBIOS UUID.
     pub uuid: Option<String>,
     /// SMBIOS serial number of the system.
@@ -253,6 +256,7 @@ impl Machine {
             rng: false,
             guest_agent: None,
             balloon: false,
+            free_page_hint: false,
             uuid: None,
             serial_number: None,
             acpi: true,
@@ -321,8 +325,13 @@ impl Machine {
             out.pair("-device", format!("virtio-rng-pci,id=rng-device0,rng=rng0,bus={bus},addr={RNG_SLOT:#x}"));
         }
         if self.balloon {
-            let reporting = "free-page-reporting=on";
-            out.pair("-device", format!("virtio-balloon-pci,id=balloon0,{reporting},bus={bus},addr={BALLOON_SLOT:#x}"));
+            let mut device = "virtio-balloon-pci,id=balloon0,free-page-reporting=on".to_owned();
+            if self.free_page_hint {
+                // QEMU takes the hints in a thread of their own, and wants to be told which.
+                out.pair("-object", "iothread,id=hints0");
+                device += ",free-page-hint=on,iothread=hints0";
+            }
+            out.pair("-device", format!("{device},bus={bus},addr={BALLOON_SLOT:#x}"));
         }
         if let Some(agent) = &self.guest_agent {
             out.pair("-device", format!("virtio-serial-pci,id=virtio-serial0,bus={bus},addr={SERIAL_SLOT:#x}"));
@@ -661,6 +670,20 @@ mod tests {
         assert!(matches!(write("linux", 64 << 10, true), Boot::Kernel { .. }));
         assert!(matches!(write("odd", 1000, false), Boot::Kernel { .. }));
         std::fs::remove_dir_all(&folder).unwrap();
+    }
+
+    #[test]
+    fn hints_of_free_pages_are_a_feature_of_the_balloon_alone() {
+        let mut machine = full();
+        machine.free_page_hint = true;
+        assert!(!joined(&machine).contains("hint"), "no balloon");
+        machine.balloon = true;
+        let with = joined(&machine);
+        assert!(with.contains("-object iothread,id=hints0 -device virtio-balloon-pci,id=balloon0,"), "{with}");
+        assert!(with.contains("free-page-hint=on,iothread=hints0,bus=pcie.0,addr=0x4"), "{with}");
+        machine.free_page_hint = false;
+        let without = joined(&machine);
+        assert!(without.contains("virtio-balloon-pci") && !without.contains("hint"), "{without}");
     }
 
     #[test]

@@ -15,6 +15,7 @@ use crate::accelerator::Accelerator;
 use crate::failure::{self, Cause, Explanation};
 use crate::qmp::Event;
 use crate::qmp::commands::{MigrationInfo, MigrationStatus, VersionTriple};
+use crate::transport::Transport;
 use std::collections::VecDeque;
 
 /// What an outgoing migration is told.
@@ -28,11 +29,19 @@ pub struct Options {
     pub auto_converge: bool,
     /// It may go over to post-copy. The target has to be told the same.
     pub post_copy: bool,
+    /// How memory is carried. The target has to be told the same.
+    pub transport: Transport,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Options { bandwidth: None, max_downtime_ms: 300, auto_converge: false, post_copy: false }
+        Options {
+            bandwidth: None,
+            max_downtime_ms: 300,
+            auto_converge: false,
+            post_copy: false,
+            transport: Transport::default(),
+        }
     }
 }
 
@@ -322,7 +331,7 @@ pub struct DowntimeRamp {
 }
 
 /// Where the ramp begins, in milliseconds: as short as a busy host can switch over.
-const FIRST_LIMIT_MS: u64 = 25;
+const FIRST_LIMIT_MS: u64 = 20;
 
 impl DowntimeRamp {
     /// Never more than this many milliseconds.
@@ -485,14 +494,14 @@ mod tests {
     #[test]
     fn the_ramp_grows_only_when_passes_stop_helping_and_never_above_the_ceiling() {
         let mut ramp = DowntimeRamp::new(100);
-        assert_eq!(ramp.limit_ms(), 25);
+        assert_eq!(ramp.limit_ms(), 20);
         assert_eq!(ramp.look(1, 900), None);
         assert_eq!(ramp.look(2, 500), None);
         assert_eq!(ramp.look(2, 480), None, "the same pass");
         assert_eq!(ramp.look(3, 300), None, "still falling");
-        assert_eq!(ramp.look(4, 290), Some(38));
-        assert_eq!(ramp.look(5, 310), Some(57));
-        assert_eq!(ramp.look(6, 310), Some(86));
+        assert_eq!(ramp.look(4, 290), Some(30));
+        assert_eq!(ramp.look(5, 310), Some(45));
+        assert_eq!(ramp.look(6, 310), Some(68));
         assert_eq!(ramp.look(7, 310), Some(100));
         assert_eq!(ramp.look(8, 310), None);
         assert_eq!(DowntimeRamp::new(5).limit_ms(), 5);

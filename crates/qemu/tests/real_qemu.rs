@@ -427,6 +427,7 @@ fn with_everything(place: &Place, end: &str, machine_type: &str) -> Machine {
     machine.cpu.cores = 2;
     machine.rng = true;
     machine.balloon = true;
+    machine.free_page_hint = true;
     machine.guest_agent = Some(place.path(&format!("{end}-agent")));
     machine.uuid = Some("5cd0a2f1-0000-4000-8000-000000000001".into());
     machine.serial_number = Some("S,1".into());

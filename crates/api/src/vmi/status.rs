@@ -83,6 +83,8 @@ api_struct! {
         evacuation: Option<EvacuationStatus>,
         /// Godwit's own: `kvm` or `tcg`.
         accelerator: Option<String>,
+        /// Godwit's own: how the guest's machine was built beyond what the spec says; unset is 0. It stays with the guest.
+        machine_revision: Option<u32>,
         /// Godwit's own: the version of QEMU.
         qemu_version: Option<String>,
     }
@@ -316,6 +318,10 @@ api_struct! {
         bytes_per_second: Option<u64>,
         /// How fast the guest changes its memory.
         dirty_bytes_per_second: Option<u64>,
+        /// Over how many connections memory goes.
+        connections: Option<u32>,
+        /// How memory is compressed on its way (`zstd`); unset when it is not.
+        compression: Option<String>,
         /// Which pass over the memory.
         iteration: Option<u64>,
         /// From start to end (or to now).

@@ -192,6 +192,9 @@ fn under_way(
     if m.start.is_none() {
         plan.write(vec![started(facts, f)]);
         plan.event("Migrating", "VirtualMachineInstance is migrating.");
+        if let Some(single) = link.and_then(|l| l.single) {
+            plan.event("Migrating", format!("VirtualMachineInstance is migrating: {}.", single.as_str()));
+        }
         return;
     }
     if m.abort_requested && m.abort_status.is_none() {

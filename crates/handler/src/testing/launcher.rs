@@ -12,8 +12,8 @@ use axum::{Json, Router};
 use bytes::Bytes;
 use futures::StreamExt;
 use godwit_launcher::rpc::{
-    self, Cause, DomainPhase, ErrorBody, GoOrder, MigrationFacts, MigrationMode, MigrationRef, MigrationRole, Refusal,
-    ShutdownOrder, SourceOrder, State, TargetOrder, TargetReady, VmOrder,
+    self, Ability, Cause, DomainPhase, ErrorBody, GoOrder, MigrationFacts, MigrationMode, MigrationRef, MigrationRole,
+    Refusal, ShutdownOrder, SourceOrder, State, TargetOrder, TargetReady, VmOrder,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
@@ -173,7 +173,13 @@ async fn target(Shared(launcher): Shared<Launcher>, Json(order): Json<TargetOrde
         s.phase = DomainPhase::Incoming;
         s.migration = Some(MigrationFacts::new(order.migration_uid, MigrationRole::Target));
     });
-    let ready = TargetReady { socket: "in.sock".into(), blocks_socket: None, post_copy: order.allow_post_copy };
+    let ready = TargetReady {
+        socket: "in.sock".into(),
+        blocks_socket: None,
+        post_copy: order.allow_post_copy,
+        awaits_transport: false,
+        ability: Ability::default(),
+    };
     tokio::spawn(async move {
         let (mut stream, _) = listener.accept().await.unwrap();
         launcher.facts(|f| f.status = "active".into());

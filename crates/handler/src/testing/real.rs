@@ -4,9 +4,10 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use godwit_guest_rom::{Parameters, Story};
+use godwit_launcher::rpc::transport::channels_for;
 use godwit_launcher::rpc::{DomainPhase, Paths, State};
 use godwit_launcher::serve;
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, BufReader, Lines};
 use tokio::net::UnixStream;
 use tokio::sync::mpsc;
@@ -60,6 +61,66 @@ async fn hear(console: &mut Lines<BufReader<UnixStream>>, story: &mut Story, bea
     assert_eq!(story.complaint(), None);
 }
 
+/// The connections of memory between two nodes that are this machine.
+fn connections() -> usize {
+    1 + usize::from(channels_for(std::thread::available_parallelism().unwrap().get()))
+}
+
+/// Moves a guest from node1 to node2 under this `migrationConfiguration`; its memory arrives whole. The VMI after that.
+async fn moved_under(configuration: &Value) -> (Value, Vec<String>) {
+    let mut cluster = Cluster::new();
+    cluster.up(0);
+    cluster.up(1);
+    let source = Launcher::start(cluster.sockets(0, "one"));
+    cluster.vmi(&json!({
+        "memory": { "guest": "16Mi" },
+        "devices": {},
+        "firmware": { "kernelBoot": { "container": { "image": "rom", "kernelPath": "/rom.bin" } } },
+    }));
+    until("the VM runs", || cluster.vm()["status"]["phase"] == "Running").await;
+    let mut story = Story::default();
+    let mut here = source.console().await;
+    hear(&mut here, &mut story, 20).await;
+    let target = Launcher::start(cluster.sockets(1, "two"));
+    cluster.write_hand_off_with(configuration);
+    until("the migration is over", || cluster.vm()["status"]["migrationState"]["completed"] == true).await;
+    while let Ok(Some(line)) = here.next_line().await {
+        story.hear(&line);
+    }
+    let mut there = target.console().await;
+    hear(&mut there, &mut story, 20).await;
+    assert_eq!(cluster.vm()["status"]["migrationState"].get("failed"), None, "{:#}", cluster.vm());
+    (cluster.vm()["status"]["migrationState"].clone(), cluster.events())
+}
+
+#[test]
+fn memory_is_compressed_under_a_cap() {
+    blocking(async {
+        let (m, events) = moved_under(&json!({ "bandwidthPerMigration": "8Mi" })).await;
+        assert_eq!(m["progress"]["connections"], connections(), "{m:#}");
+        let compressed = connections() > 1;
+        assert_eq!(m["progress"].get("compression"), compressed.then(|| json!("zstd")).as_ref(), "{m:#}");
+        // The map of ports is KubeVirt's, however many connections there are.
+        let inner: Vec<_> = m["targetDirectMigrationNodePorts"].as_object().unwrap().values().cloned().collect();
+        assert!(inner.len() == 2 && inner.contains(&json!(0)) && inner.contains(&json!(49152)), "{m:#}");
+        assert!(!events.iter().any(|e| e.contains("one connection")), "{events:#?}");
+    });
+}
+
+#[test]
+fn where_post_copy_is_allowed_memory_has_one_connection_and_that_is_said() {
+    blocking(async {
+        let (m, events) = moved_under(&json!({ "allowPostCopy": true })).await;
+        assert_eq!(m["progress"]["connections"], 1, "{m:#}");
+        assert_eq!(m["progress"].get("compression"), None, "{m:#}");
+        assert_eq!(
+            events.iter().any(|e| e.contains("memory goes over one connection")),
+            connections() > 1,
+            "{events:#?}"
+        );
+    });
+}
+
 #[test]
 fn a_guest_on_a_real_qemu_moves_between_two_handlers() {
     blocking(async {
@@ -97,6 +158,8 @@ fn a_guest_on_a_real_qemu_moves_between_two_handlers() {
         assert_eq!(vm["status"]["accelerator"], "tcg");
         assert!(m["progress"]["bytesTotal"].as_u64().unwrap() > 0, "{m:#}");
         assert!(m["progress"]["downtimeMilliseconds"].is_u64(), "{m:#}");
+        assert_eq!(m["progress"]["connections"], connections(), "{m:#}");
+        assert_eq!(m["progress"].get("compression"), None, "nothing is known of the link: {m:#}");
         println!("{:#}\n{:#?}", m["progress"], cluster.events());
     });
 }

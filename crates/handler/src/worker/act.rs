@@ -9,10 +9,12 @@ use godwit_api::migratability::{self, ClaimAccess};
 use godwit_api::names::events;
 use godwit_api::vmi::{PersistentVolumeClaimInfo, VirtualMachineInstance, VolumeStatus};
 use godwit_launcher::client::Error as LauncherError;
-use godwit_launcher::rpc::{Refusal, SourceOrder, TargetOrder, VmOrder, VolumeFacts};
+use godwit_launcher::rpc::transport::{Transport, Wish};
+use godwit_launcher::rpc::{MACHINE_REVISION, Refusal, SourceOrder, TargetOrder, TargetReady, VmOrder, VolumeFacts};
 use k8s_openapi::api::core::v1::PersistentVolumeClaim;
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity as ApiQuantity;
 use kube::api::Api;
+use tokio::sync::OnceCell;
 
 use super::{Meter, Order, Pod, Source, Stop, Target, Worker, limited};
 use crate::channel::{BLOCKS, CONTROL, MEMORY, TargetChannels, TargetOptions};
@@ -51,7 +53,7 @@ impl Worker {
             Action::Wire { pod } => self.wire(vmi, &pod).await,
             Action::Start { pod } => self.start_vm(vmi, &pod).await,
             Action::PrepareTarget { pod, uid } => self.prepare_target(vmi, &pod, &uid, m).await,
-            Action::OpenControl { pod, uid } => self.open_channels(&pod, &uid, m, Vec::new(), false).await,
+            Action::OpenControl { pod, uid } => self.open_channels(&pod, &uid, m, None).await,
             Action::CloseTarget => {
                 self.target = None;
                 Ok(())
@@ -144,7 +146,7 @@ impl Worker {
         let accelerator = *self.context.accelerator.borrow();
         let pod = self.pod(name)?;
         let interfaces = pod.wired.as_ref().map(|w| w.interfaces.clone()).unwrap_or_default();
-        let order = VmOrder { vmi: ordered, interfaces, volumes, accelerator };
+        let order = VmOrder { vmi: ordered, interfaces, volumes, accelerator, machine_revision: MACHINE_REVISION };
         match pod.follower.client.start(&order).await {
             Ok(state) => {
                 pod.follower.learn(state);
@@ -178,15 +180,14 @@ impl Worker {
             accelerator: vmi.status.accelerator.as_deref().and_then(accelerator).or(node_accelerator),
             machine_type: None,
             allow_post_copy: m.is_some_and(|m| m.allow_post_copy && m.allow_workload_disruption),
+            transport_follows: true,
         };
         match pod.follower.client.prepare_target(&order).await {
             Ok(ready) => {
                 self.complaint = None;
                 let ms = began.elapsed().as_millis() as u64;
                 tracing::info!(vmi = self.name, migration = uid, pod = name, ms, "target's QEMU waits");
-                let mut sockets = vec![(MEMORY, ready.socket)];
-                sockets.extend(ready.blocks_socket.map(|socket| (BLOCKS, socket)));
-                self.open_channels(name, uid, m, sockets, ready.post_copy).await
+                self.open_channels(name, uid, m, Some(ready)).await
             }
             Err(error) => {
                 let refusal = error.refusal();
@@ -215,22 +216,30 @@ impl Worker {
         name: &str,
         uid: &str,
         m: Option<&MigrationView>,
-        sockets: Vec<(i32, String)>,
-        post_copy: bool,
+        ready: Option<TargetReady>,
     ) -> Result<(), Stop> {
         let Some(m) = m.filter(|m| m.uid == uid) else { return Err(Stop::Stale) };
         let context = self.context.clone();
         let pod = self.pod(name)?;
+        let awaits = ready.as_ref().is_some_and(|ready| ready.awaits_transport);
+        let ability = ready.as_ref().filter(|_| awaits).map(|ready| ready.ability.within(cores()));
         let control = TargetAnswers {
             uid: uid.to_owned(),
             client: pod.follower.client.clone(),
-            post_copy,
+            post_copy: ready.as_ref().is_some_and(|ready| ready.post_copy),
+            ability: ability.unwrap_or_default(),
+            agreed: OnceCell::new_with((!awaits).then(Transport::default)),
             launcher: pod.follower.subscribe(),
         };
         let folder = &pod.follower.folder;
         let dir = SocketDir::open(folder.clone())
             .map_err(|e| Stop::Failed(format!("cannot open {}: {e}", folder.display())))?;
         let dir = Arc::new(dir);
+        let mut sockets = Vec::new();
+        if let Some(ready) = ready {
+            sockets.push((MEMORY, ready.socket));
+            sockets.extend(ready.blocks_socket.map(|socket| (BLOCKS, socket)));
+        }
         if let Some((_, bad)) = sockets.iter().find(|(_, socket)| !SocketDir::is_name(socket)) {
             return Err(Stop::Failed(format!("the launcher names {bad:?} as its socket, which is no file name")));
         }
@@ -267,8 +276,12 @@ impl Worker {
             old.remove_sockets();
         }
         let wake = self.wake.clone();
-        let post_copy = m.allow_post_copy && m.allow_workload_disruption;
+        let wish = Wish {
+            post_copy: m.allow_post_copy && m.allow_workload_disruption,
+            bandwidth: Some(m.bandwidth).filter(|b| *b > 0),
+        };
         let pod = self.pod(name)?;
+        let ability = pod.follower.now().last().map(|state| state.ability.within(cores())).unwrap_or_default();
         let mut listeners = Vec::new();
         let mut sockets = Vec::new();
         if memory {
@@ -289,7 +302,7 @@ impl Worker {
             }
         }
         let link =
-            SourceLink::start(context.tls.clone(), endpoint, listeners, pod.follower.subscribe(), wake, post_copy);
+            SourceLink::start(context.tls.clone(), endpoint, listeners, pod.follower.subscribe(), wake, ability, wish);
         self.source = Some(Source {
             link,
             sockets,
@@ -307,6 +320,7 @@ impl Worker {
     async fn migrate(&mut self, name: &str, m: Option<&MigrationView>) -> Result<(), Stop> {
         let (Some(m), Some(source)) = (m, &mut self.source) else { return Err(Stop::Stale) };
         let Some(socket) = source.socket(MEMORY) else { return Err(Stop::Stale) };
+        let link = source.link.now();
         let order = SourceOrder {
             migration_uid: m.uid.clone(),
             socket,
@@ -315,7 +329,8 @@ impl Worker {
             max_downtime_ms: m.max_downtime_ms,
             allow_auto_converge: m.allow_auto_converge,
             // Both ends have to be able to.
-            allow_post_copy: m.allow_post_copy && m.allow_workload_disruption && source.link.now().post_copy_offered,
+            allow_post_copy: m.allow_post_copy && m.allow_workload_disruption && link.post_copy_offered,
+            transport: link.transport,
         };
         let began = Instant::now();
         source.meter.restart();
@@ -456,6 +471,11 @@ impl Worker {
         }
         self.migratable = (Some(Instant::now()), known);
     }
+}
+
+/// The cores that this handler may use; they encrypt what the launchers' QEMUs send.
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }
 
 /// Disks that are local to a node can be copied while the guest runs: launchers mirror them over the blocks channel.

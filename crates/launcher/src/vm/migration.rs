@@ -5,6 +5,7 @@ use crate::plan::Plan;
 use crate::record::Record;
 use crate::rpc::{
     Cause, DomainPhase, GoOrder, MigrationFacts, MigrationMode, MigrationRole, Refusal, SourceOrder, TargetReady,
+    TransportOrder,
 };
 use godwit_qemu::blocks::Blocks;
 use godwit_qemu::instance::{Arrived, Departed, GoError, Incoming, Settled};
@@ -30,14 +31,28 @@ impl Vm {
         plan: &Plan,
         migration_uid: &str,
     ) -> Result<TargetReady, Refused> {
+        let (post_copy, ability) = (incoming.can_post_copy(), incoming.qemu().ability());
+        let ready = TargetReady { socket, blocks_socket: None, post_copy, awaits_transport: false, ability };
         if plan.local_disks.is_empty() {
-            return Ok(TargetReady { socket, blocks_socket: None, post_copy: incoming.can_post_copy() });
+            return Ok(ready);
         }
         let blocks = format!("blocks-{}.sock", short(migration_uid));
         let path = self.paths.sockets.join(&blocks);
         let _ = std::fs::remove_file(&path);
         incoming.offer_blocks(&path, &plan.local_disks).await?;
-        Ok(TargetReady { socket, blocks_socket: Some(blocks), post_copy: incoming.can_post_copy() })
+        Ok(TargetReady { blocks_socket: Some(blocks), ..ready })
+    }
+
+    /// How the guest's memory will come. The first order stands, whatever a later one says.
+    pub(super) async fn receive_by(&mut self, order: &TransportOrder) -> Result<(), Refused> {
+        self.about(&order.migration_uid, MigrationRole::Target)?;
+        if let Stage::Incoming(incoming) = &mut self.stage {
+            let stands = incoming.listen(order.transport).await?;
+            if let Some(m) = &mut self.now.migration {
+                m.transport = stands;
+            }
+        }
+        Ok(())
     }
 
     pub(super) fn arriving(&mut self, migration_uid: String) {
@@ -96,8 +111,10 @@ impl Vm {
             max_downtime_ms: order.max_downtime_ms.filter(|ms| *ms > 0).unwrap_or(MAX_DOWNTIME_MS),
             auto_converge: order.allow_auto_converge,
             post_copy: order.allow_post_copy,
+            transport: order.transport,
         };
         let mut facts = MigrationFacts::new(order.migration_uid, MigrationRole::Source);
+        facts.transport = order.transport;
         let blocks = order
             .blocks_socket
             .map(|socket| Blocks { socket: self.paths.sockets.join(socket), disks: self.local_disks.clone() });
@@ -275,6 +292,12 @@ impl Vm {
         match &mut self.stage {
             Stage::Outgoing(outgoing) => {
                 outgoing.event(event);
+                // A pass can be over long before the next look; what it has left decides how the next one may end.
+                if event.name == "MIGRATION_PASS"
+                    && let Err(error) = outgoing.look().await
+                {
+                    tracing::debug!(%error, "looking at a pass");
+                }
                 if let Err(error) = outgoing.advance().await {
                     tracing::debug!(%error, "going on with the migration");
                 }

@@ -120,7 +120,8 @@ pub fn vmi(volumes: serde_json::Value, disks: serde_json::Value) -> godwit_api::
                 "devices": {"disks": disks}
             },
             "volumes": volumes
-        }
+        },
+        "status": {"machineRevision": MACHINE_REVISION}
     }))
     .unwrap()
 }
@@ -131,7 +132,13 @@ pub fn vm_order() -> VmOrder {
         json!([{"name": "seed", "cloudInitNoCloud": {"userData": "#cloud-config\n"}}]),
         json!([{"name": "seed", "disk": {"bus": "virtio"}}]),
     );
-    VmOrder { vmi, interfaces: vec![], volumes: Default::default(), accelerator: Some(Accelerator::Tcg) }
+    VmOrder {
+        vmi,
+        interfaces: vec![],
+        volumes: Default::default(),
+        accelerator: Some(Accelerator::Tcg),
+        machine_revision: MACHINE_REVISION,
+    }
 }
 
 pub fn target_order() -> TargetOrder {
@@ -143,6 +150,7 @@ pub fn target_order() -> TargetOrder {
         accelerator: Some(Accelerator::Tcg),
         machine_type: None,
         allow_post_copy: false,
+        transport_follows: false,
     }
 }
 
@@ -155,6 +163,7 @@ pub fn source_order(bandwidth: Option<u64>) -> SourceOrder {
         max_downtime_ms: None,
         allow_auto_converge: false,
         allow_post_copy: false,
+        transport: Transport::default(),
     }
 }
 
@@ -170,6 +179,21 @@ pub fn carry(from: &Pod, outgoing: &str, to: &Pod, incoming: &str) -> JoinHandle
                 let mut there = UnixStream::connect(&incoming).await.unwrap();
                 let _ = tokio::io::copy_bidirectional(&mut here, &mut there).await;
             });
+        }
+    })
+}
+
+/// The same for memory of several connections: QEMU reads what a new one says first, and nothing else meanwhile; and the main
+/// one has to be the first.
+pub fn carry_memory(from: &Pod, outgoing: &str, to: &Pod, incoming: &str) -> JoinHandle<()> {
+    let listener = UnixListener::bind(Pod::paths(from.folder.path()).sockets.join(outgoing)).unwrap();
+    let incoming = Pod::paths(to.folder.path()).sockets.join(incoming);
+    tokio::spawn(async move {
+        let mut carried = tokio::task::JoinSet::new();
+        while let Ok((mut here, _)) = listener.accept().await {
+            here.readable().await.unwrap();
+            let mut there = UnixStream::connect(&incoming).await.unwrap();
+            carried.spawn(async move { tokio::io::copy_bidirectional(&mut here, &mut there).await });
         }
     })
 }

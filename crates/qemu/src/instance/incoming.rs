@@ -1,12 +1,13 @@
 //! The receiving end.
 
-use super::{Error, Qemu, Running, now_us};
+use super::{Capabilities, Error, Qemu, Running, now_us};
 use crate::blocks;
 use crate::failure;
 use crate::machine::Machine;
 use crate::migration::{Facts, Tracker};
 use crate::qmp::commands::{self, MigrationStatus, RunState, VersionTriple};
 use crate::qmp::{self, Event};
+use crate::transport::Transport;
 use std::path::Path;
 use std::time::Duration;
 
@@ -22,6 +23,9 @@ pub struct Incoming {
     tracker: Tracker,
     offers_blocks: bool,
     post_copy: bool,
+    /// Where it will receive, as long as it does not yet.
+    waits: Option<String>,
+    transport: Transport,
 }
 
 impl Incoming {
@@ -37,24 +41,48 @@ impl Incoming {
         socket: &Path,
         post_copy: bool,
     ) -> Result<Incoming, Error> {
+        let mut incoming = Incoming::prepare(program, machine, socket, post_copy).await?;
+        incoming.listen(Transport::default()).await?;
+        Ok(incoming)
+    }
+
+    /// The same, but nobody can connect before [`Incoming::listen`]: how memory comes is not agreed yet.
+    pub async fn prepare(program: &Path, machine: &Machine, socket: &Path, post_copy: bool) -> Result<Incoming, Error> {
         let machine = Machine { incoming: true, ..machine.clone() };
         let qemu = Qemu::launch(program, &machine).await?;
         let mut can = post_copy;
-        if let Err(error) = qemu.set_capabilities(false, false, post_copy).await {
+        if let Err(error) = qemu.set_capabilities(Capabilities { post_copy, ..Default::default() }).await {
             if !post_copy {
                 return Err(error.into());
             }
             // Mostly userfaultfd(2), which needs root, CAP_SYS_PTRACE or a sysctl.
             tracing::warn!(%error, "this machine cannot receive in post-copy");
-            qemu.set_capabilities(false, false, false).await?;
             can = false;
         }
+        let waits = Some(format!("unix:{}", socket.display()));
         let tracker = Tracker::arriving();
+        Ok(Incoming { qemu, tracker, offers_blocks: false, post_copy: can, waits, transport: Transport::default() })
+    }
+
+    /// Listens for memory that comes in this way; the first that was said stands, and is what is answered. With several
+    /// channels it cannot receive in post-copy any more ([`crate::transport`]).
+    pub async fn listen(&mut self, transport: Transport) -> Result<Transport, Error> {
+        let Some(uri) = self.waits.clone() else { return Ok(self.transport) };
+        let post_copy = self.post_copy && transport.channels == 0;
+        // QEMU wants to know of channels before it listens.
+        self.qemu.set_capabilities(Capabilities { post_copy, transport, ..Default::default() }).await?;
         // Older ones exit when they cannot load; their last words are the reason then.
-        let exit_on_error = (qemu.version >= VersionTriple { major: 9, minor: 1, micro: 0 }).then_some(false);
-        let uri = format!("unix:{}", socket.display());
-        qemu.qmp.execute(&commands::MigrateIncoming { uri, exit_on_error }).await?;
-        Ok(Incoming { qemu, tracker, offers_blocks: false, post_copy: can })
+        let exit_on_error = (self.qemu.version >= VersionTriple { major: 9, minor: 1, micro: 0 }).then_some(false);
+        self.qemu.qmp.execute(&commands::MigrateIncoming { uri, exit_on_error }).await?;
+        self.waits = None;
+        self.post_copy = post_copy;
+        self.transport = transport;
+        Ok(transport)
+    }
+
+    /// How memory comes, as far as it is agreed.
+    pub fn transport(&self) -> Transport {
+        self.transport
     }
 
     /// Offers disks (numbers in the machine, and names) behind the unix socket `socket`, for the source to copy its own to.

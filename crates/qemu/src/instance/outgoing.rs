@@ -1,6 +1,6 @@
 //! The sending end.
 
-use super::{Error, Qemu, Running, now_us};
+use super::{Capabilities, Error, Qemu, Running, now_us};
 use crate::blocks::{Blocks, Mirrors};
 use crate::migration::{DowntimeRamp, Facts, Mode, Options, Tracker};
 use crate::qmp::commands::{self, MigrationStatus, RunState};
@@ -471,7 +471,8 @@ impl Outgoing {
 }
 
 async fn prepare(qemu: &Qemu, options: &Options, ramp: &DowntimeRamp, mirrors: bool) -> Result<(), qmp::Error> {
-    qemu.set_capabilities(options.auto_converge, mirrors, options.post_copy).await?;
+    let &Options { auto_converge, post_copy, transport, .. } = options;
+    qemu.set_capabilities(Capabilities { auto_converge, mirrors, post_copy, transport }).await?;
     limit_bandwidth(qemu, options.bandwidth, options.post_copy).await?;
     let parameters = commands::MigrateSetParameters { downtime_limit: Some(ramp.limit_ms()), ..Default::default() };
     qemu.qmp.execute(&parameters).await.map(drop)

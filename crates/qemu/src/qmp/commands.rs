@@ -125,6 +125,12 @@ pub(crate) struct MigrateSetParameters {
     /// Milliseconds.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) downtime_limit: Option<u64>,
+    /// Connections of `multifd` beside the main one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) multifd_channels: Option<u8>,
+    /// `none` or `zstd`; a QEMU that was built without it does not know that word.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) multifd_compression: Option<&'static str>,
 }
 
 impl Command for MigrateSetParameters {

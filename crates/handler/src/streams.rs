@@ -1,0 +1,141 @@
+//! The listening half's streams: memory and blocks, on their way into the launcher's sockets.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use godwit_launcher::rpc::Transport;
+use tokio::io::AsyncBufReadExt;
+use tokio::sync::watch;
+
+use crate::channel::{Served, TargetControl, accept, refuse};
+use crate::pump::{self, Carried};
+use crate::sockets::SocketDir;
+
+/// A stream into one of the launcher's sockets.
+pub struct Stream {
+    /// For the log.
+    pub channel: &'static str,
+    /// For the memory stream, whose connections come once; blocks are one connection a disk.
+    pub memory: Option<Memory>,
+    /// UID of the migration.
+    pub uid: String,
+    /// Where the socket is.
+    pub dir: Arc<SocketDir>,
+    /// Its name.
+    pub socket: String,
+    /// Bytes so far.
+    pub carried: Arc<Carried>,
+    /// Connections that were refused.
+    pub refused: Arc<AtomicU64>,
+}
+
+impl Stream {
+    /// Carries one connection, if it may be.
+    pub async fn carry(self: Arc<Self>, mut tls: Served, number: u8) {
+        let (uid, channel) = (&self.uid, self.channel);
+        let admitted = match &self.memory {
+            Some(memory) => memory.admit(number).await,
+            None => Ok(Transport::default()),
+        };
+        let transport = match admitted {
+            Ok(transport) => transport,
+            Err(reason) => {
+                self.refused.fetch_add(1, Ordering::Relaxed);
+                tracing::warn!(migration = %uid, stream = number, reason, "connection refused");
+                let _ = refuse(&mut tls, &reason).await;
+                return;
+            }
+        };
+        let began = std::time::Instant::now();
+        let result = match &self.memory {
+            Some(memory) if transport.channels > 0 => self.carry_one_of(memory, tls, number).await,
+            _ => self.carry_alone(tls).await,
+        };
+        let bytes = self.carried.total();
+        let ms = began.elapsed().as_millis() as u64;
+        match result {
+            Ok(()) => tracing::info!(migration = %uid, channel, bytes, ms, "stream at its end"),
+            Err(error) => tracing::warn!(migration = %uid, channel, bytes, ms, %error, "stream broke"),
+        }
+    }
+
+    async fn carry_alone(&self, mut tls: Served) -> io::Result<()> {
+        let local = self.dir.connect(&self.socket).await?;
+        accept(&mut tls).await?;
+        pump::pump(local, tls, self.carried.clone()).await
+    }
+
+    /// One connection of several. If one of them breaks the others end with it: a QEMU that waits for the page that it would
+    /// have brought must not wait for ever.
+    async fn carry_one_of(&self, memory: &Memory, mut tls: Served, number: u8) -> io::Result<()> {
+        let mut broken = memory.broken.subscribe();
+        let work = async {
+            // QEMU reads a new connection's first bytes before it does anything else, so there have to be some.
+            let begins = async {
+                accept(&mut tls).await?;
+                tls.fill_buf().await.map(|first| !first.is_empty())
+            };
+            if !matches!(begins.await, Ok(true)) {
+                // Dialled ahead in vain; it may be dialled again.
+                memory.release(number);
+                return Ok(());
+            }
+            // Before 8.0 it takes its first connection for the main one.
+            if number > 0 {
+                let _ = memory.main.subscribe().wait_for(|connected| *connected).await;
+            }
+            let local = self.dir.connect(&self.socket).await?;
+            if number == 0 {
+                memory.main.send_replace(true);
+            }
+            pump::pump(local, tls, self.carried.clone()).await
+        };
+        let result = tokio::select! {
+            result = work => result,
+            _ = broken.wait_for(|broken| *broken) => {
+                Err(io::Error::new(io::ErrorKind::ConnectionAborted, "another connection of this memory stream broke"))
+            }
+        };
+        if result.is_err() {
+            memory.broken.send_replace(true);
+        }
+        result
+    }
+}
+
+/// What the connections of one memory stream know of each other.
+pub struct Memory {
+    control: Arc<dyn TargetControl>,
+    taken: Mutex<BTreeSet<u8>>,
+    /// The main one has been connected to QEMU.
+    main: watch::Sender<bool>,
+    /// One of them has broken.
+    broken: watch::Sender<bool>,
+}
+
+impl Memory {
+    /// Before its first connection.
+    pub fn new(control: Arc<dyn TargetControl>) -> Self {
+        Self { control, taken: Mutex::default(), main: watch::Sender::default(), broken: watch::Sender::default() }
+    }
+
+    /// Takes connection `number`, if it is one of those that were agreed and nobody has had it.
+    async fn admit(&self, number: u8) -> Result<Transport, String> {
+        let transport = self.control.clone().transport().await?;
+        if usize::from(number) >= transport.connections() {
+            let agreed = transport.connections();
+            return Err(format!("connection {number} of a memory stream for which {agreed} were agreed (from 0)"));
+        }
+        if !self.taken.lock().unwrap_or_else(PoisonError::into_inner).insert(number) {
+            return Err(format!("connection {number} of this migration's memory stream has been connected before"));
+        }
+        Ok(transport)
+    }
+
+    /// Connection `number` has gone before it said anything.
+    fn release(&self, number: u8) {
+        self.taken.lock().unwrap_or_else(PoisonError::into_inner).remove(&number);
+    }
+}

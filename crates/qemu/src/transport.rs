@@ -1,0 +1,153 @@
+//! How a guest's memory is carried: over how many connections, and whether compressed. Both QEMUs are told the same before
+//! the first byte. Pure: the rules, which docs/data-plane.md gives with their figures.
+
+use serde::{Deserialize, Serialize};
+
+/// The way that both ends have agreed on. Nothing is QEMU's plain stream.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Transport {
+    /// Connections that carry pages beside the main one (QEMU's `multifd`); 0: the main one carries everything.
+    pub channels: u8,
+    /// Pages are compressed (`multifd-compression=zstd`). Only with channels.
+    pub zstd: bool,
+}
+
+impl Transport {
+    /// How many connections QEMU opens.
+    #[must_use]
+    pub fn connections(self) -> usize {
+        1 + usize::from(self.channels)
+    }
+}
+
+/// What one end can do. An end that says nothing of this, since it is older, can do nothing but the plain stream.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Ability {
+    /// The most channels that are of use there.
+    pub channels: u8,
+    /// Its QEMU can compress.
+    pub zstd: bool,
+}
+
+impl Ability {
+    /// What is left of it where something else, on the same node, has only so many cores.
+    #[must_use]
+    pub fn within(self, cores: usize) -> Self {
+        Ability { channels: self.channels.min(channels_for(cores)), ..self }
+    }
+}
+
+/// The most channels that help: with 4 or 8 on two cores nothing was won over 2, and guests stood still for longer.
+const MOST_CHANNELS: usize = 8;
+/// Guest memory that one channel compresses in a second, in bytes. Measured: 830 MiB over two channels in 1.4 s.
+const COMPRESSES: u64 = 256 << 20;
+
+/// The channels that a machine with so many cores has room for: half of the cores, which the guest needs as well. On two cores
+/// two of them still were three times as fast as the plain stream; one core has no room for any.
+#[must_use]
+pub fn channels_for(cores: usize) -> u8 {
+    if cores < 2 {
+        return 0;
+    }
+    u8::try_from((cores / 2).clamp(2, MOST_CHANNELS)).unwrap_or(0)
+}
+
+/// What else the choice depends on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Wish {
+    /// Both ends are ready for post-copy, which was asked for.
+    pub post_copy: bool,
+    /// The cap in bytes a second; none is no cap.
+    pub bandwidth: Option<u64>,
+}
+
+/// Why memory goes over one connection although both ends could do more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Single {
+    /// QEMU up to 10.0 does not combine it with post-copy. Post-copy was asked for by name, so it goes first.
+    PostCopy,
+}
+
+impl Single {
+    /// For people.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Single::PostCopy => {
+                "memory goes over one connection, uncompressed: QEMU cannot combine several (multifd) with post-copy, which is allowed"
+            }
+        }
+    }
+}
+
+/// The way that two ends take which can do this much, and why it is not more, where that is a choice.
+#[must_use]
+pub fn choose(ours: Ability, theirs: Ability, wish: &Wish) -> (Transport, Option<Single>) {
+    let channels = ours.channels.min(theirs.channels);
+    if channels < 2 {
+        return (Transport::default(), None);
+    }
+    if wish.post_copy {
+        return (Transport::default(), Some(Single::PostCopy));
+    }
+    let zstd = ours.zstd && theirs.zstd && link_bound(channels, wish);
+    (Transport { channels, zstd }, None)
+}
+
+/// Whether the link carries less than half of the memory that the channels compress meanwhile.
+fn link_bound(channels: u8, wish: &Wish) -> bool {
+    let carries = wish.bandwidth.filter(|rate| *rate > 0);
+    carries.is_some_and(|carries| carries <= u64::from(channels) * COMPRESSES / 2)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TWO: Ability = Ability { channels: 2, zstd: true };
+
+    #[test]
+    fn half_of_the_cores_carry_memory() {
+        let channels = [1, 2, 3, 4, 6, 8, 16, 64].map(channels_for);
+        assert_eq!(channels, [0, 2, 2, 2, 3, 4, 8, 8]);
+        assert_eq!(Ability { channels: 8, zstd: true }.within(4), TWO);
+        assert_eq!(Ability::default().within(64), Ability::default());
+    }
+
+    #[test]
+    fn the_lesser_end_counts_and_an_older_one_gets_the_plain_stream() {
+        let wish = Wish::default();
+        let eight = Ability { channels: 8, zstd: true };
+        assert_eq!(choose(eight, TWO, &wish), (Transport { channels: 2, zstd: false }, None));
+        assert_eq!(choose(TWO, eight, &wish), (Transport { channels: 2, zstd: false }, None));
+        assert_eq!(choose(eight, Ability::default(), &wish), (Transport::default(), None));
+        assert_eq!(choose(Ability::default(), eight, &wish), (Transport::default(), None));
+        assert_eq!(Transport { channels: 2, zstd: false }.connections(), 3);
+        assert_eq!(Transport::default().connections(), 1);
+    }
+
+    #[test]
+    fn post_copy_goes_before_channels_and_that_is_said() {
+        let wish = Wish { post_copy: true, bandwidth: Some(1 << 20) };
+        assert_eq!(choose(TWO, TWO, &wish), (Transport::default(), Some(Single::PostCopy)));
+        // Nothing is given up where nothing was to be had.
+        assert_eq!(choose(TWO, Ability::default(), &wish), (Transport::default(), None));
+    }
+
+    #[test]
+    fn it_is_compressed_where_the_link_is_what_it_waits_for() {
+        let zstd = |ours, theirs, wish: Wish| choose(ours, theirs, &wish).0.zstd;
+        let capped = |bandwidth| Wish { bandwidth: Some(bandwidth), ..Wish::default() };
+        assert!(!zstd(TWO, TWO, Wish::default()), "nothing is known of the link");
+        assert!(zstd(TWO, TWO, capped(64 << 20)));
+        assert!(zstd(TWO, TWO, capped(256 << 20)));
+        assert!(!zstd(TWO, TWO, capped((256 << 20) + 1)));
+        assert!(!zstd(TWO, TWO, capped(0)), "no cap");
+        let eight = Ability { channels: 8, zstd: true };
+        assert!(zstd(eight, eight, capped(1 << 30)), "more channels compress more");
+        let without = Ability { zstd: false, ..TWO };
+        assert!(!zstd(TWO, without, capped(1 << 20)) && !zstd(without, TWO, capped(1 << 20)));
+    }
+}
