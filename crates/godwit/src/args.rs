@@ -1,6 +1,8 @@
 //! The command line.
 
 use clap::{Parser, Subcommand, ValueEnum};
+use godwit_bench::migrate::plan::Mebibytes;
+use godwit_bench::migrate::{Bandwidth, Load, Way};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
@@ -33,6 +35,9 @@ pub enum Command {
     Webhook(Webhook),
     /// Run the controllers on a simulated cluster in virtual time, with faults, and check what must always hold
     Simulate(Simulate),
+    /// Measure and test a cluster of its own
+    #[command(subcommand)]
+    Bench(Bench),
     /// The control plane's process (started by `up`)
     #[command(hide = true)]
     ControlPlane(ControlPlane),
@@ -168,6 +173,51 @@ pub struct Simulate {
     /// The VMs run already when time begins
     #[arg(long)]
     pub standing: bool,
+}
+
+/// `godwit bench …`
+#[derive(Subcommand)]
+pub enum Bench {
+    /// Move the same guest in several ways, side by side, and report
+    Migrate(BenchMigrate),
+}
+
+/// `godwit bench migrate`
+#[derive(clap::Args)]
+pub struct BenchMigrate {
+    /// Guests' memory
+    #[arg(long, value_delimiter = ',', default_value = "512Mi,1Gi")]
+    pub memory: Vec<Mebibytes>,
+    /// What guests do: idle, or write to this many per cent of the link (or the cap)
+    #[arg(long, value_delimiter = ',', default_value = "idle,10%,50%")]
+    pub load: Vec<Load>,
+    /// Caps: unlimited, or MiB a second such as 64Mi
+    #[arg(long, value_delimiter = ',', default_value = "unlimited,64Mi")]
+    pub bandwidth: Vec<Bandwidth>,
+    /// Ways of moving
+    #[arg(long, value_delimiter = ',', default_value = "ours,bare-default,bare-best,virsh")]
+    pub ways: Vec<Way>,
+    /// Moves of each guest in each way
+    #[arg(long, default_value_t = 3)]
+    pub runs: usize,
+    /// Guests of 512 MiB, 1 and 4 GiB, instead of --memory
+    #[arg(long)]
+    pub all: bool,
+    /// Folder with the demo guest's vmlinuz and initrd (made by `make guest`)
+    #[arg(long, default_value = "target/demo-guest")]
+    pub guest: PathBuf,
+    /// What the link carries in a second without a cap, such as 300Mi [default: it is measured]
+    #[arg(long)]
+    pub link: Option<Mebibytes>,
+    /// Seconds after which a move is given up
+    #[arg(long, default_value_t = 60)]
+    pub limit: u64,
+    /// Folder for report.json, report.txt and an SVG of each line
+    #[arg(long)]
+    pub out: Option<PathBuf>,
+    /// Text for people or JSON for programs, on standard output
+    #[arg(long, short, value_enum, default_value_t = Output::Text)]
+    pub output: Output,
 }
 
 /// `godwit image …`

@@ -2,6 +2,7 @@
 
 mod admission;
 mod args;
+mod bench;
 mod control_plane;
 mod images;
 mod node;
@@ -64,6 +65,7 @@ fn run(args: Args) -> anyhow::Result<ExitCode> {
         }
         Command::Demo(demo) => runtime.block_on(godwit_standalone::demo::demo(&demo.into()))?,
         Command::Image(image) => runtime.block_on(images::run(image))?,
+        Command::Bench(wanted) => return runtime.block_on(bench::run(wanted)),
         Command::Webhook(arguments) => {
             log_to_stderr();
             runtime.block_on(webhook::run(arguments))?;

@@ -25,6 +25,11 @@ impl Facts {
         Self { hostname, token: token.trim().to_owned(), beats: Arc::default(), memory }
     }
 
+    /// Names this life of the guest.
+    pub fn token(&self) -> &str {
+        &self.token
+    }
+
     fn json(&self) -> serde_json::Value {
         serde_json::json!({
             "hostname": self.hostname,

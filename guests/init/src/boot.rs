@@ -21,6 +21,10 @@ pub struct Options {
     pub working_set_mib: usize,
     /// MiB a second rewritten.
     pub dirty_mib_per_second: usize,
+    /// Who measures how long the guest stands still.
+    pub witness: Option<std::net::SocketAddrV4>,
+    /// How often it is told that the guest runs.
+    pub witness_every: Duration,
 }
 
 impl Options {
@@ -38,6 +42,8 @@ impl Options {
             hostname: value("godwit.hostname").unwrap_or("godwit-guest").to_owned(),
             working_set_mib: number("godwit.wss", 16).max(1),
             dirty_mib_per_second: number("godwit.dirty", 1),
+            witness: value("godwit.witness").and_then(|v| v.parse().ok()),
+            witness_every: Duration::from_micros(number("godwit.witness-us", 2000).max(100) as u64),
         }
     }
 }

@@ -3,13 +3,15 @@
 //! same facts on port 80, and speaks enough of the QEMU guest agent's protocol to report its addresses.
 //!
 //! Kernel command line: `godwit.ip=ADDR/PREFIX`, `godwit.gw=ADDR`, `godwit.hostname=NAME`, `godwit.wss=MiB` (memory kept
-//! and verified, default 16), `godwit.dirty=MiB/s` (rate of rewriting it, default 1).
+//! and verified, default 16), `godwit.dirty=MiB/s` (rate of rewriting it, default 1), `godwit.witness=ADDR:PORT` (send a
+//! numbered datagram there every `godwit.witness-us` microseconds, default 2000).
 
 mod agent;
 mod beat;
 mod boot;
 mod memory;
 mod net;
+mod witness;
 
 use std::thread;
 
@@ -25,6 +27,10 @@ fn main() {
     let facts = beat::Facts::new(options.hostname.clone(), memory);
     let served = facts.clone();
     thread::spawn(move || beat::serve(&served));
+    if let Some(to) = options.witness {
+        let token = facts.token().to_owned();
+        thread::spawn(move || witness::beat(to, options.witness_every, &token));
+    }
     let hostname = options.hostname.clone();
     thread::spawn(move || agent::serve(&hostname));
     thread::spawn(boot::power_button);

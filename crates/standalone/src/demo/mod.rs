@@ -7,8 +7,9 @@ mod report;
 
 use crate::layout::Layout;
 use crate::{Error, Options, admin_client, down, offers, up};
-use guest::Guest;
+pub use guest::{Facts, Guest, build_image};
 use journey::Journey;
+pub use journey::apply;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 

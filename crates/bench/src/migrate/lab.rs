@@ -1,0 +1,163 @@
+//! The network and the guest that all ways share: two hosts and an outside client, each in a network namespace, on one switch;
+//! an L2 segment over all three; the guest on it.
+
+use super::beats::Witness;
+use super::plan::Mebibytes;
+use super::{Bandwidth, Error, Line};
+use godwit_network::{Namespace, TapOptions, segment};
+use godwit_standalone::demo::{Facts, Guest, build_image};
+use godwit_standalone::{Cluster, Layout, fabric};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+/// The guest's address on the segment.
+const GUEST: Ipv4Addr = Ipv4Addr::new(192, 168, 123, 62);
+/// The outside client's.
+const CLIENT: Ipv4Addr = Ipv4Addr::new(192, 168, 123, 1);
+/// Where the client listens for the guest's heartbeats.
+const WITNESS_PORT: u16 = 4242;
+/// The segment's bridge, as in the cluster's NetworkAttachmentDefinition.
+const BRIDGE: &str = "br-lab";
+/// The tap of a guest that no pod holds.
+pub const TAP: &str = "tap0";
+/// How long a guest may take to boot.
+const BOOT: Duration = Duration::from_secs(180);
+
+/// The place where guests move, taken down when it is dropped.
+#[derive(Debug)]
+pub struct Lab {
+    folder: tempfile::TempDir,
+    /// The place's shape.
+    pub cluster: Cluster,
+    /// Its files.
+    pub layout: Layout,
+}
+
+impl Lab {
+    fn scratch() -> Result<tempfile::TempDir, Error> {
+        tempfile::Builder::new()
+            .prefix("godwit-bench-")
+            .tempdir_in("/var/tmp")
+            .map_err(|e| Error::io("make a scratch folder in /var/tmp", e))
+    }
+
+    /// Only the network: the same switch, links and segment as a cluster has, and a tap on each host.
+    pub async fn without_cluster() -> Result<Self, Error> {
+        let folder = Self::scratch()?;
+        let layout = Layout::open(folder.path())?;
+        let nodes = vec!["node1".to_owned(), "node2".to_owned()];
+        let cluster = Cluster { id: layout.id(), nodes, api_port: 0 };
+        layout.save(&cluster)?;
+        let lab = Self { folder, cluster, layout };
+        fabric::ensure(&lab.cluster).await?;
+        for host in 0..2 {
+            let links = lab.host(host)?.links()?;
+            segment::ensure(&links, BRIDGE, fabric::UPLINK).await?;
+            links.tap(TAP, TapOptions::default()).await?;
+            links.set_master(TAP, Some(BRIDGE)).await?;
+            links.set_up(TAP, true).await?;
+        }
+        Ok(lab)
+    }
+
+    /// A cluster of two nodes, with the guest's image in its store.
+    pub async fn with_cluster(guest: &Path) -> Result<Self, Error> {
+        let folder = Self::scratch()?;
+        let options = godwit_standalone::Options { data_dir: folder.path().to_owned(), nodes: 2, api_port: Some(0) };
+        match godwit_standalone::up(&options).await {
+            Ok(up) => {
+                let lab = Self { folder, cluster: up.cluster, layout: up.layout };
+                build_image(&lab.layout, guest)?;
+                Ok(lab)
+            }
+            Err(error) => {
+                let _ = godwit_standalone::down(folder.path());
+                Err(error.into())
+            }
+        }
+    }
+
+    /// Where scratch files can go.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// The namespace of a host, from 0.
+    pub fn host(&self, number: usize) -> Result<Namespace, Error> {
+        Ok(Namespace::open(&self.cluster.namespace(&format!("node{}", number + 1)))?)
+    }
+
+    /// A host's address.
+    pub fn address(number: usize) -> Ipv4Addr {
+        Cluster::node_address(u8::try_from(number + 1).unwrap_or(1))
+    }
+
+    /// The client's view of the guest.
+    pub async fn guest(&self) -> Result<Guest, Error> {
+        Ok(Guest::at(&self.cluster, GUEST, CLIENT).await?)
+    }
+
+    /// Begins to listen for heartbeats. The client must be on the segment: see [`Lab::guest`].
+    pub fn witness(&self) -> Result<Witness, Error> {
+        let client = Namespace::open(&fabric::client(&self.cluster))?;
+        Witness::listen(&client, SocketAddr::from((IpAddr::V4(CLIENT), WITNESS_PORT)))
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        if let Err(error) = godwit_standalone::down(self.folder.path()) {
+            eprintln!("bench: {error}; godwit down --data-dir {} tries again", self.folder.path().display());
+        }
+    }
+}
+
+/// A guest and how it is moved, the same for all ways.
+#[derive(Clone, Debug)]
+pub struct Workload {
+    /// Its memory.
+    pub memory: Mebibytes,
+    /// The cap.
+    pub bandwidth: Bandwidth,
+    /// Its kernel's command line.
+    pub arguments: String,
+}
+
+impl Workload {
+    /// What a line is, where the link carries `link` bytes a second.
+    pub fn of(line: &Line, link: u64) -> Self {
+        let arguments = arguments(line.working_set_mib(), line.dirty_mib_per_second(link));
+        Self { memory: line.memory, bandwidth: line.bandwidth, arguments }
+    }
+
+    /// Much to send, nothing written to, no cap.
+    pub fn full() -> Self {
+        Self {
+            memory: Mebibytes(768),
+            bandwidth: Bandwidth::Mebibytes(Mebibytes(1 << 20)),
+            arguments: arguments(512, 0),
+        }
+    }
+}
+
+fn arguments(working_set: u64, dirty: u64) -> String {
+    format!(
+        "console=ttyS0 quiet godwit.ip={GUEST}/24 godwit.hostname=bench godwit.wss={working_set} godwit.dirty={dirty} \
+         godwit.witness={CLIENT}:{WITNESS_PORT}"
+    )
+}
+
+/// Waits until the guest has booted.
+pub async fn booted(guest: &Guest) -> Result<Facts, Error> {
+    let deadline = Instant::now() + BOOT;
+    loop {
+        match guest.facts().await {
+            Ok(facts) => return Ok(facts),
+            Err(error) if Instant::now() > deadline => {
+                return Err(Error::Guest(format!("did not boot within {} s: {error}", BOOT.as_secs())));
+            }
+            Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
+        }
+    }
+}

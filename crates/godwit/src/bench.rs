@@ -1,0 +1,68 @@
+//! `godwit bench …`: instruments that put a cluster of their own to the test.
+
+use crate::args::{Bench, BenchMigrate};
+use anyhow::Context;
+use godwit_bench::migrate::{self, Options, Report};
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Duration;
+
+/// Carries one out.
+pub async fn run(bench: Bench) -> anyhow::Result<ExitCode> {
+    match bench {
+        Bench::Migrate(wanted) => migrations(wanted).await,
+    }
+}
+
+async fn migrations(wanted: BenchMigrate) -> anyhow::Result<ExitCode> {
+    let options = options(&wanted);
+    let lines = options.lines().len() * options.ways.len();
+    eprintln!("bench: {lines} lines of {} moves each", options.runs);
+    let begun = std::time::Instant::now();
+    let mut tell = |text: &str| eprintln!("{:>6.0} s  {text}", begun.elapsed().as_secs_f64());
+    let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
+    // Either way the measurement is dropped, and with it everything that it has started.
+    let report = tokio::select! {
+        report = migrate::run(&options, &mut tell) => report?,
+        _ = tokio::signal::ctrl_c() => anyhow::bail!("interrupted"),
+        _ = terminate.recv() => anyhow::bail!("terminated"),
+    };
+    if let Some(folder) = &wanted.out {
+        write(&report, folder)?;
+    }
+    match wanted.output {
+        crate::args::Output::Text => print!("{report}"),
+        crate::args::Output::Json => println!("{}", serde_json::to_string_pretty(&report.json())?),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn options(wanted: &BenchMigrate) -> Options {
+    let mut memory = wanted.memory.clone();
+    if wanted.all {
+        memory = ["512Mi", "1Gi", "4Gi"].into_iter().filter_map(|size| size.parse().ok()).collect();
+    }
+    Options {
+        memory,
+        load: wanted.load.clone(),
+        bandwidth: wanted.bandwidth.clone(),
+        ways: wanted.ways.clone(),
+        runs: wanted.runs.max(1),
+        guest: wanted.guest.clone(),
+        link: wanted.link.map(|link| link.0 << 20),
+        limit: Duration::from_secs(wanted.limit),
+    }
+}
+
+/// `report.json`, `report.txt` and a picture of each line.
+fn write(report: &Report, folder: &Path) -> anyhow::Result<()> {
+    std::fs::create_dir_all(folder).with_context(|| format!("make {}", folder.display()))?;
+    let json = serde_json::to_string_pretty(&report.json())?;
+    let mut files = vec![("report.json".to_owned(), json), ("report.txt".to_owned(), report.to_string())];
+    files.extend(migrate::plot::plots(report));
+    for (name, text) in files {
+        let path = folder.join(name);
+        std::fs::write(&path, text).with_context(|| format!("write {}", path.display()))?;
+    }
+    Ok(())
+}
