@@ -8,6 +8,7 @@ use kube::Client;
 use tokio::sync::watch;
 
 use crate::events::Events;
+use crate::links::Links;
 use crate::tls::TlsPaths;
 
 /// The handler's surroundings.
@@ -24,6 +25,8 @@ pub struct Context {
     pub tls: TlsPaths,
     /// What executes guests here, once known.
     pub accelerator: watch::Receiver<Option<Accelerator>>,
+    /// What is known of the links to other nodes.
+    pub links: Links,
     /// Takes events.
     pub events: Events,
 }

@@ -15,6 +15,7 @@ mod events;
 pub mod facts;
 mod follow;
 pub mod heartbeat;
+mod links;
 pub mod networks;
 mod progress;
 pub mod pump;
@@ -41,6 +42,7 @@ use kube::Client;
 use crate::context::Context;
 use crate::events::Events;
 use crate::heartbeat::Offer;
+use crate::links::Links;
 pub use crate::tls::TlsPaths;
 
 /// What a handler needs to know.
@@ -96,6 +98,7 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
         kubelet_root: options.kubelet_root,
         tls: options.tls,
         accelerator: known,
+        links: Links::default(),
         events: Events::start(options.client.clone(), options.node_name.clone()),
     });
     let watching = tokio::spawn(watch::run(context));

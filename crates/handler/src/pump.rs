@@ -3,7 +3,7 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::socket::{setsockopt, sockopt};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
@@ -23,9 +23,26 @@ pub struct Carried {
     pub out: AtomicU64,
     /// From the channel to the local unix socket.
     pub back: AtomicU64,
+    /// Microseconds that the channels took to take what went out, all of them together.
+    pub writing_us: AtomicU64,
 }
 
+/// Fewer bytes than this lie in buffers on the way, and say nothing of the link.
+const MEASURABLE: u64 = 16 << 20;
+
 impl Carried {
+    /// What the link takes in bytes a second: what went out over so many connections, in the time that they took to take it.
+    /// How long they waited for something to send does not count. None while too little went out to tell.
+    #[must_use]
+    pub fn link_rate(&self, connections: u64) -> Option<u64> {
+        let (out, us) = (self.out.load(Ordering::Relaxed), self.writing_us.load(Ordering::Relaxed));
+        if out < MEASURABLE || us == 0 {
+            return None;
+        }
+        let rate = u128::from(out) * u128::from(connections.max(1)) * 1_000_000 / u128::from(us);
+        u64::try_from(rate).ok()
+    }
+
     /// Both directions together: any change means that the link lives.
     #[must_use]
     pub fn total(&self) -> u64 {
@@ -59,13 +76,13 @@ where
     let (mut local_read, mut local_write) = tokio::io::split(local);
     let (mut channel_read, mut channel_write) = tokio::io::split(channel);
     tokio::try_join!(
-        one_way(&mut local_read, &mut channel_write, &carried.out),
-        one_way(&mut channel_read, &mut local_write, &carried.back),
+        one_way(&mut local_read, &mut channel_write, &carried.out, Some(&carried.writing_us)),
+        one_way(&mut channel_read, &mut local_write, &carried.back, None),
     )?;
     Ok(())
 }
 
-async fn one_way<R, W>(from: &mut R, to: &mut W, count: &AtomicU64) -> io::Result<()>
+async fn one_way<R, W>(from: &mut R, to: &mut W, count: &AtomicU64, writing_us: Option<&AtomicU64>) -> io::Result<()>
 where
     R: AsyncRead + Unpin,
     W: AsyncWrite + Unpin,
@@ -81,8 +98,12 @@ where
             Err(e) => return Err(e),
         };
         let Some(filled) = buffer.get(..n) else { break };
+        let began = Instant::now();
         to.write_all(filled).await?;
         to.flush().await?;
+        if let Some(us) = writing_us {
+            us.fetch_add(u64::try_from(began.elapsed().as_micros()).unwrap_or(0), Ordering::Relaxed);
+        }
         count.fetch_add(n as u64, Ordering::Relaxed);
     }
     to.shutdown().await
@@ -91,6 +112,18 @@ where
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_link_is_measured_by_the_time_that_it_takes_to_take_bytes() {
+        let carried = Carried::default();
+        assert_eq!(carried.link_rate(1), None);
+        carried.out.store(100 << 20, Ordering::Relaxed);
+        carried.writing_us.store(2_000_000, Ordering::Relaxed);
+        assert_eq!(carried.link_rate(1), Some(50 << 20));
+        assert_eq!(carried.link_rate(2), Some(100 << 20), "two waited at the same time");
+        carried.out.store(1 << 20, Ordering::Relaxed);
+        assert_eq!(carried.link_rate(1), None, "that is in the buffers still");
+    }
 
     #[tokio::test]
     async fn both_directions_are_carried_counted_and_closed() {

@@ -74,6 +74,8 @@ struct Target {
 /// The dialling half in hand.
 struct Source {
     link: SourceLink,
+    /// Where the guest goes.
+    node: String,
     /// Where QEMU's streams are taken: inner port, folder, name.
     sockets: Vec<(i32, Arc<SocketDir>, String)>,
     first_dialled: Instant,
@@ -503,6 +505,11 @@ impl Source {
             go: state.go,
             target: state.target,
         }
+    }
+
+    /// What the link to its node took, if that can be told.
+    fn link_rate(&self) -> Option<u64> {
+        self.link.carried.link_rate(u64::from(self.link.now().transport.channels))
     }
 
     fn remove_sockets(&self) {

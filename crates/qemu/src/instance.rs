@@ -115,7 +115,12 @@ impl Qemu {
         let known = qmp.execute(&commands::QueryMigrateCapabilities {}).await?;
         let capabilities: Vec<String> = known.into_iter().map(|c| c.capability).collect();
         let ability = match capabilities.iter().any(|c| c == MULTIFD) {
-            true => Ability { channels: channels_for(cores()), zstd: knows_zstd(&qmp).await? },
+            true => Ability {
+                channels: channels_for(cores()),
+                zstd: knows_zstd(&qmp).await?,
+                // Seen: 7.2 does not, 10.0 does.
+                counts_compressed: version >= VersionTriple { major: 9, minor: 0, micro: 0 },
+            },
             false => Ability::default(),
         };
         // The versioned name behind an alias such as `q35`; both ends of a migration need the same.

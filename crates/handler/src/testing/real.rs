@@ -90,15 +90,19 @@ async fn moved_under(configuration: &Value) -> (Value, Vec<String>) {
     let mut there = target.console().await;
     hear(&mut there, &mut story, 20).await;
     assert_eq!(cluster.vm()["status"]["migrationState"].get("failed"), None, "{:#}", cluster.vm());
-    (cluster.vm()["status"]["migrationState"].clone(), cluster.events())
+    (cluster.vm(), cluster.events())
 }
 
 #[test]
 fn memory_is_compressed_under_a_cap() {
     blocking(async {
-        let (m, events) = moved_under(&json!({ "bandwidthPerMigration": "8Mi" })).await;
+        let (vm, events) = moved_under(&json!({ "bandwidthPerMigration": "8Mi" })).await;
+        let m = &vm["status"]["migrationState"];
         assert_eq!(m["progress"]["connections"], connections(), "{m:#}");
-        let compressed = connections() > 1;
+        // Older ones count against the cap what was there before it was compressed.
+        let version = vm["status"]["qemuVersion"].as_str().unwrap();
+        let major: u32 = version.split('.').next().unwrap().parse().unwrap();
+        let compressed = connections() > 1 && major >= 9;
         assert_eq!(m["progress"].get("compression"), compressed.then(|| json!("zstd")).as_ref(), "{m:#}");
         // The map of ports is KubeVirt's, however many connections there are.
         let inner: Vec<_> = m["targetDirectMigrationNodePorts"].as_object().unwrap().values().cloned().collect();
@@ -110,7 +114,8 @@ fn memory_is_compressed_under_a_cap() {
 #[test]
 fn where_post_copy_is_allowed_memory_has_one_connection_and_that_is_said() {
     blocking(async {
-        let (m, events) = moved_under(&json!({ "allowPostCopy": true })).await;
+        let (vm, events) = moved_under(&json!({ "allowPostCopy": true })).await;
+        let m = &vm["status"]["migrationState"];
         assert_eq!(m["progress"]["connections"], 1, "{m:#}");
         assert_eq!(m["progress"].get("compression"), None, "{m:#}");
         assert_eq!(

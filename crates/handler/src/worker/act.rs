@@ -69,6 +69,15 @@ impl Worker {
             Action::Disrupt { pod, uid, how } => self.disrupt(&pod, &uid, how).await,
             Action::CloseSource => {
                 if let Some(source) = self.source.take() {
+                    if let Some(rate) = source.link_rate() {
+                        tracing::info!(
+                            vmi = self.name,
+                            node = source.node,
+                            rate,
+                            "what the link took, in bytes a second"
+                        );
+                        self.context.links.seen(&source.node, rate);
+                    }
                     source.remove_sockets();
                 }
                 Ok(())
@@ -279,6 +288,7 @@ impl Worker {
         let wish = Wish {
             post_copy: m.allow_post_copy && m.allow_workload_disruption,
             bandwidth: Some(m.bandwidth).filter(|b| *b > 0),
+            measured: context.links.to(&m.target_node),
         };
         let pod = self.pod(name)?;
         let ability = pod.follower.now().last().map(|state| state.ability.within(cores())).unwrap_or_default();
@@ -305,6 +315,7 @@ impl Worker {
             SourceLink::start(context.tls.clone(), endpoint, listeners, pod.follower.subscribe(), wake, ability, wish);
         self.source = Some(Source {
             link,
+            node: m.target_node.clone(),
             sockets,
             first_dialled: first_dialled.unwrap_or_else(Instant::now),
             start_error: None,
