@@ -9,10 +9,12 @@ use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{Node, NodeCondition, Taint};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use smol_str::SmolStr;
 
 use crate::names;
-use crate::object::{Name, Stored};
+use crate::object::{Name, Object, Stored};
 use crate::plan::{EventType, NODE_CONTROLLER, Plan, View};
+use crate::world::Change;
 
 /// How long a node may be silent when its lease does not say (Kubernetes' node-monitor-grace-period).
 const GRACE: SignedDuration = SignedDuration::from_secs(40);
@@ -64,13 +66,36 @@ pub fn decide(name: &str, view: &View<'_>) -> Plan {
 /// From when on the node counts as silent; `None` when it has never said anything.
 fn silence(node: &Node, view: &View<'_>) -> Option<Timestamp> {
     let lease = view.world.leases.get(&Name::new(LEASES, node.name())).and_then(|lease| lease.spec.as_ref());
-    let renewed = lease.and_then(|spec| spec.renew_time.as_ref()).map(|time| time.0);
     let allowed = lease
         .and_then(|spec| spec.lease_duration_seconds)
         .filter(|seconds| *seconds > 0)
         .map_or(GRACE, |seconds| SignedDuration::from_secs(i64::from(seconds)));
-    let posted = ready_condition(node).and_then(|condition| condition.last_heartbeat_time.as_ref()).map(|time| time.0);
-    [renewed.map(|time| time + allowed), posted.map(|time| time + GRACE)].into_iter().flatten().max()
+    view.world.heard_of(node.name()).map(|heard| heard + allowed)
+}
+
+/// The node that has given a sign of life with a change: it has renewed its lease or posted its status.
+pub fn sign_of_life(change: &Change) -> Option<SmolStr> {
+    let renewed = |lease: &Lease| lease.spec.as_ref().and_then(|spec| spec.renew_time.as_ref()).map(|time| time.0);
+    let posted = |node: &Node| {
+        ready_condition(node).and_then(|condition| condition.last_heartbeat_time.as_ref()).map(|time| time.0)
+    };
+    match (&change.before, change.after.as_ref()?) {
+        (before, Object::Lease(after)) if after.namespace() == LEASES => {
+            let before = match before {
+                Some(Object::Lease(before)) => renewed(before),
+                _ => None,
+            };
+            (renewed(after).is_some() && renewed(after) != before).then(|| SmolStr::new(after.name()))
+        }
+        (before, Object::Node(after)) => {
+            let before = match before {
+                Some(Object::Node(before)) => posted(before),
+                _ => None,
+            };
+            (posted(after).is_some() && posted(after) != before).then(|| SmolStr::new(after.name()))
+        }
+        _ => None,
+    }
 }
 
 /// Whether a change of a node's lease asks for a decision. A renewal of a node that counts as alive does not: the decision
@@ -79,12 +104,10 @@ fn silence(node: &Node, view: &View<'_>) -> Option<Timestamp> {
 pub fn is_told_by(before: Option<&Lease>, after: Option<&Lease>, node: Option<&Node>) -> bool {
     let said = |lease: Option<&Lease>| {
         let spec = lease?.spec.as_ref()?;
-        Some((spec.renew_time.as_ref()?.0, spec.lease_duration_seconds))
+        spec.renew_time.as_ref().map(|_| spec.lease_duration_seconds)
     };
     match (said(before), said(after)) {
-        (Some((renewed_before, allowed_before)), Some((renewed, allowed))) => {
-            renewed < renewed_before || allowed != allowed_before || node.is_some_and(is_marked)
-        }
+        (Some(before), Some(after)) => before != after || node.is_some_and(is_marked),
         _ => true,
     }
 }
@@ -152,4 +175,52 @@ pub fn is_silent(node: &Node) -> bool {
 pub fn reachable_since(node: &Node) -> Option<Timestamp> {
     let ready = ready_condition(node).filter(|condition| condition.status != "Unknown")?;
     ready.last_transition_time.as_ref().map(|time| time.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::testing::Cluster;
+    use crate::{Key, Kind};
+
+    /// The node renews its lease, at this second of its own clock.
+    fn renew(cluster: &mut Cluster, second: i64) {
+        let time = Timestamp::from_second(second).unwrap();
+        cluster.put(
+            Kind::Lease,
+            json!({
+                "metadata": {"namespace": LEASES, "name": "node1"},
+                "spec": {"renewTime": format!("{time:.6}"), "leaseDurationSeconds": 40},
+            }),
+        );
+        cluster.settle();
+    }
+
+    fn counts_as_silent(cluster: &Cluster) -> bool {
+        is_lost("node1", &View { now: cluster.now, world: &cluster.world, settings: &cluster.settings })
+    }
+
+    #[test]
+    fn a_wrong_clock_is_no_silence_and_silence_is_seen_whatever_the_clock_says() {
+        for wrong_by in [-3600, 0, 3600] {
+            let mut cluster = Cluster::new();
+            cluster.add_node("node1");
+            for round in 0..10 {
+                renew(&mut cluster, 1_000_000 + wrong_by + 10 * round);
+                cluster.pass(10);
+                cluster.settle();
+                assert!(!counts_as_silent(&cluster), "it renews each 10 s, on a clock {wrong_by} s off");
+            }
+            let woken = cluster.decide(&Key::Node("node1".into())).wake_at;
+            assert_eq!(woken, Some(cluster.now + SignedDuration::from_secs(30)), "40 s after it was last heard of");
+            cluster.pass(29);
+            cluster.settle();
+            assert!(!counts_as_silent(&cluster));
+            cluster.pass(1);
+            cluster.settle();
+            assert!(counts_as_silent(&cluster), "nothing was heard for 40 s, on a clock {wrong_by} s off");
+        }
+    }
 }

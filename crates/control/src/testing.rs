@@ -55,6 +55,7 @@ impl Cluster {
     /// Stores an object as a server would: with a UID, a creation time and a new revision.
     pub fn put(&mut self, kind: Kind, mut value: Value) {
         self.revision += 1;
+        self.world.set_clock(self.now);
         let revision = self.revision;
         let metadata = &mut value["metadata"];
         if metadata.get("uid").is_none() {

@@ -13,10 +13,11 @@ use k8s_openapi::api::core::v1::{
     ConfigMap, Namespace, Node, PersistentVolume, PersistentVolumeClaim, Pod, ResourceQuota,
 };
 use k8s_openapi::api::storage::v1::StorageClass;
+use smol_str::SmolStr;
 
 use crate::object::{Kind, Name, Object, Stored};
 use crate::ordered::Ordered;
-use crate::{kubevirt, names, placement, turns, volumes};
+use crate::{kubevirt, names, node, placement, turns, volumes};
 
 /// All objects of one type, by name.
 #[derive(Clone, Debug)]
@@ -179,6 +180,10 @@ pub struct World {
     loads: placement::Loads,
     /// The migration configuration in force; `None` before anything was said about it.
     configuration: Option<MigrationConfiguration>,
+    /// The time, by the clock of whoever keeps this world.
+    clock: Timestamp,
+    /// When a node last gave a sign of life, by that clock.
+    heard: Ordered<SmolStr, Timestamp>,
 }
 
 /// What an object is indexed under.
@@ -202,6 +207,18 @@ struct Terms {
 }
 
 impl World {
+    /// From now on news are taken in at this time.
+    pub fn set_clock(&mut self, now: Timestamp) {
+        self.clock = now;
+    }
+
+    /// When the news of a node's last sign of life came: its lease renewed, or its status posted. The times that are written
+    /// there are those of the node's clock, which may be wrong; like Kubernetes' node controller, only that they have
+    /// changed counts. `None` when it has never given one.
+    pub fn heard_of(&self, node: &str) -> Option<Timestamp> {
+        self.heard.get(node).copied()
+    }
+
     /// Takes in an object as seen at its revision. Returns the change, or `None` when this was already known or is older
     /// than what is held.
     pub fn apply(&mut self, object: Object, source: Source) -> Option<Change> {
@@ -276,6 +293,16 @@ impl World {
                 self.refusals.retain(|pod, refusal| pod.namespace != namespace || !refusal.is_quota());
             }
             _ => {}
+        }
+        match node::sign_of_life(change) {
+            Some(node) => {
+                self.heard.insert(node, self.clock);
+            }
+            None => {
+                if let (Some(Object::Node(node)), None) = (&change.before, &change.after) {
+                    self.heard.remove(&SmolStr::new(node.name()));
+                }
+            }
         }
         self.loads.refresh(change);
         let mut turns = std::mem::take(&mut self.turns);

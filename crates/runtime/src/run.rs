@@ -158,6 +158,7 @@ impl Shell {
     }
 
     fn take_in(&mut self, piece: News) -> Result<(), Error> {
+        self.world.set_clock(Timestamp::now());
         match piece {
             News::Here(object) => {
                 let change = self.world.apply(object, Source::Watch);

@@ -247,7 +247,9 @@ impl Sim {
 
     /// A page of a list arrives.
     pub fn take_list(&mut self, life: Life, kind: Kind, objects: Vec<Object>, first: bool, last: bool) {
+        let now = self.clock(life.who);
         let Some(one) = self.living(life) else { return };
+        one.world.set_clock(now);
         if first {
             one.lists.insert(kind, one.world.names_of(kind).into_iter().collect());
         }
@@ -275,9 +277,11 @@ impl Sim {
 
     /// News arrive.
     pub fn take_news(&mut self, life: Life, kind: Kind, news: News) {
+        let now = self.clock(life.who);
         let Some(one) = self.living(life).filter(|one| one.feeds.get(&kind).is_some_and(|feed| !feed.broken)) else {
             return;
         };
+        one.world.set_clock(now);
         let change = match news {
             News::Here(object) => one.world.apply(object, Source::Watch),
             News::Gone(object) => one.world.delete(&object, Source::Watch),

@@ -89,13 +89,13 @@ impl Sim {
         }
     }
 
-    /// Clocks go wrong: of some nodes and controllers, by up to half a minute.
+    /// Clocks go wrong: of some nodes by up to ten minutes, of some controllers by up to half a minute.
     pub fn skew_clocks(&mut self) {
-        let longest = 30 * SECOND;
         for index in 0..self.nodes.len() + self.controllers.len() {
             if !self.faulty(|faults| faults.skewed_clocks_per_mille) {
                 continue;
             }
+            let longest = if index < self.nodes.len() { 600 * SECOND } else { 30 * SECOND };
             let drawn = i64::try_from(self.random.between(0, 2 * longest)).unwrap_or(0);
             let skew = drawn - i64::try_from(longest).unwrap_or(0);
             let nodes = self.nodes.len();
