@@ -7,6 +7,10 @@
 #   X ADDRESS                        this page is not what was written to it
 #   off                              the power button was pressed; it powers itself off
 #
+# Where it has an RTL8139 at 00:08.0 (the first network interface), it also sends a broadcast frame of type 0x88b5 every
+# `frame_ticks` ticks, for witnesses outside of the machine that runs it. Behind the Ethernet header: "beat", then TOKEN, COUNT and
+# ERRORS, four bytes each, least significant first; COUNT rises by one with each frame. The source address is the interface's own.
+#
 # Memory check: each tick visits `pages_per_tick` pages of [first, last). A visited page carries its own address mixed with a
 # key and the number of the pass that wrote it, and must carry those of the pass before when it is visited again: a page that
 # a migration lost, sent too early or put in the wrong place is noticed within one pass.
@@ -25,6 +29,13 @@
         .equ pass, 0x2008
         .equ cursor, 0x200c
         .equ errors, 0x2010
+        .equ frames_left, 0x2014        # ticks until the next frame
+        .equ frames, 0x2018
+        .equ sends, 0x201c              # whether there is something to send with
+        .equ descriptor, 0x2020         # the next of its four
+        .equ FRAME, 0x3000
+        .equ FRAME_SIZE, 60             # Ethernet's least
+        .equ NIC, 0xc000                # where its registers are put
 
         .text
         .globl start
@@ -79,6 +90,7 @@ protected:
         out     %al, $0x40
 
         call    power_setup
+        call    nic_setup
 
         mov     beat_ticks, %eax
         mov     %eax, ticks_left
@@ -88,6 +100,8 @@ protected:
         mov     %eax, beats
         mov     %eax, pass
         mov     %eax, errors
+        mov     %eax, frames
+        mov     %eax, descriptor
 
         mov     $say_start, %esi
         call    say
@@ -100,6 +114,7 @@ main:
         hlt
         call    visit
         call    beat
+        call    send
         mov     $PM, %edx
         in      %dx, %ax
         test    $BUTTON, %eax
@@ -170,6 +185,7 @@ beat_ticks:     .long 10
 pages_per_tick: .long 0
 first:          .long 0x100000
 last:           .long 0x200000
+frame_ticks:    .long 0
         .org 0x440
 
 visit:
@@ -231,6 +247,75 @@ beat:
         mov     errors, %eax
         call    say_number
         call    say_end
+9:      ret
+
+# Makes the network interface ready, and a frame that only lacks its numbers.
+nic_setup:
+        movl    $0, sends
+        mov     frame_ticks, %eax
+        mov     %eax, frames_left
+        test    %eax, %eax
+        jz      9f
+        mov     $0x80004000, %eax       # 00:08.0
+        call    pci_read
+        cmp     $0x813910ec, %eax
+        jne     9f
+        mov     $0x80004010, %eax
+        mov     $NIC, %ecx
+        call    pci_write
+        mov     $0x80004004, %eax       # answers on its ports, reads memory
+        mov     $5, %ecx
+        call    pci_write
+        mov     $(NIC + 0x37), %edx     # command: reset, then transmitter on
+        mov     $0x10, %al
+        out     %al, %dx
+        mov     $0x04, %al
+        out     %al, %dx
+        mov     $FRAME, %edi
+        xor     %eax, %eax
+        mov     $(FRAME_SIZE / 4), %ecx
+        cld
+        rep stosl
+        movl    $0xffffffff, FRAME      # to everybody
+        movw    $0xffff, FRAME + 4
+        mov     $NIC, %edx              # its own address
+        mov     $(FRAME + 6), %edi
+        mov     $6, %ecx
+1:      in      %dx, %al
+        mov     %al, (%edi)
+        inc     %edx
+        inc     %edi
+        dec     %ecx
+        jnz     1b
+        movw    $0xb588, FRAME + 12
+        movl    $0x74616562, FRAME + 14 # "beat"
+        mov     token, %eax
+        mov     %eax, FRAME + 18
+        movl    $1, sends
+9:      ret
+
+send:
+        cmpl    $0, sends
+        je      9f
+        decl    frames_left
+        jnz     9f
+        mov     frame_ticks, %eax
+        mov     %eax, frames_left
+        incl    frames
+        mov     frames, %eax
+        mov     %eax, FRAME + 22
+        mov     errors, %eax
+        mov     %eax, FRAME + 26
+        mov     descriptor, %ecx
+        lea     NIC + 0x20(, %ecx, 4), %edx
+        mov     $FRAME, %eax
+        out     %eax, %dx
+        lea     NIC + 0x10(, %ecx, 4), %edx
+        mov     $FRAME_SIZE, %eax
+        out     %eax, %dx
+        inc     %ecx
+        and     $3, %ecx
+        mov     %ecx, descriptor
 9:      ret
 
 say:                                    # the text at %esi

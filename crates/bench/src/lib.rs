@@ -1,4 +1,6 @@
 //! Instruments that put a cluster of their own to the test. [`migrate`] measures migrations, side by side with QEMU driven by
-//! hand.
+//! hand; [`faults`] kills, stops and cuts what moves guests.
 
+pub mod faults;
 pub mod migrate;
+pub mod witness;

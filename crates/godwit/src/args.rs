@@ -180,6 +180,8 @@ pub struct Simulate {
 pub enum Bench {
     /// Move the same guest in several ways, side by side, and report
     Migrate(BenchMigrate),
+    /// Kill, stop and cut what moves guests, while a witness outside sees to it that each runs once and only once
+    Faults(BenchFaults),
 }
 
 /// `godwit bench migrate`
@@ -218,6 +220,29 @@ pub struct BenchMigrate {
     /// Text for people or JSON for programs, on standard output
     #[arg(long, short, value_enum, default_value_t = Output::Text)]
     pub output: Output,
+}
+
+/// `godwit bench faults`
+#[derive(clap::Args)]
+pub struct BenchFaults {
+    /// How many faults, one a migration
+    #[arg(long, default_value_t = 200)]
+    pub runs: u32,
+    /// Decides about victims and moments [default: any, printed]
+    #[arg(long)]
+    pub seed: Option<u64>,
+    /// Number of the first run, to have one of a seed's runs again
+    #[arg(long, default_value_t = 0)]
+    pub first: u32,
+    /// Guests that are moved at the same time
+    #[arg(long, default_value_t = 4)]
+    pub parallel: u32,
+    /// The longest that a fault lasts, in seconds
+    #[arg(long, default_value_t = 15.0)]
+    pub longest: f64,
+    /// Keep the cluster here instead of in a scratch folder
+    #[arg(long)]
+    pub data_dir: Option<PathBuf>,
 }
 
 /// `godwit image …`

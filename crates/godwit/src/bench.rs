@@ -1,7 +1,8 @@
 //! `godwit bench …`: instruments that put a cluster of their own to the test.
 
-use crate::args::{Bench, BenchMigrate};
+use crate::args::{Bench, BenchFaults, BenchMigrate};
 use anyhow::Context;
+use godwit_bench::faults;
 use godwit_bench::migrate::{self, Options, Report};
 use std::path::Path;
 use std::process::ExitCode;
@@ -11,6 +12,7 @@ use std::time::Duration;
 pub async fn run(bench: Bench) -> anyhow::Result<ExitCode> {
     match bench {
         Bench::Migrate(wanted) => migrations(wanted).await,
+        Bench::Faults(wanted) => attack(wanted).await,
     }
 }
 
@@ -65,4 +67,17 @@ fn write(report: &Report, folder: &Path) -> anyhow::Result<()> {
         std::fs::write(&path, text).with_context(|| format!("write {}", path.display()))?;
     }
     Ok(())
+}
+
+async fn attack(wanted: BenchFaults) -> anyhow::Result<ExitCode> {
+    let BenchFaults { runs, seed, first, parallel, longest, data_dir } = wanted;
+    let longest = Duration::try_from_secs_f64(longest).context("--longest")?;
+    let seed = seed.unwrap_or_else(|| (u64::from(std::process::id()) << 32) | u64::from(clock()));
+    let summary = faults::night(&faults::Options { runs, first, seed, parallel, longest, data_dir }).await?;
+    Ok(if summary.broken() == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Something that differs from one invocation to the next.
+fn clock() -> u32 {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.subsec_nanos())
 }

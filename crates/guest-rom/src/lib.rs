@@ -19,12 +19,14 @@ pub struct Parameters {
     pub first: u32,
     /// The byte after the last.
     pub last: u32,
+    /// Ticks of 10 ms between two frames from its first network interface, which must be an `rtl8139`; 0 for none.
+    pub frame_ticks: u32,
 }
 
 impl Default for Parameters {
     /// Ten beats a second, about 1 MiB a second written to 4 MiB of memory.
     fn default() -> Self {
-        Parameters { token: 0, beat_ticks: 10, pages_per_tick: 3, first: 0x10_0000, last: 0x50_0000 }
+        Parameters { token: 0, beat_ticks: 10, pages_per_tick: 3, first: 0x10_0000, last: 0x50_0000, frame_ticks: 0 }
     }
 }
 
@@ -33,7 +35,14 @@ pub fn image(parameters: Parameters) -> Vec<u8> {
     let first = parameters.first.max(0x10_0000) & !0xfff;
     let last = (parameters.last & !0xfff).max(first + 0x1000);
     let mut image = IMAGE.to_vec();
-    let values = [parameters.token, parameters.beat_ticks.max(1), parameters.pages_per_tick, first, last];
+    let values = [
+        parameters.token,
+        parameters.beat_ticks.max(1),
+        parameters.pages_per_tick,
+        first,
+        last,
+        parameters.frame_ticks,
+    ];
     for (n, value) in values.into_iter().enumerate() {
         let at = PARAMETERS + 4 * n;
         image[at..at + 4].copy_from_slice(&value.to_le_bytes());
@@ -83,6 +92,33 @@ impl Line {
             [.., "off"] => Some(Line::Off),
             _ => None,
         }
+    }
+}
+
+/// EtherType of the guest's frames: the first of those that IEEE 802 leaves to local experiments.
+pub const FRAME_TYPE: u16 = 0x88b5;
+
+/// A frame that the guest sends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Frame {
+    /// The address of the interface that sent it.
+    pub mac: [u8; 6],
+    /// Its name.
+    pub token: u32,
+    /// One more than the last time, from 1.
+    pub count: u32,
+    /// How many corrupted pages it has found.
+    pub errors: u32,
+}
+
+impl Frame {
+    /// Reads a whole Ethernet frame; none where it is not one of the guest's.
+    pub fn parse(bytes: &[u8]) -> Option<Frame> {
+        let number = |at: usize| Some(u32::from_le_bytes(bytes.get(at..at + 4)?.try_into().ok()?));
+        let typed = bytes.get(12..14)? == FRAME_TYPE.to_be_bytes() && bytes.get(14..18)? == b"beat";
+        let mac = bytes.get(6..12)?.try_into().ok()?;
+        typed.then_some(())?;
+        Some(Frame { mac, token: number(18)?, count: number(22)?, errors: number(26)? })
     }
 }
 
@@ -141,6 +177,7 @@ mod tests {
         assert_eq!(image[0x400..0x404], [0x23, 0x01, 0xfe, 0xca]);
         assert_eq!(IMAGE[0x404..0x408], [10, 0, 0, 0], "the parameters have moved in rom.S");
         assert_eq!(IMAGE[0x40c..0x410], [0, 0, 0x10, 0], "the parameters have moved in rom.S");
+        assert_eq!(IMAGE[0x410..0x418], [0, 0, 0x20, 0, 0, 0, 0, 0], "the parameters have moved in rom.S");
     }
 
     #[test]
@@ -158,6 +195,21 @@ mod tests {
         assert_eq!(Line::parse("X 00101000"), Some(Line::Corrupt { address: 0x10_1000 }));
         assert_eq!(Line::parse("beat 2a 1"), None);
         assert_eq!(Line::parse("beat 0000002a 0000"), None);
+    }
+
+    #[test]
+    fn frames_are_read_and_others_are_not() {
+        let mut bytes = vec![0xff; 6];
+        bytes.extend([2, 0, 0, 0, 0, 7, 0x88, 0xb5]);
+        bytes.extend(b"beat");
+        bytes.extend([1, 0, 0, 0, 0x10, 1, 0, 0, 0, 0, 0, 0]);
+        bytes.resize(60, 0);
+        assert_eq!(Frame::parse(&bytes), Some(Frame { mac: [2, 0, 0, 0, 0, 7], token: 1, count: 0x110, errors: 0 }));
+        for length in 0..30 {
+            assert_eq!(Frame::parse(&bytes[..length]), None);
+        }
+        bytes[14] = b'B';
+        assert_eq!(Frame::parse(&bytes), None);
     }
 
     #[test]

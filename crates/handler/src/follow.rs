@@ -11,7 +11,7 @@ use tokio::net::UnixStream;
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
 
-use crate::facts::Launcher;
+use crate::facts::{self, Launcher};
 use crate::sockets::SocketDir;
 
 /// Between two looks for the socket of a launcher that has just been started.
@@ -110,9 +110,13 @@ async fn follow(
                     }
                 }
             }
+            // One that was killed right after it had written down that its guest has left could not tell it any more.
+            let recorded = departed(&folder);
             let gone = states.send_if_modified(|launcher| match launcher {
                 Launcher::Answers(state) => {
-                    *launcher = Launcher::Gone(state.clone());
+                    let told = state.migration.as_ref().is_some_and(facts::has_left);
+                    let last = recorded.filter(|_| !told).unwrap_or_else(|| (**state).clone());
+                    *launcher = Launcher::Gone(Box::new(last));
                     true
                 }
                 _ => false,
@@ -143,4 +147,52 @@ async fn peer(folder: &std::path::Path) -> Option<u32> {
     let dir = SocketDir::open(folder.to_owned()).ok()?;
     let stream: UnixStream = dir.connect("launcher.sock").await.ok()?;
     u32::try_from(stream.peer_cred().ok()?.pid()?).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use godwit_launcher::record::Record;
+    use godwit_launcher::rpc::{MigrationFacts, MigrationRole};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::UnixListener;
+    use tokio::sync::oneshot;
+
+    /// Answers one watch with one state, and dies when told.
+    async fn die_after(listener: UnixListener, state: State, die: oneshot::Receiver<()>) {
+        loop {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            // Whoever only looks who listens here sends nothing.
+            if stream.read(&mut [0; 1024]).await.is_ok_and(|length| length > 0) {
+                let mut answer = b"HTTP/1.1 200 OK\r\ncontent-type: application/x-ndjson\r\n\r\n".to_vec();
+                answer.extend(serde_json::to_vec(&state).unwrap());
+                answer.push(b'\n');
+                stream.write_all(&answer).await.unwrap();
+                let _ = die.await;
+                return;
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn what_a_killed_launcher_has_written_down_counts_as_told() {
+        let pod = tempfile::tempdir().unwrap();
+        let (sockets, disks) = (pod.path().join("sockets"), pod.path().join("ephemeral-disks"));
+        std::fs::create_dir_all(&sockets).unwrap();
+        let mut record = Record::prepare(&disks).unwrap();
+        let sent = MigrationFacts { status: "device".into(), ..MigrationFacts::new("mig", MigrationRole::Source) };
+        let state = State { phase: DomainPhase::Running, migration: Some(sent.clone()), ..State::default() };
+        let listener = UnixListener::bind(sockets.join("launcher.sock")).unwrap();
+        let (kill, die) = oneshot::channel();
+        let launcher = tokio::spawn(die_after(listener, state, die));
+        let follower = Follower::start(sockets, Arc::new(Notify::new()));
+        let mut states = follower.subscribe();
+        states.wait_for(|launcher| matches!(launcher, Launcher::Answers(_))).await.unwrap();
+
+        record.write(&MigrationFacts { status: "completed".into(), handed_over: true, ..sent }).unwrap();
+        kill.send(()).unwrap();
+        launcher.await.unwrap();
+        let gone = states.wait_for(|launcher| matches!(launcher, Launcher::Gone(_))).await.unwrap().clone();
+        assert!(gone.last().and_then(|s| s.migration.as_ref()).is_some_and(facts::has_left), "{gone:?}");
+    }
 }

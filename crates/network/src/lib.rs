@@ -4,6 +4,7 @@
 //! short-lived thread enters the namespace ([`Namespace::run`]), opens what is needed (a listener, a netlink connection,
 //! a raw socket), and hands it back to a caller who never left its own namespace.
 
+pub mod capture;
 pub mod dhcp;
 mod error;
 mod links;

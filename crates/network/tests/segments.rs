@@ -9,6 +9,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use godwit_network::capture::Capture;
 use godwit_network::dhcp::{Lease, Server};
 use godwit_network::nat::{Masquerade, Protocol};
 use godwit_network::pinger::Pinger;
@@ -100,6 +101,28 @@ async fn links_are_made_changed_and_deleted() {
     links.delete("br0").await.unwrap();
     assert!(links.set_up("br0", true).await.unwrap_err().is_missing());
     assert!(links.bridge("name-of-17-bytes-", None).await.is_err());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_capture_gives_what_comes_in_and_leaves_out_what_goes_out() {
+    const ARP: u16 = 0x0806;
+    let scratch = Scratch::new("cap");
+    let (_fabric, fabric) = scratch.namespace("f");
+    fabric.bridge("br", None).await.unwrap();
+    let (asks, links) = attach(&scratch, &fabric, "br", "a", "192.168.9.1").await;
+    let (answers, _) = attach(&scratch, &fabric, "br", "b", "192.168.9.2").await;
+    let asker = links.get("eth0").await.unwrap().unwrap().mac.unwrap();
+    let (tell, seen) = std::sync::mpsc::channel();
+    let before = std::time::SystemTime::now();
+    let capture = Capture::start(&answers, ARP, move |frame| drop(tell.send(frame))).unwrap();
+    assert!(pings(&asks, "192.168.9.2", 10).await.received > 0);
+    drop(capture);
+    let seen: Vec<_> = seen.iter().collect();
+    assert!(!seen.is_empty(), "nothing can be pinged before it was asked for its address");
+    for frame in seen {
+        assert_eq!((frame.link.as_str(), &frame.frame[6..12]), ("eth0", &asker.0[..]), "its own answers go out");
+        assert!(frame.at >= before && frame.frame[12..14] == ARP.to_be_bytes());
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -21,7 +21,8 @@ pub struct Process {
 }
 
 impl Process {
-    fn of(pid: i32) -> Option<Self> {
+    /// The process with this number, if there is one that has not ended.
+    pub fn of(pid: i32) -> Option<Self> {
         Self::read(Path::new("/proc"), pid)
     }
 
@@ -52,7 +53,8 @@ impl Process {
         sets.filter_map(|set| u64::from_str_radix(set.trim(), 16).ok()).any(|set| set & KILLED != 0)
     }
 
-    fn signal(self, signal: Signal) {
+    /// Sends it a signal, unless it has ended.
+    pub fn signal(self, signal: Signal) {
         if self.is_alive() {
             let _ = kill(Pid::from_raw(self.pid), signal);
         }

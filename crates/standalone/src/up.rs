@@ -47,25 +47,40 @@ pub async fn up(options: &Options) -> Result<Up, Error> {
     require_root()?;
     require_programs()?;
     let layout = Layout::open(&options.data_dir)?;
-    let recorded = layout.load()?.map(|cluster| cluster.nodes).unwrap_or_default();
-    for name in std::iter::once(CONTROL_PLANE).chain(recorded.iter().map(String::as_str)) {
-        process::settled(&layout, name).await?;
-    }
+    settle(&layout, &layout.load()?.map(|cluster| cluster.nodes).unwrap_or_default()).await?;
     let cluster = shape(&layout, options)?;
     pki::ensure(&layout, &cluster)?;
     fabric::ensure(&cluster).await?;
-    let data_dir = layout.root().display().to_string();
-    if process::find(&layout, CONTROL_PLANE).is_none() {
-        process::start(&layout, CONTROL_PLANE, &["control-plane".into(), "--data-dir".into(), data_dir.clone()])?;
-    }
-    for node in &cluster.nodes {
-        if process::find(&layout, node).is_none() {
-            let arguments = ["node".into(), "--data-dir".into(), data_dir.clone(), "--name".into(), node.to_owned()];
-            process::start(&layout, node, &arguments)?;
-        }
-    }
+    start_missing(&layout, &cluster).await?;
     wait_until_ready(&layout, &cluster).await?;
     Ok(Up { layout, cluster, took: started.elapsed() })
+}
+
+/// Starts those of the cluster's processes that do not run, and does not wait until they are ready.
+///
+/// # Errors
+/// A killed process that does not end, or one that cannot be started.
+pub async fn start_missing(layout: &Layout, cluster: &Cluster) -> Result<(), Error> {
+    settle(layout, &cluster.nodes).await?;
+    let data_dir = layout.root().display().to_string();
+    if process::find(layout, CONTROL_PLANE).is_none() {
+        process::start(layout, CONTROL_PLANE, &["control-plane".into(), "--data-dir".into(), data_dir.clone()])?;
+    }
+    for node in &cluster.nodes {
+        if process::find(layout, node).is_none() {
+            let arguments = ["node".into(), "--data-dir".into(), data_dir.clone(), "--name".into(), node.to_owned()];
+            process::start(layout, node, &arguments)?;
+        }
+    }
+    Ok(())
+}
+
+/// Waits until those that have been killed are gone.
+async fn settle(layout: &Layout, nodes: &[String]) -> Result<(), Error> {
+    for name in std::iter::once(CONTROL_PLANE).chain(nodes.iter().map(String::as_str)) {
+        process::settled(layout, name).await?;
+    }
+    Ok(())
 }
 
 /// A client of the cluster as its administrator.
