@@ -10,6 +10,7 @@ use godwit_qemu::machine::Machine;
 use godwit_qemu::migration::Options;
 use godwit_qemu::qmp::commands::MigrationStatus;
 use godwit_qemu::transport::Transport;
+use nix::sys::socket::{Backlog, listen};
 use place::*;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -130,6 +131,29 @@ async fn a_guest_comes_back_to_one_connection() {
     there.drain(&mut story).await;
     last.hear(&mut story, 30).await;
     running.qemu().quit().await;
+}
+
+#[tokio::test]
+async fn a_guest_is_not_held_for_ever_for_connections_that_do_not_come_about() {
+    let place = Place::new(writer());
+    let (source, mut here) = place.source().await;
+    let mut story = Story::default();
+    here.hear(&mut story, 2).await;
+    // Takes two connections into its backlog and accepts none: the third is waited for.
+    let listener = UnixListener::bind(place.path("nobody")).unwrap();
+    listen(&listener, Backlog::new(1).unwrap()).unwrap();
+    let options = Options { transport: PLAIN, ..Options::default() };
+    let mut outgoing = source.migrate(&place.path("nobody"), &options, None).await.map_err(|e| e.1).unwrap();
+    // Where writes are not seen it was held, and must not run on in a migration that has not begun to see them.
+    let given_up = outgoing.facts().error.clone();
+    assert_eq!(given_up.is_some(), !outgoing.qemu().tracks_writes(), "{given_up:?}");
+    here.hear(&mut story, 3).await;
+    outgoing.cancel().await.unwrap();
+    drop(listener);
+    follow(&mut outgoing).await;
+    let Settled::Stays(source, _) = outgoing.settle().await else { panic!("it should have stayed") };
+    here.hear(&mut story, 3).await;
+    source.qemu().quit().await;
 }
 
 #[tokio::test]

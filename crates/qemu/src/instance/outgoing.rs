@@ -10,8 +10,8 @@ use std::time::Duration;
 
 /// How long QEMU may take to reach the run state that follows from what it has announced.
 const SETTLE_LIMIT: Duration = Duration::from_secs(10);
-/// How long a guest is held at most while QEMU begins to send it.
-const TRACKING_LIMIT: Duration = Duration::from_secs(1);
+/// How long a guest is held at most while QEMU begins to send it; then it is not sent.
+const TRACKING_LIMIT: Duration = Duration::from_secs(5);
 /// Bytes a second while it is held: a page or so in QEMU's slice of 100 ms.
 const HELD_BANDWIDTH: u64 = 4096;
 /// How long the guest may stand still for the last blocks of its disks; then it runs on at the source.
@@ -214,8 +214,13 @@ impl Outgoing {
             }
         };
         if hold {
-            if begun.is_ok() {
-                self.wait_for_tracking().await;
+            if begun.is_ok() && !self.wait_for_tracking().await {
+                // What it writes from now on may never be sent.
+                self.cancelled = true;
+                let why = format!("QEMU did not begin to send the guest within {TRACKING_LIMIT:?}; try again");
+                if let Err(error) = self.give_up(why).await {
+                    tracing::warn!(%error, "giving the migration up");
+                }
             }
             self.qemu.qmp.execute(&commands::Cont {}).await?;
             self.set_bandwidth(cap(self.bandwidth)).await?;
@@ -328,16 +333,18 @@ impl Outgoing {
     }
 
     /// Until QEMU has begun to note the pages that the guest writes to; what is written in between would be lost where
-    /// [`Qemu::tracks_writes`] says no.
-    async fn wait_for_tracking(&self) {
+    /// [`Qemu::tracks_writes`] says no. False: it has not.
+    async fn wait_for_tracking(&self) -> bool {
         let end = tokio::time::Instant::now() + TRACKING_LIMIT;
         while tokio::time::Instant::now() < end {
             match self.qemu.qmp.execute(&commands::QueryMigrate {}).await {
-                Ok(info) if !matches!(info.status, MigrationStatus::None | MigrationStatus::Setup) => return,
+                Ok(info) if !matches!(info.status, MigrationStatus::None | MigrationStatus::Setup) => return true,
                 Ok(_) => tokio::time::sleep(Duration::from_millis(1)).await,
-                Err(_) => return,
+                // It is asked again by whoever follows it.
+                Err(_) => return true,
             }
         }
+        false
     }
 
     /// Does what is due: memory after the disks, the mirrors' end when the guest stands still. To be called after events.
