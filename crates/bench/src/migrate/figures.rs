@@ -92,6 +92,12 @@ pub struct Figures {
 }
 
 impl Figures {
+    /// Whether the guest moved and was whole afterwards. A move that is quick because it leaves pages behind is no measure for
+    /// others.
+    pub fn is_sound(&self) -> bool {
+        self.failure.is_none() && self.wrong.is_none() && self.damaged_pages == 0
+    }
+
     /// The times of a move.
     pub fn of(moved: Moved) -> Self {
         let ms = |from: i64, to: i64| (to - from) as f64 / 1e3;

@@ -45,7 +45,7 @@ impl fmt::Display for Judgement {
 }
 
 /// Every goal on every line that has what it needs. Nothing is judged that was not measured: a goal against another way is left
-/// out where that way was not run or did not move its guest.
+/// out where that way was not run or did not move its guest, and moves after which a guest was not whole are no bound.
 pub fn judge(entries: &[Entry]) -> Vec<Judgement> {
     entries.iter().filter(|entry| entry.way == Way::Ours).flat_map(|ours| judge_line(ours, entries)).collect()
 }
@@ -62,6 +62,8 @@ fn judge_line(ours: &Entry, entries: &[Entry]) -> Vec<Judgement> {
     if let Some(failure) = ours.failure() {
         add(&format!("ours moves the guest ({failure})"), Some(1.0), Some(0.0), "", false);
     }
+    let broken = ours.runs.iter().filter(|run| run.failure.is_none() && !run.is_sound()).count();
+    add("guests lost or damaged, all moves", Some(broken as f64), Some(0.0), "", false);
     let median = |entry: &Entry, figure: &dyn Fn(&super::figures::Figures) -> Option<f64>| {
         entry.spread(figure).map(|spread| spread.median)
     };
@@ -141,6 +143,20 @@ mod tests {
         assert!(find(&list, "pings lost").met);
         assert!(!list.iter().any(|one| one.goal.contains("virsh")), "nothing is judged that was not measured");
         assert!(!list.iter().any(|one| one.goal.contains("target")), "not measured either");
+    }
+
+    #[test]
+    fn a_move_that_loses_the_guest_is_no_bound_for_others_and_a_miss_of_ours() {
+        let mut ours = entry(Way::Ours, line("50%"), &[(900.0, 500.0, 50.0)]);
+        let mut bare = entry(Way::BareBest, line("50%"), &[(100.0, 50.0, 1.0), (800.0, 700.0, 40.0)]);
+        bare.runs[0].wrong = Some("it does not answer".into());
+        let list = judge(&[ours.clone(), bare.clone()]);
+        assert_eq!(find(&list, "best bare run + 400").bound, 1100.0);
+        assert!(find(&list, "lost or damaged").met);
+        bare.runs[1].damaged_pages = 1;
+        assert!(!judge(&[ours.clone(), bare]).iter().any(|one| one.goal.contains("bare")));
+        ours.runs[0].damaged_pages = 3;
+        assert!(!find(&judge(&[ours]), "lost or damaged").met);
     }
 
     #[test]

@@ -65,9 +65,16 @@ pub struct Entry {
 }
 
 impl Entry {
-    /// A figure over the runs in which the guest moved.
+    /// A figure over the moves after which the guest was whole.
     pub fn spread(&self, figure: impl Fn(&Figures) -> Option<f64>) -> Option<Spread> {
-        Spread::of(self.runs.iter().filter(|run| run.failure.is_none()).filter_map(figure))
+        Spread::of(self.runs.iter().filter(|run| run.is_sound()).filter_map(figure))
+    }
+
+    /// What there is to show: the moves after which the guest was whole, or if there was none, those in which it moved at all.
+    fn shown(&self) -> Vec<&Figures> {
+        let some = |wanted: &dyn Fn(&Figures) -> bool| self.runs.iter().filter(|run| wanted(run)).collect::<Vec<_>>();
+        let sound = some(&Figures::is_sound);
+        if sound.is_empty() { some(&|run| run.failure.is_none()) } else { sound }
     }
 
     /// Why the guest did not move, if it did not.
@@ -171,7 +178,8 @@ impl fmt::Display for Report {
         )?;
         writeln!(
             f,
-            "load of the machine at the start: {:.2}; medians of up to {} moves, (least..most)",
+            "load of the machine at the start: {:.2}; medians of up to {} moves, (least..most); ! after these moves the guest was lost or damaged: \
+             no goal is held against them",
             m.load_at_start, self.runs
         )?;
         if let Some(link) = self.link_bytes_per_second {
@@ -209,7 +217,7 @@ impl fmt::Display for Report {
 
 /// The columns' names and widths; cells are set off by two blanks.
 const COLUMNS: [(&str, usize); 12] = [
-    ("way", 12),
+    ("way", 13),
     ("total ms", 18),
     ("transfer ms", 18),
     ("ready ms", 8),
@@ -231,20 +239,22 @@ fn cells(f: &mut fmt::Formatter<'_>, cells: [String; COLUMNS.len()]) -> fmt::Res
 }
 
 fn row(f: &mut fmt::Formatter<'_>, entry: &Entry) -> fmt::Result {
-    let spread = |figure: &dyn Fn(&Figures) -> Option<f64>, digits: usize| match entry.spread(figure) {
+    let shown = entry.shown();
+    let over = |figure: &dyn Fn(&Figures) -> Option<f64>| Spread::of(shown.iter().filter_map(|run| figure(run)));
+    let spread = |figure: &dyn Fn(&Figures) -> Option<f64>, digits: usize| match over(figure) {
         None => "-".to_owned(),
-        Some(s) if entry.runs.len() == 1 => format!("{:.digits$}", s.median),
+        Some(s) if shown.len() == 1 => format!("{:.digits$}", s.median),
         Some(s) => format!("{:.digits$} ({:.digits$}..{:.digits$})", s.median, s.min, s.max),
     };
     let median = |figure: &dyn Fn(&Figures) -> Option<f64>, digits: usize| {
-        entry.spread(figure).map_or_else(|| "-".to_owned(), |s| format!("{:.digits$}", s.median))
+        over(figure).map_or_else(|| "-".to_owned(), |s| format!("{:.digits$}", s.median))
     };
-    let moved = entry.runs.iter().filter(|run| run.failure.is_none());
-    let lost = moved.map(|run| run.pings_lost).reduce(|a, b| a + b);
+    let lost = shown.iter().map(|run| run.pings_lost).reduce(|a, b| a + b);
     cells(
         f,
         [
-            entry.way.name().to_owned(),
+            // Figures of a guest that was lost are shown, and said to be that.
+            format!("{}{}", entry.way.name(), if shown.iter().any(|run| !run.is_sound()) { "!" } else { "" }),
             spread(&|run| Some(run.total_ms), 0),
             spread(&|run| run.transfer_ms, 0),
             median(&|run| run.target_ready_ms, 0),
