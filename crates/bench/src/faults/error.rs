@@ -42,6 +42,9 @@ pub enum Error {
         /// What was there instead.
         last: String,
     },
+    /// Somebody has ended it before its time.
+    #[error("interrupted; the runs that had ended are in the table")]
+    Interrupted,
     /// A program that shapes the links.
     #[error("tc (Debian package iproute2) cannot narrow {link} in {namespace}: {message}")]
     Tc {

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
+use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
 /// What to do.
@@ -62,20 +63,33 @@ pub async fn night(options: &Options) -> Result<Summary, Error> {
         (None, None) => PathBuf::new(),
     };
     println!("seed {}: runs {} to {}, {} at a time", options.seed, options.first, options.end(), options.parallel);
+    let mut summary = Summary::default();
     let done = tokio::select! {
-        done = attack(options, &folder) => done,
-        _ = tokio::signal::ctrl_c() => Ok(Summary::default()),
+        done = attack(options, &folder, &mut summary) => done,
+        interrupted = interruption() => interrupted,
     };
     let down = godwit_standalone::down(&folder);
-    if !matches!(&done, Ok(summary) if summary.broken() == 0)
+    if (summary.broken() > 0 || !matches!(done, Ok(()) | Err(Error::Interrupted)))
         && let Some(scratch) = scratch
     {
         println!("everything that was said is kept in {}", scratch.keep().display());
     }
-    let summary = done?;
-    down?;
+    summary.reports.sort_by_key(|report| report.number);
     report::print_all(&summary);
+    done?;
+    down?;
     Ok(summary)
+}
+
+/// Waits for SIGINT or SIGTERM.
+async fn interruption() -> Result<(), Error> {
+    let io = |source| Error::Io { what: "listen to signals of", path: PathBuf::from("/proc/self"), source };
+    let mut terminate = signal(SignalKind::terminate()).map_err(io)?;
+    tokio::select! {
+        pressed = tokio::signal::ctrl_c() => pressed.map_err(io)?,
+        _ = terminate.recv() => {}
+    }
+    Err(Error::Interrupted)
 }
 
 impl Options {
@@ -96,7 +110,7 @@ struct Night {
     enough: AtomicBool,
 }
 
-async fn attack(options: &Options, folder: &Path) -> Result<Summary, Error> {
+async fn attack(options: &Options, folder: &Path, summary: &mut Summary) -> Result<(), Error> {
     let stage = Arc::new(Stage::start(folder).await?);
     let kept = stage.layout.root().join("launchers");
     std::fs::create_dir_all(&kept).map_err(|source| Error::Io { what: "make", path: kept.clone(), source })?;
@@ -114,7 +128,6 @@ async fn attack(options: &Options, folder: &Path) -> Result<Summary, Error> {
         lanes.spawn(lane(night.clone(), tell.clone()));
     }
     drop(tell);
-    let mut summary = Summary::default();
     while let Some(report) = reports.recv().await {
         report::print(&report);
         summary.reports.push(report);
@@ -125,8 +138,7 @@ async fn attack(options: &Options, folder: &Path) -> Result<Summary, Error> {
             Err(error) => std::panic::resume_unwind(error.into_panic()),
         }
     }
-    summary.reports.sort_by_key(|report| report.number);
-    Ok(summary)
+    Ok(())
 }
 
 /// Runs one after another, on one guest for as long as it lives.

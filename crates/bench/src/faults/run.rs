@@ -6,7 +6,7 @@ use super::judge::{Evidence, Outcome, judge};
 use super::plan::{Moment, Strike};
 use super::sight::{Sight, View, has_left};
 use super::stage::{Kind, Stage, text};
-use super::strike::{land, mend};
+use super::strike::{Blow, land, mend};
 use crate::witness::{complaint, longest_gap};
 use kube::api::{DynamicObject, PostParams};
 use serde_json::json;
@@ -51,35 +51,37 @@ pub async fn run(stage: &Arc<Stage>, guest: &Guest, number: u32, strike: Strike,
     sight.until(BEAT_LIMIT, |view| view.source.qemu.is_some() && view.source.launcher.is_some()).await;
 
     let name = format!("{}-run-{number}", guest.name);
+    let record = |uid: &Option<String>| uid.as_deref().is_some_and(|uid| has_left(stage, &source, uid));
     let mut struck = None;
-    if strike.moment == Moment::Before {
-        struck = Some(hit(stage, &strike, number, &sight, &source).await?);
-    }
-    let uid = ask(stage, guest, &name).await?;
+    let mut left_then = false;
+    let uid = if strike.moment == Moment::Before {
+        let (at, blow) = hit(stage, &strike, number, &sight, &source).await?;
+        struck = Some((at, blow.landed));
+        // It may be the API that cannot be asked before it is mended.
+        let (uid, mended) = tokio::join!(ask(stage, guest, &name), heal(stage, &strike, blow));
+        mended?;
+        uid?
+    } else {
+        ask(stage, guest, &name).await?
+    };
     if let Some(uid) = &uid {
         sight.asked(&name, uid);
-        if strike.moment > Moment::Before {
-            sight.until(MIGRATION_LIMIT, |view| view.moment() >= strike.moment).await;
-            struck = Some(hit(stage, &strike, number, &sight, &source).await?);
-        }
     }
-    let (struck_at, blow) = struck.unzip();
-    let landed = blow.as_ref().is_some_and(|blow| blow.landed);
-    let late_record = || uid.as_deref().is_some_and(|uid| has_left(stage, &source, uid));
-    let left_then = late_record();
-    if let Some(blow) = blow {
-        if landed {
-            tokio::time::sleep(strike.lasts).await;
-        }
-        mend(stage, blow.wound).await?;
+    if uid.is_some() && strike.moment > Moment::Before {
+        sight.until(MIGRATION_LIMIT, |view| view.moment() >= strike.moment).await;
+        let (at, blow) = hit(stage, &strike, number, &sight, &source).await?;
+        struck = Some((at, blow.landed));
+        left_then = record(&uid);
+        heal(stage, &strike, blow).await?;
     }
+    let landed = struck.is_some_and(|(_, landed)| landed);
     let mended = SystemTime::now();
 
     // Where it was refused there is nothing to end.
     let over = uid.is_none() || sight.until(MIGRATION_LIMIT, View::is_over).await;
     let view = sight.now();
     // A migration cannot succeed otherwise; its source's pod, and the record in it, may have gone before it was looked at.
-    let left = left_then || view.handed_over || view.phase == "Succeeded" || late_record();
+    let left = left_then || view.handed_over || view.phase == "Succeeded" || record(&uid);
     let mut evidence = Evidence { landed, left, over, ..Evidence::default() };
     listen(stage, guest, &source, mended, &mut evidence).await;
     let beats = stage.witness.beats(guest.station);
@@ -93,7 +95,7 @@ pub async fn run(stage: &Arc<Stage>, guest: &Guest, number: u32, strike: Strike,
     Ok(Report {
         number,
         strike,
-        struck_at: struck_at.filter(|_| landed),
+        struck_at: struck.filter(|_| landed).map(|(at, _)| at),
         outcome,
         broken,
         took: began.elapsed(),
@@ -125,11 +127,19 @@ async fn hit(
     number: u32,
     sight: &Sight,
     source: &Place,
-) -> Result<(Moment, super::strike::Blow), Error> {
+) -> Result<(Moment, Blow), Error> {
     tokio::time::sleep(strike.delay).await;
     let view = sight.now();
     let blow = land(stage, strike, number, &view, &source.node).await?;
     Ok((view.moment(), blow))
+}
+
+/// Lets the fault last, and mends it.
+async fn heal(stage: &Arc<Stage>, strike: &Strike, blow: Blow) -> Result<(), Error> {
+    if blow.landed {
+        tokio::time::sleep(strike.lasts).await;
+    }
+    mend(stage, blow.wound).await
 }
 
 /// Asks for the migration; none if it is refused, because the guest is dead already, say.
