@@ -87,7 +87,7 @@ pub struct VmOrder {
     /// The accelerator to use; none lets the launcher find out what this machine can do.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub accelerator: Option<Accelerator>,
-    /// The newest [`MACHINE_REVISION`] that the handler knows, and will keep for the guest's targets. An older one knows none.
+    /// The newest [`MACHINE_REVISION`] that the handler wants, and will keep for the guest's targets. An older one knows none.
     #[serde(default)]
     pub machine_revision: u32,
 }

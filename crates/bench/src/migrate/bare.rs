@@ -104,8 +104,7 @@ impl Qemu {
     }
 }
 
-/// The machine that a launcher makes of the VMI of [`super::ours`]: the same devices, so that the same is sent; only
-/// the balloon's free-page hints are ours alone.
+/// The machine that a launcher makes of the VMI of [`super::ours`]: the same devices, so that the same is sent.
 fn machine(parts: &Parts, work: &Workload, folder: &Path, number: usize) -> Machine {
     let socket = |name: &str| folder.join(format!("{name}-{number}"));
     let boot = Boot::Kernel {
@@ -118,8 +117,6 @@ fn machine(parts: &Parts, work: &Workload, folder: &Path, number: usize) -> Mach
     machine.accelerator = parts.accelerator;
     machine.rng = true;
     machine.balloon = true;
-    // Not QEMU's default, and not the best either: it was measured to cost an idle guest a second (docs/benchmarks.md).
-    machine.free_page_hint = false;
     machine.serial = Some(socket("serial"));
     machine.guest_agent = Some(socket("agent"));
     machine.uuid = Some("7a3e1f52-2c0b-4d0e-9d1c-0d8f5a7b6c43".into());
