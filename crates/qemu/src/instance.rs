@@ -120,6 +120,7 @@ impl Qemu {
                 zstd: knows_zstd(&qmp).await?,
                 // Seen: 7.2 does not, 10.0 does.
                 counts_compressed: version >= VersionTriple { major: 9, minor: 0, micro: 0 },
+                tracks_writes: migration::tracks_writes(machine.accelerator, version),
             },
             false => Ability::default(),
         };

@@ -31,6 +31,8 @@ pub struct Ability {
     pub zstd: bool,
     /// Its QEMU counts against a cap what it sends, and not what that was before it was compressed.
     pub counts_compressed: bool,
+    /// Its QEMU sees every page that the guest writes to ([`crate::migration::tracks_writes`]); where not, the guest is sent in one pass.
+    pub tracks_writes: bool,
 }
 
 impl Ability {
@@ -90,7 +92,7 @@ impl Single {
 #[must_use]
 pub fn choose(ours: Ability, theirs: Ability, wish: &Wish) -> (Transport, Option<Single>) {
     let channels = ours.channels.min(theirs.channels);
-    if channels < 2 {
+    if channels < 2 || !ours.tracks_writes {
         return (Transport::default(), None);
     }
     if wish.post_copy {
@@ -112,7 +114,7 @@ fn link_bound(channels: u8, ours: Ability, wish: &Wish) -> bool {
 mod tests {
     use super::*;
 
-    const TWO: Ability = Ability { channels: 2, zstd: true, counts_compressed: true };
+    const TWO: Ability = Ability { channels: 2, zstd: true, counts_compressed: true, tracks_writes: true };
     const EIGHT: Ability = Ability { channels: 8, ..TWO };
 
     #[test]
@@ -130,6 +132,9 @@ mod tests {
         assert_eq!(choose(TWO, EIGHT, &wish), (Transport { channels: 2, zstd: false }, None));
         assert_eq!(choose(EIGHT, Ability::default(), &wish), (Transport::default(), None));
         assert_eq!(choose(Ability::default(), EIGHT, &wish), (Transport::default(), None));
+        let one_pass = Ability { tracks_writes: false, ..EIGHT };
+        assert_eq!(choose(one_pass, EIGHT, &wish), (Transport::default(), None), "it is sent in one pass");
+        assert_eq!(choose(EIGHT, one_pass, &wish).0.channels, 8, "the target does not send");
         assert_eq!(Transport { channels: 2, zstd: false }.connections(), 3);
         assert_eq!(Transport::default().connections(), 1);
     }
