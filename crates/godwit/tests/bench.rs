@@ -39,17 +39,20 @@ fn migrations_are_measured_in_every_way_by_the_same_instruments() {
         assert_eq!(runs.len(), 1, "{said}");
         let run = &runs[0];
         assert_eq!(run["failure"], Value::Null, "{said}");
-        for figure in ["totalMs", "transferMs", "targetReadyMs", "standstillMs", "pingGapMs", "cpuSeconds"] {
+        for figure in ["totalMs", "transferMs", "targetReadyMs", "standstillMs", "cpuSeconds"] {
             assert!(run[figure].as_f64().is_some_and(|value| value > 0.0), "{figure} is {} in {said}", run[figure]);
         }
-        // QEMU before 9.0 loses pages when it translates. That is measured too, and must not happen to ours.
+        // QEMU before 9.0 loses pages when it translates, and with them perhaps the guest. That is measured too, and must not
+        // happen to ours.
         if ours {
             assert_eq!((&run["wrong"], &run["damagedPages"]), (&Value::Null, &Value::from(0)), "{said}");
             assert!(run["witness"]["aroundResumeMs"].as_f64().is_some_and(|silence| silence > 0.0), "{run} {said}");
         }
-        for figure in ["longestMs", "usualMs"] {
-            let seen = &run["witness"][figure];
-            assert!(seen.as_f64().is_some_and(|value| value > 0.0), "the witness's {figure} is {seen} in {said}");
+        if run["wrong"].is_null() {
+            for figure in ["/pingGapMs", "/witness/longestMs", "/witness/usualMs"] {
+                let seen = run.pointer(figure).and_then(Value::as_f64);
+                assert!(seen.is_some_and(|value| value > 0.0), "{figure} is {seen:?} in {said}");
+            }
         }
         assert!(run["qemuDowntimeMs"].is_u64(), "{said}");
         // A kernel that has booted is more than this, and its zero pages cost next to nothing.
@@ -58,7 +61,14 @@ fn migrations_are_measured_in_every_way_by_the_same_instruments() {
         assert!(moved.contains(&run["qemuBytes"].as_u64().unwrap()), "{} bytes", run["qemuBytes"]);
         assert!(!run["samples"].as_array().unwrap().is_empty(), "{said}");
     }
-    assert!(report["goals"].as_array().is_some_and(|goals| goals.len() >= 8), "{}", report["goals"]);
+    // Those that need no other way to compare with: a bare way that has lost its guest bounds nothing.
+    let goals = report["goals"].as_array().expect("goals");
+    for wanted in
+        ["guests lost or damaged", "standstill of an idle guest", "pings lost", "ping gap", "target QEMU ready"]
+    {
+        let judged = goals.iter().any(|goal| goal["goal"].as_str().is_some_and(|name| name.contains(wanted)));
+        assert!(judged, "no goal {wanted} in {goals:?}");
+    }
     for name in ["report.json", "report.txt", "192mi-idle-unlimited.svg"] {
         assert!(out.path().join(name).metadata().is_ok_and(|file| file.len() > 100), "{name}");
     }
