@@ -31,14 +31,6 @@ impl<K: Clone + Eq + Hash + Ord, V> Ordered<K, V> {
         self.entries.get(key)
     }
 
-    /// The value of a key, to be changed.
-    pub fn get_mut<Q: Eq + Hash + ?Sized>(&mut self, key: &Q) -> Option<&mut V>
-    where
-        K: Borrow<Q>,
-    {
-        self.entries.get_mut(key)
-    }
-
     /// Whether the key has a value.
     pub fn contains_key(&self, key: &K) -> bool {
         self.entries.contains_key(key)

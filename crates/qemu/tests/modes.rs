@@ -4,7 +4,7 @@
 
 mod place;
 
-use godwit_guest_rom::{Parameters, Story};
+use godwit_guest_rom::Story;
 use godwit_qemu::instance::{Arrived, Filling, Incoming, Outgoing, Prelaunch, Running, Serving, Settled};
 use godwit_qemu::machine::Machine;
 use godwit_qemu::migration::{Mode, Options};
@@ -15,11 +15,6 @@ use std::time::Duration;
 /// A megabyte a second: 16 MiB of memory take longer than any of these tests needs to get at them.
 const SLOW: u64 = 1 << 20;
 
-/// A guest that writes to nearly all of its memory, again and again.
-fn writer() -> Parameters {
-    Parameters { token: 0xf11, pages_per_tick: 20, last: 0xd0_0000, ..Parameters::default() }
-}
-
 fn slow() -> Options {
     Options { bandwidth: Some(SLOW), post_copy: true, ..Options::default() }
 }
@@ -29,13 +24,6 @@ async fn target(place: &Place) -> (Incoming, Console) {
     let incoming = Incoming::launch_for(&qemu(), &machine, &place.path("flight"), true).await.unwrap();
     assert!(incoming.can_post_copy(), "post-copy needs root or vm.unprivileged_userfaultfd=1");
     (incoming, Console::open(&place.path("target-serial")).await)
-}
-
-async fn active(outgoing: &mut Outgoing) {
-    let mut events = outgoing.qemu().subscribe();
-    while outgoing.facts().status != MigrationStatus::Active {
-        outgoing.event(&events.next().await.unwrap());
-    }
 }
 
 /// Sent until the guest has written to pages that were sent.
@@ -213,8 +201,7 @@ async fn a_held_guest_arrives_and_its_standstill_counts_from_then() {
     outgoing.hold().await.unwrap();
     assert!(outgoing.is_held());
     assert_eq!(outgoing.facts().mode, Mode::Paused);
-    follow(&mut outgoing).await;
-    let Settled::Departed(departed) = outgoing.settle().await else { panic!("it did not leave") };
+    let departed = leave(outgoing).await;
     let facts = departed.facts();
     assert_eq!((facts.status, facts.mode), (MigrationStatus::Completed, Mode::Paused));
     assert!(facts.end_us.unwrap() - facts.stop_us.unwrap() > 100_000, "it stood still while it was sent: {facts:?}");
@@ -264,10 +251,9 @@ async fn a_paused_guest_flies_paused_and_on_and_runs_when_it_is_unpaused() {
         let incoming = Incoming::launch(&qemu(), &machine, &place.path(&name)).await.unwrap();
         let there = Console::open(&place.path(&format!("round{round}-serial"))).await;
         let flight = running.migrate(&place.path(&name), &Options::default(), None).await;
-        let mut outgoing = flight.map_err(|e| e.1).unwrap();
+        let outgoing = flight.map_err(|e| e.1).unwrap();
         assert!(outgoing.is_paused() && !outgoing.is_held());
-        follow(&mut outgoing).await;
-        let Settled::Departed(departed) = outgoing.settle().await else { panic!("it did not leave") };
+        let departed = leave(outgoing).await;
         assert_eq!(departed.facts().stop_us, None, "it stood still already");
         let Arrived::Whole(arrived, _) = incoming.go(true).await.map_err(|e| e.error).unwrap() else {
             panic!("not whole")
@@ -416,8 +402,7 @@ async fn the_bandwidth_can_be_changed_on_the_way() {
     assert_eq!(outgoing.bandwidth(), Some(100_000));
     outgoing.limit_bandwidth(None).await.unwrap();
     assert_eq!(outgoing.bandwidth(), None);
-    follow(&mut outgoing).await;
-    let Settled::Departed(departed) = outgoing.settle().await else { panic!("it did not leave") };
+    let departed = leave(outgoing).await;
     let running = run(incoming).await;
     departed.qemu().quit().await;
     here.drain(&mut story).await;

@@ -18,17 +18,15 @@ use std::time::Duration;
 /// QEMU 7.2's translator loses writes between two passes (`migration::tracks_writes`): the cap would make it many passes.
 #[tokio::test]
 async fn a_guest_that_writes_all_the_time_loses_no_page() {
-    let parameters = Parameters { token: 0xf11, pages_per_tick: 20, last: 0xd0_0000, ..Parameters::default() };
-    let place = Place::new(parameters);
+    let place = Place::new(writer());
     let (source, mut here) = place.source().await;
     let mut story = Story::default();
     // Once through its memory, so that all of it is there to lose.
     here.hear(&mut story, 20).await;
     let (target, mut there) = place.target().await;
     let options = Options { bandwidth: Some(8 << 20), ..Options::default() };
-    let mut outgoing = source.migrate(&place.path("flight"), &options, None).await.map_err(|e| e.1).unwrap();
-    follow(&mut outgoing).await;
-    let Settled::Departed(departed) = outgoing.settle().await else { panic!("it did not leave") };
+    let outgoing = source.migrate(&place.path("flight"), &options, None).await.map_err(|e| e.1).unwrap();
+    let departed = leave(outgoing).await;
     let _running = run(target).await;
     departed.qemu().quit().await;
     here.drain(&mut story).await;
@@ -46,9 +44,8 @@ async fn a_guest_flies_and_never_runs_twice() {
     assert!(!target.is_loaded().await.unwrap());
     assert_eq!(source.qemu().machine_type(), target.qemu().machine_type());
 
-    let mut outgoing = source.migrate(&place.path("flight"), &Options::default(), None).await.map_err(|e| e.1).unwrap();
-    follow(&mut outgoing).await;
-    let Settled::Departed(departed) = outgoing.settle().await else { panic!("it did not leave") };
+    let outgoing = source.migrate(&place.path("flight"), &Options::default(), None).await.map_err(|e| e.1).unwrap();
+    let departed = leave(outgoing).await;
     assert_eq!(departed.facts().status, MigrationStatus::Completed);
     assert!(departed.facts().stop_us.unwrap() > departed.facts().start_us.unwrap());
     assert!(departed.facts().sent_bytes > 0 && departed.facts().total_bytes >= 16 << 20);
@@ -84,10 +81,8 @@ async fn the_guest_flies_on_and_on() {
         let machine = place.machine(&format!("round{round}"));
         let incoming = Incoming::launch(&qemu(), &machine, &place.path(&name)).await.unwrap();
         let mut there = Console::open(&place.path(&format!("round{round}-serial"))).await;
-        let mut outgoing =
-            running.migrate(&place.path(&name), &Options::default(), None).await.map_err(|e| e.1).unwrap();
-        follow(&mut outgoing).await;
-        let Settled::Departed(departed) = outgoing.settle().await else { panic!("it did not leave") };
+        let outgoing = running.migrate(&place.path(&name), &Options::default(), None).await.map_err(|e| e.1).unwrap();
+        let departed = leave(outgoing).await;
         running = run(incoming).await;
         departed.qemu().quit().await;
         here.drain(&mut story).await;
@@ -107,10 +102,7 @@ async fn a_target_killed_in_flight_leaves_the_guest_running_at_the_source() {
     // Slow enough that it cannot be over before the kill.
     let options = Options { bandwidth: Some(100_000), ..Options::default() };
     let mut outgoing = source.migrate(&place.path("flight"), &options, None).await.map_err(|e| e.1).unwrap();
-    let mut events = outgoing.qemu().subscribe();
-    while outgoing.facts().status != MigrationStatus::Active {
-        outgoing.event(&events.next().await.unwrap());
-    }
+    active(&mut outgoing).await;
     target.qemu().process().kill().await;
     follow(&mut outgoing).await;
     assert_eq!(outgoing.facts().status, MigrationStatus::Failed);
@@ -121,10 +113,8 @@ async fn a_target_killed_in_flight_leaves_the_guest_running_at_the_source() {
     let machine = place.machine("second");
     let second = Incoming::launch(&qemu(), &machine, &place.path("flight2")).await.unwrap();
     let mut there = Console::open(&place.path("second-serial")).await;
-    let mut outgoing =
-        source.migrate(&place.path("flight2"), &Options::default(), None).await.map_err(|e| e.1).unwrap();
-    follow(&mut outgoing).await;
-    let Settled::Departed(departed) = outgoing.settle().await else { panic!("it did not leave") };
+    let outgoing = source.migrate(&place.path("flight2"), &Options::default(), None).await.map_err(|e| e.1).unwrap();
+    let departed = leave(outgoing).await;
     let running = run(second).await;
     departed.qemu().quit().await;
     here.drain(&mut story).await;
@@ -141,10 +131,7 @@ async fn a_cancelled_flight_leaves_the_guest_running_at_the_source() {
     let (target, _there) = place.target().await;
     let options = Options { bandwidth: Some(100_000), ..Options::default() };
     let mut outgoing = source.migrate(&place.path("flight"), &options, None).await.map_err(|e| e.1).unwrap();
-    let mut events = outgoing.qemu().subscribe();
-    while outgoing.facts().status != MigrationStatus::Active {
-        outgoing.event(&events.next().await.unwrap());
-    }
+    active(&mut outgoing).await;
     outgoing.cancel().await.unwrap();
     follow(&mut outgoing).await;
     assert_eq!(outgoing.facts().status, MigrationStatus::Cancelled);
@@ -269,9 +256,8 @@ async fn kvm_flies_where_it_opens() {
     here.hear(&mut story, 2).await;
     let target = Incoming::launch(&qemu(), &kvm("target"), &place.path("flight")).await.unwrap();
     let mut there = Console::open(&place.path("target-serial")).await;
-    let mut outgoing = source.migrate(&place.path("flight"), &Options::default(), None).await.map_err(|e| e.1).unwrap();
-    follow(&mut outgoing).await;
-    let Settled::Departed(departed) = outgoing.settle().await else { panic!("it did not leave") };
+    let outgoing = source.migrate(&place.path("flight"), &Options::default(), None).await.map_err(|e| e.1).unwrap();
+    let departed = leave(outgoing).await;
     let running = run(target).await;
     departed.qemu().quit().await;
     here.drain(&mut story).await;
@@ -323,9 +309,8 @@ async fn a_disk_that_is_not_shared_flies_along() {
     target.offer_blocks(&blocks.socket, &blocks.disks).await.unwrap();
 
     let flight = source.migrate(&place.path("flight"), &Options::default(), Some(&blocks)).await;
-    let mut outgoing = flight.map_err(|e| e.1).unwrap();
-    follow(&mut outgoing).await;
-    let Settled::Departed(departed) = outgoing.settle().await else { panic!("it did not leave") };
+    let outgoing = flight.map_err(|e| e.1).unwrap();
+    let departed = leave(outgoing).await;
     assert!(departed.facts().total_bytes >= 32 << 20, "the disk counts: {:?}", departed.facts());
     let running = run(target).await;
     departed.qemu().quit().await;
@@ -363,9 +348,8 @@ async fn a_target_that_dies_while_disks_are_copied_leaves_the_guest_where_it_was
     let there = blocks(&place, "second");
     target.offer_blocks(&there.socket, &there.disks).await.unwrap();
     let flight = source.migrate(&place.path("second"), &Options::default(), Some(&there)).await;
-    let mut outgoing = flight.map_err(|e| e.1).unwrap();
-    follow(&mut outgoing).await;
-    let Settled::Departed(departed) = outgoing.settle().await else { panic!("it did not leave") };
+    let outgoing = flight.map_err(|e| e.1).unwrap();
+    let departed = leave(outgoing).await;
     let running = run(target).await;
     departed.qemu().quit().await;
     running.qemu().quit().await;
@@ -450,9 +434,8 @@ async fn a_machine_with_every_device_is_built_and_flies() {
         let target = Incoming::launch(&qemu(), &machine, &place.path("flight")).await.unwrap();
         let mut there = Console::open(&place.path("target-serial")).await;
         let flight = source.migrate(&place.path("flight"), &Options::default(), None).await;
-        let mut outgoing = flight.map_err(|e| e.1).unwrap();
-        follow(&mut outgoing).await;
-        let Settled::Departed(departed) = outgoing.settle().await else { panic!("it did not leave") };
+        let outgoing = flight.map_err(|e| e.1).unwrap();
+        let departed = leave(outgoing).await;
         let running = run(target).await;
         departed.qemu().quit().await;
         here.drain(&mut story).await;

@@ -4,7 +4,7 @@
 
 mod place;
 
-use godwit_guest_rom::{Parameters, Story};
+use godwit_guest_rom::Story;
 use godwit_qemu::instance::{Incoming, Prelaunch, Settled};
 use godwit_qemu::machine::Machine;
 use godwit_qemu::migration::Options;
@@ -18,11 +18,6 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use tokio::io::copy_bidirectional;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::task::JoinHandle;
-
-/// A guest that writes to nearly all of its memory, again and again, and verifies each page when it comes back to it.
-fn writer() -> Parameters {
-    Parameters { token: 0xf11, pages_per_tick: 20, last: 0xd0_0000, ..Parameters::default() }
-}
 
 const PLAIN: Transport = Transport { channels: 2, zstd: false };
 const ZSTD: Transport = Transport { channels: 2, zstd: true };
@@ -77,9 +72,8 @@ async fn moves(transport: Transport, bandwidth: Option<u64>, rounds: usize) {
         let count = Arc::new(AtomicUsize::new(0));
         let carrier = carry(out.clone(), socket, count.clone());
         let options = Options { bandwidth, transport, ..Options::default() };
-        let mut outgoing = running.migrate(&out, &options, None).await.map_err(|e| e.1).unwrap();
-        follow(&mut outgoing).await;
-        let Settled::Departed(departed) = outgoing.settle().await else { panic!("it did not leave") };
+        let outgoing = running.migrate(&out, &options, None).await.map_err(|e| e.1).unwrap();
+        let departed = leave(outgoing).await;
         assert_eq!(departed.facts().status, MigrationStatus::Completed);
         eprintln!("{transport:?} {:?} ms, {} bytes", departed.facts().total_ms, departed.facts().sent_bytes);
         running = run(incoming).await;
@@ -114,18 +108,15 @@ async fn a_guest_comes_back_to_one_connection() {
     first.listen(ZSTD).await.unwrap();
     let mut there = Console::open(&place.path("first-serial")).await;
     let options = Options { transport: ZSTD, ..Options::default() };
-    let mut outgoing = source.migrate(&place.path("first"), &options, None).await.map_err(|e| e.1).unwrap();
-    follow(&mut outgoing).await;
-    let Settled::Departed(departed) = outgoing.settle().await else { panic!("it did not leave") };
+    let outgoing = source.migrate(&place.path("first"), &options, None).await.map_err(|e| e.1).unwrap();
+    let departed = leave(outgoing).await;
     let running = run(first).await;
     departed.qemu().quit().await;
     here.drain(&mut story).await;
     // What it was told as a target does not bind it as a source.
     let (second, mut last) = place.target().await;
-    let mut outgoing =
-        running.migrate(&place.path("flight"), &Options::default(), None).await.map_err(|e| e.1).unwrap();
-    follow(&mut outgoing).await;
-    let Settled::Departed(departed) = outgoing.settle().await else { panic!("it did not leave") };
+    let outgoing = running.migrate(&place.path("flight"), &Options::default(), None).await.map_err(|e| e.1).unwrap();
+    let departed = leave(outgoing).await;
     let running = run(second).await;
     departed.qemu().quit().await;
     there.drain(&mut story).await;
@@ -166,10 +157,7 @@ async fn a_target_that_dies_leaves_the_guest_where_it_was() {
     target.listen(PLAIN).await.unwrap();
     let options = Options { transport: PLAIN, bandwidth: Some(100_000), ..Options::default() };
     let mut outgoing = source.migrate(&place.path("flight"), &options, None).await.map_err(|e| e.1).unwrap();
-    let mut events = outgoing.qemu().subscribe();
-    while outgoing.facts().status != MigrationStatus::Active {
-        outgoing.event(&events.next().await.unwrap());
-    }
+    active(&mut outgoing).await;
     target.qemu().process().kill().await;
     follow(&mut outgoing).await;
     assert_eq!(outgoing.facts().status, MigrationStatus::Failed);

@@ -70,8 +70,8 @@ fn connections(vm: &Value) -> usize {
     1 + usize::from(channels)
 }
 
-/// Moves a guest from node1 to node2 under this `migrationConfiguration`; its memory arrives whole. The VMI after that.
-async fn moved_under(configuration: &Value) -> (Value, Vec<String>) {
+/// A cluster with a running ROM guest on node1.
+async fn running() -> (Cluster, Launcher) {
     let mut cluster = Cluster::new();
     cluster.up(0);
     cluster.up(1);
@@ -82,6 +82,12 @@ async fn moved_under(configuration: &Value) -> (Value, Vec<String>) {
         "firmware": { "kernelBoot": { "container": { "image": "rom", "kernelPath": "/rom.bin" } } },
     }));
     until("the VM runs", || cluster.vm()["status"]["phase"] == "Running").await;
+    (cluster, source)
+}
+
+/// Moves a guest from node1 to node2 under this `migrationConfiguration`; its memory arrives whole. The VMI after that.
+async fn moved_under(configuration: &Value) -> (Value, Vec<String>) {
+    let (cluster, source) = running().await;
     let mut story = Story::default();
     let mut here = source.console().await;
     hear(&mut here, &mut story, 20).await;
@@ -130,16 +136,7 @@ fn where_post_copy_is_allowed_memory_has_one_connection_and_that_is_said() {
 #[test]
 fn a_guest_on_a_real_qemu_moves_between_two_handlers() {
     blocking(async {
-        let mut cluster = Cluster::new();
-        cluster.up(0);
-        cluster.up(1);
-        let mut source = Launcher::start(cluster.sockets(0, "one"));
-        cluster.vmi(&json!({
-            "memory": { "guest": "16Mi" },
-            "devices": {},
-            "firmware": { "kernelBoot": { "container": { "image": "rom", "kernelPath": "/rom.bin" } } },
-        }));
-        until("the VM runs", || cluster.vm()["status"]["phase"] == "Running").await;
+        let (cluster, mut source) = running().await;
         let mut story = Story::default();
         let mut here = source.console().await;
         hear(&mut here, &mut story, 3).await;

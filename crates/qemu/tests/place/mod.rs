@@ -4,9 +4,10 @@
 #![allow(dead_code, reason = "each of the tests uses a part of it")]
 
 use godwit_guest_rom::{Parameters, Story};
-use godwit_qemu::instance::{Arrived, Incoming, Outgoing, Prelaunch, Running};
+use godwit_qemu::instance::{Arrived, Departed, Incoming, Outgoing, Prelaunch, Running, Settled};
 use godwit_qemu::machine::{Boot, Machine};
 use godwit_qemu::process::find_qemu;
+use godwit_qemu::qmp::commands::MigrationStatus;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, BufReader};
@@ -97,6 +98,26 @@ pub async fn follow(outgoing: &mut Outgoing) {
         }
     };
     tokio::time::timeout(PATIENCE, work).await.expect("the migration does not end");
+}
+
+/// Waits until QEMU says that it sends.
+pub async fn active(outgoing: &mut Outgoing) {
+    let mut events = outgoing.qemu().subscribe();
+    while outgoing.facts().status != MigrationStatus::Active {
+        outgoing.event(&events.next().await.unwrap());
+    }
+}
+
+/// Follows the migration until the guest has left.
+pub async fn leave(mut outgoing: Outgoing) -> Departed {
+    follow(&mut outgoing).await;
+    let Settled::Departed(departed) = outgoing.settle().await else { panic!("it did not leave") };
+    departed
+}
+
+/// A guest that writes to nearly all of its memory, again and again, and verifies each page when it comes back to it.
+pub fn writer() -> Parameters {
+    Parameters { token: 0xf11, pages_per_tick: 20, last: 0xd0_0000, ..Parameters::default() }
 }
 
 pub fn busy() -> Parameters {
