@@ -182,6 +182,8 @@ pub enum Bench {
     Migrate(BenchMigrate),
     /// Kill, stop and cut what moves guests, while a witness outside sees to it that each runs once and only once
     Faults(BenchFaults),
+    /// Move a guest while connections to it are open, and see that every one of them lives
+    Streams(BenchStreams),
 }
 
 /// `godwit bench migrate`
@@ -243,6 +245,26 @@ pub struct BenchFaults {
     /// Keep the cluster here instead of in a scratch folder
     #[arg(long)]
     pub data_dir: Option<PathBuf>,
+}
+
+/// `godwit bench streams`
+#[derive(clap::Args)]
+pub struct BenchStreams {
+    /// How many moves
+    #[arg(long, default_value_t = 20)]
+    pub moves: usize,
+    /// Connections that keep silent from the first move to the last, beside the one that never does
+    #[arg(long, default_value_t = 100)]
+    pub connections: usize,
+    /// Folder with the demo guest's vmlinuz and initrd (made by `make guest`)
+    #[arg(long, default_value = "target/demo-guest")]
+    pub guest: PathBuf,
+    /// Seconds after which a move is given up
+    #[arg(long, default_value_t = 60)]
+    pub limit: u64,
+    /// Text for people or JSON for programs, on standard output
+    #[arg(long, short, value_enum, default_value_t = Output::Text)]
+    pub output: Output,
 }
 
 /// `godwit image …`

@@ -1,9 +1,10 @@
 //! `godwit bench …`: instruments that put a cluster of their own to the test.
 
-use crate::args::{Bench, BenchFaults, BenchMigrate};
+use crate::args::{Bench, BenchFaults, BenchMigrate, BenchStreams, Output};
 use anyhow::Context;
 use godwit_bench::faults;
 use godwit_bench::migrate::{self, Options, Report};
+use godwit_bench::streams;
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -13,6 +14,7 @@ pub async fn run(bench: Bench) -> anyhow::Result<ExitCode> {
     match bench {
         Bench::Migrate(wanted) => migrations(wanted).await,
         Bench::Faults(wanted) => attack(wanted).await,
+        Bench::Streams(wanted) => talk(wanted).await,
     }
 }
 
@@ -22,21 +24,38 @@ async fn migrations(wanted: BenchMigrate) -> anyhow::Result<ExitCode> {
     eprintln!("bench: {lines} lines of {} moves each", options.runs);
     let begun = std::time::Instant::now();
     let mut tell = |text: &str| eprintln!("{:>6.0} s  {text}", begun.elapsed().as_secs_f64());
-    let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
-    // Either way the measurement is dropped, and with it everything that it has started.
-    let report = tokio::select! {
-        report = migrate::run(&options, &mut tell) => report?,
-        _ = tokio::signal::ctrl_c() => anyhow::bail!("interrupted"),
-        _ = terminate.recv() => anyhow::bail!("terminated"),
-    };
+    let report = unless_ended(migrate::run(&options, &mut tell)).await??;
     if let Some(folder) = &wanted.out {
         write(&report, folder)?;
     }
     match wanted.output {
-        crate::args::Output::Text => print!("{report}"),
-        crate::args::Output::Json => println!("{}", serde_json::to_string_pretty(&report.json())?),
+        Output::Text => print!("{report}"),
+        Output::Json => println!("{}", serde_json::to_string_pretty(&report.json())?),
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Carries a measurement out. When it is broken off it is dropped, and with it everything that it has started.
+async fn unless_ended<T>(work: impl Future<Output = T>) -> anyhow::Result<T> {
+    let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
+    tokio::select! {
+        done = work => Ok(done),
+        _ = tokio::signal::ctrl_c() => anyhow::bail!("interrupted"),
+        _ = terminate.recv() => anyhow::bail!("terminated"),
+    }
+}
+
+async fn talk(wanted: BenchStreams) -> anyhow::Result<ExitCode> {
+    let BenchStreams { moves, connections, guest, limit, output } = wanted;
+    let options = streams::Options { moves, connections, guest, limit: Duration::from_secs(limit) };
+    let begun = std::time::Instant::now();
+    let mut tell = |text: &str| eprintln!("{:>6.0} s  {text}", begun.elapsed().as_secs_f64());
+    let report = unless_ended(streams::run(&options, &mut tell)).await??;
+    match output {
+        Output::Text => print!("{report}"),
+        Output::Json => println!("{}", serde_json::to_string_pretty(&report)?),
+    }
+    Ok(if report.is_good() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 fn options(wanted: &BenchMigrate) -> Options {

@@ -73,3 +73,23 @@ fn migrations_are_measured_in_every_way_by_the_same_instruments() {
         assert!(out.path().join(name).metadata().is_ok_and(|file| file.len() > 100), "{name}");
     }
 }
+
+/// A few of the moves that `--moves 20` makes.
+#[test]
+fn connections_that_are_open_live_through_moves() {
+    let ran = Command::new(env!("CARGO_BIN_EXE_godwit"))
+        .args(["bench", "streams", "--moves", "3", "--connections", "25", "--output", "json", "--guest"])
+        .arg(demo_guest())
+        .stdin(Stdio::null())
+        .output()
+        .expect("godwit starts");
+    let (said, text) = (String::from_utf8_lossy(&ran.stderr), String::from_utf8_lossy(&ran.stdout));
+    assert!(ran.status.success(), "{text}\n{said}");
+    let report: Value = serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}\n{said}"));
+    assert_eq!((&report["answered"], &report["wrong"]), (&Value::from(25), &Value::Array(Vec::new())), "{text}");
+    let nodes: Vec<&str> =
+        report["moves"].as_array().expect("moves").iter().filter_map(|leg| leg["node"].as_str()).collect();
+    assert_eq!(nodes.len(), 3, "{text}");
+    assert!(nodes[0] == nodes[2] && nodes[0] != nodes[1], "to and fro: {nodes:?}");
+    assert!(report["streamBytes"].as_u64().is_some_and(|bytes| bytes > 0), "{text}");
+}

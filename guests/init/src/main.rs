@@ -1,6 +1,6 @@
 //! Process 1 of the demo guest. It is all that runs there: it loads the virtio drivers, gives `eth0` its address,
 //! fills memory with a pattern that it verifies for ever, beats once a second on the console, answers HTTP with the
-//! same facts on port 80, and speaks enough of the QEMU guest agent's protocol to report its addresses.
+//! same facts on port 80, echoes on port 7, and speaks enough of the QEMU guest agent's protocol to report its addresses.
 //!
 //! Kernel command line: `godwit.ip=ADDR/PREFIX`, `godwit.gw=ADDR`, `godwit.hostname=NAME`, `godwit.wss=MiB` (memory kept
 //! and verified, default 16), `godwit.dirty=MiB/s` (rate of rewriting it, default 1), `godwit.witness=ADDR:PORT` (send a
@@ -9,6 +9,7 @@
 mod agent;
 mod beat;
 mod boot;
+mod echo;
 mod memory;
 mod net;
 mod witness;
@@ -27,6 +28,7 @@ fn main() {
     let facts = beat::Facts::new(options.hostname.clone(), memory);
     let served = facts.clone();
     thread::spawn(move || beat::serve(&served));
+    thread::spawn(echo::serve);
     if let Some(to) = options.witness {
         let token = facts.token().to_owned();
         thread::spawn(move || witness::beat(to, options.witness_every, &token));

@@ -12,7 +12,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// The guest's address on the segment.
-const GUEST: Ipv4Addr = Ipv4Addr::new(192, 168, 123, 62);
+pub const GUEST: Ipv4Addr = Ipv4Addr::new(192, 168, 123, 62);
 /// The outside client's.
 const CLIENT: Ipv4Addr = Ipv4Addr::new(192, 168, 123, 1);
 /// Where the client listens for the guest's heartbeats.
@@ -98,9 +98,14 @@ impl Lab {
         Ok(Guest::at(&self.cluster, GUEST, CLIENT).await?)
     }
 
+    /// The outside client's namespace. It is on the segment once there is a [`Lab::guest`].
+    pub fn client(&self) -> Result<Namespace, Error> {
+        Ok(Namespace::open(&fabric::client(&self.cluster))?)
+    }
+
     /// Begins to listen for heartbeats. The client must be on the segment: see [`Lab::guest`].
     pub fn witness(&self) -> Result<Witness, Error> {
-        let client = Namespace::open(&fabric::client(&self.cluster))?;
+        let client = self.client()?;
         Witness::listen(&client, SocketAddr::from((IpAddr::V4(CLIENT), WITNESS_PORT)))
     }
 }
@@ -131,6 +136,11 @@ impl Workload {
         Self { memory: line.memory, bandwidth: line.bandwidth, arguments }
     }
 
+    /// A guest of which only the network counts.
+    pub fn quiet(memory: Mebibytes, bandwidth: Bandwidth) -> Self {
+        Self { memory, bandwidth, arguments: own_arguments(16, 1) }
+    }
+
     /// Much to send, nothing written to, no cap.
     pub fn full() -> Self {
         Self {
@@ -142,9 +152,13 @@ impl Workload {
 }
 
 fn arguments(working_set: u64, dirty: u64) -> String {
+    format!("{} godwit.witness={CLIENT}:{WITNESS_PORT}", own_arguments(working_set, dirty))
+}
+
+/// Without heartbeats.
+fn own_arguments(working_set: u64, dirty: u64) -> String {
     format!(
-        "console=ttyS0 quiet godwit.ip={GUEST}/24 godwit.hostname=bench godwit.wss={working_set} godwit.dirty={dirty} \
-         godwit.witness={CLIENT}:{WITNESS_PORT}"
+        "console=ttyS0 quiet godwit.ip={GUEST}/24 godwit.hostname=bench godwit.wss={working_set} godwit.dirty={dirty}"
     )
 }
 
