@@ -180,6 +180,12 @@ impl Client {
         self.call(Method::POST, rpc::MIGRATION_GO, Some(&order)).await
     }
 
+    /// Take another link for the guest's memory in post-copy: the target listens on this socket, the source dials it.
+    pub async fn recover(&self, migration_uid: &str, socket: &str) -> Result<rpc::State, Error> {
+        let order = rpc::LinkOrder { migration_uid: migration_uid.into(), socket: socket.into() };
+        self.call(Method::POST, rpc::MIGRATION_RECOVER, Some(&order)).await
+    }
+
     /// Target: the guest lives elsewhere; end this QEMU.
     pub async fn abandon(&self, migration_uid: &str) -> Result<rpc::State, Error> {
         self.about(rpc::MIGRATION_ABANDON, migration_uid).await

@@ -33,6 +33,8 @@ pub const MIGRATION_POST_COPY: &str = "/v1/migration/post-copy";
 pub const MIGRATION_PAUSE: &str = "/v1/migration/pause";
 /// Path of the go for a target ([`GoOrder`]).
 pub const MIGRATION_GO: &str = "/v1/migration/go";
+/// Path of another link for a post-copy whose link broke ([`LinkOrder`]).
+pub const MIGRATION_RECOVER: &str = "/v1/migration/recover";
 /// Path of the end of a target that will not be needed ([`MigrationRef`]).
 pub const MIGRATION_ABANDON: &str = "/v1/migration/abandon";
 /// Path of [`ShutdownOrder`].
@@ -197,6 +199,18 @@ pub struct GoOrder {
     /// stays paused there until somebody unpauses it.
     #[serde(default)]
     pub paused: bool,
+}
+
+/// Another link for a post-copy (`POST /v1/migration/recover`): first the target, which listens for it, then the source, which
+/// dials. A link that QEMU still holds for whole is broken by it. May be repeated with another socket until the guest's memory
+/// flows again.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct LinkOrder {
+    /// UID of the VirtualMachineInstanceMigration.
+    pub migration_uid: String,
+    /// Name, within the directory of `launcher.sock`, of the unix socket. The target's QEMU makes it; the source's dials it.
+    pub socket: String,
 }
 
 /// Names the migration that an order is about, so that an order that arrives late cannot hit the next one.
@@ -394,7 +408,8 @@ pub struct MigrationFacts {
     pub role: MigrationRole,
     /// QEMU's word: `setup`, `active`, `device`, `postcopy-active`, `postcopy-paused`, `completed`, `failed`, `cancelling`,
     /// `cancelled`, …; `none` before it began. A source reports `completed` and `postcopy-…` only after it has written down
-    /// that the guest has left, and forced that to the disk. `postcopy-paused` says that the link broke during post-copy.
+    /// that the guest has left, and forced that to the disk. `postcopy-paused` says that the link broke during post-copy; it
+    /// can be another one's turn ([`MIGRATION_RECOVER`]).
     pub status: String,
     /// How the guest moves; it only ever gets from pre-copy to one of the others.
     #[serde(default)]
@@ -414,6 +429,15 @@ pub struct MigrationFacts {
     /// How memory is carried.
     #[serde(default)]
     pub transport: Transport,
+    /// This launcher knows [`MIGRATION_RECOVER`]. An older one's guest is lost with the link of its post-copy.
+    #[serde(default)]
+    pub recoverable: bool,
+    /// Since when post-copy has had no link.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub broken_us: Option<i64>,
+    /// How often post-copy has gone on over another link.
+    #[serde(default)]
+    pub recoveries: u64,
     /// When it began.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub start_us: Option<i64>,
@@ -490,6 +514,9 @@ impl MigrationFacts {
             paused_by_migration: false,
             post_copy_possible: false,
             transport: Transport::default(),
+            recoverable: false,
+            broken_us: None,
+            recoveries: 0,
             start_us: None,
             stop_us: None,
             resume_us: None,

@@ -41,6 +41,7 @@ pub fn router(orders: mpsc::Sender<Request>, state: watch::Receiver<State>) -> R
         .route(rpc::MIGRATION_POST_COPY, post(|door, body| with(door, body, Order::PostCopy)))
         .route(rpc::MIGRATION_PAUSE, post(|door, body| with(door, body, Order::PauseToMigrate)))
         .route(rpc::MIGRATION_GO, post(|door, body| with(door, body, Order::Go)))
+        .route(rpc::MIGRATION_RECOVER, post(|door, body| with(door, body, Order::Recover)))
         .route(rpc::MIGRATION_ABANDON, post(|door, body| with(door, body, Order::Abandon)))
         .route(rpc::SHUTDOWN, post(|door, body| with(door, body, Order::Shutdown)))
         .route(rpc::PAUSE, post(|door: Shared<Door>| order(door, Order::Pause)))

@@ -8,9 +8,9 @@ use crate::console::{self, Console};
 use crate::plan::{self, AGENT, Inputs, SERIAL};
 use crate::record::{self, Record};
 use crate::rpc::{
-    Accelerator, Cause, DomainPhase, EventRecord, GoOrder, GuestAgentFacts, InterfaceOrder, MACHINE_REVISION,
-    MigrationRef, MigrationRole, Paths, Refusal, ShutdownOrder, SourceOrder, State, TargetOrder, TargetReady,
-    Transport, TransportOrder, VmOrder, VolumeFacts, VolumeState,
+    Accelerator, Cause, DomainPhase, EventRecord, GoOrder, GuestAgentFacts, InterfaceOrder, LinkOrder,
+    MACHINE_REVISION, MigrationRef, MigrationRole, Paths, Refusal, ShutdownOrder, SourceOrder, State, TargetOrder,
+    TargetReady, Transport, TransportOrder, VmOrder, VolumeFacts, VolumeState,
 };
 use godwit_api::VirtualMachineInstance;
 use godwit_qemu::failure;
@@ -50,6 +50,7 @@ pub enum Order {
     PostCopy(MigrationRef),
     PauseToMigrate(MigrationRef),
     Go(GoOrder),
+    Recover(LinkOrder),
     Abandon(MigrationRef),
     Shutdown(ShutdownOrder),
     Pause,
@@ -265,6 +266,7 @@ impl Vm {
             Order::PostCopy(order) => self.switch_to_post_copy(&order.migration_uid).await?,
             Order::PauseToMigrate(order) => self.pause_to_migrate(&order.migration_uid).await?,
             Order::Go(order) => self.go(&order).await?,
+            Order::Recover(order) => self.recover(&order).await?,
             Order::Abandon(order) => self.abandon(&order.migration_uid).await?,
             Order::Shutdown(order) => self.shut_down(Duration::from_secs(order.grace_seconds)).await,
             Order::Pause => self.pause(true).await?,
@@ -439,6 +441,12 @@ impl Vm {
     async fn pause(&mut self, pause: bool) -> Result<(), Refused> {
         let running = match &mut self.stage {
             Stage::Running(running) => running,
+            // QEMU may itself wait for a page of the guest's.
+            Stage::Filling(filling) if filling.is_broken() => {
+                let message =
+                    "the guest cannot be paused or unpaused: it waits for the link to the source of its memory";
+                return Err(refused(Refusal::Conflict, message));
+            }
             Stage::Filling(filling) => filling.running(),
             other => {
                 let what = if matches!(other, Stage::Outgoing(_)) { "it is migrating" } else { "no guest runs here" };

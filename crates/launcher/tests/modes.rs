@@ -121,6 +121,43 @@ async fn a_link_that_breaks_in_post_copy_is_told_by_both_ends() {
 }
 
 #[tokio::test]
+async fn a_link_that_breaks_in_post_copy_is_followed_by_another_one() {
+    let mut pair = Pair::start().await;
+    pair.fly(Some(500_000)).await;
+    pair.source.client.post_copy(MIGRATION).await.unwrap();
+    pair.source.until("handed over", |s| facts(s).handed_over).await;
+    pair.target.client.go(MIGRATION).await.unwrap();
+    for (number, notices) in [(1, true), (2, false)] {
+        if notices {
+            pair.way.abort();
+            for pod in [&pair.source, &pair.target] {
+                let state = pod.until("the broken link", |s| facts(s).broken_us.is_some()).await;
+                assert!(facts(&state).recoverable, "{state:?}");
+            }
+            // Nothing is asked of a QEMU that may wait for a page itself.
+            assert_eq!(refusal(pair.target.client.pause().await), Refusal::Conflict);
+        }
+        let (near, far) = (format!("near{number}.sock"), format!("far{number}.sock"));
+        assert_eq!(refusal(pair.target.client.recover(MIGRATION, "../x").await), Refusal::BadRequest);
+        assert_eq!(refusal(pair.target.client.recover("another", &far).await), Refusal::Conflict);
+        pair.target.client.recover(MIGRATION, &far).await.unwrap();
+        let way = carry_memory(&pair.source, &near, &pair.target, &far);
+        pair.source.client.recover(MIGRATION, &near).await.unwrap();
+        for pod in [&pair.source, &pair.target] {
+            let flows = |s: &State| facts(s).recoveries == number && facts(s).broken_us.is_none();
+            let state = pod.until("it flows", flows).await;
+            assert_eq!((facts(&state).error.as_deref(), facts(&state).cause), (None, None), "{state:?}");
+        }
+        pair.way = way;
+    }
+    pair.source.client.migrate(&order(None)).await.unwrap();
+    pair.target.until("completed", |s| status(s) == "completed").await;
+    assert_eq!(written(&pair.source).unwrap().recoveries, 2);
+    assert_eq!(refusal(pair.target.client.recover(MIGRATION, "x").await), Refusal::Conflict, "it is whole");
+    pair.arrives().await;
+}
+
+#[tokio::test]
 async fn a_source_that_dies_in_post_copy_is_not_started_again() {
     let pair = Pair::start().await;
     pair.fly(Some(500_000)).await;

@@ -5,7 +5,7 @@
 //! ```text
 //! Prelaunch ──start──▶ Running ──migrate──▶ Outgoing ──settle──▶ Departed        only `quit` is left
 //!                         ▲  ▲                │  └────settle──▶ Running          failed or cancelled: it never left
-//!                         │  │                └──hand_over──▶ Serving ──settle──▶ Departed     post-copy
+//!                         │  │                └──hand_over──▶ Serving ──settle──▶ Departed     post-copy ⟲ take_up
 //! Incoming ──────go───────┘  └─────────settle─────────┐
 //!    └───────────go (post-copy)──▶ Filling ───────────┘
 //! ```
@@ -24,9 +24,9 @@ use crate::accelerator::Accelerator;
 use crate::blocks::Blocks;
 use crate::failure::{self, Cause};
 use crate::machine::{self, Machine};
-use crate::migration::{self, Options};
+use crate::migration::{self, Options, Tracker};
 use crate::process::{Ended, Process};
-use crate::qmp::commands::{self, CapabilityState, RunState, VersionTriple};
+use crate::qmp::commands::{self, CapabilityState, MigrationStatus, RunState, VersionTriple};
 use crate::qmp::{self, Event, Events, Qmp};
 use crate::transport::{Ability, Transport, channels_for};
 use std::collections::BTreeMap;
@@ -35,6 +35,8 @@ use std::time::Duration;
 
 /// How long QEMU may take from its start to its monitor's answer.
 const START_LIMIT: Duration = Duration::from_secs(20);
+/// How long QEMU may take to say that the link of its post-copy is broken, after it was told so.
+const BREAK_LIMIT: Duration = Duration::from_secs(5);
 /// How long QEMU may take to answer `quit`, and how long to end after that.
 const QUIT_LIMIT: Duration = Duration::from_secs(5);
 
@@ -201,6 +203,44 @@ impl Qemu {
             Ok(ended) => ended,
             Err(_) => self.process.kill().await,
         }
+    }
+
+    /// Breaks the link of its post-copy, unless that has broken by itself, and waits until QEMU says so. Without its main loop,
+    /// which may itself wait for a page of the guest's.
+    async fn break_link(&self, tracker: &mut Tracker) -> Result<(), Error> {
+        let end = tokio::time::Instant::now() + BREAK_LIMIT;
+        let mut told = false;
+        loop {
+            for event in self.qmp.events() {
+                tracker.event(&event);
+            }
+            let status = tracker.facts().status;
+            match status {
+                MigrationStatus::PostcopyPaused => return Ok(()),
+                // QEMU before 8.2 refuses it while both ends compare what the target has.
+                MigrationStatus::PostcopyActive | MigrationStatus::PostcopyRecover if !told => {
+                    told = true;
+                    match self.qmp.execute_now(&commands::MigratePause {}).await {
+                        // It may have broken by itself in this moment.
+                        Ok(_) | Err(qmp::Error::Refused { .. }) => {}
+                        Err(error) => return Err(error.into()),
+                    }
+                }
+                status if !status.is_post_copy() || tokio::time::Instant::now() > end => {
+                    let wanted = "the link of a post-copy must be broken before another one can be taken";
+                    return Err(Error::State { wanted, state: status.as_str() });
+                }
+                _ => tokio::time::sleep(Duration::from_millis(1)).await,
+            }
+        }
+    }
+
+    /// Target: listens on the unix socket `socket` for another link of a post-copy.
+    async fn take_up(&self, tracker: &mut Tracker, socket: &Path) -> Result<(), Error> {
+        self.break_link(tracker).await?;
+        let uri = format!("unix:{}", socket.display());
+        self.qmp.execute_now(&commands::MigrateRecover { uri }).await?;
+        Ok(())
     }
 
     /// Switches on what every migration here needs, the same on both ends.

@@ -3,7 +3,7 @@
 //! ```text
 //! source:  setup → active ⟲ passes → (STOP) device → completed      the guest has left, this QEMU stays stopped for ever
 //!                    ├→ (STOP) postcopy-active → completed           the guest has left with the switch
-//!                    │                  └→ postcopy-paused           the link broke: the guest is lost
+//!                    │                  ⇅ postcopy-paused            the link broke, until there is another one
 //!                    └→ cancelling → cancelled                      the guest runs on here
 //!                    └→ failed (RESUME)                             the guest runs on here
 //! target:  setup → active → completed                               loaded, stopped, waits for the go
@@ -98,6 +98,10 @@ pub struct Facts {
     pub error: Option<String>,
     /// What kind of failure that is.
     pub cause: Option<Cause>,
+    /// Since when post-copy has had no link.
+    pub broken_us: Option<i64>,
+    /// How often post-copy has gone on over another link.
+    pub recoveries: u64,
 }
 
 impl Facts {
@@ -131,12 +135,21 @@ pub struct Tracker {
     only_one: bool,
     /// Bytes of disks to copy and copied, which count like memory.
     blocks: (u64, u64),
+    /// How often QEMU has said that post-copy is under way.
+    filled: u64,
 }
 
 impl Tracker {
     /// Begins with the event of this number.
     pub fn new(from_event: u64) -> Self {
-        Tracker { facts: Facts::default(), from_event, looks: VecDeque::new(), only_one: false, blocks: (0, 0) }
+        Tracker {
+            facts: Facts::default(),
+            from_event,
+            looks: VecDeque::new(),
+            only_one: false,
+            blocks: (0, 0),
+            filled: 0,
+        }
     }
 
     /// For a QEMU that was started to receive.
@@ -158,6 +171,11 @@ impl Tracker {
         match event.name.as_str() {
             "MIGRATION" => {
                 let status = event.text("status").map_or(MigrationStatus::Other, MigrationStatus::from_name);
+                if status == MigrationStatus::PostcopyActive {
+                    // The first one is the switch.
+                    self.facts.recoveries = self.filled;
+                    self.filled += 1;
+                }
                 self.status(status, event.at_us);
             }
             "MIGRATION_PASS" => {
@@ -183,9 +201,21 @@ impl Tracker {
             }
             return;
         }
+        // A target up to QEMU 9.0 says so when it listens for another link.
+        if status == MigrationStatus::Setup && self.facts.status.is_post_copy() {
+            return;
+        }
         self.facts.status = status;
         if status.is_post_copy() {
             self.facts.mode = Mode::PostCopy;
+        }
+        if status == MigrationStatus::PostcopyPaused {
+            self.facts.broken_us.get_or_insert(at_us);
+        }
+        // What was said of the broken link is over with it.
+        let flows = matches!(status, MigrationStatus::PostcopyActive | MigrationStatus::Completed);
+        if flows && self.facts.broken_us.take().is_some() {
+            (self.facts.error, self.facts.cause) = (None, None);
         }
         if status == MigrationStatus::Setup || status == MigrationStatus::Active {
             self.facts.start_us.get_or_insert(at_us);
@@ -227,7 +257,8 @@ impl Tracker {
         }
         self.facts.throttle_percent = info.cpu_throttle_percentage.filter(|percent| *percent > 0);
         self.facts.expected_downtime_ms = info.expected_downtime.or(self.facts.expected_downtime_ms);
-        if let Some(error) = &info.error_desc {
+        // In post-copy it is about a link, of which more is said elsewhere.
+        if let Some(error) = info.error_desc.as_ref().filter(|_| !info.status.is_post_copy()) {
             self.fail(error.clone());
         }
         // The answer may be ahead of the event on its way; the event brings the exact time.
@@ -489,6 +520,40 @@ mod tests {
             tracker.event(&event(n as u64, 10 * n as i64, "MIGRATION", status));
         }
         assert_eq!((tracker.facts().status, tracker.facts().mode), (MigrationStatus::Completed, Mode::PostCopy));
+    }
+
+    #[test]
+    fn a_link_that_broke_in_post_copy_is_told_until_there_is_another_one() {
+        let mut tracker = Tracker::new(0);
+        let mut number = 0;
+        let mut tell = |tracker: &mut Tracker, status| {
+            tracker.event(&event(number, 10 * number as i64, "MIGRATION", status));
+            number += 1;
+        };
+        for status in ["active", "postcopy-active", "postcopy-paused"] {
+            tell(&mut tracker, status);
+        }
+        tracker.link_lost("cut");
+        assert_eq!((tracker.facts().broken_us, tracker.facts().recoveries), (Some(20), 0));
+        // A target's QEMU listens again, and fails at it once.
+        for status in ["setup", "postcopy-recover", "postcopy-paused", "postcopy-recover-setup", "postcopy-recover"] {
+            tell(&mut tracker, status);
+            assert!(tracker.facts().status.is_post_copy(), "{status}");
+            assert_eq!((tracker.facts().broken_us, tracker.facts().error.as_deref()), (Some(20), Some("cut")));
+        }
+        tell(&mut tracker, "postcopy-active");
+        let facts = tracker.facts();
+        assert_eq!((facts.broken_us, facts.recoveries, facts.error.as_deref()), (None, 1, None));
+        tell(&mut tracker, "postcopy-paused");
+        let words = MigrationInfo {
+            status: MigrationStatus::PostcopyPaused,
+            error_desc: Some("Channel error".into()),
+            ..MigrationInfo::default()
+        };
+        tracker.look(&words, 99);
+        assert_eq!(tracker.facts().error, None, "who follows it says it better");
+        tell(&mut tracker, "completed");
+        assert_eq!((tracker.facts().broken_us, tracker.facts().mode), (None, Mode::PostCopy));
     }
 
     #[test]

@@ -32,8 +32,9 @@ impl Vm {
                 qemu.process().kill().await;
                 self.over(DomainPhase::Shutdown);
             }
-            // It cannot hear the power button, and QEMU perhaps nothing at all.
-            Stage::Filling(filling) if filling.is_lost() => {
+            // It cannot hear the power button, and QEMU perhaps nothing at all. One that only waits for its memory has its grace:
+            // it may come.
+            Stage::Filling(filling) if filling.is_lost() || filling.is_broken() && grace.is_zero() => {
                 let qemu = filling.qemu().clone();
                 self.ending = Some(Ending { deadline, press: deadline, forced: true });
                 qemu.process().kill().await;
@@ -65,6 +66,11 @@ impl Vm {
     }
 
     pub(super) async fn look_at_ending(&mut self) {
+        let hears = match &self.stage {
+            Stage::Serving(_) => false,
+            Stage::Filling(filling) => !filling.is_broken(),
+            _ => true,
+        };
         let Some(ending) = &mut self.ending else { return };
         let now = Instant::now();
         let Some(qemu) = self.stage.qemu().cloned() else { return };
@@ -75,7 +81,7 @@ impl Vm {
                 // Its end comes back as any other does.
                 tokio::spawn(async move { qemu.quit().await });
             }
-        } else if now >= ending.press && !matches!(self.stage, Stage::Serving(_)) {
+        } else if now >= ending.press && hears {
             ending.press = now + PRESS_EVERY;
             if let Err(error) = qemu.power_button().await {
                 tracing::warn!(%error, "pressing the power button");
@@ -122,7 +128,7 @@ impl Vm {
                 (DomainPhase::Crashed, format!("the guest could not be received: {why}"))
             }
             // Whoever ended it: it did not shut down.
-            (Stage::Filling(filling), ..) if filling.is_lost() => {
+            (Stage::Filling(filling), ..) if filling.is_lost() || filling.is_broken() => {
                 let why = filling.facts().error.as_deref().unwrap_or("a part of its memory did not come");
                 (DomainPhase::Crashed, format!("the guest is lost: {why}"))
             }

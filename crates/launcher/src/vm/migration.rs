@@ -4,8 +4,8 @@ use super::{Refused, Stage, Vm, refused, short};
 use crate::plan::Plan;
 use crate::record::Record;
 use crate::rpc::{
-    Cause, DomainPhase, GoOrder, MigrationFacts, MigrationMode, MigrationRole, Refusal, SourceOrder, TargetReady,
-    TransportOrder,
+    Cause, DomainPhase, GoOrder, LinkOrder, MigrationFacts, MigrationMode, MigrationRole, Refusal, SourceOrder,
+    TargetReady, TransportOrder,
 };
 use godwit_qemu::blocks::Blocks;
 use godwit_qemu::instance::{Arrived, Departed, GoError, Incoming, Settled};
@@ -77,10 +77,7 @@ impl Vm {
             return self.limit_bandwidth(bandwidth).await;
         }
         for socket in [Some(&order.socket), order.blocks_socket.as_ref()].into_iter().flatten() {
-            if socket.is_empty() || socket.contains('/') || socket.starts_with('.') {
-                let message = format!("{socket:?} is not a file name in the directory of launcher.sock");
-                return Err(refused(Refusal::BadRequest, message));
-            }
+            check_name(socket)?;
         }
         match &self.stage {
             Stage::Running(_) if self.ending.is_some() => {
@@ -267,6 +264,35 @@ impl Vm {
         self.refresh().await;
     }
 
+    /// Takes another link for the memory of a post-copy.
+    pub(super) async fn recover(&mut self, order: &LinkOrder) -> Result<(), Refused> {
+        check_name(&order.socket)?;
+        let role = match &self.stage {
+            Stage::Serving(_) => MigrationRole::Source,
+            _ => MigrationRole::Target,
+        };
+        self.about(&order.migration_uid, role)?;
+        let path = self.paths.sockets.join(&order.socket);
+        let taken = match &mut self.stage {
+            Stage::Serving(serving) => serving.take_up(&path).await,
+            Stage::Incoming(incoming) => {
+                let _ = std::fs::remove_file(&path);
+                incoming.take_up(&path).await
+            }
+            Stage::Filling(filling) => {
+                let _ = std::fs::remove_file(&path);
+                filling.take_up(&path).await
+            }
+            _ => return Err(refused(Refusal::Conflict, "no post-copy is under way here")),
+        };
+        match &self.stage {
+            Stage::Serving(_) => self.served(),
+            Stage::Filling(_) => self.filled(),
+            _ => self.take_facts(),
+        }
+        Ok(taken?)
+    }
+
     /// Ends a target that is not needed.
     pub(super) async fn abandon(&mut self, uid: &str) -> Result<(), Refused> {
         let gone = self.about(uid, MigrationRole::Target)?.gone;
@@ -349,7 +375,7 @@ impl Vm {
                 }
                 self.served();
             }
-            Stage::Filling(filling) if !filling.is_lost() => {
+            Stage::Filling(filling) => {
                 if let Err(error) = filling.look().await {
                     tracing::debug!(%error, "looking at the memory that follows");
                 }
@@ -503,6 +529,14 @@ impl Vm {
     }
 }
 
+fn check_name(socket: &str) -> Result<(), Refused> {
+    if socket.is_empty() || socket.contains('/') || socket.starts_with('.') {
+        let message = format!("{socket:?} is not a file name in the directory of launcher.sock");
+        return Err(refused(Refusal::BadRequest, message));
+    }
+    Ok(())
+}
+
 /// A departure whose memory had not all followed when the launcher that told of it ended: QEMU ended with that launcher.
 pub(super) fn end_unserved(facts: &mut MigrationFacts) {
     if !facts.is_final() {
@@ -519,6 +553,9 @@ fn fill(m: &mut MigrationFacts, facts: &Facts) {
         Mode::Paused => MigrationMode::Paused,
         Mode::PostCopy => MigrationMode::PostCopy,
     };
+    m.recoverable = true;
+    m.broken_us = facts.broken_us;
+    m.recoveries = facts.recoveries;
     m.start_us = facts.start_us;
     m.stop_us = facts.stop_us;
     m.resume_us = facts.resume_us;

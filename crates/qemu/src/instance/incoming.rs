@@ -5,11 +5,12 @@ use crate::blocks;
 use crate::failure;
 use crate::machine::Machine;
 use crate::migration::{Facts, Tracker};
-use crate::qmp::commands::{self, MigrationStatus, RunState, VersionTriple};
+use crate::qmp::commands::{self, MigrationInfo, MigrationStatus, RunState, VersionTriple};
 use crate::qmp::{self, Event};
 use crate::transport::Transport;
 use std::path::Path;
 use std::time::Duration;
+use tokio::task::JoinHandle;
 
 /// How long a target may take to say that it has loaded what the source knows it has.
 const LOAD_LIMIT: Duration = Duration::from_secs(2);
@@ -133,6 +134,11 @@ impl Incoming {
         Ok(enough && self.qemu.status().await? == RunState::Paused)
     }
 
+    /// Listens on the unix socket `socket` for another link of a post-copy whose link broke before the go.
+    pub async fn take_up(&mut self, socket: &Path) -> Result<(), Error> {
+        self.qemu.take_up(&mut self.tracker, socket).await
+    }
+
     /// Runs the guest, unless it is to stay `paused`. Only for the one who knows that the source is stopped for good.
     ///
     /// Refused while not enough is loaded; a load that is under way is given [`LOAD_LIMIT`] to end, since the source can
@@ -189,7 +195,7 @@ impl Incoming {
         if whole {
             Arrived::Whole(running, self.tracker.facts().clone())
         } else {
-            Arrived::Filling(Filling { running, tracker: self.tracker })
+            Arrived::Filling(Filling { running, tracker: self.tracker, asked: None })
         }
     }
 }
@@ -208,6 +214,9 @@ pub enum Arrived {
 pub struct Filling {
     running: Running,
     tracker: Tracker,
+    /// A question that QEMU has not answered yet. More than a few of them, and QEMU would hear nothing any more, not even the
+    /// commands that need no main loop.
+    asked: Option<JoinHandle<Result<MigrationInfo, qmp::Error>>>,
 }
 
 impl Filling {
@@ -216,9 +225,17 @@ impl Filling {
         self.running.qemu()
     }
 
-    /// What is known. `postcopy-paused` and `failed` mean that the guest is lost.
+    /// What is known. `postcopy-paused` means that the link broke ([`Filling::take_up`]), `failed` that the guest is lost.
     pub fn facts(&self) -> &Facts {
         self.tracker.facts()
+    }
+
+    /// Listens on the unix socket `socket` for another link, which [`super::Serving::take_up`] then takes. A link that QEMU
+    /// still holds for whole is broken. May be repeated.
+    pub async fn take_up(&mut self, socket: &Path) -> Result<(), Error> {
+        let taken = self.running.qemu.take_up(&mut self.tracker, socket).await;
+        self.explain();
+        taken
     }
 
     /// The guest, to be paused and unpaused.
@@ -232,19 +249,43 @@ impl Filling {
         self.explain();
     }
 
-    /// Looks at the numbers, if QEMU answers soon. Turns come as events all the same.
+    /// Looks at the numbers, if QEMU answers soon. Turns come as events all the same. A QEMU without a link is not asked: it
+    /// may wait itself for a page of the guest's.
     pub async fn look(&mut self) -> Result<(), qmp::Error> {
-        let ask = commands::QueryMigrate {};
-        if let Ok(info) = tokio::time::timeout(ASK_LIMIT, self.running.qemu.qmp.execute(&ask)).await {
-            self.tracker.look(&info?, now_us());
+        self.take_events();
+        if self.is_broken() {
+            return Ok(());
+        }
+        let qmp = self.running.qemu.qmp.clone();
+        let ask = || tokio::spawn(async move { qmp.execute(&commands::QueryMigrate {}).await });
+        let asked = self.asked.get_or_insert_with(ask);
+        if let Ok(answered) = tokio::time::timeout(ASK_LIMIT, asked).await {
+            self.asked = None;
+            self.take_events();
+            if let Ok(info) = answered {
+                self.tracker.look(&info?, now_us());
+            }
             self.explain();
         }
         Ok(())
     }
 
+    /// They are ahead of answers, also where whoever brings them is not.
+    fn take_events(&mut self) {
+        for event in self.running.qemu.qmp.events() {
+            self.tracker.event(&event);
+        }
+        self.explain();
+    }
+
+    /// Whether its memory has no link at present to come over.
+    pub fn is_broken(&self) -> bool {
+        self.facts().broken_us.is_some()
+    }
+
     /// Whether the rest of the guest's memory will not come any more.
     pub fn is_lost(&self) -> bool {
-        matches!(self.facts().status, MigrationStatus::PostcopyPaused | MigrationStatus::Failed)
+        self.facts().status == MigrationStatus::Failed
     }
 
     /// Whether its user had paused the guest.

@@ -545,9 +545,19 @@ impl Serving {
         &self.qemu
     }
 
-    /// What is known. `failed` and `postcopy-paused` mean that the guest is lost.
+    /// What is known. `postcopy-paused` means that the link broke ([`Serving::take_up`]), `failed` that the guest is lost.
     pub fn facts(&self) -> &Facts {
         self.tracker.facts()
+    }
+
+    /// Goes on over another link, by way of the unix socket `socket`, where the target must be waited for
+    /// ([`super::Filling::take_up`]). A link that QEMU still holds for whole is broken.
+    pub async fn take_up(&mut self, socket: &Path) -> Result<(), Error> {
+        self.qemu.break_link(&mut self.tracker).await?;
+        self.explain();
+        let uri = format!("unix:{}", socket.display());
+        self.qemu.qmp.execute(&commands::MigrateResume { uri, resume: true }).await?;
+        Ok(())
     }
 
     /// Whether its user had paused the guest before.
@@ -576,6 +586,10 @@ impl Serving {
     /// Looks at the numbers.
     pub async fn look(&mut self) -> Result<(), qmp::Error> {
         let info = self.qemu.qmp.execute(&commands::QueryMigrate {}).await?;
+        // They are ahead of the answer, also where whoever brings them is not.
+        for event in self.qemu.qmp.events() {
+            self.tracker.event(&event);
+        }
         self.tracker.look(&info, now_us());
         self.explain();
         Ok(())

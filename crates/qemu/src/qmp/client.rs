@@ -16,6 +16,9 @@ const KEPT_EVENTS: usize = 1024;
 /// How long a command may take; QEMU answers within a millisecond unless its main loop is stuck on a disk.
 const ANSWER_LIMIT: Duration = Duration::from_secs(20);
 
+/// QEMU's word for commands that do not wait for its main loop.
+const OUT_OF_BAND: &str = "oob";
+
 /// A client of one QEMU's monitor. Cheap to clone.
 ///
 /// It has no public way to send an arbitrary command: what must never be said (a `cont` to a QEMU whose guest has left) can be
@@ -40,6 +43,8 @@ struct Shared {
     events: VecDeque<Event>,
     subscribers: Vec<mpsc::UnboundedSender<Event>>,
     closed: bool,
+    /// QEMU takes commands that do not wait for its main loop.
+    oob: bool,
 }
 
 /// A poisoned lock only means that a caller panicked; the data are whole, since nothing in between can fail.
@@ -97,7 +102,7 @@ impl Qmp {
         let (read, mut write) = tokio::io::split(stream);
         let shared = Arc::new(Mutex::new(Shared::default()));
         let (lines, mut queue) = mpsc::unbounded_channel::<Vec<u8>>();
-        let (greeted, greeting) = oneshot::channel();
+        let (greeted, greeting) = oneshot::channel::<Vec<String>>();
         // Lines are written whole by a task of their own: a caller that gives up half-way cannot leave half a line behind.
         tokio::spawn(async move {
             while let Some(line) = queue.recv().await {
@@ -108,22 +113,32 @@ impl Qmp {
         });
         tokio::spawn(read_all(read, Arc::downgrade(&shared), greeted));
         let qmp = Qmp { shared, lines };
-        if greeting.await.is_err() {
-            return Err(Error::Closed { command: "greeting".into() });
-        }
-        qmp.execute(&commands::QmpCapabilities {}).await?;
+        let Ok(offers) = greeting.await else { return Err(Error::Closed { command: "greeting".into() }) };
+        let oob = offers.iter().any(|offer| offer == OUT_OF_BAND);
+        qmp.execute(&commands::QmpCapabilities { enable: oob.then_some(OUT_OF_BAND).into_iter().collect() }).await?;
+        lock(&qmp.shared).oob = oob;
         Ok(qmp)
     }
 
     /// Sends a command and waits for its answer.
     pub(crate) async fn execute<C: Command>(&self, command: &C) -> Result<C::Answer, Error> {
+        self.send("execute", command).await
+    }
+
+    /// The same for a command that must not wait for QEMU's main loop, where QEMU can (`exec-oob`).
+    pub(crate) async fn execute_now<C: Command>(&self, command: &C) -> Result<C::Answer, Error> {
+        let how = if lock(&self.shared).oob { "exec-oob" } else { "execute" };
+        self.send(how, command).await
+    }
+
+    async fn send<C: Command>(&self, how: &str, command: &C) -> Result<C::Answer, Error> {
         let unreadable = |e: serde_json::Error| Error::Unreadable { command: C::NAME.into(), message: e.to_string() };
         let arguments = serde_json::to_value(command).map_err(unreadable)?;
-        let answer = self.call(C::NAME, arguments).await?;
+        let answer = self.call(how, C::NAME, arguments).await?;
         serde_json::from_value(answer).map_err(unreadable)
     }
 
-    async fn call(&self, command: &str, arguments: Value) -> Result<Value, Error> {
+    async fn call(&self, how: &str, command: &str, arguments: Value) -> Result<Value, Error> {
         let closed = || Error::Closed { command: command.into() };
         let (tell, told) = oneshot::channel();
         let id = {
@@ -136,7 +151,7 @@ impl Qmp {
             shared.waiting.insert(id, tell);
             id
         };
-        let mut line = json!({"execute": command, "arguments": arguments, "id": id}).to_string().into_bytes();
+        let mut line = json!({how: command, "arguments": arguments, "id": id}).to_string().into_bytes();
         line.push(b'\n');
         tracing::trace!(command, %arguments, "to QEMU");
         if self.lines.send(line).is_err() {
@@ -185,7 +200,11 @@ impl Qmp {
     }
 }
 
-async fn read_all(read: impl AsyncRead + Unpin, shared: std::sync::Weak<Mutex<Shared>>, greeted: oneshot::Sender<()>) {
+async fn read_all(
+    read: impl AsyncRead + Unpin,
+    shared: std::sync::Weak<Mutex<Shared>>,
+    greeted: oneshot::Sender<Vec<String>>,
+) {
     let mut greeted = Some(greeted);
     let mut lines = BufReader::new(read).split(b'\n');
     // A last line without its end is half a message of a QEMU that died: `split` would hand it out, parsing refuses it.
@@ -209,10 +228,11 @@ async fn read_all(read: impl AsyncRead + Unpin, shared: std::sync::Weak<Mutex<Sh
     }
 }
 
-fn take(shared: &Mutex<Shared>, line: Line, greeted: &mut Option<oneshot::Sender<()>>) {
-    if line.greeting.is_some() {
+fn take(shared: &Mutex<Shared>, line: Line, greeted: &mut Option<oneshot::Sender<Vec<String>>>) {
+    if let Some(greeting) = line.greeting {
         if let Some(greeted) = greeted.take() {
-            let _ = greeted.send(());
+            let offers = greeting.get("capabilities").cloned().unwrap_or_default();
+            let _ = greeted.send(serde_json::from_value(offers).unwrap_or_default());
         }
         return;
     }
@@ -259,6 +279,7 @@ mod tests {
             qemu.write_all(GREETING.as_bytes()).await.unwrap();
             let asked = receive(&mut qemu).await;
             assert_eq!(asked["execute"], "qmp_capabilities");
+            assert_eq!(asked["arguments"], json!({"enable": ["oob"]}));
             qemu.write_all(format!("{{\"return\": {{}}, \"id\": {}}}\n", asked["id"]).as_bytes()).await.unwrap();
         });
         (qmp.unwrap(), qemu)
@@ -273,21 +294,25 @@ mod tests {
     #[tokio::test]
     async fn answers_find_their_commands_out_of_order_and_around_events() {
         let (qmp, mut qemu) = pair().await;
-        let (one, two, ()) = tokio::join!(qmp.call("a", json!({})), qmp.call("b", json!({})), async {
-            let (a, b) = (receive(&mut qemu).await, receive(&mut qemu).await);
-            let text = format!(
-                "{{\"return\": \"{}\", \"id\": {}, \"news\": 1}}\n{{\"event\":\"STOP\",\"timestamp\":{{\"seconds\":2,\
+        let (one, two, ()) = tokio::join!(
+            qmp.call("execute", "a", json!({})),
+            qmp.call("execute", "b", json!({})),
+            async {
+                let (a, b) = (receive(&mut qemu).await, receive(&mut qemu).await);
+                let text = format!(
+                    "{{\"return\": \"{}\", \"id\": {}, \"news\": 1}}\n{{\"event\":\"STOP\",\"timestamp\":{{\"seconds\":2,\
                  \"microseconds\":5}}}}\n{{\"return\": \"{}\", \"id\": {}}}\n",
-                b["execute"].as_str().unwrap(),
-                b["id"],
-                a["execute"].as_str().unwrap(),
-                a["id"]
-            );
-            // Byte by byte: lines need not come whole.
-            for byte in text.bytes() {
-                qemu.write_all(&[byte]).await.unwrap();
+                    b["execute"].as_str().unwrap(),
+                    b["id"],
+                    a["execute"].as_str().unwrap(),
+                    a["id"]
+                );
+                // Byte by byte: lines need not come whole.
+                for byte in text.bytes() {
+                    qemu.write_all(&[byte]).await.unwrap();
+                }
             }
-        });
+        );
         assert_eq!((one.unwrap(), two.unwrap()), (json!("a"), json!("b")));
         let events = qmp.events();
         assert_eq!((events.len(), events[0].at_us, events[0].name.as_str()), (1, 2_000_005, "STOP"));
@@ -296,7 +321,7 @@ mod tests {
     #[tokio::test]
     async fn a_refusal_names_command_class_and_sentence() {
         let (qmp, mut qemu) = pair().await;
-        let (answer, ()) = tokio::join!(qmp.call("cont", json!({})), async {
+        let (answer, ()) = tokio::join!(qmp.call("execute", "cont", json!({})), async {
             let asked = receive(&mut qemu).await;
             let line = format!(
                 "{{\"id\": {}, \"error\": {{\"class\": \"GenericError\", \"desc\": \"no lock\"}}}}\n",
@@ -311,14 +336,14 @@ mod tests {
     async fn a_closed_monitor_fails_waiting_and_later_commands_and_ends_subscriptions() {
         let (qmp, mut qemu) = pair().await;
         let mut events = qmp.subscribe();
-        let (answer, ()) = tokio::join!(qmp.call("query-status", json!({})), async {
+        let (answer, ()) = tokio::join!(qmp.call("execute", "query-status", json!({})), async {
             receive(&mut qemu).await;
             qemu.write_all(b"{\"event\": \"SHUTD").await.unwrap();
             drop(qemu);
         });
         assert!(answer.unwrap_err().is_closed());
         assert!(events.next().await.is_none());
-        assert!(qmp.call("query-status", json!({})).await.unwrap_err().is_closed());
+        assert!(qmp.call("execute", "query-status", json!({})).await.unwrap_err().is_closed());
         assert!(qmp.is_closed());
     }
 

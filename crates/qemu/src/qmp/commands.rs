@@ -46,7 +46,7 @@ macro_rules! commands {
 
 commands! {
     /// Ends the negotiation.
-    QmpCapabilities = "qmp_capabilities" -> Nothing;
+    QmpCapabilities = "qmp_capabilities" -> Nothing { enable: Vec<&'static str> };
     /// Which QEMU this is.
     QueryVersion = "query-version" -> Version;
     /// Whether the guest runs.
@@ -65,6 +65,12 @@ commands! {
     MigrateCancel = "migrate_cancel" -> Nothing;
     /// Goes over to post-copy as soon as QEMU can.
     MigrateStartPostcopy = "migrate-start-postcopy" -> Nothing;
+    /// Breaks the link of a post-copy, so that another one can be taken.
+    MigratePause = "migrate-pause" -> Nothing;
+    /// Target: listens for another link of a post-copy whose link broke.
+    MigrateRecover = "migrate-recover" -> Nothing { uri: String };
+    /// Source: goes on over another link with a post-copy whose link broke.
+    MigrateResume = "migrate" -> Nothing { uri: String, resume: bool };
     /// Goes on from `pre-switchover`.
     MigrateContinue = "migrate-continue" -> Nothing { state: &'static str };
     /// Stops the guest's CPUs.
@@ -254,7 +260,9 @@ pub enum MigrationStatus {
     PostcopyActive,
     /// Post-copy with a broken link.
     PostcopyPaused,
-    /// Post-copy being mended.
+    /// Post-copy with a broken link, another one being dialled (9.1 on).
+    PostcopyRecoverSetup,
+    /// Post-copy over another link: both ends compare what the target has.
     PostcopyRecover,
     /// Source: everything is sent and acknowledged. Target: everything is loaded.
     Completed,
@@ -280,6 +288,7 @@ impl MigrationStatus {
             MigrationStatus::Active => "active",
             MigrationStatus::PostcopyActive => "postcopy-active",
             MigrationStatus::PostcopyPaused => "postcopy-paused",
+            MigrationStatus::PostcopyRecoverSetup => "postcopy-recover-setup",
             MigrationStatus::PostcopyRecover => "postcopy-recover",
             MigrationStatus::Completed => "completed",
             MigrationStatus::Failed => "failed",
@@ -293,7 +302,10 @@ impl MigrationStatus {
     pub fn is_post_copy(self) -> bool {
         matches!(
             self,
-            MigrationStatus::PostcopyActive | MigrationStatus::PostcopyPaused | MigrationStatus::PostcopyRecover
+            MigrationStatus::PostcopyActive
+                | MigrationStatus::PostcopyPaused
+                | MigrationStatus::PostcopyRecoverSetup
+                | MigrationStatus::PostcopyRecover
         )
     }
 
