@@ -16,6 +16,7 @@
 
 mod incoming;
 mod outgoing;
+mod writes;
 
 pub use incoming::{Arrived, Filling, GoError, Incoming};
 pub use outgoing::{Departed, Outgoing, Serving, Settled};
@@ -93,6 +94,8 @@ pub struct Qemu {
     capabilities: Vec<String>,
     accelerator: Accelerator,
     ability: Ability,
+    /// Bytes of the guest's memory.
+    memory: u64,
 }
 
 impl Qemu {
@@ -131,7 +134,9 @@ impl Qemu {
         let machine_type = qmp.execute(&get).await?;
         let machine_type = machine_type.as_str().unwrap_or(&machine.machine_type);
         let machine_type = machine_type.strip_suffix("-machine").unwrap_or(machine_type).to_string();
-        Ok(Qemu { process, qmp, version, machine_type, capabilities, accelerator: machine.accelerator, ability })
+        let accelerator = machine.accelerator;
+        let memory = machine.memory_mib.saturating_mul(1 << 20);
+        Ok(Qemu { process, qmp, version, machine_type, capabilities, accelerator, ability, memory })
     }
 
     /// QEMU's version.

@@ -7,6 +7,7 @@
 pub mod accelerator;
 pub mod blocks;
 pub mod failure;
+pub mod forecast;
 pub mod instance;
 pub mod machine;
 pub mod migration;

@@ -377,6 +377,12 @@ impl DowntimeRamp {
         DowntimeRamp { limit_ms: 0, ceiling_ms: 0, pass: 0, least: None }
     }
 
+    /// Goes on from an allowance.
+    pub(crate) fn from(limit_ms: u64, ceiling_ms: u64) -> Self {
+        let ceiling_ms = ceiling_ms.max(limit_ms).max(1);
+        DowntimeRamp { limit_ms: limit_ms.max(1), ceiling_ms, pass: 0, least: None }
+    }
+
     /// The allowance now, in milliseconds.
     pub fn limit_ms(&self) -> u64 {
         self.limit_ms

@@ -443,3 +443,22 @@ async fn a_machine_with_every_device_is_built_and_flies() {
         running.qemu().quit().await;
     }
 }
+
+/// A guest of 16 MiB that writes to 4 MiB of it as fast as it can: the shortest window sees much of that.
+#[tokio::test]
+async fn what_a_guest_writes_is_measured_while_it_runs() {
+    let place = Place::new(Parameters { pages_per_tick: 1024, first: 0x10_0000, last: 0x50_0000, ..busy() });
+    let (mut source, mut here) = place.source().await;
+    here.hear(&mut Story::default(), 3).await;
+    let qemu = source.qemu().clone();
+    let window = qemu.write_windows()[0];
+    let busy = qemu.written_within(window).await.unwrap();
+    assert!(busy.within_ms == window && busy.bytes > 0 && busy.bytes <= 16 << 20, "{busy:?}");
+    let present = qemu.memory_present().expect("the kernel tells what is there");
+    assert!((4 << 20..=16 << 20).contains(&present), "{present}");
+    source.pause().await.unwrap();
+    let still = qemu.written_within(1000).await.unwrap();
+    assert_eq!(still.bytes, 0, "a guest that stands still writes nothing");
+    assert!(still.margin > 0, "a page may have been overlooked");
+    qemu.quit().await;
+}

@@ -100,6 +100,8 @@ commands! {
     BlockJobCancel = "block-job-cancel" -> Nothing { device: String, force: bool };
     /// The block nodes, without what is behind them.
     QueryNamedBlockNodes = "query-named-block-nodes" -> Vec<BlockNode> { flat: bool };
+    /// How the measuring of written pages stands.
+    QueryDirtyRate = "query-dirty-rate" -> DirtyRateInfo;
     /// The block jobs.
     QueryBlockJobs = "query-block-jobs" -> Vec<BlockJob>;
 }
@@ -142,6 +144,49 @@ pub(crate) struct MigrateSetParameters {
 impl Command for MigrateSetParameters {
     const NAME: &'static str = "migrate-set-parameters";
     type Answer = Nothing;
+}
+
+/// `calc-dirty-rate`, by looking at some pages twice.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) struct CalcDirtyRate {
+    pub(crate) calc_time: u64,
+    /// `second` without it; exists from QEMU 8.2 on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) calc_time_unit: Option<&'static str>,
+    /// Pages a GiB.
+    pub(crate) sample_pages: u64,
+}
+
+impl Command for CalcDirtyRate {
+    const NAME: &'static str = "calc-dirty-rate";
+    type Answer = Nothing;
+}
+
+/// How the measuring of written pages stands.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct DirtyRateInfo {
+    /// Whether it is over.
+    pub status: DirtyRateStatus,
+    /// MiB a second; there once it is over.
+    #[serde(default)]
+    pub dirty_rate: Option<i64>,
+}
+
+/// `DirtyRateStatus` in qapi/migration.json.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DirtyRateStatus {
+    /// Never begun.
+    Unstarted,
+    /// Under way.
+    Measuring,
+    /// Over.
+    Measured,
+    /// Something newer.
+    #[serde(other)]
+    Other,
 }
 
 /// Which QEMU it is.
