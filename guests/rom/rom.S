@@ -5,15 +5,22 @@
 #   start TOKEN                      once; seen twice, the guest was started twice
 #   beat TOKEN COUNT PASS ERRORS     every `beat_ticks` ticks of 10 ms; COUNT rises by one and never falls
 #   X ADDRESS                        this page is not what was written to it
+#   D BLOCK                          this block of the disk is not what was written to it, or could not be read or written
 #   off                              the power button was pressed; it powers itself off
 #
 # Where it has an RTL8139 at 00:08.0 (the first network interface), it also sends a broadcast frame of type 0x88b5 every
-# `frame_ticks` ticks, for witnesses outside of the machine that runs it. Behind the Ethernet header: "beat", then TOKEN, COUNT and
-# ERRORS, four bytes each, least significant first; COUNT rises by one with each frame. The source address is the interface's own.
+# `frame_ticks` ticks, for witnesses outside of the machine that runs it. Behind the Ethernet header: "beat", then TOKEN, COUNT,
+# ERRORS and WRITES, four bytes each, least significant first; COUNT rises by one with each frame. The source address is the
+# interface's own.
 #
 # Memory check: each tick visits `pages_per_tick` pages of [first, last). A visited page carries its own address mixed with a
 # key and the number of the pass that wrote it, and must carry those of the pass before when it is visited again: a page that
 # a migration lost, sent too early or put in the wrong place is noticed within one pass.
+#
+# Disk check: where it has a virtio disk at 00:10.0 (the first one) and `disk_blocks` is not 0, it visits that many blocks of 4 KiB,
+# `disk_stride` blocks from one to the next, round after round. A visited block is read, must carry its own number and that of the
+# round before, and is written with those of this round. Each tick takes one step, so nothing waits for the disk; WRITES counts
+# the writes that were acknowledged. Writes are not flushed: what is acknowledged must survive a move, not a power cut.
 #
 # It also runs where KVM emulates every instruction: descriptors have their accessed bit set already (the table is in ROM),
 # interrupts return by `lret $4` instead of `iret` (so they stay disabled, and the one `sti` is right before the `hlt`),
@@ -36,6 +43,20 @@
         .equ FRAME, 0x3000
         .equ FRAME_SIZE, 60             # Ethernet's least
         .equ NIC, 0xc000                # where its registers are put
+        .equ disk_step, 0x2030          # 0 no disk, 1 a write has been asked for (or nothing), 2 a read
+        .equ disk_cursor, 0x2034        # the block
+        .equ disk_pass, 0x2038          # the round
+        .equ requests, 0x203c           # so many requests so far
+        .equ writes, 0x2040             # writes that were acknowledged
+        .equ available, 0x2044          # where the queue's rings are
+        .equ used, 0x2048
+        .equ DISK, 0xd000               # where its registers are put
+        .equ QUEUE, 0x10000             # virtio's queue; the first three descriptors are all it needs
+        .equ QUEUE_ROOM, 0x10000        # enough for 1024 descriptors
+        .equ BLOCK, 0x20000             # what is read or written
+        .equ BLOCK_SIZE, 4096
+        .equ HEADER, 0x21000            # of a request
+        .equ STATUS, 0x21010
 
         .text
         .globl start
@@ -91,6 +112,7 @@ protected:
 
         call    power_setup
         call    nic_setup
+        call    disk_setup
 
         mov     beat_ticks, %eax
         mov     %eax, ticks_left
@@ -113,6 +135,7 @@ main:
         sti
         hlt
         call    visit
+        call    disk
         call    beat
         call    send
         mov     $PM, %edx
@@ -186,6 +209,8 @@ pages_per_tick: .long 0
 first:          .long 0x100000
 last:           .long 0x200000
 frame_ticks:    .long 0
+disk_blocks:    .long 0
+disk_stride:    .long 1
         .org 0x440
 
 visit:
@@ -306,6 +331,8 @@ send:
         mov     %eax, FRAME + 22
         mov     errors, %eax
         mov     %eax, FRAME + 26
+        mov     writes, %eax
+        mov     %eax, FRAME + 30
         mov     descriptor, %ecx
         lea     NIC + 0x20(, %ecx, 4), %edx
         mov     $FRAME, %eax
@@ -317,6 +344,155 @@ send:
         and     $3, %ecx
         mov     %ecx, descriptor
 9:      ret
+
+# Makes the disk ready: a virtio device as virtio's specification has it under "legacy interface", with one queue.
+disk_setup:
+        xor     %eax, %eax
+        mov     %eax, disk_step
+        mov     %eax, disk_cursor
+        mov     %eax, disk_pass
+        mov     %eax, requests
+        mov     %eax, writes
+        cmpl    $0, disk_blocks
+        je      9f
+        mov     $0x80008000, %eax       # 00:10.0
+        call    pci_read
+        cmp     $0x10011af4, %eax
+        jne     9f
+        mov     $0x80008010, %eax
+        mov     $DISK, %ecx
+        call    pci_write
+        mov     $0x80008004, %eax       # answers on its ports, reads and writes memory
+        mov     $5, %ecx
+        call    pci_write
+        mov     $(DISK + 18), %edx      # status: reset, then acknowledged, and there is a driver
+        xor     %eax, %eax
+        out     %al, %dx
+        mov     $3, %al
+        out     %al, %dx
+        mov     $(DISK + 4), %edx       # of its features only flushing: without it every write is forced to the disk
+        mov     $(1 << 9), %eax
+        out     %eax, %dx
+        mov     $QUEUE, %edi
+        xor     %eax, %eax
+        mov     $(QUEUE_ROOM / 4), %ecx
+        cld
+        rep stosl
+        mov     $(DISK + 14), %edx      # the queue's number
+        out     %ax, %dx
+        mov     $(DISK + 12), %edx      # its size
+        in      %dx, %ax
+        movzwl  %ax, %ecx
+        mov     %ecx, %eax
+        shl     $4, %eax
+        add     $QUEUE, %eax
+        mov     %eax, available
+        movw    $1, (%eax)              # no interrupts
+        lea     6 + 4095(%eax, %ecx, 2), %eax
+        and     $~4095, %eax
+        mov     %eax, used
+        mov     $(DISK + 8), %edx
+        mov     $(QUEUE >> 12), %eax
+        out     %eax, %dx
+        mov     $(DISK + 18), %edx      # the driver is ready
+        mov     $7, %al
+        out     %al, %dx
+        movl    $HEADER, QUEUE
+        movl    $16, QUEUE + 8
+        movw    $1, QUEUE + 12          # goes on
+        movw    $1, QUEUE + 14
+        movl    $BLOCK, QUEUE + 16
+        movl    $BLOCK_SIZE, QUEUE + 24
+        movw    $2, QUEUE + 30
+        movl    $STATUS, QUEUE + 32
+        movl    $1, QUEUE + 40
+        movw    $2, QUEUE + 44          # the device writes it
+        movb    $0, STATUS
+        movl    $1, disk_step
+        decl    disk_cursor             # as if the block before the first had been written
+        decl    writes
+9:      ret
+
+# One step of a visit, unless the disk still has the request.
+disk:
+        cmpl    $0, disk_step
+        je      9f
+        mov     used, %edi
+        mov     2(%edi), %ax
+        cmp     requests, %ax
+        jne     9f
+        cmpb    $0, STATUS
+        je      1f
+        call    disk_wrong
+1:      mov     disk_cursor, %edx
+        xor     $KEY, %edx
+        mov     disk_pass, %ebx
+        cmpl    $1, disk_step
+        je      4f
+
+        test    %ebx, %ebx              # it was read; the first round only writes
+        jz      3f
+        mov     $BLOCK, %edi
+        mov     $(BLOCK_SIZE / 8), %ecx
+        dec     %ebx
+2:      cmp     %edx, (%edi)
+        jne     5f
+        cmp     %ebx, 4(%edi)
+        jne     5f
+        add     $8, %edi
+        dec     %ecx
+        jnz     2b
+        jmp     3f
+5:      call    disk_wrong
+3:      mov     disk_pass, %ebx
+        mov     $BLOCK, %edi
+        mov     $(BLOCK_SIZE / 8), %ecx
+6:      mov     %edx, (%edi)
+        mov     %ebx, 4(%edi)
+        add     $8, %edi
+        dec     %ecx
+        jnz     6b
+        movl    $1, disk_step
+        movw    $1, QUEUE + 28          # goes on; the device reads it
+        mov     $1, %eax
+        jmp     8f
+
+4:      incl    writes                  # it was written
+        mov     disk_cursor, %eax
+        inc     %eax
+        cmp     disk_blocks, %eax
+        jb      7f
+        xor     %eax, %eax
+        incl    disk_pass
+7:      mov     %eax, disk_cursor
+        movl    $2, disk_step
+        movw    $3, QUEUE + 28          # goes on; the device writes it
+        xor     %eax, %eax
+
+8:      mov     %eax, HEADER            # 0 read, 1 write
+        movl    $0, HEADER + 4
+        mov     disk_cursor, %eax
+        imull   disk_stride, %eax
+        shl     $3, %eax                # in sectors
+        mov     %eax, HEADER + 8
+        movl    $0, HEADER + 12
+        movb    $0xff, STATUS
+        incl    requests
+        mov     requests, %eax
+        mov     available, %edi         # every entry of the ring is 0, the first descriptor
+        mov     %ax, 2(%edi)
+        mov     $(DISK + 16), %edx
+        xor     %eax, %eax
+        out     %ax, %dx
+9:      ret
+
+disk_wrong:                             # leaves %edx, %ebx and %edi alone
+        incl    errors
+        mov     $say_disk, %esi
+        call    say
+        mov     disk_cursor, %eax
+        call    say_number
+        jmp     say_end
 
 say:                                    # the text at %esi
         mov     (%esi), %al
@@ -369,6 +545,7 @@ say_number:                             # %eax, eight hex digits
 say_start:      .asciz "start "
 say_beat:       .asciz "beat "
 say_wrong:      .asciz "X "
+say_disk:       .asciz "D "
 say_off:        .asciz "off\n"
 say_space:      .asciz " "
 

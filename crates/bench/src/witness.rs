@@ -24,18 +24,31 @@ pub struct Beat {
     pub port: Arc<str>,
     /// The guest's count.
     pub count: u32,
-    /// How many corrupted pages the guest has found by then.
+    /// How many corrupted pages and blocks of its disk the guest has found by then.
     pub errors: u32,
+    /// How many of its writes its disk has acknowledged by then.
+    pub writes: u32,
+}
+
+/// What was heard of a guest since a moment.
+#[derive(Clone, Debug, Default)]
+pub struct Heard {
+    /// So many beats.
+    pub beats: usize,
+    /// The first of them.
+    pub first: Option<Beat>,
+    /// The last.
+    pub last: Option<Beat>,
 }
 
 /// A guest's name: the address of its network interface.
 pub type Station = [u8; 6];
 
-type Heard = Arc<Mutex<BTreeMap<Station, Vec<Beat>>>>;
+type Notes = Arc<Mutex<BTreeMap<Station, Vec<Beat>>>>;
 
 /// Listens on all nodes of a cluster.
 pub struct Witness {
-    heard: Heard,
+    heard: Notes,
     _captures: Vec<Capture>,
 }
 
@@ -45,7 +58,7 @@ impl Witness {
     /// # Errors
     /// No such namespaces, or no permission for packet sockets.
     pub fn start(cluster: &Cluster) -> Result<Self, Error> {
-        let heard = Heard::default();
+        let heard = Notes::default();
         let mut captures = Vec::new();
         for node in &cluster.nodes {
             let namespace = Namespace::open(&cluster.namespace(node))?;
@@ -62,11 +75,15 @@ impl Witness {
         beats
     }
 
-    /// How many beats there were after this moment, and the last of them.
-    pub fn since(&self, station: Station, moment: SystemTime) -> (usize, Option<Beat>) {
+    /// The beats after this moment.
+    pub fn since(&self, station: Station, moment: SystemTime) -> Heard {
         self.with(station, |beats| {
             let later = beats.iter().filter(|beat| beat.at > moment);
-            (later.clone().count(), later.max_by_key(|beat| beat.at).cloned())
+            Heard {
+                beats: later.clone().count(),
+                first: later.clone().min_by_key(|beat| beat.at).cloned(),
+                last: later.max_by_key(|beat| beat.at).cloned(),
+            }
         })
     }
 
@@ -87,7 +104,7 @@ fn leads_to_pod(link: &str) -> bool {
     link.strip_prefix('v').is_some_and(|rest| !rest.starts_with("x-"))
 }
 
-fn take_down(heard: &Heard, node: &Arc<str>, seen: &Seen) {
+fn take_down(heard: &Notes, node: &Arc<str>, seen: &Seen) {
     if !leads_to_pod(&seen.link) {
         return;
     }
@@ -98,6 +115,7 @@ fn take_down(heard: &Heard, node: &Arc<str>, seen: &Seen) {
         port: seen.link.as_str().into(),
         count: frame.count,
         errors: frame.errors,
+        writes: frame.writes,
     };
     heard.lock().unwrap_or_else(PoisonError::into_inner).entry(frame.mac).or_default().push(beat);
 }
@@ -132,7 +150,7 @@ pub fn complaint(beats: &[Beat]) -> Option<String> {
     }
     beats.iter().find(|beat| beat.errors > 0).map(|beat| {
         format!(
-            "memory was lost: at beat {} on {} the guest counts {} damaged pages",
+            "what was written is lost: at beat {} on {} the guest counts {} damaged pages and blocks",
             beat.count, beat.node, beat.errors
         )
     })
@@ -156,6 +174,7 @@ mod tests {
             port: (*port).into(),
             count: *count,
             errors: 0,
+            writes: 0,
         };
         story.iter().enumerate().map(beat).collect()
     }
@@ -186,7 +205,7 @@ mod tests {
         assert!(again.is_some_and(|c| c.starts_with("the guest was started again")));
         let mut beats = told(&[("va", 1), ("vb", 2)]);
         beats[1].errors = 3;
-        assert!(complaint(&beats).is_some_and(|c| c.starts_with("memory was lost")));
+        assert!(complaint(&beats).is_some_and(|c| c.starts_with("what was written is lost")));
     }
 
     #[test]

@@ -21,12 +21,26 @@ pub struct Parameters {
     pub last: u32,
     /// Ticks of 10 ms between two frames from its first network interface, which must be an `rtl8139`; 0 for none.
     pub frame_ticks: u32,
+    /// Blocks of 4 KiB that it writes and checks in turn on its first disk, which must be of bus `virtio`; 0 for none. A visit
+    /// takes two ticks or more.
+    pub disk_blocks: u32,
+    /// Blocks from the beginning of one of those to that of the next; 0 counts as 1.
+    pub disk_stride: u32,
 }
 
 impl Default for Parameters {
-    /// Ten beats a second, about 1 MiB a second written to 4 MiB of memory.
+    /// Ten beats a second, about 1 MiB a second written to 4 MiB of memory, nothing to a disk.
     fn default() -> Self {
-        Parameters { token: 0, beat_ticks: 10, pages_per_tick: 3, first: 0x10_0000, last: 0x50_0000, frame_ticks: 0 }
+        Parameters {
+            token: 0,
+            beat_ticks: 10,
+            pages_per_tick: 3,
+            first: 0x10_0000,
+            last: 0x50_0000,
+            frame_ticks: 0,
+            disk_blocks: 0,
+            disk_stride: 1,
+        }
     }
 }
 
@@ -42,6 +56,8 @@ pub fn image(parameters: Parameters) -> Vec<u8> {
         first,
         last,
         parameters.frame_ticks,
+        parameters.disk_blocks,
+        parameters.disk_stride.max(1),
     ];
     for (n, value) in values.into_iter().enumerate() {
         let at = PARAMETERS + 4 * n;
@@ -74,6 +90,11 @@ pub enum Line {
         /// The page's address.
         address: u32,
     },
+    /// It found a block of its disk that is not what it wrote, or that could not be read or written.
+    CorruptBlock {
+        /// The block's number, in the order in which they are visited.
+        block: u32,
+    },
     /// It powers itself off.
     Off,
 }
@@ -89,6 +110,7 @@ impl Line {
             }
             [.., "start", token] => Some(Line::Start { token: hex(token)? }),
             [.., "X", address] => Some(Line::Corrupt { address: hex(address)? }),
+            [.., "D", block] => Some(Line::CorruptBlock { block: hex(block)? }),
             [.., "off"] => Some(Line::Off),
             _ => None,
         }
@@ -107,8 +129,10 @@ pub struct Frame {
     pub token: u32,
     /// One more than the last time, from 1.
     pub count: u32,
-    /// How many corrupted pages it has found.
+    /// How many corrupted pages and blocks it has found.
     pub errors: u32,
+    /// How many of its writes the disk has acknowledged.
+    pub writes: u32,
 }
 
 impl Frame {
@@ -118,7 +142,7 @@ impl Frame {
         let typed = bytes.get(12..14)? == FRAME_TYPE.to_be_bytes() && bytes.get(14..18)? == b"beat";
         let mac = bytes.get(6..12)?.try_into().ok()?;
         typed.then_some(())?;
-        Some(Frame { mac, token: number(18)?, count: number(22)?, errors: number(26)? })
+        Some(Frame { mac, token: number(18)?, count: number(22)?, errors: number(26)?, writes: number(30)? })
     }
 }
 
@@ -147,6 +171,7 @@ impl Story {
                 }
             }
             Some(Line::Corrupt { address }) => Some(format!("the page at {address:#x} is corrupted")),
+            Some(Line::CorruptBlock { block }) => Some(format!("block {block} of the disk is corrupted")),
             Some(Line::Off) | None => None,
         };
         if self.wrong.is_none() {
@@ -178,6 +203,7 @@ mod tests {
         assert_eq!(IMAGE[0x404..0x408], [10, 0, 0, 0], "the parameters have moved in rom.S");
         assert_eq!(IMAGE[0x40c..0x410], [0, 0, 0x10, 0], "the parameters have moved in rom.S");
         assert_eq!(IMAGE[0x410..0x418], [0, 0, 0x20, 0, 0, 0, 0, 0], "the parameters have moved in rom.S");
+        assert_eq!(IMAGE[0x418..0x420], [0, 0, 0, 0, 1, 0, 0, 0], "the parameters have moved in rom.S");
     }
 
     #[test]
@@ -202,10 +228,11 @@ mod tests {
         let mut bytes = vec![0xff; 6];
         bytes.extend([2, 0, 0, 0, 0, 7, 0x88, 0xb5]);
         bytes.extend(b"beat");
-        bytes.extend([1, 0, 0, 0, 0x10, 1, 0, 0, 0, 0, 0, 0]);
+        bytes.extend([1, 0, 0, 0, 0x10, 1, 0, 0, 0, 0, 0, 0, 9, 0, 0, 0]);
         bytes.resize(60, 0);
-        assert_eq!(Frame::parse(&bytes), Some(Frame { mac: [2, 0, 0, 0, 0, 7], token: 1, count: 0x110, errors: 0 }));
-        for length in 0..30 {
+        let frame = Frame { mac: [2, 0, 0, 0, 0, 7], token: 1, count: 0x110, errors: 0, writes: 9 };
+        assert_eq!(Frame::parse(&bytes), Some(frame));
+        for length in 0..34 {
             assert_eq!(Frame::parse(&bytes[..length]), None);
         }
         bytes[14] = b'B';
@@ -226,5 +253,6 @@ mod tests {
         assert!(tell(&[start, two, one]).unwrap().contains("went back"));
         assert!(tell(&[start, one, one]).unwrap().contains("went back"));
         assert!(tell(&[start, "X 00100000"]).unwrap().contains("corrupted"));
+        assert!(tell(&[start, "D 00000003"]).unwrap().contains("disk is corrupted"));
     }
 }

@@ -12,6 +12,7 @@ use godwit_qemu::machine::{Bus, Cache, Disk, DiskKind, Format, Machine};
 use godwit_qemu::migration::Options;
 use godwit_qemu::qmp::commands::{MigrationStatus, RunState};
 use place::*;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::Duration;
 
@@ -318,6 +319,36 @@ async fn a_disk_that_is_not_shared_flies_along() {
     there.hear(&mut story, 3).await;
     running.qemu().quit().await;
     assert!(std::fs::read(place.path("source-disk")).unwrap() == std::fs::read(place.path("target-disk")).unwrap());
+}
+
+#[tokio::test]
+async fn what_a_guest_writes_to_its_disk_flies_along_and_it_notices_what_is_lost() {
+    // A round takes sixteen ticks or more, so every four beats are longer than one.
+    let place = Place::new(Parameters { disk_blocks: 8, disk_stride: 500, beat_ticks: 20, ..busy() });
+    let prelaunch = Prelaunch::launch(&qemu(), &with_disk(&place, "source", |_| {})).await.unwrap();
+    let mut here = Console::open(&place.path("source-serial")).await;
+    let source = prelaunch.start().await.unwrap();
+    let mut story = Story::default();
+    here.hear(&mut story, 4).await;
+    let machine = with_disk(&place, "target", |_| {});
+    let mut target = Incoming::launch(&qemu(), &machine, &place.path("flight")).await.unwrap();
+    let mut there = Console::open(&place.path("target-serial")).await;
+    let blocks = blocks(&place, "target");
+    target.offer_blocks(&blocks.socket, &blocks.disks).await.unwrap();
+    let flight = source.migrate(&place.path("flight"), &Options::default(), Some(&blocks)).await;
+    let departed = leave(flight.map_err(|e| e.1).unwrap()).await;
+    let _running = run(target).await;
+    departed.qemu().quit().await;
+    here.drain(&mut story).await;
+    there.hear(&mut story, 8).await;
+
+    // Somebody else writes to all its blocks but one: it cannot have read them all before, and writes none without reading it.
+    let disk = std::fs::File::options().write(true).open(place.path("target-disk")).unwrap();
+    for block in 1..8 {
+        disk.write_all_at(&[0; 4096], block * 500 * 4096).unwrap();
+    }
+    let complaint = there.complaint(&mut story).await;
+    assert!(complaint.contains("of the disk is corrupted"), "{complaint}");
 }
 
 #[tokio::test]

@@ -1,9 +1,10 @@
 //! One guest after another, for one lane of runs: where one is lost, the next takes its place.
 
 use super::error::Error;
-use super::stage::{IMAGE, Kind, NETWORK, PATIENCE, Stage, text};
+use super::plan::Manner;
+use super::stage::{IMAGE, Kind, MANNER, NETWORK, PATIENCE, Stage, text};
 use crate::witness::Station;
-use kube::api::{DeleteParams, DynamicObject};
+use kube::api::{DeleteParams, DynamicObject, Patch, PatchParams};
 use serde_json::{Value, json};
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
@@ -21,7 +22,14 @@ pub struct Guest {
     pub name: String,
     /// Its frames' source.
     pub station: Station,
+    /// It has a disk of its own, which goes where it goes.
+    pub disk: bool,
 }
+
+/// Blocks of its disk that a guest with one writes and checks in turn.
+pub const DISK_BLOCKS: u32 = 64;
+/// From one of them to the next, so that they lie all over the disk.
+pub const DISK_STRIDE: u32 = 32;
 
 /// A launcher's pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,26 +53,34 @@ impl Place {
 }
 
 impl Guest {
-    /// The guest with this number.
+    /// The guest with this number, with a disk or without.
     #[must_use]
-    pub fn new(number: u32) -> Self {
+    pub fn new(number: u32, disk: bool) -> Self {
         let [a, b, c, d] = number.to_be_bytes();
-        Self { name: format!("guest-{number}"), station: [2, 0x67, a, b, c, d] }
+        Self { name: format!("guest-{number}"), station: [2, 0x67, a, b, c, d], disk }
     }
 
     fn vmi(&self) -> Value {
         let mac: Vec<String> = self.station.iter().map(|byte| format!("{byte:02x}")).collect();
         let interface = json!({"name": "w", "bridge": {}, "model": "rtl8139", "macAddress": mac.join(":")});
+        let (disks, volumes) = match self.disk {
+            true => (
+                json!([{"name": "own", "disk": {"bus": "virtio"}}]),
+                json!([{"name": "own", "emptyDisk": {"capacity": "8Mi"}}]),
+            ),
+            false => (json!([]), json!([])),
+        };
         json!({
             "apiVersion": "kubevirt.io/v1", "kind": "VirtualMachineInstance", "metadata": {"name": self.name},
             "spec": {
                 "terminationGracePeriodSeconds": 0,
                 "domain": {
                     "memory": {"guest": "16Mi"},
-                    "devices": {"interfaces": [interface]},
+                    "devices": {"interfaces": [interface], "disks": disks},
                     "firmware": {"kernelBoot": {"container": {"image": IMAGE, "kernelPath": "/boot/rom.bin"}}},
                 },
                 "networks": [{"name": "w", "multus": {"networkName": NETWORK}}],
+                "volumes": volumes,
             },
         })
     }
@@ -76,7 +92,7 @@ impl Guest {
         loop {
             let vmi = self.look(stage).await;
             let phase = vmi.as_ref().map(|vmi| text(vmi, "/status/phase")).unwrap_or_default();
-            if phase == "Running" && stage.witness.since(self.station, began).0 >= ALIVE {
+            if phase == "Running" && stage.witness.since(self.station, began).beats >= ALIVE {
                 return Ok(());
             }
             if Instant::now() > deadline {
@@ -85,6 +101,22 @@ impl Guest {
                 return Err(Error::Late { what, seconds: PATIENCE.as_secs(), last });
             }
             tokio::time::sleep(LOOK_EVERY).await;
+        }
+    }
+
+    /// Sees to it that it is moved in this manner: a label by which a MigrationPolicy finds it, or not.
+    pub async fn dress(&self, stage: &Stage, manner: Manner) -> Result<(), Error> {
+        let value = (manner == Manner::PostCopy).then(|| manner.name());
+        let patch = Patch::Merge(json!({"metadata": {"labels": {MANNER: value}}}));
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match stage.api(Kind::Vmi).patch(&self.name, &PatchParams::default(), &patch).await {
+                Ok(_) => return Ok(()),
+                Err(source) if Instant::now() > deadline => {
+                    return Err(Error::Api { what: format!("label {}", self.name), source });
+                }
+                Err(_) => tokio::time::sleep(LOOK_EVERY).await,
+            }
         }
     }
 

@@ -1,6 +1,10 @@
 //! The verdict over one run, from what the witness heard and from what was done: pure.
 
 use super::plan::{Deed, Strike, Victim};
+use std::time::Duration;
+
+/// A link that is silent for longer may be given up (docs/hand-over.md: 10 s), and memory that still comes over it is lost.
+const LINK_HOLDS: Duration = Duration::from_secs(8);
 
 /// What became of the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,8 +36,16 @@ pub struct Evidence {
     pub landed: bool,
     /// The source's launcher has written down that the guest has left.
     pub left: bool,
+    /// It left in post-copy, and when the fault came not all of its memory had followed.
+    pub follows: bool,
+    /// A fault of another run broke what carries memory in the meantime.
+    pub elsewhere: bool,
     /// The witness heard it again after everything was mended.
     pub beats: bool,
+    /// Where it has a disk: it has not been through all of it since.
+    pub unread: bool,
+    /// What the API says in the end that came of the cancellation (`abortStatus`), if this migration was cancelled.
+    pub cancelled: Option<String>,
     /// From the place where it was before.
     pub at_source: bool,
     /// What the witness complains of.
@@ -46,17 +58,46 @@ pub struct Evidence {
     pub words: String,
 }
 
+/// Whether a fault breaks what carries memory: it goes through both handlers.
+#[must_use]
+pub fn breaks_link(strike: &Strike) -> bool {
+    match (strike.victim, strike.deed) {
+        (Victim::SourceHandler | Victim::TargetHandler, Deed::Kill) => true,
+        (Victim::SourceHandler | Victim::TargetHandler, Deed::Stop) | (_, Deed::Cut) => strike.lasts >= LINK_HOLDS,
+        _ => false,
+    }
+}
+
 /// Whether the fault itself took the guest: it killed the one process that had the right to run it.
 ///
 /// The right passes when the source's launcher has written down that the guest has left (docs/hand-over.md). A source that dies
-/// without that takes the guest with it, and one that has must not; a target the other way round.
+/// without that takes the guest with it, and one that has must not; a target the other way round. In post-copy each end has a
+/// part of the guest until all of its memory has followed, and the link between them must hold.
 #[must_use]
 pub fn is_excused(strike: &Strike, evidence: &Evidence) -> bool {
     let killed = evidence.landed && strike.deed == Deed::Kill;
+    if evidence.follows && evidence.left {
+        let broken = evidence.landed && breaks_link(strike) || evidence.elsewhere;
+        return match strike.victim {
+            Victim::SourceQemu | Victim::TargetQemu | Victim::SourceLauncher | Victim::TargetLauncher => {
+                killed || broken
+            }
+            _ => broken,
+        };
+    }
     match strike.victim {
         Victim::SourceQemu | Victim::SourceLauncher => killed && !evidence.left,
         Victim::TargetQemu | Victim::TargetLauncher => killed && evidence.left,
         _ => false,
+    }
+}
+
+/// Whether a cancellation, if there was one, is answered with what came of it: the guest, which lives, stayed or was gone.
+#[must_use]
+pub fn answers(evidence: &Evidence) -> bool {
+    match evidence.cancelled.as_deref() {
+        None => true,
+        Some(said) => said == if evidence.at_source { "Succeeded" } else { "Failed" },
     }
 }
 
@@ -78,6 +119,17 @@ pub fn judge(strike: &Strike, evidence: &Evidence) -> (Outcome, Vec<String>) {
     if !evidence.over {
         broken.push(format!("never stuck: the migration does not end; {}", evidence.words));
     }
+    if outcome != Outcome::Lost && evidence.unread {
+        broken.push(format!("kept: the guest has not been through its disk in time; {}", evidence.words));
+    }
+    if outcome != Outcome::Lost && !answers(evidence) {
+        let said = evidence.cancelled.as_deref().unwrap_or_default();
+        broken.push(format!(
+            "never silent: the API says {said:?} of the cancellation, and the guest has {}; {}",
+            outcome.name(),
+            evidence.words
+        ));
+    }
     if !evidence.told {
         broken.push(format!("never silent: the API does not say what is true; {}", evidence.words));
     }
@@ -86,12 +138,19 @@ pub fn judge(strike: &Strike, evidence: &Evidence) -> (Outcome, Vec<String>) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::plan::Moment;
+    use super::super::plan::{Manner, Moment};
     use super::*;
-    use std::time::Duration;
 
     fn strike(victim: Victim, deed: Deed) -> Strike {
-        Strike { victim, deed, moment: Moment::Sending, delay: Duration::ZERO, lasts: Duration::ZERO }
+        Strike {
+            manner: Manner::PreCopy,
+            victim,
+            deed,
+            moment: Moment::Sending,
+            delay: Duration::ZERO,
+            lasts: Duration::ZERO,
+            cancelled: None,
+        }
     }
 
     fn well() -> Evidence {
@@ -127,6 +186,47 @@ mod tests {
         assert!(broken(Victim::Link, Deed::Cut, lost(true)));
         let missed = Evidence { landed: false, ..lost(false) };
         assert!(broken(Victim::SourceQemu, Deed::Kill, missed), "nobody was hit");
+    }
+
+    #[test]
+    fn in_post_copy_both_ends_and_a_link_that_holds_are_needed() {
+        let lost = |follows| Evidence { beats: false, left: true, follows, ..well() };
+        let broken = |victim, deed, seconds, evidence| {
+            let strike = Strike { lasts: Duration::from_secs(seconds), ..strike(victim, deed) };
+            !judge(&strike, &evidence).1.is_empty()
+        };
+        for victim in [Victim::SourceQemu, Victim::SourceLauncher] {
+            assert!(!broken(victim, Deed::Kill, 0, lost(true)));
+            assert!(broken(victim, Deed::Kill, 0, lost(false)), "all had followed");
+            assert!(broken(victim, Deed::Stop, 1, lost(true)));
+        }
+        assert!(broken(Victim::Link, Deed::Cut, 2, lost(true)), "a short cut is ridden out");
+        assert!(!broken(Victim::Link, Deed::Cut, 12, lost(true)));
+        assert!(broken(Victim::Link, Deed::Cut, 12, lost(false)));
+        assert!(broken(Victim::ControlPlane, Deed::Kill, 12, lost(true)));
+        assert!(broken(Victim::Migration, Deed::Cancel, 0, lost(true)));
+        let elsewhere = |follows| Evidence { elsewhere: true, ..lost(follows) };
+        assert!(!broken(Victim::Link, Deed::Cut, 2, elsewhere(true)), "another run killed a handler");
+        assert!(broken(Victim::Link, Deed::Cut, 2, elsewhere(false)));
+    }
+
+    #[test]
+    fn a_cancellation_is_answered_with_what_came_of_it() {
+        let cancel = strike(Victim::Migration, Deed::Cancel);
+        let told = |said: &str, at_source| {
+            let evidence = Evidence { cancelled: Some(said.into()), at_source, ..well() };
+            judge(&cancel, &evidence).1.concat()
+        };
+        assert_eq!(told("Succeeded", true) + &told("Failed", false), "");
+        for (said, at_source) in [("Succeeded", false), ("Failed", true), ("Aborting", true), ("", false)] {
+            assert!(told(said, at_source).contains("never silent"), "{said} {at_source}");
+        }
+    }
+
+    #[test]
+    fn a_disk_that_is_not_read_through_is_broken() {
+        let disk = Strike { manner: Manner::Disk, ..strike(Victim::Link, Deed::Cut) };
+        assert!(judge(&disk, &Evidence { unread: true, ..well() }).1.concat().contains("kept"));
     }
 
     #[test]

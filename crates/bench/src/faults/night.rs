@@ -3,7 +3,7 @@
 use super::error::Error;
 use super::guest::Guest;
 use super::judge::Outcome;
-use super::plan;
+use super::plan::{self, Manner};
 use super::report;
 use super::run::{Report, run};
 use super::stage::Stage;
@@ -141,29 +141,30 @@ async fn attack(options: &Options, folder: &Path, summary: &mut Summary) -> Resu
     Ok(())
 }
 
-/// Runs one after another, on one guest for as long as it lives.
+/// Runs one after another, each kind of guest for as long as it lives.
 async fn lane(night: Arc<Night>, tell: mpsc::UnboundedSender<Report>) -> Result<(), Error> {
-    let mut guest: Option<Guest> = None;
+    let mut guests: Vec<Guest> = Vec::new();
     loop {
         let number = night.next.fetch_add(1, Ordering::Relaxed);
         if number >= night.options.end() || night.enough.load(Ordering::Relaxed) {
             return Ok(());
         }
-        let current = match guest.take() {
-            Some(guest) => guest,
+        let strike = plan::strike(night.options.seed, number, night.options.longest);
+        let disk = strike.manner == Manner::Disk;
+        let current = match guests.iter().position(|guest| guest.disk == disk) {
+            Some(place) => guests.swap_remove(place),
             None => {
-                let new = Guest::new(night.guests.fetch_add(1, Ordering::Relaxed));
+                let new = Guest::new(night.guests.fetch_add(1, Ordering::Relaxed), disk);
                 new.start(&night.stage).await?;
                 new
             }
         };
-        let strike = plan::strike(night.options.seed, number, night.options.longest);
         let report = run(&night.stage, &current, number, strike, &night.kept).await;
         let report = report.inspect_err(|_| night.enough.store(true, Ordering::Relaxed))?;
         if report.outcome == Outcome::Lost {
             current.remove(&night.stage).await;
         } else {
-            guest = Some(current);
+            guests.push(current);
         }
         if !report.broken.is_empty() {
             night.enough.store(true, Ordering::Relaxed);

@@ -26,6 +26,8 @@ pub enum Victim {
     SourceUplink,
     /// What connects the target's node with everything.
     TargetUplink,
+    /// The migration itself, as a request to the API.
+    Migration,
 }
 
 /// What is done to it.
@@ -37,6 +39,19 @@ pub enum Deed {
     Stop,
     /// No packet gets through in either direction, and again later.
     Cut,
+    /// The request is deleted.
+    Cancel,
+}
+
+/// How the guest is moved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Manner {
+    /// Its memory, before it runs at the target.
+    PreCopy,
+    /// A disk of its own is copied as well.
+    Disk,
+    /// A part of its memory follows when it runs at the target already.
+    PostCopy,
 }
 
 /// When: each begins when the migration has come so far, and lasts for a while.
@@ -62,9 +77,11 @@ pub enum Moment {
     Over,
 }
 
-/// One fault.
+/// One run's fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Strike {
+    /// How the guest is moved meanwhile.
+    pub manner: Manner,
     /// Whom it hits.
     pub victim: Victim,
     /// What is done to it.
@@ -75,16 +92,18 @@ pub struct Strike {
     pub delay: Duration,
     /// How long until it is mended.
     pub lasts: Duration,
+    /// How long after the moment's beginning the migration is cancelled as well.
+    pub cancelled: Option<Duration>,
 }
 
-use Deed::{Cut, Kill, Stop};
+use Deed::{Cancel, Cut, Kill, Stop};
 use Victim::{
-    ControlPlane, Link, SourceHandler, SourceLauncher, SourceQemu, SourceUplink, TargetHandler, TargetLauncher,
-    TargetQemu, TargetUplink,
+    ControlPlane, Link, Migration, SourceHandler, SourceLauncher, SourceQemu, SourceUplink, TargetHandler,
+    TargetLauncher, TargetQemu, TargetUplink,
 };
 
 /// Every kind of fault; so many runs have each of them once.
-pub const KINDS: [(Victim, Deed); 17] = [
+pub const KINDS: [(Victim, Deed); 18] = [
     (SourceQemu, Kill),
     (SourceQemu, Stop),
     (TargetQemu, Kill),
@@ -102,7 +121,15 @@ pub const KINDS: [(Victim, Deed); 17] = [
     (Link, Cut),
     (SourceUplink, Cut),
     (TargetUplink, Cut),
+    (Migration, Cancel),
 ];
+
+/// Each kind of fault meets each of them once in as many rounds.
+const MANNERS: [Manner; 3] = [Manner::PreCopy, Manner::Disk, Manner::PostCopy];
+/// One run in so many is cancelled besides.
+const CANCELLED: u8 = 5;
+/// The longest time from the moment to that.
+const CANCELLED_WITHIN: Duration = Duration::from_millis(1500);
 
 const MOMENTS: [Moment; 9] = [
     Moment::Before,
@@ -122,6 +149,7 @@ impl Victim {
         match self {
             TargetQemu => Moment::Waiting,
             TargetLauncher | TargetHandler | TargetUplink | Link => Moment::Placed,
+            Migration => Moment::Asked,
             SourceQemu | SourceLauncher | SourceHandler | SourceUplink | ControlPlane => Moment::Before,
         }
     }
@@ -129,8 +157,12 @@ impl Victim {
 
 impl Moment {
     /// The longest delay, such that the moment is mostly not over by then. Those around the hand-over are short.
-    fn longest(self) -> Duration {
+    fn longest(self, manner: Manner) -> Duration {
         Duration::from_millis(match self {
+            // In post-copy memory still comes for about so long.
+            Moment::Gone if manner == Manner::PostCopy => 900,
+            // The memory only begins when the disk has been copied, and is slowed down for post-copy.
+            Moment::Sending if manner != Manner::PreCopy => 1800,
             Moment::Before | Moment::Asked | Moment::Over => 300,
             Moment::Placed => 150,
             Moment::Waiting => 60,
@@ -148,22 +180,25 @@ pub fn strike(seed: u64, number: u32, longest: Duration) -> Strike {
     // In each round every kind comes once, in an order of its own.
     let kinds = u32::try_from(KINDS.len()).unwrap_or(u32::MAX);
     let (round, place) = (number / kinds, number % kinds);
-    let mut order = KINDS;
+    let mut order: Vec<usize> = (0..KINDS.len()).collect();
     fastrand::Rng::with_seed(mixed(seed, u64::from(round) << 32)).shuffle(&mut order);
-    let (victim, deed) = order.get(place as usize).copied().unwrap_or((Link, Cut));
+    let kind = order.get(place as usize).copied().unwrap_or_default();
+    let (victim, deed) = KINDS.get(kind).copied().unwrap_or((Link, Cut));
+    let manner = MANNERS.get((kind + round as usize) % MANNERS.len()).copied().unwrap_or(Manner::PreCopy);
 
     let mut random = fastrand::Rng::with_seed(mixed(seed, u64::from(number) + 1));
     // Where the right to run the guest passes, twice as often as elsewhere.
     let around = [Moment::Stopped, Moment::HandedOver, Moment::Gone];
     let moments: Vec<Moment> = MOMENTS.into_iter().chain(around).filter(|moment| *moment >= victim.from()).collect();
     let moment = random.choice(moments).unwrap_or(Moment::Sending);
-    let delay = moment.longest().mul_f64(random.f64());
+    let delay = moment.longest(manner).mul_f64(random.f64());
     // Mostly short; the deadlines of the product, of 10 s and more, are met as well.
     let lasts = match random.u8(0..6) {
         0 => longest.mul_f64(0.3 + 0.7 * random.f64()),
         _ => longest.min(Duration::from_millis(random.u64(20..2000))),
     };
-    Strike { victim, deed, moment, delay, lasts }
+    let cancelled = (deed != Cancel && random.u8(0..CANCELLED) == 0).then(|| CANCELLED_WITHIN.mul_f64(random.f64()));
+    Strike { manner, victim, deed, moment, delay, lasts, cancelled }
 }
 
 fn mixed(seed: u64, more: u64) -> u64 {
@@ -185,6 +220,7 @@ impl Victim {
             Link => "link between nodes",
             SourceUplink => "source's uplink",
             TargetUplink => "target's uplink",
+            Migration => "migration",
         }
     }
 }
@@ -197,6 +233,19 @@ impl Deed {
             Kill => "kill",
             Stop => "stop",
             Cut => "cut",
+            Cancel => "cancel",
+        }
+    }
+}
+
+impl Manner {
+    /// In words.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Manner::PreCopy => "pre-copy",
+            Manner::Disk => "disk",
+            Manner::PostCopy => "post-copy",
         }
     }
 }
@@ -245,7 +294,13 @@ mod tests {
             let struck: Vec<_> = (0..kinds).map(|n| strike(1, round * kinds + n, LONGEST)).collect();
             assert!(KINDS.iter().all(|kind| struck.iter().any(|s| (s.victim, s.deed) == *kind)), "{struck:?}");
         }
+        let rounds: Vec<_> = (0..3 * kinds).map(|n| strike(1, n, LONGEST)).collect();
+        for (victim, deed) in KINDS {
+            let met = |manner| rounds.iter().any(|s| (s.victim, s.deed, s.manner) == (victim, deed, manner));
+            assert!(MANNERS.into_iter().all(met), "{victim:?} {deed:?}");
+        }
         let night: Vec<_> = (0..200).map(|n| strike(1, n, LONGEST)).collect();
+        assert!(night.iter().any(|s| s.cancelled.is_some() && s.deed != Cancel));
         assert!(MOMENTS.iter().all(|moment| night.iter().any(|s| s.moment == *moment)));
     }
 
@@ -254,7 +309,7 @@ mod tests {
         for n in 0..1000 {
             let strike = strike(3, n, LONGEST);
             assert!(strike.moment >= strike.victim.from(), "{strike:?}");
-            assert!(strike.lasts <= LONGEST && strike.delay <= strike.moment.longest(), "{strike:?}");
+            assert!(strike.lasts <= LONGEST && strike.delay <= strike.moment.longest(strike.manner), "{strike:?}");
         }
     }
 }

@@ -11,7 +11,8 @@ pub fn print(report: &Report) {
     let at = struck_at.map_or_else(|| "not there any more".to_owned(), |moment| format!("at: {}", moment.name()));
     let verdict = if broken.is_empty() { "ok" } else { "BROKEN" };
     println!(
-        "run {number:>4}  {:<24} {:<19} {at:<23} lasts {:>5.2} s  {:<20} {verdict}  {:>5.1} s, silent {:>6.0} ms  {migration}",
+        "run {number:>4}  {:<9}  {:<24} {:<21} {at:<23} lasts {:>5.2} s  {:<20} {verdict}  {:>5.1} s, silent {:>6.0} ms  {migration}",
+        strike.manner.name(),
         strike.to_string(),
         format!("{} +{} ms", strike.moment.name(), strike.delay.as_millis()),
         strike.lasts.as_secs_f64(),

@@ -1,13 +1,13 @@
 //! One run: a guest is to move, something is done to it, and in the end it is judged.
 
 use super::error::Error;
-use super::guest::{ALIVE, Guest, LOOK_EVERY, Place};
-use super::judge::{Evidence, Outcome, judge};
-use super::plan::{Moment, Strike};
-use super::sight::{Sight, View, has_left};
+use super::guest::{ALIVE, DISK_BLOCKS, Guest, LOOK_EVERY, Place};
+use super::judge::{Evidence, Outcome, answers, breaks_link, judge};
+use super::plan::{Manner, Moment, Strike};
+use super::sight::{Sight, View, departed};
 use super::stage::{Kind, Stage, text};
-use super::strike::{Blow, land, mend};
-use crate::witness::{complaint, longest_gap};
+use super::strike::{Blow, cancel, land, mend};
+use crate::witness::{Beat, complaint, longest_gap};
 use kube::api::{DynamicObject, PostParams};
 use serde_json::json;
 use std::path::Path;
@@ -47,20 +47,31 @@ pub async fn run(stage: &Arc<Stage>, guest: &Guest, number: u32, strike: Strike,
     let began = Instant::now();
     let before = SystemTime::now();
     let source = settled(stage, guest).await?;
+    if strike.manner != Manner::Disk {
+        guest.dress(stage, strike.manner).await?;
+    }
     let mut sight = Sight::open(stage, guest, source.clone());
     sight.until(BEAT_LIMIT, |view| view.source.qemu.is_some() && view.source.launcher.is_some()).await;
 
     let name = format!("{}-run-{number}", guest.name);
-    let record = |uid: &Option<String>| uid.as_deref().is_some_and(|uid| has_left(stage, &source, uid));
+    let record = |uid: &Option<String>| uid.as_deref().is_some_and(|uid| departed(stage, &source, uid).is_some());
     let mut struck = None;
     let mut left_then = false;
+    let mut cancelled = false;
     let uid = if strike.moment == Moment::Before {
-        let (at, blow) = hit(stage, &strike, number, &sight, &source).await?;
-        struck = Some((at, blow.landed));
+        let (then, blow) = hit(stage, &strike, number, &sight, &source, &name).await?;
+        struck = Some((then, blow.landed));
+        let ask_and_cancel = async {
+            let uid = ask(stage, guest, &name).await?;
+            let cancelled = if uid.is_some() { cancel_later(stage, &strike, &name).await? } else { false };
+            Ok::<_, Error>((uid, cancelled))
+        };
         // It may be the API that cannot be asked before it is mended.
-        let (uid, mended) = tokio::join!(ask(stage, guest, &name), heal(stage, &strike, blow));
+        let (asked, mended) = tokio::join!(ask_and_cancel, heal(stage, &strike, number, blow));
         mended?;
-        uid?
+        let (uid, also) = asked?;
+        cancelled = also;
+        uid
     } else {
         ask(stage, guest, &name).await?
     };
@@ -69,12 +80,18 @@ pub async fn run(stage: &Arc<Stage>, guest: &Guest, number: u32, strike: Strike,
     }
     if uid.is_some() && strike.moment > Moment::Before {
         sight.until(MIGRATION_LIMIT, |view| view.moment() >= strike.moment).await;
-        let (at, blow) = hit(stage, &strike, number, &sight, &source).await?;
-        struck = Some((at, blow.landed));
-        left_then = record(&uid);
-        heal(stage, &strike, blow).await?;
+        let strike_and_heal = async {
+            let (then, blow) = hit(stage, &strike, number, &sight, &source, &name).await?;
+            struck = Some((then, blow.landed));
+            left_then = record(&uid);
+            heal(stage, &strike, number, blow).await
+        };
+        let (struck, also) = tokio::join!(strike_and_heal, cancel_later(stage, &strike, &name));
+        struck?;
+        cancelled = also?;
     }
-    let landed = struck.is_some_and(|(_, landed)| landed);
+    let landed = struck.as_ref().is_some_and(|(_, landed)| *landed);
+    let then = struck.map(|(then, _)| then).unwrap_or_default();
     let mended = SystemTime::now();
 
     // Where it was refused there is nothing to end.
@@ -82,8 +99,11 @@ pub async fn run(stage: &Arc<Stage>, guest: &Guest, number: u32, strike: Strike,
     let view = sight.now();
     // A migration cannot succeed otherwise; its source's pod, and the record in it, may have gone before it was looked at.
     let left = left_then || view.handed_over || view.phase == "Succeeded" || record(&uid);
-    let mut evidence = Evidence { landed, left, over, ..Evidence::default() };
-    listen(stage, guest, &source, mended, &mut evidence).await;
+    let follows = view.post_copy && !then.whole && !then.is_over();
+    let elsewhere = stage.broken_since(number, began);
+    let mut evidence = Evidence { landed, left, follows, elsewhere, over, ..Evidence::default() };
+    let ended = SystemTime::now().max(mended);
+    listen(stage, guest, &source, uid.as_deref(), ended, &mut evidence).await;
     let beats = stage.witness.beats(guest.station);
     evidence.complaint = complaint(&beats);
     let view = sight.now();
@@ -91,11 +111,15 @@ pub async fn run(stage: &Arc<Stage>, guest: &Guest, number: u32, strike: Strike,
     if !broken.is_empty() {
         sight.keep_logs(kept);
     }
-    let migration = if uid.is_none() { "refused".to_owned() } else { format!("{} {}", view.phase, view.reason) };
+    let migration = match uid {
+        None => "refused".to_owned(),
+        Some(_) if cancelled => format!("cancelled, {} {}", view.phase, view.reason),
+        Some(_) => format!("{} {}", view.phase, view.reason),
+    };
     Ok(Report {
         number,
         strike,
-        struck_at: struck.filter(|_| landed).map(|(at, _)| at),
+        struck_at: landed.then(|| then.moment()),
         outcome,
         broken,
         took: began.elapsed(),
@@ -120,26 +144,39 @@ async fn settled(stage: &Stage, guest: &Guest) -> Result<Place, Error> {
     }
 }
 
-/// Waits for the strike's own time, and strikes; how far the migration had come just before.
+/// Cancels the migration, if that belongs to the strike; whether it did.
+async fn cancel_later(stage: &Stage, strike: &Strike, request: &str) -> Result<bool, Error> {
+    let Some(after) = strike.cancelled else { return Ok(false) };
+    tokio::time::sleep(after).await;
+    cancel(stage, request).await
+}
+
+/// Waits for the strike's own time, and strikes; what the migration looked like just before.
 async fn hit(
     stage: &Arc<Stage>,
     strike: &Strike,
     number: u32,
     sight: &Sight,
     source: &Place,
-) -> Result<(Moment, Blow), Error> {
+    request: &str,
+) -> Result<(View, Blow), Error> {
     tokio::time::sleep(strike.delay).await;
     let view = sight.now();
-    let blow = land(stage, strike, number, &view, &source.node).await?;
-    Ok((view.moment(), blow))
+    if breaks_link(strike) {
+        stage.breaks(number);
+    }
+    let blow = land(stage, strike, number, &view, &source.node, request).await?;
+    Ok((view, blow))
 }
 
 /// Lets the fault last, and mends it.
-async fn heal(stage: &Arc<Stage>, strike: &Strike, blow: Blow) -> Result<(), Error> {
+async fn heal(stage: &Arc<Stage>, strike: &Strike, number: u32, blow: Blow) -> Result<(), Error> {
     if blow.landed {
         tokio::time::sleep(strike.lasts).await;
     }
-    mend(stage, blow.wound).await
+    mend(stage, blow.wound).await?;
+    stage.mended(number);
+    Ok(())
 }
 
 /// Asks for the migration; none if it is refused, because the guest is dead already, say.
@@ -179,38 +216,60 @@ async fn has_ended(stage: &Stage, guest: &Guest) -> bool {
     vmi.is_some_and(|vmi| matches!(text(&vmi, "/status/phase").as_str(), "Failed" | "Succeeded"))
 }
 
-/// Listens until the guest is heard and the API says where it is, or until the API says that it has ended.
-async fn listen(stage: &Stage, guest: &Guest, source: &Place, mended: SystemTime, evidence: &mut Evidence) {
+/// Listens until the guest is heard and the API says where it is, or until the API says that it has ended. What came out of it
+/// before `from`, the migration's end, may have been an instance's last.
+async fn listen(
+    stage: &Stage,
+    guest: &Guest,
+    source: &Place,
+    migration: Option<&str>,
+    from: SystemTime,
+    evidence: &mut Evidence,
+) {
     let short: String = source.uid.chars().filter(char::is_ascii_alphanumeric).take(8).collect();
     let deadline = Instant::now() + BEAT_LIMIT;
-    // What came out before the migration's end may have been an instance's last.
-    let from = SystemTime::now().max(mended);
     loop {
-        let (count, last) = stage.witness.since(guest.station, from);
+        let heard = stage.witness.since(guest.station, from);
         let vmi = guest.look(stage).await;
         let at = |pointer| vmi.as_ref().map(|vmi| text(vmi, pointer)).unwrap_or_default();
         let (phase, node) = (at("/status/phase"), at("/status/nodeName"));
-        evidence.beats = count >= ALIVE;
-        evidence.told = match &last {
+        evidence.beats = heard.beats >= ALIVE;
+        evidence.told = match &heard.last {
             Some(beat) if evidence.beats => {
                 evidence.at_source = beat.port.starts_with(&format!("v{short}"));
                 phase == "Running" && node == *beat.node
             }
             _ => matches!(phase.as_str(), "Failed" | "Succeeded"),
         };
+        // Each block once, those included whose write was under way.
+        let read = |beats: (&Beat, &Beat)| beats.1.writes.wrapping_sub(beats.0.writes) > DISK_BLOCKS;
+        evidence.unread = guest.disk && !heard.first.as_ref().zip(heard.last.as_ref()).is_some_and(read);
+        evidence.cancelled = vmi.as_ref().and_then(|vmi| answer_to_cancellation(vmi, migration));
         let late = Instant::now() > deadline;
         // A guest that is told to have ended must be silent for as long as a living one needs to be heard.
         let silent = from.elapsed().is_ok_and(|since| since >= SILENCE);
-        if late || evidence.told && (evidence.beats || silent) {
+        let lives = evidence.beats && !evidence.unread && answers(evidence);
+        if late || evidence.told && (lives || !evidence.beats && silent) {
             evidence.words = format!(
-                "VMI {}, witness: {} beats since, last {last:?}",
+                "VMI {}, witness: {} beats since, last {:?}",
                 vmi.map_or_else(|| "not there".to_owned(), |vmi| vmi.data["status"].to_string()),
-                count
+                heard.beats,
+                heard.last
             );
             return;
         }
         tokio::time::sleep(LOOK_EVERY).await;
     }
+}
+
+/// What the VMI says came of the cancellation of this migration, if it was cancelled.
+fn answer_to_cancellation(vmi: &DynamicObject, migration: Option<&str>) -> Option<String> {
+    let state = vmi.data.pointer("/status/migrationState")?;
+    if migration.is_none() || state["migrationUid"].as_str() != migration {
+        return None;
+    }
+    let status = state["abortStatus"].as_str().unwrap_or_default();
+    (state["abortRequested"] == true || !status.is_empty()).then(|| status.to_owned())
 }
 
 /// No guest that runs is silent for so long.

@@ -6,7 +6,7 @@ use super::plan::Moment;
 use super::stage::{Kind, Stage, text};
 use godwit_launcher::client::Client;
 use godwit_launcher::record;
-use godwit_launcher::rpc::{DomainPhase, MigrationFacts, MigrationRole, State};
+use godwit_launcher::rpc::{DomainPhase, MigrationFacts, MigrationMode, MigrationRole, State};
 use godwit_standalone::Process;
 use kube::api::ListParams;
 use std::fs::File;
@@ -55,13 +55,19 @@ pub struct View {
     pub handed_over: bool,
     /// The target's launcher has said that it has taken the go.
     pub gone: bool,
+    /// The guest went in post-copy.
+    pub post_copy: bool,
+    /// The source's QEMU has nothing more to send.
+    pub whole: bool,
+    /// The request is not in the API any more: it was cancelled, and is over.
+    pub withdrawn: bool,
 }
 
 impl View {
     /// Whether the API says that it is over.
     #[must_use]
     pub fn is_over(&self) -> bool {
-        matches!(self.phase.as_str(), "Succeeded" | "Failed")
+        self.withdrawn || matches!(self.phase.as_str(), "Succeeded" | "Failed")
     }
 
     /// What an end says of this migration; a launcher keeps its last one.
@@ -77,6 +83,8 @@ impl View {
     /// Keeps what must not be forgotten when a launcher has gone.
     fn learn(&mut self) {
         self.handed_over |= self.sent().is_some_and(|facts| facts.handed_over);
+        self.post_copy |= self.sent().is_some_and(|facts| facts.mode == MigrationMode::PostCopy);
+        self.whole |= self.sent().is_some_and(|facts| facts.status == "completed");
         self.gone |= self.facts(&self.target, MigrationRole::Target).is_some_and(|facts| facts.gone);
     }
 
@@ -106,11 +114,11 @@ impl View {
     }
 }
 
-/// Whether the record in a source's pod says that the guest has left with this migration.
+/// The record in a source's pod, if it says that the guest has left with this migration.
 #[must_use]
-pub fn has_left(stage: &Stage, source: &Place, uid: &str) -> bool {
+pub fn departed(stage: &Stage, source: &Place, uid: &str) -> Option<MigrationFacts> {
     let folder = source.volume(stage, "ephemeral-disks");
-    matches!(record::read_departed(&folder), Ok(Some(facts)) if facts.uid == uid)
+    record::read_departed(&folder).ok().flatten().filter(|facts| facts.uid == uid)
 }
 
 /// Looks on until it is dropped.
@@ -213,14 +221,22 @@ impl Looking {
                     }
                     new
                 });
-                if has_left(&self.stage, &source, &uid) {
-                    self.tell.send_if_modified(|view| !std::mem::replace(&mut view.handed_over, true));
+                if let Some(facts) = departed(&self.stage, &source, &uid) {
+                    let post_copy = facts.mode == MigrationMode::PostCopy;
+                    self.tell.send_if_modified(|view| {
+                        view.post_copy |= post_copy;
+                        !std::mem::replace(&mut view.handed_over, true)
+                    });
                 }
                 if !target_known && let Some(target) = self.target(&uid).await {
                     target_known = true;
                     followers.spawn(self.follow(target, Side::Target));
                 }
-                if let Ok(Some(object)) = self.stage.api(Kind::Migration).get_opt(&name).await {
+                let asked = self.stage.api(Kind::Migration).get_opt(&name).await;
+                if let Ok(None) = asked {
+                    self.tell.send_if_modified(|view| !std::mem::replace(&mut view.withdrawn, true));
+                }
+                if let Ok(Some(object)) = asked {
                     let phase = text(&object, "/status/phase");
                     let reason = text(&object, "/status/migrationState/failureReason");
                     self.tell.send_if_modified(|view| {

@@ -1,6 +1,8 @@
 //! The cluster that is attacked.
 
 use super::error::Error;
+use super::guest::{DISK_BLOCKS, DISK_STRIDE};
+use super::plan::Manner;
 use crate::witness::Witness;
 use godwit_guest_rom::Parameters;
 use godwit_images::{FileEntry, Store};
@@ -10,6 +12,7 @@ use kube::api::{Api, ApiResource, DynamicObject, GroupVersionKind, Patch, PatchP
 use serde_json::{Value, json};
 use std::path::Path;
 use std::process::Command;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -19,6 +22,8 @@ const NODES: usize = 3;
 pub const IMAGE: &str = "godwit.local/faults-rom:latest";
 /// The L2 segment whose frames the witness reads.
 pub const NETWORK: &str = "witnessed";
+/// The label by which a guest is moved in another manner than pre-copy.
+pub const MANNER: &str = "bench.godwit.io/manner";
 /// What a node sends at most, as `tc` takes it: a guest needs about a second, so that a fault can meet it on its way.
 const RATE: &str = "60mbit";
 /// How long anything may take that no fault is in the way of.
@@ -35,6 +40,14 @@ pub struct Stage {
     client: kube::Client,
     /// Only one at a time starts what is missing.
     starting: tokio::sync::Mutex<()>,
+    /// When which run broke what carries memory, whosever it is, and when that was mended.
+    broken: Mutex<Vec<Broken>>,
+}
+
+/// What carries memory was broken by a run.
+struct Broken {
+    by: u32,
+    mended: Option<Instant>,
 }
 
 /// What is asked for of the API.
@@ -60,6 +73,8 @@ impl Stage {
             first: 0x10_0000,
             last: 0x90_0000,
             frame_ticks: 2,
+            disk_blocks: DISK_BLOCKS,
+            disk_stride: DISK_STRIDE,
             ..Parameters::default()
         };
         std::fs::write(&rom, godwit_guest_rom::image(parameters)).map_err(|source| Error::Io {
@@ -74,7 +89,8 @@ impl Stage {
         }
         let witness = Witness::start(&cluster)?;
         let client = admin_client(&layout).await?;
-        let stage = Self { layout, cluster, witness, client, starting: tokio::sync::Mutex::new(()) };
+        let stage =
+            Self { layout, cluster, witness, client, starting: tokio::sync::Mutex::new(()), broken: Mutex::default() };
         stage.configure().await?;
         Ok(stage)
     }
@@ -86,6 +102,18 @@ impl Stage {
         let api: Api<DynamicObject> = Api::namespaced_with(self.client.clone(), "kubevirt", &resource);
         let patched = api.patch("kubevirt", &PatchParams::default(), &patch).await;
         patched.map_err(|source| Error::Api { what: "raise the limits of parallel migrations".into(), source })?;
+        // In post-copy after a second, when about half of the memory has been sent; the rest takes as long again.
+        let policy = json!({
+            "apiVersion": "migrations.kubevirt.io/v1alpha1", "kind": "MigrationPolicy",
+            "metadata": {"name": Manner::PostCopy.name()},
+            "spec": {
+                "selectors": {"virtualMachineInstanceSelector": {MANNER: Manner::PostCopy.name()}},
+                "allowPostCopy": true, "completionTimeoutPerGiB": 1, "bandwidthPerMigration": "4Mi",
+            },
+        });
+        let resource =
+            ApiResource::from_gvk(&GroupVersionKind::gvk("migrations.kubevirt.io", "v1alpha1", "MigrationPolicy"));
+        self.apply(Api::all_with(self.client.clone(), &resource), Manner::PostCopy.name(), &policy).await?;
         let config = json!({"cniVersion": "0.3.1", "name": NETWORK, "type": "bridge", "bridge": "br-witness"});
         let network = json!({
             "apiVersion": "k8s.cni.cncf.io/v1", "kind": "NetworkAttachmentDefinition",
@@ -148,6 +176,27 @@ impl Stage {
     async fn answers(&self) -> bool {
         let asked = tokio::time::timeout(Duration::from_secs(5), self.client.apiserver_version()).await;
         matches!(asked, Ok(Ok(_)))
+    }
+
+    /// Run `by` breaks what carries memory.
+    pub fn breaks(&self, by: u32) {
+        self.broken.lock().unwrap_or_else(PoisonError::into_inner).push(Broken { by, mended: None });
+    }
+
+    /// What run `by` has broken is mended.
+    pub fn mended(&self, by: u32) {
+        let now = Instant::now();
+        for broken in self.broken.lock().unwrap_or_else(PoisonError::into_inner).iter_mut() {
+            if broken.by == by {
+                broken.mended.get_or_insert(now);
+            }
+        }
+    }
+
+    /// Whether another run than `own` has broken what carries memory at some time since `began`.
+    pub fn broken_since(&self, own: u32, began: Instant) -> bool {
+        let all = self.broken.lock().unwrap_or_else(PoisonError::into_inner);
+        all.iter().any(|broken| broken.by != own && broken.mended.is_none_or(|mended| mended >= began))
     }
 
     /// The namespace of a node.

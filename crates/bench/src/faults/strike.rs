@@ -1,13 +1,20 @@
 //! Carrying a fault out, and mending it.
 
 use super::error::Error;
+use super::guest::LOOK_EVERY;
 use super::plan::{Deed, Strike, Victim};
 use super::sight::View;
-use super::stage::Stage;
+use super::stage::{Kind, PATIENCE, Stage};
 use godwit_network::{Namespace, nat};
 use godwit_standalone::{CONTROL_PLANE, Cluster, Process, find};
+use kube::api::DeleteParams;
 use nix::sys::signal::Signal;
 use std::sync::Arc;
+use std::time::Duration;
+use tokio::time::Instant;
+
+/// How long the API may take to answer before it is asked again.
+const ANSWER_WITHIN: Duration = Duration::from_secs(5);
 
 /// What has been done and has to be undone.
 pub enum Wound {
@@ -37,8 +44,15 @@ pub struct Blow {
     pub wound: Wound,
 }
 
-/// Carries out `strike`; `number` makes what it leaves in the cluster its own.
-pub async fn land(stage: &Arc<Stage>, strike: &Strike, number: u32, view: &View, source: &str) -> Result<Blow, Error> {
+/// Carries out `strike` on the migration `request`; `number` makes what it leaves in the cluster its own.
+pub async fn land(
+    stage: &Arc<Stage>,
+    strike: &Strike,
+    number: u32,
+    view: &View,
+    source: &str,
+    request: &str,
+) -> Result<Blow, Error> {
     let target = view.target.place.as_ref().map(|place| place.node.as_str());
     let process = match strike.victim {
         Victim::SourceQemu => view.source.qemu,
@@ -48,7 +62,7 @@ pub async fn land(stage: &Arc<Stage>, strike: &Strike, number: u32, view: &View,
         Victim::SourceHandler => find(&stage.layout, source),
         Victim::TargetHandler => target.and_then(|node| find(&stage.layout, node)),
         Victim::ControlPlane => find(&stage.layout, CONTROL_PLANE),
-        Victim::Link | Victim::SourceUplink | Victim::TargetUplink => None,
+        Victim::Link | Victim::SourceUplink | Victim::TargetUplink | Victim::Migration => None,
     };
     let process = process.filter(|process| process.is_alive());
     let own = match strike.victim {
@@ -70,6 +84,10 @@ pub async fn land(stage: &Arc<Stage>, strike: &Strike, number: u32, view: &View,
             Some(target) => Wound::Link(cut(stage, number, source, target)?),
             None => return Ok(Blow { landed: false, wound: Wound::None }),
         },
+        (Deed::Cancel, ..) => {
+            let landed = cancel(stage, request).await?;
+            return Ok(Blow { landed, wound: Wound::None });
+        }
         (Deed::Cut, victim, _) => {
             let node = if victim == Victim::SourceUplink { Some(source) } else { target };
             let Some(node) = node else { return Ok(Blow { landed: false, wound: Wound::None }) };
@@ -79,6 +97,27 @@ pub async fn land(stage: &Arc<Stage>, strike: &Strike, number: u32, view: &View,
         (_, _, None) => return Ok(Blow { landed: false, wound: Wound::None }),
     };
     Ok(Blow { landed: true, wound })
+}
+
+/// Deletes a request for a migration; false where it is over and gone already. An API that does not answer is asked again.
+pub async fn cancel(stage: &Stage, request: &str) -> Result<bool, Error> {
+    let (api, parameters) = (stage.api(Kind::Migration), DeleteParams::default());
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let asked = api.delete(request, &parameters);
+        let source = match tokio::time::timeout(ANSWER_WITHIN, asked).await {
+            Ok(Ok(_)) => return Ok(true),
+            Ok(Err(kube::Error::Api(status))) if status.code == 404 => return Ok(false),
+            Ok(Err(error)) => Some(error),
+            Err(_) => None,
+        };
+        if Instant::now() > deadline {
+            let last = source.map_or_else(|| "not answering".to_owned(), |error| error.to_string());
+            let what = format!("{request} is deleted");
+            return Err(Error::Late { what, seconds: PATIENCE.as_secs(), last });
+        }
+        tokio::time::sleep(LOOK_EVERY).await;
+    }
 }
 
 /// Undoes what can be undone.

@@ -77,6 +77,20 @@ impl Console {
         assert_eq!(story.complaint(), None);
     }
 
+    /// Listens until the guest says that something is wrong.
+    pub async fn complaint(&mut self, story: &mut Story) -> String {
+        let work = async {
+            loop {
+                if let Some(complaint) = story.complaint() {
+                    return complaint.to_owned();
+                }
+                let line = self.lines.next_line().await.unwrap().expect("the console has ended");
+                story.hear(&line);
+            }
+        };
+        tokio::time::timeout(PATIENCE, work).await.expect("the guest does not complain")
+    }
+
     /// Takes what is there already, to its end (after QEMU's).
     pub async fn drain(&mut self, story: &mut Story) {
         while let Ok(Some(line)) = self.lines.next_line().await {
