@@ -139,6 +139,10 @@ fn fail_on_vmi(fact: Fact, situation: &Situation<'_>, plan: &mut Plan, tell: &mu
     state.failed = Some(true);
     state.completed = Some(true);
     state.end_timestamp = Some(Time(situation.view.now));
+    // Whoever has cancelled it meanwhile gets an answer: the guest has stayed, whatever the end was due to.
+    if state.abort_requested == Some(true) {
+        state.abort_status = Some(AbortStatus::Succeeded);
+    }
     state.failure_cause = match fact.blame() {
         Some(Blame::Cause(cause)) => Some(cause),
         Some(Blame::Reported) | None => state.failure_cause.take(),

@@ -334,6 +334,21 @@ fn a_dead_target_before_the_start_fails_the_migration_on_the_vmi() {
 }
 
 #[test]
+fn an_abort_is_answered_when_the_target_dies_before_the_source_has_heard_of_it() {
+    let mut cluster = cluster(&[("demo", "node1")]);
+    hand_over(&mut cluster, "job", "demo");
+    cluster.delete(&Ref::new(Kind::Migration, name("job")));
+    cluster.settle();
+    assert_eq!(state(&cluster, "demo")["abortRequested"], true);
+    let pod = target_pod(&cluster, "job").unwrap();
+    cluster.patch(Kind::Pod, &pod, json!({"status": {"phase": "Failed"}}));
+    cluster.settle();
+    let state = state(&cluster, "demo");
+    assert_eq!((&state["failed"], &state["failureReason"]), (&json!(true), &json!("Target pod is down")));
+    assert_eq!(state["abortStatus"], "Succeeded");
+}
+
+#[test]
 fn targets_that_do_not_come_up_are_given_up() {
     for (unschedulable, seconds, text) in [(true, 300, "unschedulable pod"), (false, 900, "pending pod")] {
         let mut cluster = cluster(&[("demo", "node1")]);

@@ -98,7 +98,11 @@ fn here(facts: &Facts, m: &MigrationView, pod: &PodView, state: &State, f: &Migr
         let waited = Duration::from_micros(facts.now.as_microsecond().saturating_sub(since).max(0) as u64);
         if waited >= SOURCE_REPORTS_WITHIN {
             // The source's node is gone; that the guest runs here is the proof of success.
-            plan.write(vec![Change::Completed { downtime_us: None }]);
+            // A cancellation that the source could not answer any more came too late.
+            let late = m.abort_requested && m.abort_status.as_deref() != Some("Failed");
+            let mut changes: Vec<Change> = late.then_some(Change::Abort("Failed")).into_iter().collect();
+            changes.push(Change::Completed { downtime_us: None });
+            plan.write(changes);
             plan.event("Migrated", format!("The VirtualMachineInstance migrated to node {}.", facts.node));
         } else {
             plan.wake(SOURCE_REPORTS_WITHIN - waited);

@@ -82,6 +82,9 @@ fn a_target_reports_the_end_itself_when_the_source_does_not() {
     assert!(writes(&plan).is_empty() && plan.wake.is_some());
     facts.now = now() + jiff::SignedDuration::from_secs(31);
     assert_eq!(writes(&decide(&facts)), [Change::Completed { downtime_us: None }]);
+    // The source could not answer a cancellation either.
+    facts.vmi.migration.as_mut().unwrap().abort_requested = true;
+    assert_eq!(writes(&decide(&facts)), [Change::Abort("Failed"), Change::Completed { downtime_us: None }]);
 }
 
 #[test]
