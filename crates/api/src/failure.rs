@@ -30,6 +30,8 @@ string_enum! {
         LinkLost = "LinkLost",
         /// The target's CPU lacks what the guest has.
         TargetRefusedCpu = "TargetRefusedCPU",
+        /// The target has no room for a disk that has to be copied.
+        TargetOutOfSpace = "TargetOutOfSpace",
         /// The target could not open a disk, or not as the guest needs it.
         TargetRefusedStorage = "TargetRefusedStorage",
         /// The target's machine or devices do not fit the guest's.
@@ -57,7 +59,7 @@ string_enum! {
 
 impl FailureCause {
     /// Every cause, in the order of the documentation.
-    pub const ALL: [FailureCause; 23] = [
+    pub const ALL: [FailureCause; 24] = [
         Self::Cancelled,
         Self::NoProgress,
         Self::OutOfTime,
@@ -70,6 +72,7 @@ impl FailureCause {
         Self::SourceLost,
         Self::LinkLost,
         Self::TargetRefusedCpu,
+        Self::TargetOutOfSpace,
         Self::TargetRefusedStorage,
         Self::TargetRefusedMachine,
         Self::TargetUnresponsive,
@@ -100,6 +103,7 @@ impl FailureCause {
             Self::SourceLost => "The source's pod, QEMU or node was lost, and the guest with it.",
             Self::LinkLost => "The two nodes could not reach each other.",
             Self::TargetRefusedCpu => "The target's CPU lacks something that the guest was started with.",
+            Self::TargetOutOfSpace => "The target has no room for a disk that has to be copied.",
             Self::TargetRefusedStorage => "The target could not open a disk, or not as the guest needs it.",
             Self::TargetRefusedMachine => "The target's machine or devices do not fit the guest's.",
             Self::TargetUnresponsive => "The handler of the target node did not do its part in time.",
@@ -159,6 +163,10 @@ impl FailureCause {
             Self::TargetRefusedCpu => {
                 "Migrate to a node with the same CPU features (spec.addedNodeSelector), or give the VM a CPU model that \
                  all nodes have."
+            }
+            Self::TargetOutOfSpace => {
+                "Free space where the message says that it is missing (the target node's kubelet directory, or the claim), \
+                 or migrate to another node (spec.addedNodeSelector)."
             }
             Self::TargetRefusedStorage => {
                 "Check that every claim of the VM is ReadWriteMany on storage that both nodes see, and that no other \

@@ -11,6 +11,7 @@
 //! - The control channel carries one JSON request a line and one JSON answer a line. It may be dialled again (a handler that
 //!   restarts does that): every request can be repeated without harm.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -18,7 +19,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use futures::future::BoxFuture;
-use godwit_launcher::rpc::{Ability, Cause, Transport};
+use godwit_launcher::rpc::{Ability, Cause, DiskRoom, Transport};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
@@ -146,6 +147,9 @@ pub enum Answer {
         /// Over several connections, and compressed. A handler that does not know of that says nothing.
         #[serde(default)]
         ability: Ability,
+        /// By volume, what there is for the disks that are copied.
+        #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+        rooms: BTreeMap<String, DiskRoom>,
     },
     /// To [`Request::Carry`]: this is how it is received. What was agreed first stands.
     Carries(Transport),
@@ -207,7 +211,7 @@ pub struct TargetChannels {
     /// Address that was bound.
     pub address: IpAddr,
     /// TCP port → inner port, for each channel.
-    pub ports: std::collections::BTreeMap<u16, i32>,
+    pub ports: BTreeMap<u16, i32>,
     /// Bytes of the streams so far.
     pub carried: Arc<Carried>,
     /// Connections that were refused.
@@ -251,7 +255,7 @@ impl TargetChannels {
                 }
             }
         })));
-        let mut ports = std::collections::BTreeMap::from([(control_port, CONTROL)]);
+        let mut ports = BTreeMap::from([(control_port, CONTROL)]);
         for (inner, dir, socket) in options.streams {
             let (listener, port) = bind(options.address).await?;
             ports.insert(port, inner);

@@ -17,6 +17,7 @@ mod follow;
 pub mod heartbeat;
 mod links;
 pub mod networks;
+mod pace;
 mod progress;
 pub mod pump;
 pub mod sockets;

@@ -4,18 +4,20 @@
 //! launcher says `completed` (which it says only after it has written that down). It is repeated until the target says
 //! that the guest runs, or that it never will.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use godwit_launcher::rpc::transport::{self, Single, Wish};
-use godwit_launcher::rpc::{Ability, MigrationRole, Transport};
+use godwit_launcher::rpc::{Ability, DiskRoom, MigrationRole, Transport};
 use tokio::net::UnixListener;
 use tokio::sync::{Notify, watch};
 use tokio::task::{AbortHandle, JoinHandle};
 
 use crate::channel::{self, Answer, ChannelError, Control, Dialled, Request, Target};
 use crate::facts::{self, Go, Launcher, TargetSays};
+use crate::pace::{self, Pace, Paced};
 use crate::pump::{self, Carried};
 use crate::tls::{Identity, TlsPaths};
 
@@ -64,6 +66,8 @@ pub struct LinkState {
     pub transport: Transport,
     /// Why over one connection, where that was a choice.
     pub single: Option<Single>,
+    /// What the target has for the disks that are copied, by volume.
+    pub rooms: BTreeMap<String, DiskRoom>,
     /// How the go went.
     pub go: Go,
     /// What the target's end said after the migration had failed.
@@ -245,7 +249,7 @@ impl Run {
             }
         }
         let transport = match memory {
-            Some(_) => self.agree(&mut control).await?,
+            Some(_) => self.agree(&mut control, blocks.is_some()).await?,
             None => Transport::default(),
         };
         let dialled = async {
@@ -267,18 +271,20 @@ impl Run {
         }
         if let Some((port, listener)) = blocks {
             let (uid, carried) = (self.uid.clone(), self.carried.clone());
-            streams.push(tokio::spawn(carry_blocks(uid, listener, target, port, identity, carried)).abort_handle());
+            let (launcher, cap) = (self.launcher.clone(), self.wish.bandwidth);
+            let to = (target, port, identity);
+            streams.push(tokio::spawn(carry_blocks(uid, listener, to, launcher, cap, carried)).abort_handle());
         }
         *self.streams.lock().unwrap_or_else(PoisonError::into_inner) = streams;
         Ok(control)
     }
 
     /// Agrees with the target on how memory is carried.
-    async fn agree(&self, control: &mut Control) -> Result<Transport, ChannelError> {
-        if self.ability == Ability::default() && !self.wish.post_copy {
+    async fn agree(&self, control: &mut Control, disks: bool) -> Result<Transport, ChannelError> {
+        if self.ability == Ability::default() && !self.wish.post_copy && !disks {
             return Ok(Transport::default());
         }
-        let Answer::Offered { post_copy, ability } = control.ask(Request::Offer, DIAL_LIMIT).await? else {
+        let Answer::Offered { post_copy, ability, rooms } = control.ask(Request::Offer, DIAL_LIMIT).await? else {
             return Ok(Transport::default());
         };
         let wish = Wish { post_copy: self.wish.post_copy && post_copy, ..self.wish };
@@ -304,6 +310,7 @@ impl Run {
             s.post_copy_offered = wish.post_copy && transport.channels == 0;
             s.transport = transport;
             s.single = single;
+            s.rooms = rooms;
         });
         Ok(transport)
     }
@@ -466,14 +473,25 @@ async fn carry_memory(uid: String, listener: UnixListener, channels: Vec<Dialled
 async fn carry_blocks(
     uid: String,
     listener: UnixListener,
-    target: Target,
-    port: u16,
-    identity: Arc<Identity>,
+    (target, port, identity): (Target, u16, Arc<Identity>),
+    mut launcher: watch::Receiver<Launcher>,
+    cap: Option<u64>,
     carried: Arc<Carried>,
 ) {
+    let pace = Arc::new(Pace::new(cap));
     // Ends the connections with the listener.
     let mut connections = tokio::task::JoinSet::new();
-    while let Ok((local, _)) = listener.accept().await {
+    loop {
+        let local = tokio::select! {
+            accepted = listener.accept() => match accepted {
+                Ok((local, _)) => Paced::new(local, pace.clone()),
+                Err(_) => break,
+            },
+            Ok(()) = launcher.changed() => {
+                pace.set(pace::share_of_disks(launcher.borrow_and_update().last(), &uid, cap));
+                continue;
+            }
+        };
         while connections.try_join_next().is_some() {}
         let (uid, target, identity, carried) = (uid.clone(), target.clone(), identity.clone(), carried.clone());
         connections.spawn(async move {

@@ -1,11 +1,12 @@
 //! What the target's handler answers on the control channel.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures::future::BoxFuture;
 use godwit_launcher::client::Client;
-use godwit_launcher::rpc::{Ability, DomainPhase, MigrationRole, State, Transport};
+use godwit_launcher::rpc::{Ability, DiskRoom, DomainPhase, MigrationRole, State, Transport};
 use tokio::sync::{OnceCell, watch};
 
 use crate::channel::{Answer, Request, TargetControl};
@@ -26,6 +27,8 @@ pub struct TargetAnswers {
     pub post_copy: bool,
     /// How it could receive memory, within what this node can.
     pub ability: Ability,
+    /// What there is for the disks that are copied, by volume.
+    pub rooms: BTreeMap<String, DiskRoom>,
     /// How it does: set from the beginning where its QEMU listens already.
     pub agreed: OnceCell<Transport>,
     /// Its states.
@@ -37,7 +40,9 @@ impl TargetControl for TargetAnswers {
         Box::pin(async move {
             match request {
                 Request::Clock => Answer::Time { now_us: jiff::Timestamp::now().as_microsecond() },
-                Request::Offer => Answer::Offered { post_copy: self.post_copy, ability: self.ability },
+                Request::Offer => {
+                    Answer::Offered { post_copy: self.post_copy, ability: self.ability, rooms: self.rooms.clone() }
+                }
                 Request::Carry(wish) => match self.receive_by(wish).await {
                     Ok(stands) => Answer::Carries(stands),
                     Err(reason) => Answer::NotYet { reason },

@@ -10,6 +10,7 @@ pub mod console;
 pub mod iso;
 pub mod plan;
 pub mod record;
+pub mod rooms;
 pub mod rpc;
 pub mod server;
 pub mod vm;

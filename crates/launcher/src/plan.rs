@@ -7,6 +7,7 @@ use godwit_api::vmi::Disk as DiskSpec;
 use godwit_qemu::accelerator::Accelerator;
 use godwit_qemu::machine::{Boot, Bus, Cache, Cpu, Disk, DiskKind, Machine, Nic, boot_of_kernel};
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 /// Name of the monitor's socket.
 pub const MONITOR: &str = "qmp";
@@ -46,13 +47,26 @@ pub struct Inputs<'a> {
     pub arriving: bool,
 }
 
+/// A writable disk that the other end of a migration does not see.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LocalDisk {
+    /// Its place in `machine.disks`.
+    pub number: usize,
+    /// Its volume.
+    pub volume: String,
+    /// Its file.
+    pub path: PathBuf,
+    /// The image that it lies above.
+    pub base: Option<PathBuf>,
+}
+
 /// A machine, and which of its disks have to be copied when it moves.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Plan {
     /// The machine.
     pub machine: Machine,
-    /// Numbers (places in `machine.disks`) and volume names of the writable disks that the other end does not see.
-    pub local_disks: Vec<(usize, String)>,
+    /// The disks that have to be copied.
+    pub local_disks: Vec<LocalDisk>,
     /// What is known of each of the machine's disks, in their order; their sizes QEMU knows.
     pub volumes: Vec<VolumeState>,
 }
@@ -161,7 +175,7 @@ fn boot(inputs: &Inputs<'_>) -> Result<Boot, Error> {
     boot_of_kernel(kernel.clone(), initrd, arguments).map_err(|e| invalid(format!("{}: {e}", kernel.display())))
 }
 
-type Disks = (Vec<(usize, String)>, Vec<VolumeState>);
+type Disks = (Vec<LocalDisk>, Vec<VolumeState>);
 
 async fn disks(inputs: &Inputs<'_>, machine: &mut Machine) -> Result<Disks, Error> {
     let preparer = Preparer { paths: inputs.paths, vmi: inputs.vmi, arriving: inputs.arriving };
@@ -176,7 +190,12 @@ async fn disks(inputs: &Inputs<'_>, machine: &mut Machine) -> Result<Disks, Erro
         let disk = disk(spec, &image)?;
         let shared = disk.read_only || image.same_everywhere;
         if !shared {
-            local.push((machine.disks.len(), volume.name.clone()));
+            local.push(LocalDisk {
+                number: machine.disks.len(),
+                volume: volume.name.clone(),
+                path: image.path.clone(),
+                base: image.base.clone(),
+            });
         }
         volumes.push(VolumeState {
             name: volume.name.clone(),
@@ -184,6 +203,7 @@ async fn disks(inputs: &Inputs<'_>, machine: &mut Machine) -> Result<Disks, Erro
             size_bytes: None,
             claim: volume.persistent_volume_claim.as_ref().map(|claim| claim.claim_name.clone()),
             shared,
+            base: None,
         });
         machine.disks.push(disk);
     }
@@ -215,10 +235,22 @@ fn disk(spec: &DiskSpec, image: &Image) -> Result<Disk, Error> {
         Some("sata") | None => Bus::Sata,
         Some(other) => return Err(invalid(format!("disk {}: bus {other} is not possible here", spec.name))),
     };
+    let direct = image.allows_direct_io();
     let cache = match spec.cache.as_deref() {
+        Some("none") if !direct => {
+            let path = image.path.display();
+            return Err(invalid(format!(
+                "disk {}: cache none is not possible: the file system of {path} does not support direct I/O; use \
+                 writethrough or writeback",
+                spec.name
+            )));
+        }
         Some("none") => Cache::None,
         Some("writethrough") => Cache::Writethrough,
-        Some("writeback") | None => Cache::Writeback,
+        Some("writeback") => Cache::Writeback,
+        // The guest sees no difference between these two (it would with writethrough), so they may change on its way.
+        None if direct => Cache::None,
+        None => Cache::Writeback,
         Some(other) => return Err(invalid(format!("disk {}: cache {other} is not possible", spec.name))),
     };
     Ok(Disk {
@@ -294,8 +326,9 @@ mod tests {
         };
         let mut plan = plan(&inputs).await?;
         // The only thing that may differ between two places.
-        for disk in &mut plan.machine.disks {
-            disk.path = disk.path.strip_prefix(folder.path()).unwrap().to_path_buf();
+        let files = plan.machine.disks.iter_mut().map(|d| &mut d.path);
+        for path in files.chain(plan.local_disks.iter_mut().map(|d| &mut d.path)) {
+            *path = path.strip_prefix(folder.path()).unwrap().to_path_buf();
         }
         Ok(plan)
     }
@@ -351,7 +384,8 @@ mod tests {
                 (Bus::Sata, DiskKind::CdRom, true, Some(3))
             ]
         );
-        assert_eq!(plan.local_disks, [(1, "work".to_string())]);
+        let local: Vec<_> = plan.local_disks.iter().map(|d| (d.number, d.volume.as_str())).collect();
+        assert_eq!(local, [(1, "work")]);
         let volumes: Vec<_> = plan.volumes.iter().map(|v| (v.name.as_str(), v.target.as_str(), v.shared)).collect();
         assert_eq!(volumes, [("seed", "vda", true), ("work", "sda", false), ("cd", "sdb", true)]);
         machine.arguments(0).unwrap();

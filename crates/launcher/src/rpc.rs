@@ -144,6 +144,9 @@ pub struct TargetReady {
     /// How its QEMU could receive memory.
     #[serde(default)]
     pub ability: Ability,
+    /// By volume name, for the disks that are copied. An older launcher says nothing.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub rooms: BTreeMap<String, DiskRoom>,
 }
 
 /// Target: how memory comes (`PUT /v1/migration/transport`). The first order stands; the state that is answered says which
@@ -187,6 +190,10 @@ pub struct SourceOrder {
     /// How memory is carried, as the target was told.
     #[serde(default)]
     pub transport: Transport,
+    /// What the target said of the disks that are copied ([`TargetReady::rooms`]). What it said nothing of is not checked, and
+    /// is copied whole.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub rooms: BTreeMap<String, DiskRoom>,
 }
 
 /// The source is stopped for good (`POST /v1/migration/go`).
@@ -321,6 +328,23 @@ pub struct VolumeState {
     pub claim: Option<String>,
     /// Both nodes see it; otherwise a migration copies it.
     pub shared: bool,
+    /// SHA-256 of the image that it lies above, once that is known. A target that has the same gets only what was written
+    /// above it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub base: Option<String>,
+}
+
+/// What a target has for a disk that is copied to it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct DiskRoom {
+    /// Which file system it is on, as the target numbers them: disks on the same one share its room.
+    pub filesystem: u64,
+    /// Free bytes of that file system.
+    pub free_bytes: u64,
+    /// SHA-256 of the image that it lies above; none when it lies above none, or when that was not known in time.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub base: Option<String>,
 }
 
 /// What the guest agent says about the inside.

@@ -5,8 +5,9 @@ mod migration;
 
 use crate::agent;
 use crate::console::{self, Console};
-use crate::plan::{self, AGENT, Inputs, SERIAL};
+use crate::plan::{self, AGENT, Inputs, LocalDisk, SERIAL};
 use crate::record::{self, Record};
+use crate::rooms;
 use crate::rpc::{
     Accelerator, Cause, DomainPhase, EventRecord, GoOrder, GuestAgentFacts, InterfaceOrder, LinkOrder,
     MACHINE_REVISION, MigrationRef, MigrationRole, Paths, Refusal, ShutdownOrder, SourceOrder, State, TargetOrder,
@@ -145,6 +146,9 @@ struct Ending {
     forced: bool,
 }
 
+/// A volume, and the SHA-256 of the image that its disk lies above.
+type Digest = (String, String);
+
 /// The VM of one launcher.
 pub struct Vm {
     paths: Paths,
@@ -154,8 +158,11 @@ pub struct Vm {
     stage: Stage,
     events: Option<Events>,
     console: Option<Console>,
-    /// Numbers and names of the disks that would have to be copied.
-    local_disks: Vec<(usize, String)>,
+    /// The disks that would have to be copied.
+    local_disks: Vec<LocalDisk>,
+    /// Digests of the images that disks lie above, by volume, as they become known.
+    bases: BTreeMap<String, String>,
+    digests: (mpsc::UnboundedSender<Digest>, mpsc::UnboundedReceiver<Digest>),
     ready: Option<TargetReady>,
     /// Where it will be written down that the guest has left.
     record: Option<Record>,
@@ -198,6 +205,8 @@ impl Vm {
             events: None,
             console: None,
             local_disks: Vec::new(),
+            bases: BTreeMap::new(),
+            digests: mpsc::unbounded_channel(),
             ready: None,
             record: None,
             grace: Duration::from_secs(30),
@@ -239,6 +248,7 @@ impl Vm {
                 }
                 Some(event) = next_event(&mut self.events) => self.event(event).await,
                 ended = ended => self.ended(ended).await,
+                Some((volume, digest)) = self.digests.1.recv() => self.base_known(volume, digest),
                 Some(facts) = self.agent.1.recv() => self.now.guest_agent = facts.unwrap_or_default(),
                 Some(()) = terminate.recv() => self.terminate().await,
                 () = tokio::time::sleep_until(wake) => self.look().await,
@@ -303,6 +313,7 @@ impl Vm {
         let running = prelaunch.start().await?;
         self.grace = grace(&vmi);
         self.stage = Stage::Running(running);
+        self.learn_bases(&plan.local_disks);
         self.know_disks(plan.local_disks, plan.volumes).await;
         self.refresh().await;
         Ok(())
@@ -343,7 +354,11 @@ impl Vm {
         let socket = format!("incoming-{}.sock", short(&migration_uid));
         let path = self.paths.sockets.join(&socket);
         let _ = std::fs::remove_file(&path);
-        let mut incoming = Incoming::prepare(&program, &plan.machine, &path, allow_post_copy).await?;
+        // While QEMU starts.
+        self.learn_bases(&plan.local_disks);
+        // See `Outgoing::can_post_copy`.
+        let post_copy = allow_post_copy && plan.local_disks.is_empty();
+        let mut incoming = Incoming::prepare(&program, &plan.machine, &path, post_copy).await?;
         if !transport_follows {
             incoming.listen(Transport::default()).await?;
         }
@@ -414,9 +429,32 @@ impl Vm {
         Ok(())
     }
 
+    /// Begins to read the images that disks lie above, beside everything else: a large one takes seconds.
+    fn learn_bases(&self, disks: &[LocalDisk]) {
+        for disk in disks {
+            let Some(base) = disk.base.clone() else { continue };
+            let (volume, tell) = (disk.volume.clone(), self.digests.0.clone());
+            tokio::task::spawn_blocking(move || match rooms::digest(&base) {
+                // Nobody waits for it any more at the launcher's end.
+                Ok(digest) => drop(tell.send((volume, digest))),
+                Err(error) => tracing::warn!(%error, volume, "reading the image below; the disk is copied whole"),
+            });
+        }
+    }
+
+    fn base_known(&mut self, volume: String, digest: String) {
+        if let Some(state) = self.now.volumes.iter_mut().find(|state| state.name == volume) {
+            state.base = Some(digest.clone());
+        }
+        self.bases.insert(volume, digest);
+    }
+
     /// Keeps what is known of the disks, with the sizes that QEMU says.
-    async fn know_disks(&mut self, local: Vec<(usize, String)>, mut volumes: Vec<VolumeState>) {
+    async fn know_disks(&mut self, local: Vec<LocalDisk>, mut volumes: Vec<VolumeState>) {
         self.local_disks = local;
+        for volume in &mut volumes {
+            volume.base = self.bases.get(&volume.name).cloned();
+        }
         if let Some(qemu) = self.stage.qemu() {
             match qemu.disk_sizes().await {
                 Ok(sizes) => {

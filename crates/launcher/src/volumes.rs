@@ -53,6 +53,22 @@ pub struct Image {
     pub read_only: bool,
     /// Source and target of a migration see the same bytes without anybody copying them.
     pub same_everywhere: bool,
+    /// The image that it lies above, which is never written and which every node can have.
+    pub base: Option<PathBuf>,
+}
+
+impl Image {
+    fn new(path: PathBuf, format: Format, read_only: bool, same_everywhere: bool) -> Image {
+        Image { path, format, read_only, same_everywhere, base: None }
+    }
+
+    /// Whether it can be read and written without the host's page cache (`O_DIRECT`), what it lies above as well.
+    pub fn allows_direct_io(&self) -> bool {
+        use std::os::unix::fs::OpenOptionsExt;
+        let opens =
+            |path: &Path| std::fs::OpenOptions::new().read(true).custom_flags(nix::libc::O_DIRECT).open(path).is_ok();
+        opens(&self.path) && self.base.as_deref().is_none_or(opens)
+    }
 }
 
 /// Prepares the file of one volume.
@@ -75,20 +91,21 @@ impl Preparer<'_> {
             let file = container_disk(name, &folder, source.path.as_deref())?;
             let format = trusted_format(name, &file)?;
             if disk_read_only {
-                return Ok(Image { path: file, format, read_only: true, same_everywhere: true });
+                return Ok(Image::new(file, format, true, true));
             }
             let overlay = self.own_file(name, "qcow2")?;
             if !overlay.exists() {
                 make_overlay(name, &file, format, &overlay).await?;
             }
-            return Ok(Image { path: overlay, format: Format::Qcow2, read_only: false, same_everywhere: false });
+            return Ok(Image { base: Some(file), ..Image::new(overlay, Format::Qcow2, false, false) });
         }
         if let Some(source) = &volume.persistent_volume_claim {
             let path = self.paths.vmi_disks.join(name).join("disk.img");
             let shared = self.claim_is_shared(name);
             let read_only = source.read_only == Some(true);
             if !path.exists() {
-                if self.arriving && shared {
+                // What the guest only reads is not copied.
+                if self.arriving && (shared || read_only || disk_read_only) {
                     return Err(invalid(
                         name,
                         "disk.img is not on the claim, although the running guest uses it: source and \
@@ -100,7 +117,7 @@ impl Preparer<'_> {
                 };
                 make_sparse(name, &path, bytes)?;
             }
-            return Ok(Image { path, format: Format::Raw, read_only, same_everywhere: shared || read_only });
+            return Ok(Image::new(path, Format::Raw, read_only, shared || read_only));
         }
         if let Some(source) = &volume.empty_disk {
             let bytes = source.capacity.bytes().map_err(|e| invalid(name, &format!("emptyDisk.capacity: {e}")))?;
@@ -108,7 +125,7 @@ impl Preparer<'_> {
             if !path.exists() {
                 make_sparse(name, &path, bytes)?;
             }
-            return Ok(Image { path, format: Format::Raw, read_only: false, same_everywhere: false });
+            return Ok(Image::new(path, Format::Raw, false, false));
         }
         let (label, files) = if let Some(source) = &volume.cloud_init_no_cloud {
             ("cidata".to_string(), self.cloud_init(name, source)?)
@@ -124,7 +141,7 @@ impl Preparer<'_> {
         let image = iso::image(&label, &files).map_err(|e| invalid(name, &e.to_string()))?;
         let path = self.own_file(name, "iso")?;
         write_private(name, &path, &image)?;
-        Ok(Image { path, format: Format::Raw, read_only: true, same_everywhere: true })
+        Ok(Image::new(path, Format::Raw, true, true))
     }
 
     fn own_file(&self, volume: &str, extension: &str) -> Result<PathBuf, Error> {

@@ -145,13 +145,8 @@ async fn a_disk_of_its_own_moves_with_the_guest() {
         json!([{"name": "work", "disk": {"bus": "virtio"}}]),
     );
     let state = source.client.start(&VmOrder { vmi: vmi.clone(), ..vm_order() }).await.unwrap();
-    let known = VolumeState {
-        name: "work".into(),
-        target: "vda".into(),
-        size_bytes: Some(8 << 20),
-        claim: None,
-        shared: false,
-    };
+    let known =
+        VolumeState { name: "work".into(), target: "vda".into(), size_bytes: Some(8 << 20), ..VolumeState::default() };
     assert_eq!(state.volumes, [known]);
     let mut here = source.console().await;
     let mut story = Story::default();
@@ -172,6 +167,65 @@ async fn a_disk_of_its_own_moves_with_the_guest() {
     here.drain(&mut story).await;
     there.hear(&mut story, 3).await;
     assert!(std::fs::read(work(&target)).unwrap() == content);
+}
+
+#[tokio::test]
+async fn a_disk_that_has_no_room_at_the_target_is_refused_before_anything_is_copied() {
+    let (source, target) = (Pod::start().await, Pod::start().await);
+    let work = Pod::paths(source.folder.path()).ephemeral_disks.join("work.img");
+    std::fs::create_dir_all(work.parent().unwrap()).unwrap();
+    std::fs::write(&work, vec![7u8; 4 << 20]).unwrap();
+    let vmi = vmi(
+        json!([{"name": "work", "emptyDisk": {"capacity": "4Mi"}}]),
+        json!([{"name": "work", "disk": {"bus": "virtio"}}]),
+    );
+    source.client.start(&VmOrder { vmi: vmi.clone(), ..vm_order() }).await.unwrap();
+    let order = TargetOrder { vmi, allow_post_copy: true, ..target_order() };
+    let ready = target.client.prepare_target(&order).await.unwrap();
+    assert!(!ready.post_copy, "with disks that are copied there is none");
+    let room = ready.rooms.get("work").unwrap();
+    assert!(room.free_bytes > 8 << 20, "this machine has no room for the test: {room:?}");
+    let _memory = carry(&source, "outgoing.sock", &target, &ready.socket);
+    let _blocks = carry(&source, "blocks.sock", &target, &ready.blocks_socket.unwrap());
+    let short = [("work".to_string(), DiskRoom { free_bytes: 1 << 20, ..room.clone() })].into();
+    let order = SourceOrder { blocks_socket: Some("blocks.sock".into()), rooms: short, ..source_order(None) };
+    let Err(Error::Refused { message, cause, .. }) = source.client.migrate(&order).await else { panic!("not refused") };
+    assert_eq!(cause, Some(Cause::NoSpace), "{message}");
+    assert!(message.contains("volume work needs") && message.contains("1048576 bytes are free"), "{message}");
+    let state = source.client.state().await.unwrap();
+    assert_eq!((state.phase, state.migration), (DomainPhase::Running, None), "nothing has begun");
+    // With the room that there is it goes.
+    source.client.migrate(&SourceOrder { rooms: ready.rooms, ..order }).await.unwrap();
+    source.until("completed", |s| status(s) == "completed").await;
+    target.client.go(MIGRATION).await.unwrap();
+}
+
+#[tokio::test]
+async fn of_a_container_disk_only_what_the_guest_wrote_is_copied_where_the_image_is_the_same() {
+    for same in [true, false] {
+        let (source, target) = (Pod::start().await, Pod::start().await);
+        for (pod, byte) in [(&source, 1u8), (&target, if same { 1 } else { 2 })] {
+            let image = Pod::paths(pod.folder.path()).container_disks.join("root/disk/disk.img");
+            std::fs::create_dir_all(image.parent().unwrap()).unwrap();
+            std::fs::write(image, vec![byte; 32 << 20]).unwrap();
+        }
+        let vmi = vmi(
+            json!([{"name": "root", "containerDisk": {"image": "x"}}]),
+            json!([{"name": "root", "disk": {"bus": "virtio"}}]),
+        );
+        source.client.start(&VmOrder { vmi: vmi.clone(), ..vm_order() }).await.unwrap();
+        source.until("the image is known", |s| s.volumes.iter().all(|v| v.base.is_some())).await;
+        let ready = target.client.prepare_target(&TargetOrder { vmi, ..target_order() }).await.unwrap();
+        let _memory = carry(&source, "outgoing.sock", &target, &ready.socket);
+        let _blocks = carry(&source, "blocks.sock", &target, &ready.blocks_socket.unwrap());
+        let blocks_socket = Some("blocks.sock".into());
+        let order = SourceOrder { blocks_socket, rooms: ready.rooms, ..source_order(None) };
+        source.client.migrate(&order).await.unwrap();
+        let left = source.until("completed", |s| status(s) == "completed").await.migration.unwrap();
+        // 16 MiB of memory, and the disk or nothing of it.
+        assert_eq!(left.total_bytes >= 40 << 20, !same, "{left:?}");
+        target.client.go(MIGRATION).await.unwrap();
+    }
 }
 
 #[tokio::test]

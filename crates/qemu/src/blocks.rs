@@ -6,16 +6,34 @@
 use crate::qmp::commands::{self, BlockJob};
 use crate::qmp::{self, Event, Qmp};
 use serde_json::json;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 /// Which disks to copy and where to.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Blocks {
     /// The unix socket behind which the target's NBD server is.
     pub socket: PathBuf,
     /// Number of each disk in the machine (see [`crate::machine::node_name`]) and the name of its export.
     pub disks: Vec<(usize, String)>,
+    /// Those whose backing image the target has too, byte for byte: only what was written above it is copied.
+    pub above_base: BTreeSet<usize>,
+}
+
+/// What a mirror keeps in flight without a cap (QEMU's default).
+const LARGEST_BUFFER: u64 = 10 << 20;
+/// And at least: a few of its pieces of 64 KiB.
+const LEAST_BUFFER: u64 = 256 << 10;
+
+/// How many bytes a mirror may have in flight. A guest is stopped only when they have arrived, so under a cap it is what the
+/// cap lets through in a sixteenth of a second.
+fn buffer(bandwidth: Option<u64>) -> u64 {
+    bandwidth.map_or(LARGEST_BUFFER, |bandwidth| (bandwidth / 16).clamp(LEAST_BUFFER, LARGEST_BUFFER))
+}
+
+/// What is left of a cap for memory while mirrors take `blocks` bytes a second: at least half of it.
+pub(crate) fn left_for_memory(cap: u64, blocks: u64) -> u64 {
+    cap - blocks.min(cap / 2)
 }
 
 /// Offers disks of a target for writing, until [`stop`].
@@ -58,15 +76,21 @@ pub(crate) struct Mirrors {
     from_event: u64,
     finishing: bool,
     progress: (u64, u64),
+    /// Bytes copied at a time in microseconds, and bytes a second up to then.
+    rate: Option<(u64, i64, u64)>,
 }
+
+/// Between two measurements of the rate, in microseconds.
+const MEASURE_EVERY: i64 = 250_000;
 
 impl Mirrors {
     /// Starts to copy. On an error nothing is left behind.
-    pub(crate) async fn start(qmp: &Qmp, blocks: &Blocks) -> Result<Mirrors, qmp::Error> {
-        let mut mirrors =
-            Mirrors { jobs: BTreeMap::new(), from_event: qmp.event_count(), finishing: false, progress: (0, 0) };
+    pub(crate) async fn start(qmp: &Qmp, blocks: &Blocks, bandwidth: Option<u64>) -> Result<Mirrors, qmp::Error> {
+        let from_event = qmp.event_count();
+        let mut mirrors = Mirrors { jobs: BTreeMap::new(), from_event, finishing: false, progress: (0, 0), rate: None };
         for (number, export) in &blocks.disks {
-            if let Err(error) = mirrors.add(qmp, &blocks.socket, *number, export).await {
+            let sync = if blocks.above_base.contains(number) { "top" } else { "full" };
+            if let Err(error) = mirrors.add(qmp, &blocks.socket, *number, export, sync, buffer(bandwidth)).await {
                 mirrors.abandon(qmp).await;
                 return Err(error);
             }
@@ -74,17 +98,33 @@ impl Mirrors {
         Ok(mirrors)
     }
 
-    async fn add(&mut self, qmp: &Qmp, socket: &Path, number: usize, export: &str) -> Result<(), qmp::Error> {
+    async fn add(
+        &mut self,
+        qmp: &Qmp,
+        socket: &Path,
+        number: usize,
+        export: &str,
+        sync: &'static str,
+        buf_size: u64,
+    ) -> Result<(), qmp::Error> {
         let id = format!("mirror{number}");
         let server = json!({"type": "unix", "path": socket.to_string_lossy()});
-        let add = commands::BlockdevAddNbd { driver: "nbd", node_name: id.clone(), server, export: export.into() };
+        let add = commands::BlockdevAddNbd {
+            driver: "nbd",
+            node_name: id.clone(),
+            server,
+            export: export.into(),
+            // Without it QEMU 10.0 asks for zeros where the source has holes, and they are allocated.
+            discard: "unmap",
+        };
         qmp.execute(&add).await?;
         self.jobs.insert(id.clone(), Job::Copying);
         let mirror = commands::BlockdevMirror {
             job_id: id.clone(),
             device: crate::machine::node_name(number),
             target: id,
-            sync: "full",
+            sync,
+            buf_size,
             copy_mode: "background",
             auto_dismiss: true,
             auto_finalize: true,
@@ -118,6 +158,28 @@ impl Mirrors {
             self.progress = (ours.iter().map(|j| j.len).sum(), ours.iter().map(|j| j.offset).sum());
         }
         Ok(self.progress)
+    }
+
+    /// Bytes to copy, by the last look.
+    pub(crate) fn total(&self) -> u64 {
+        self.progress.0
+    }
+
+    /// How many bytes a second they take at present, after [`Mirrors::look`] at `now_us`. None: not measured anew.
+    pub(crate) fn measure(&mut self, now_us: i64) -> Option<u64> {
+        let copied = self.progress.1;
+        let Some((before, at, _)) = self.rate else {
+            self.rate = Some((copied, now_us, 0));
+            return None;
+        };
+        let elapsed = now_us.saturating_sub(at);
+        if elapsed < MEASURE_EVERY {
+            return None;
+        }
+        let bytes = u128::from(copied.saturating_sub(before)) * 1_000_000;
+        let rate = u64::try_from(bytes / u128::from(elapsed.unsigned_abs())).unwrap_or(u64::MAX);
+        self.rate = Some((copied, now_us, rate));
+        Some(rate)
     }
 
     /// Whether both sides are the same, and will be.
@@ -188,7 +250,7 @@ mod tests {
 
     fn mirrors() -> Mirrors {
         let jobs = ["mirror0", "mirror1"].map(|id| (id.to_string(), Job::Copying)).into();
-        Mirrors { jobs, from_event: 5, finishing: false, progress: (0, 0) }
+        Mirrors { jobs, from_event: 5, finishing: false, progress: (0, 0), rate: None }
     }
 
     fn event(number: u64, name: &str, data: serde_json::Value) -> Event {
@@ -208,6 +270,25 @@ mod tests {
         assert!(!m.are_done());
         m.event(&event(9, "BLOCK_JOB_COMPLETED", json!({"device": "mirror1"})));
         assert!(m.are_done());
+    }
+
+    #[test]
+    fn memory_gets_what_the_mirrors_leave_of_the_cap_and_never_less_than_half() {
+        assert_eq!([0, 10, 50, 900].map(|blocks| left_for_memory(100, blocks)), [100, 90, 50, 50]);
+        let mut m = mirrors();
+        assert_eq!(m.measure(0), None);
+        m.progress.1 = 1 << 20;
+        assert_eq!(m.measure(100_000), None, "too early to tell");
+        assert_eq!(m.measure(500_000), Some(2 << 20));
+        assert_eq!(m.measure(1_000_000), Some(0));
+    }
+
+    #[test]
+    fn little_is_in_flight_under_a_small_cap() {
+        assert_eq!(buffer(None), 10 << 20);
+        assert_eq!(buffer(Some(64 << 20)), 4 << 20);
+        assert_eq!(buffer(Some(1 << 40)), 10 << 20);
+        assert_eq!(buffer(Some(1)), 256 << 10);
     }
 
     #[test]

@@ -13,6 +13,8 @@ use serde::{Deserialize, Serialize};
 pub enum Cause {
     /// The target cannot give the guest the CPU it has.
     RefusedCpu,
+    /// The target has no room for a disk that is copied to it.
+    NoSpace,
     /// The target cannot open a disk, or not as the guest needs it.
     RefusedStorage,
     /// The target's machine or devices are not the guest's.
@@ -27,7 +29,7 @@ pub enum Cause {
 }
 
 /// Parts of QEMU's texts, in lower case. The first class that fits counts: a refusal breaks the connection as well.
-const TEXTS: [(Cause, &[&str]); 4] = [
+const TEXTS: [(Cause, &[&str]); 5] = [
     (
         Cause::RefusedCpu,
         &[
@@ -42,12 +44,12 @@ const TEXTS: [(Cause, &[&str]); 4] = [
             "tsc frequency mismatch",
         ],
     ),
+    (Cause::NoSpace, &["no space left", "disk quota exceeded", "not enough room"]),
     (
         Cause::RefusedStorage,
         &[
             "could not open",
             "failed to get \"",
-            "no space left",
             "read-only file system",
             "block node is read-only",
             "requested export not available",
@@ -144,7 +146,14 @@ pub fn explain<'a>(lines: impl IntoIterator<Item = &'a str>) -> Option<Explanati
 pub fn of_end(ended: &Ended) -> Explanation {
     let said = explain(ended.said.iter().map(String::as_str));
     match said {
-        Some(said) if matches!(said.cause, Cause::RefusedCpu | Cause::RefusedStorage | Cause::RefusedMachine) => said,
+        Some(said)
+            if matches!(
+                said.cause,
+                Cause::RefusedCpu | Cause::NoSpace | Cause::RefusedStorage | Cause::RefusedMachine
+            ) =>
+        {
+            said
+        }
         _ if ended.signal.is_some() => Explanation { cause: Cause::Killed, text: ended.to_string() },
         Some(Explanation { cause, .. }) => Explanation { cause, text: ended.to_string() },
         None => Explanation { cause: Cause::Other, text: ended.to_string() },

@@ -300,6 +300,11 @@ impl Tracker {
         self.sent(copied, now_us);
     }
 
+    /// The same, beside the memory: counted with its next numbers.
+    pub(crate) fn blocks_beside_memory(&mut self, total: u64, copied: u64) {
+        self.blocks = (total, copied);
+    }
+
     /// The memory follows: earlier events of QEMU's are about something else.
     pub(crate) fn memory_from(&mut self, event: u64) {
         self.from_event = event;

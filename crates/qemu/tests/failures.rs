@@ -140,7 +140,7 @@ async fn a_disk_to_copy_to_that_is_too_small() {
     let target = Machine { disks: vec![disk(place.path("there"))], ..place.machine("target") };
     let source = Prelaunch::launch(&qemu(), &source).await.unwrap().start().await.unwrap();
     let mut incoming = Incoming::launch(&qemu(), &target, &place.path("flight")).await.unwrap();
-    let blocks = Blocks { socket: place.path("blocks"), disks: vec![(0, "work".into())] };
+    let blocks = Blocks { socket: place.path("blocks"), disks: vec![(0, "work".into())], ..Blocks::default() };
     incoming.offer_blocks(&blocks.socket, &blocks.disks).await.unwrap();
     let (cause, text, source) = match source.migrate(&place.path("flight"), &Options::default(), Some(&blocks)).await {
         Err((source, error)) => (error.cause(), error.to_string(), source),

@@ -292,7 +292,7 @@ fn pattern(content: &mut [u8]) {
 }
 
 fn blocks(place: &Place, end: &str) -> Blocks {
-    Blocks { socket: place.path(&format!("{end}-blocks")), disks: vec![(0, "work".into())] }
+    Blocks { socket: place.path(&format!("{end}-blocks")), disks: vec![(0, "work".into())], ..Blocks::default() }
 }
 
 #[tokio::test]

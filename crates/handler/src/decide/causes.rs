@@ -14,6 +14,7 @@ pub const ABORTED: &str = "Live migration has been aborted";
 pub fn of_target(cause: Option<Cause>) -> FailureCause {
     match cause {
         Some(Cause::RefusedCpu) => FailureCause::TargetRefusedCpu,
+        Some(Cause::NoSpace) => FailureCause::TargetOutOfSpace,
         Some(Cause::RefusedStorage) => FailureCause::TargetRefusedStorage,
         Some(Cause::RefusedMachine) => FailureCause::TargetRefusedMachine,
         Some(Cause::Killed) => FailureCause::TargetLost,

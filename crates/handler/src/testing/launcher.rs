@@ -179,6 +179,7 @@ async fn target(Shared(launcher): Shared<Launcher>, Json(order): Json<TargetOrde
         post_copy: order.allow_post_copy,
         awaits_transport: false,
         ability: Ability::default(),
+        rooms: Default::default(),
     };
     tokio::spawn(async move {
         let (mut stream, _) = listener.accept().await.unwrap();

@@ -241,6 +241,7 @@ impl Worker {
             client: pod.follower.client.clone(),
             post_copy: ready.as_ref().is_some_and(|ready| ready.post_copy),
             ability: ability.unwrap_or_default(),
+            rooms: ready.as_ref().map(|ready| ready.rooms.clone()).unwrap_or_default(),
             agreed: OnceCell::new_with((!awaits).then(Transport::default)),
             launcher: pod.follower.subscribe(),
         };
@@ -346,6 +347,7 @@ impl Worker {
             // Both ends have to be able to.
             allow_post_copy: m.allow_post_copy && m.allow_workload_disruption && link.post_copy_offered,
             transport: link.transport,
+            rooms: link.rooms,
         };
         let began = Instant::now();
         source.meter.restart();

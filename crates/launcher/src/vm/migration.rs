@@ -1,17 +1,19 @@
 //! Leaving and arriving.
 
 use super::{Refused, Stage, Vm, refused, short};
-use crate::plan::Plan;
+use crate::plan::{LocalDisk, Plan};
 use crate::record::Record;
+use crate::rooms;
 use crate::rpc::{
-    Cause, DomainPhase, GoOrder, LinkOrder, MigrationFacts, MigrationMode, MigrationRole, Refusal, SourceOrder,
-    TargetReady, TransportOrder,
+    Cause, DiskRoom, DomainPhase, GoOrder, LinkOrder, MigrationFacts, MigrationMode, MigrationRole, Refusal,
+    SourceOrder, TargetReady, TransportOrder,
 };
 use godwit_qemu::blocks::Blocks;
 use godwit_qemu::instance::{Arrived, Departed, GoError, Incoming, Settled};
 use godwit_qemu::migration::{Facts, Mode, Options};
 use godwit_qemu::qmp::Event;
 use godwit_qemu::qmp::commands::MigrationStatus;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -19,28 +21,71 @@ use tokio::time::Instant;
 const MAX_DOWNTIME_MS: u64 = 300;
 /// How long a cancellation is waited for before its answer is given.
 const CANCEL_LIMIT: Duration = Duration::from_secs(5);
+/// How long a target reads the images below its disks at most before it answers.
+const BASE_LIMIT: Duration = Duration::from_secs(5);
 /// Between two looks at it.
 const CANCEL_LOOK: Duration = Duration::from_millis(2);
 
 impl Vm {
     /// What a target offers besides the memory socket.
     pub(super) async fn offer(
-        &self,
+        &mut self,
         incoming: &mut Incoming,
         socket: String,
         plan: &Plan,
         migration_uid: &str,
     ) -> Result<TargetReady, Refused> {
         let (post_copy, ability) = (incoming.can_post_copy(), incoming.qemu().ability());
-        let ready = TargetReady { socket, blocks_socket: None, post_copy, awaits_transport: false, ability };
+        let rooms = BTreeMap::new();
+        let ready = TargetReady { socket, blocks_socket: None, post_copy, awaits_transport: false, ability, rooms };
         if plan.local_disks.is_empty() {
             return Ok(ready);
         }
         let blocks = format!("blocks-{}.sock", short(migration_uid));
         let path = self.paths.sockets.join(&blocks);
         let _ = std::fs::remove_file(&path);
-        incoming.offer_blocks(&path, &plan.local_disks).await?;
-        Ok(TargetReady { blocks_socket: Some(blocks), ..ready })
+        incoming.offer_blocks(&path, &exports(&plan.local_disks)).await?;
+        let rooms = self.rooms(&plan.local_disks).await;
+        Ok(TargetReady { blocks_socket: Some(blocks), rooms, ..ready })
+    }
+
+    /// What there is for each of the disks that come. What takes too long to know is left out.
+    async fn rooms(&mut self, disks: &[LocalDisk]) -> BTreeMap<String, DiskRoom> {
+        let end = Instant::now() + BASE_LIMIT;
+        while disks.iter().any(|d| d.base.is_some() && !self.bases.contains_key(&d.volume)) {
+            match tokio::time::timeout_at(end, self.digests.1.recv()).await {
+                Ok(Some((volume, digest))) => self.base_known(volume, digest),
+                Ok(None) | Err(_) => break,
+            }
+        }
+        let room = |disk: &LocalDisk| {
+            let base = self.bases.get(&disk.volume).cloned();
+            let room = rooms::look(&disk.path, base);
+            let room = room.inspect_err(|error| tracing::warn!(%error, volume = disk.volume, "looking for room"));
+            Some((disk.volume.clone(), room.ok()?))
+        };
+        disks.iter().filter_map(room).collect()
+    }
+
+    /// The disks whose image below the target has as well; refused when the target has no room for what has to be copied.
+    fn above_base(&self, rooms: &BTreeMap<String, DiskRoom>) -> Result<BTreeSet<usize>, Refused> {
+        let same = |disk: &&LocalDisk| {
+            let theirs = rooms.get(&disk.volume).and_then(|room| room.base.as_ref());
+            theirs.is_some() && theirs == self.bases.get(&disk.volume)
+        };
+        let above: BTreeSet<usize> = self.local_disks.iter().filter(same).map(|disk| disk.number).collect();
+        let need = |disk: &LocalDisk| rooms::needed(disk, above.contains(&disk.number));
+        let mut needs = Vec::new();
+        for disk in &self.local_disks {
+            let bytes = need(disk).map_err(|e| {
+                refused(Refusal::Failed, format!("volume {}: looking at {}: {e}", disk.volume, disk.path.display()))
+            })?;
+            needs.push((disk.volume.as_str(), bytes));
+        }
+        match rooms::shortage(&needs, rooms) {
+            None => Ok(above),
+            Some(why) => Err(Refused { cause: Some(Cause::NoSpace), ..refused(Refusal::Failed, why) }),
+        }
     }
 
     /// How the guest's memory will come. The first order stands, whatever a later one says.
@@ -93,10 +138,11 @@ impl Vm {
             _ => return Err(refused(Refusal::Conflict, "no guest runs here")),
         }
         if !self.local_disks.is_empty() && order.blocks_socket.is_none() {
-            let names: Vec<&str> = self.local_disks.iter().map(|(_, name)| name.as_str()).collect();
+            let names: Vec<&str> = self.local_disks.iter().map(|disk| disk.volume.as_str()).collect();
             let message = format!("the writable disks {} are not shared between the nodes", names.join(", "));
             return Err(refused(Refusal::Invalid, message));
         }
+        let above_base = self.above_base(&order.rooms)?;
         // Whoever cannot write down that the guest has left must not let it go.
         let folder = &self.paths.ephemeral_disks;
         let record = Record::prepare(folder)
@@ -112,9 +158,9 @@ impl Vm {
         };
         let mut facts = MigrationFacts::new(order.migration_uid, MigrationRole::Source);
         facts.transport = order.transport;
-        let blocks = order
-            .blocks_socket
-            .map(|socket| Blocks { socket: self.paths.sockets.join(socket), disks: self.local_disks.clone() });
+        let disks = exports(&self.local_disks);
+        let blocks =
+            order.blocks_socket.map(|socket| Blocks { socket: self.paths.sockets.join(socket), disks, above_base });
         match running.migrate(&self.paths.sockets.join(&order.socket), &options, blocks.as_ref()).await {
             Ok(outgoing) => {
                 self.stage = Stage::Outgoing(outgoing);
@@ -535,6 +581,11 @@ fn check_name(socket: &str) -> Result<(), Refused> {
         return Err(refused(Refusal::BadRequest, message));
     }
     Ok(())
+}
+
+/// The numbers of disks, and the names under which they are exported.
+fn exports(disks: &[LocalDisk]) -> Vec<(usize, String)> {
+    disks.iter().map(|disk| (disk.number, disk.volume.clone())).collect()
 }
 
 /// A departure whose memory had not all followed when the launcher that told of it ended: QEMU ended with that launcher.

@@ -164,6 +164,7 @@ pub fn source_order(bandwidth: Option<u64>) -> SourceOrder {
         allow_auto_converge: false,
         allow_post_copy: false,
         transport: Transport::default(),
+        rooms: Default::default(),
     }
 }
 

@@ -1,7 +1,7 @@
 //! The sending end.
 
 use super::{Capabilities, Error, Qemu, Running, now_us};
-use crate::blocks::{Blocks, Mirrors};
+use crate::blocks::{Blocks, Mirrors, left_for_memory};
 use crate::migration::{DowntimeRamp, Facts, Mode, Options, Tracker};
 use crate::qmp::commands::{self, MigrationStatus, RunState};
 use crate::qmp::{self, Event};
@@ -87,7 +87,7 @@ impl Outgoing {
         }
         let mirrors = match blocks {
             None => None,
-            Some(blocks) => match Mirrors::start(&running.qemu.qmp, blocks).await {
+            Some(blocks) => match Mirrors::start(&running.qemu.qmp, blocks, options.bandwidth).await {
                 Ok(mirrors) => Some(mirrors),
                 Err(error) => return Err((running, error.into())),
             },
@@ -143,9 +143,11 @@ impl Outgoing {
         self.bandwidth
     }
 
-    /// Whether it could go over to post-copy now.
+    /// Whether it could go over to post-copy now. Never while disks are copied: with `pause-before-switchover` QEMU (7.2 to
+    /// 10.0) says `postcopy-active` before it has sent the devices, so nobody could tell that the target has all it needs.
     pub fn can_post_copy(&self) -> bool {
         self.post_copy
+            && self.mirrors.is_none()
             && !self.switching
             && !self.cancelled
             && self.memory == Memory::Begun
@@ -170,6 +172,14 @@ impl Outgoing {
                 return self.advance().await;
             }
             (Memory::Never, _) => return Ok(()),
+            (Memory::Begun, Some(mirrors)) => {
+                // The cap is for both together.
+                let (total, copied) = mirrors.look(&self.qemu.qmp).await?;
+                self.tracker.blocks_beside_memory(total, copied);
+                if let (Some(bandwidth), Some(blocks)) = (self.bandwidth, mirrors.measure(now_us())) {
+                    self.set_bandwidth(left_for_memory(cap(Some(bandwidth)), blocks)).await?;
+                }
+            }
             _ => {}
         }
         let info = self.qemu.qmp.execute(&commands::QueryMigrate {}).await?;
@@ -279,6 +289,9 @@ impl Outgoing {
         }
         if !self.post_copy {
             return Err(Error::Unsupported("post-copy was not allowed when this migration began"));
+        }
+        if self.mirrors.is_some() {
+            return Err(Error::Unsupported("there is no post-copy while disks are copied"));
         }
         if !self.can_post_copy() {
             return Err(self.not_possible("memory must be under way to go over to post-copy"));
@@ -391,6 +404,8 @@ impl Outgoing {
                 let finish_by = *self.finish_by.get_or_insert(now + FINISH_LIMIT);
                 mirrors.finish(&qmp).await?;
                 if mirrors.are_done() {
+                    let total = mirrors.total();
+                    self.tracker.blocks_beside_memory(total, total);
                     self.memory = Memory::Continued;
                     qmp.execute(&commands::MigrateContinue { state: "pre-switchover" }).await?;
                     mirrors.close(&qmp).await;

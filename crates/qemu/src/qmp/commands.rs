@@ -88,12 +88,16 @@ commands! {
     /// Exports a block node.
     BlockExportAdd = "block-export-add" -> Nothing { r#type: &'static str, id: String, node_name: String, name: String, writable: bool };
     /// Adds an NBD client block node.
-    BlockdevAddNbd = "blockdev-add" -> Nothing { driver: &'static str, node_name: String, server: Value, export: String };
+    BlockdevAddNbd = "blockdev-add" -> Nothing {
+        driver: &'static str, node_name: String, server: Value, export: String, discard: &'static str
+    };
     /// Removes a block node.
     BlockdevDel = "blockdev-del" -> Nothing { node_name: String };
     /// Copies a block node to another and keeps both the same.
     BlockdevMirror = "blockdev-mirror" -> Nothing {
         job_id: String, device: String, target: String, sync: &'static str, copy_mode: &'static str,
+        /// Bytes in flight.
+        buf_size: u64,
         auto_dismiss: bool, auto_finalize: bool
     };
     /// Ends a mirror: at once and clean when it is ready, unless forced.

@@ -1,0 +1,208 @@
+//! Keeping the copies of disks below the cap: QEMU has no limit that holds for a mirror once both sides were the same.
+
+use std::io;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use godwit_launcher::rpc::{MigrationRole, State};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::time::{Instant, Sleep, sleep};
+
+use crate::facts;
+
+/// What may be sent at once after a pause.
+const BURST: Duration = Duration::from_millis(50);
+/// The longest sleep, so that another limit counts soon.
+const LONGEST_WAIT: Duration = Duration::from_millis(50);
+
+/// How many bytes a second the connections that share it may carry.
+#[derive(Debug)]
+pub struct Pace(Mutex<Bucket>);
+
+#[derive(Debug)]
+struct Bucket {
+    bytes_per_second: Option<u64>,
+    /// What may still be sent; less than nothing when a piece was larger than what was left.
+    tokens: f64,
+    filled: Instant,
+}
+
+impl Pace {
+    /// No limit where there is no rate.
+    #[must_use]
+    pub fn new(bytes_per_second: Option<u64>) -> Self {
+        Self(Mutex::new(Bucket::new(bytes_per_second, Instant::now())))
+    }
+
+    /// Another limit from now on.
+    pub fn set(&self, bytes_per_second: Option<u64>) {
+        let mut bucket = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        bucket.fill(Instant::now());
+        bucket.bytes_per_second = bytes_per_second;
+    }
+
+    /// How long to wait before the next piece.
+    fn wait(&self) -> Option<Duration> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).wait(Instant::now())
+    }
+
+    fn spend(&self, bytes: usize) {
+        let mut bucket = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        bucket.tokens -= bytes as f64;
+    }
+}
+
+impl Bucket {
+    fn new(bytes_per_second: Option<u64>, now: Instant) -> Self {
+        Self { bytes_per_second, tokens: 0.0, filled: now }
+    }
+
+    fn wait(&mut self, now: Instant) -> Option<Duration> {
+        self.fill(now);
+        let rate = self.bytes_per_second?;
+        if self.tokens >= 0.0 {
+            return None;
+        }
+        let seconds = -self.tokens / rate.max(1) as f64;
+        Some(Duration::from_secs_f64(seconds.min(LONGEST_WAIT.as_secs_f64())).max(Duration::from_millis(1)))
+    }
+
+    fn fill(&mut self, now: Instant) {
+        let elapsed = now.duration_since(self.filled);
+        self.filled = now;
+        match self.bytes_per_second {
+            None => self.tokens = 0.0,
+            Some(rate) => {
+                let most = rate as f64 * BURST.as_secs_f64();
+                self.tokens = (self.tokens + rate as f64 * elapsed.as_secs_f64()).min(most);
+            }
+        }
+    }
+}
+
+/// What the disks of migration `uid` may take of the cap, by what the source's launcher says: all of it before memory is sent,
+/// half beside it (the launcher gives memory what they leave of the whole), and for the last blocks, while the guest stands
+/// still, whatever the link carries, as QEMU does with memory. `cap`: what holds as long as the launcher says nothing.
+#[must_use]
+pub fn share_of_disks(state: Option<&State>, uid: &str, cap: Option<u64>) -> Option<u64> {
+    let Some(f) = state.and_then(|state| facts::migration(state, uid, MigrationRole::Source)) else { return cap };
+    if f.stop_us.is_some() || f.status == "pre-switchover" {
+        return None;
+    }
+    let beside_memory = !matches!(f.status.as_str(), "none" | "setup");
+    f.bandwidth_limit.map(|cap| if beside_memory { (cap / 2).max(1) } else { cap })
+}
+
+/// A stream whose reader is held to a [`Pace`].
+pub struct Paced<S> {
+    stream: S,
+    pace: Arc<Pace>,
+    sleep: Option<Pin<Box<Sleep>>>,
+}
+
+impl<S> Paced<S> {
+    /// Shares `pace` with others.
+    #[must_use]
+    pub fn new(stream: S, pace: Arc<Pace>) -> Self {
+        Self { stream, pace, sleep: None }
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Paced<S> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        loop {
+            if let Some(sleep) = &mut self.sleep {
+                ready!(sleep.as_mut().poll(cx));
+                self.sleep = None;
+            }
+            match self.pace.wait() {
+                Some(wait) => self.sleep = Some(Box::pin(sleep(wait))),
+                None => break,
+            }
+        }
+        let before = buf.filled().len();
+        ready!(Pin::new(&mut self.stream).poll_read(cx, buf))?;
+        self.pace.spend(buf.filled().len().saturating_sub(before));
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Paced<S> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use godwit_launcher::rpc::MigrationFacts;
+    use tokio::io::AsyncReadExt;
+
+    /// How long 1 MiB takes in pieces of 16 KiB; in the middle the limit becomes `then`.
+    fn seconds(first: Option<u64>, then: Option<u64>) -> f64 {
+        let began = Instant::now();
+        let mut now = began;
+        let mut bucket = Bucket::new(first, now);
+        for piece in 0..64 {
+            while let Some(wait) = bucket.wait(now) {
+                now += wait;
+            }
+            bucket.tokens -= f64::from(16 << 10);
+            if piece == 31 {
+                bucket.fill(now);
+                bucket.bytes_per_second = then;
+            }
+        }
+        (now - began).as_secs_f64()
+    }
+
+    #[test]
+    fn the_limit_is_kept_and_another_one_counts_at_once() {
+        let (slow, fast) = (Some(256 << 10), Some(512 << 10));
+        for (first, then, wanted) in [(slow, slow, 4.0), (slow, fast, 3.0), (None, None, 0.0), (slow, None, 2.0)] {
+            let took = seconds(first, then);
+            assert!((wanted - 0.2..=wanted + 0.1).contains(&took), "{first:?}, {then:?}: {took}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_stream_that_is_held_back_loses_nothing() {
+        let pace = Arc::new(Pace::new(Some(4 << 20)));
+        let content: Vec<u8> = (0..600_000u32).map(|n| n as u8).collect();
+        let mut read = Vec::new();
+        Paced::new(tokio::io::join(content.as_slice(), tokio::io::sink()), pace.clone())
+            .read_to_end(&mut read)
+            .await
+            .unwrap();
+        assert!(read == content);
+    }
+
+    #[test]
+    fn disks_have_the_cap_to_themselves_then_half_of_it_and_at_the_end_all_there_is() {
+        let with = |change: &dyn Fn(&mut MigrationFacts)| {
+            let mut facts = MigrationFacts::new("u", MigrationRole::Source);
+            facts.bandwidth_limit = Some(100);
+            change(&mut facts);
+            let state = State { migration: Some(facts), ..State::default() };
+            share_of_disks(Some(&state), "u", Some(7))
+        };
+        assert_eq!(share_of_disks(None, "u", Some(7)), Some(7));
+        assert_eq!(with(&|f| f.uid = "another".into()), Some(7));
+        assert_eq!(with(&|f| f.status = "setup".into()), Some(100));
+        assert_eq!(with(&|f| f.status = "active".into()), Some(50));
+        assert_eq!(with(&|f| f.bandwidth_limit = None), None);
+        assert_eq!(with(&|f| f.stop_us = Some(1)), None);
+        assert_eq!(with(&|f| f.status = "pre-switchover".into()), None);
+    }
+}

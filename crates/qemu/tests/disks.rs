@@ -1,0 +1,160 @@
+//! Disks that are copied: what of them, how, and with what they go together.
+
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+mod place;
+
+use godwit_guest_rom::Story;
+use godwit_qemu::blocks::Blocks;
+use godwit_qemu::instance::{Error, Incoming, Prelaunch, Settled};
+use godwit_qemu::machine::{Bus, Cache, Disk, DiskKind, Format, Machine};
+use godwit_qemu::migration::Options;
+use godwit_qemu::process::find_qemu_img;
+use place::*;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+const MIB: u64 = 1 << 20;
+
+fn with_disk(place: &Place, end: &str, path: PathBuf, format: Format) -> Machine {
+    let mut machine = place.machine(end);
+    machine.disks.push(Disk {
+        name: "work".into(),
+        path,
+        format,
+        bus: Bus::Virtio,
+        kind: DiskKind::Disk,
+        read_only: false,
+        serial: None,
+        cache: Cache::default(),
+        boot_index: None,
+    });
+    machine
+}
+
+/// Moves a guest with one disk from file `from` to file `to`; how many bytes there were to copy, its memory included.
+async fn move_disk(place: &Place, from: PathBuf, to: PathBuf, format: Format, above_base: bool) -> u64 {
+    let prelaunch = Prelaunch::launch(&qemu(), &with_disk(place, "source", from, format)).await.unwrap();
+    let mut here = Console::open(&place.path("source-serial")).await;
+    let source = prelaunch.start().await.unwrap();
+    let mut story = Story::default();
+    here.hear(&mut story, 2).await;
+    let machine = with_disk(place, "target", to, format);
+    let mut target = Incoming::launch(&qemu(), &machine, &place.path("flight")).await.unwrap();
+    let mut there = Console::open(&place.path("target-serial")).await;
+    let above_base = above_base.then_some(0).into_iter().collect();
+    let blocks = Blocks { socket: place.path("blocks"), disks: vec![(0, "work".into())], above_base };
+    target.offer_blocks(&blocks.socket, &blocks.disks).await.unwrap();
+    let flight = source.migrate(&place.path("flight"), &Options::default(), Some(&blocks)).await;
+    let departed = leave(flight.map_err(|e| e.1).unwrap()).await;
+    let bytes = departed.facts().total_bytes;
+    assert!(departed.facts().remaining_bytes < 2 * MIB, "all has gone: {:?}", departed.facts());
+    let running = run(target).await;
+    departed.qemu().quit().await;
+    here.drain(&mut story).await;
+    there.hear(&mut story, 3).await;
+    running.qemu().quit().await;
+    bytes
+}
+
+fn allocated(path: &Path) -> u64 {
+    std::fs::metadata(path).unwrap().blocks() * 512
+}
+
+fn sparse(path: &Path, bytes: u64) -> std::fs::File {
+    let file = std::fs::File::create(path).unwrap();
+    file.set_len(bytes).unwrap();
+    file
+}
+
+#[tokio::test]
+async fn holes_stay_holes() {
+    let place = Place::new(busy());
+    let (from, to) = (place.path("from"), place.path("to"));
+    let file = sparse(&from, 256 * MIB);
+    for at in [0, 100 * MIB, 255 * MIB] {
+        file.write_all_at(&vec![0xa5; MIB as usize], at).unwrap();
+    }
+    file.sync_all().unwrap();
+    sparse(&to, 256 * MIB);
+    move_disk(&place, from.clone(), to.clone(), Format::Raw, false).await;
+    let (here, there) = (allocated(&from), allocated(&to));
+    assert!(here >= 3 * MIB && there >= 3 * MIB, "{here} {there}");
+    assert!(there <= here + MIB, "{here} bytes are allocated at the source and {there} at the target");
+    assert!(std::fs::read(&from).unwrap() == std::fs::read(&to).unwrap());
+}
+
+async fn run_tool(program: &Path, arguments: &[&str]) {
+    let output = tokio::process::Command::new(program).args(arguments).output().await.unwrap();
+    assert!(output.status.success(), "{program:?} {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// Two overlays over one base of 32 MiB, the source's with 2 MiB of its own.
+async fn overlays(place: &Place, second_base: bool) -> (PathBuf, PathBuf) {
+    let img = find_qemu_img().expect("these tests need qemu-img: `make deps` installs it");
+    let bases = ["base", if second_base { "other-base" } else { "base" }].map(|name| place.path(name));
+    for base in &bases {
+        std::fs::write(base, vec![0x11; 32 * MIB as usize]).unwrap();
+    }
+    let overlays = ["from", "to"].map(|name| place.path(name));
+    for (base, overlay) in bases.iter().zip(&overlays) {
+        let (base, overlay) = (base.to_str().unwrap(), overlay.to_str().unwrap());
+        run_tool(&img, &["create", "-q", "-f", "qcow2", "-F", "raw", "-b", base, overlay]).await;
+    }
+    let write = ["-f", "qcow2", "-c", "write -q -P 0x77 5M 2M", overlays[0].to_str().unwrap()];
+    run_tool(&img.with_file_name("qemu-io"), &write).await;
+    let [from, to] = overlays;
+    (from, to)
+}
+
+async fn same(one: &Path, two: &Path) {
+    let img = find_qemu_img().unwrap();
+    run_tool(&img, &["check", "-q", "-f", "qcow2", two.to_str().unwrap()]).await;
+    run_tool(&img, &["compare", "-q", one.to_str().unwrap(), two.to_str().unwrap()]).await;
+}
+
+#[tokio::test]
+async fn above_a_base_that_both_ends_have_only_what_was_written_is_copied() {
+    let place = Place::new(busy());
+    let (from, to) = overlays(&place, false).await;
+    let bytes = move_disk(&place, from.clone(), to.clone(), Format::Qcow2, true).await;
+    // 2 MiB of the disk and the memory.
+    assert!(bytes < 24 * MIB, "{bytes} bytes were to be copied");
+    assert!(allocated(&to) < 4 * MIB, "{} bytes of it are allocated", allocated(&to));
+    same(&from, &to).await;
+}
+
+#[tokio::test]
+async fn over_another_base_everything_is_copied() {
+    let place = Place::new(busy());
+    let (from, to) = overlays(&place, true).await;
+    // What lies below is another one at the target.
+    std::fs::write(place.path("other-base"), vec![0x22; 32 * MIB as usize]).unwrap();
+    let bytes = move_disk(&place, from.clone(), to.clone(), Format::Qcow2, false).await;
+    assert!(bytes >= 32 * MIB, "{bytes} bytes were to be copied");
+    same(&from, &to).await;
+}
+
+#[tokio::test]
+async fn with_disks_under_way_there_is_no_post_copy() {
+    let place = Place::new(busy());
+    let (from, to) = (place.path("from"), place.path("to"));
+    sparse(&from, 4 * MIB);
+    sparse(&to, 4 * MIB);
+    let machine = with_disk(&place, "source", from, Format::Raw);
+    let source = Prelaunch::launch(&qemu(), &machine).await.unwrap().start().await.unwrap();
+    let machine = with_disk(&place, "target", to, Format::Raw);
+    let mut target = Incoming::launch_for(&qemu(), &machine, &place.path("flight"), true).await.unwrap();
+    let blocks = Blocks { socket: place.path("blocks"), disks: vec![(0, "work".into())], ..Blocks::default() };
+    target.offer_blocks(&blocks.socket, &blocks.disks).await.unwrap();
+    let options = Options { bandwidth: Some(100_000), post_copy: true, ..Options::default() };
+    let flight = source.migrate(&place.path("flight"), &options, Some(&blocks)).await;
+    let mut outgoing = flight.map_err(|e| e.1).unwrap();
+    let refused = outgoing.switch_to_post_copy().await.unwrap_err();
+    assert!(matches!(refused, Error::Unsupported(why) if why.contains("disks")), "{refused}");
+    outgoing.cancel().await.unwrap();
+    follow(&mut outgoing).await;
+    let Settled::Stays(source, _) = outgoing.settle().await else { panic!("it should have stayed") };
+    source.qemu().quit().await;
+    target.qemu().process().kill().await;
+}
