@@ -9,7 +9,8 @@
 //!   connection). A further one, of whoever, is refused. What follows the greeting is QEMU's stream, both ways.
 //! - The blocks channel, for disks that are not shared, carries one NBD connection a connection.
 //! - The control channel carries one JSON request a line and one JSON answer a line. It may be dialled again (a handler that
-//!   restarts does that): every request can be repeated without harm.
+//!   restarts does that): every request can be repeated without harm. A second connection to it carries the guest's frames in
+//!   the last moments ([`Request::Frames`]).
 
 use std::collections::BTreeMap;
 use std::io;
@@ -28,6 +29,7 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
+use crate::frames::{self, Inlets};
 use crate::pump::{self, Carried};
 use crate::sockets::SocketDir;
 use crate::streams::{Memory, Stream};
@@ -129,6 +131,9 @@ pub enum Request {
     Why,
     /// The guest stays at the source: end the waiting QEMU.
     Abandon,
+    /// The guest stands still: its taps are to hear their segments, and what comes in for it at the source follows on this
+    /// connection, which takes no further requests ([`crate::frames`]).
+    Frames,
 }
 
 /// The answers.
@@ -171,6 +176,8 @@ pub enum Answer {
     },
     /// To [`Request::Abandon`].
     Abandoned,
+    /// To [`Request::Frames`]: they may come.
+    Takes,
     /// Not now; ask again.
     NotYet {
         /// Why.
@@ -187,6 +194,9 @@ pub enum Answer {
 pub trait TargetControl: Send + Sync + 'static {
     /// Carries out one request.
     fn answer(self: Arc<Self>, request: Request) -> BoxFuture<'static, Answer>;
+
+    /// Has the guest's taps hear their segments: where frames go that came in for it at the source.
+    fn join(self: Arc<Self>) -> BoxFuture<'static, Result<Inlets, String>>;
 
     /// How memory comes: as was agreed, or, where nothing has been, as QEMU's plain stream from now on.
     fn transport(self: Arc<Self>) -> BoxFuture<'static, Result<Transport, String>>;
@@ -393,6 +403,16 @@ where
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
             Err(error) => return Err(error),
         };
+        if request == Request::Frames {
+            match control.clone().join().await {
+                Ok(inlets) => {
+                    write_line(&mut stream, &Answer::Takes).await?;
+                    return frames::take(&mut stream, &inlets).await;
+                }
+                Err(reason) => write_line(&mut stream, &Answer::NotYet { reason }).await?,
+            }
+            continue;
+        }
         let answer = control.clone().answer(request).await;
         write_line(&mut stream, &answer).await?;
     }
@@ -526,6 +546,12 @@ impl Control {
     #[must_use]
     pub fn refused(&self, reason: String) -> ChannelError {
         ChannelError::Refused { address: self.address, reason }
+    }
+
+    /// The connection itself, after an answer that says what follows on it.
+    #[must_use]
+    pub fn into_stream(self) -> Dialled {
+        self.stream
     }
 
     /// Takes leave, so that the other end does not take it for a broken connection.

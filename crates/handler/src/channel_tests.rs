@@ -26,8 +26,13 @@ impl TargetControl for Echo {
                 Request::Go { .. } => Answer::Running { resume_us: 42 },
                 Request::Why => Answer::Because { ended: false, words: None, cause: None },
                 Request::Abandon => Answer::Abandoned,
+                Request::Frames => Answer::NotYet { reason: "not here".into() },
             }
         })
+    }
+
+    fn join(self: Arc<Self>) -> BoxFuture<'static, Result<Inlets, String>> {
+        Box::pin(async move { Err("there are no taps here".to_owned()) })
     }
 
     fn transport(self: Arc<Self>) -> BoxFuture<'static, Result<Transport, String>> {

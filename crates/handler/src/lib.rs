@@ -14,6 +14,7 @@ pub mod decide;
 mod events;
 pub mod facts;
 mod follow;
+pub mod frames;
 pub mod heartbeat;
 mod links;
 pub mod networks;

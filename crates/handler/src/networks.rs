@@ -65,6 +65,49 @@ pub struct Plan {
     pub binding: Binding,
 }
 
+/// A guest's interface on a segment that others are on too.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Port {
+    /// Its number in the VMI's spec, from 0: the same at both ends of a migration.
+    pub number: u8,
+    /// The pod's interface, over which frames come in.
+    pub pod_interface: String,
+    /// The bridge to which both belong.
+    pub bridge: String,
+    /// The tap, over which they reach the guest.
+    pub tap: String,
+    /// The guest's address on the wire.
+    pub mac: Mac,
+}
+
+/// The interfaces of a VMI that have the bridge binding.
+#[must_use]
+pub fn ports(vmi: &VirtualMachineInstance) -> Vec<Port> {
+    let plans = plan(vmi).unwrap_or_default();
+    let numbered = plans.into_iter().enumerate().filter(|(_, plan)| plan.binding == Binding::Bridge);
+    numbered
+        .filter_map(|(number, plan)| {
+            let Plan { pod_interface, bridge, tap, mac, .. } = plan;
+            Some(Port { number: u8::try_from(number).ok()?, pod_interface, bridge, tap, mac })
+        })
+        .collect()
+}
+
+/// Lets a guest's taps hear what its segments carry. Harmless when they do.
+///
+/// # Errors
+/// What could not be done, to which link.
+pub async fn join(pid: u32, ports: &[Port]) -> Result<(), NetworkError> {
+    if ports.is_empty() {
+        return Ok(());
+    }
+    let links = Namespace::of_pid(pid)?.links()?;
+    for port in ports {
+        links.set_master(&port.tap, Some(&port.bridge)).await?;
+    }
+    Ok(())
+}
+
 /// The guest's MAC address: the one in the spec, or one derived from VMI and interface, which is the same on every node.
 ///
 /// # Errors
@@ -116,7 +159,7 @@ pub fn plan(vmi: &VirtualMachineInstance) -> Result<Vec<Plan>, NetworkError> {
                 }
                 (None, None) if !on_pod => Binding::Bridge,
                 (_, None) => {
-                    Binding::Masquerade { gateway: GATEWAY, guest: GUEST, prefix: PREFIX, ports: ports(interface)? }
+                    Binding::Masquerade { gateway: GATEWAY, guest: GUEST, prefix: PREFIX, ports: forwarded(interface)? }
                 }
             };
             Ok(Plan {
@@ -131,7 +174,7 @@ pub fn plan(vmi: &VirtualMachineInstance) -> Result<Vec<Plan>, NetworkError> {
         .collect()
 }
 
-fn ports(interface: &Interface) -> Result<Vec<(Protocol, u16)>, NetworkError> {
+fn forwarded(interface: &Interface) -> Result<Vec<(Protocol, u16)>, NetworkError> {
     interface
         .ports
         .iter()
@@ -155,11 +198,13 @@ pub struct Wired {
     _servers: Vec<Server>,
 }
 
-/// Sets up what is missing in the network namespace of process `pid`; what is there already is left as it is.
+/// Sets up what is missing in the network namespace of process `pid`; what is there already is left as it is. The taps of a guest
+/// that is yet to come (`awaited`) hear nothing of their segments until they [`join`]: what is said there meanwhile is for
+/// the guest where it is, and would fill the queues that the last moments of its move need.
 ///
 /// # Errors
 /// What could not be done, to which link.
-pub async fn wire(pid: u32, vmi: &VirtualMachineInstance) -> Result<Wired, NetworkError> {
+pub async fn wire(pid: u32, vmi: &VirtualMachineInstance, awaited: bool) -> Result<Wired, NetworkError> {
     let plans = plan(vmi)?;
     let namespace = Namespace::of_pid(pid)?;
     let links = namespace.links()?;
@@ -201,7 +246,8 @@ pub async fn wire(pid: u32, vmi: &VirtualMachineInstance) -> Result<Wired, Netwo
                 links.set_up(&plan.pod_interface, true).await?;
             }
         }
-        tap(&links, &plan, below.mtu).await?;
+        let joins = !(awaited && plan.binding == Binding::Bridge);
+        tap(&links, &plan, below.mtu, joins).await?;
         if let Binding::Masquerade { gateway, guest, prefix, .. } = &plan.binding {
             let (dns, search) = resolver();
             let lease = Lease {
@@ -227,12 +273,14 @@ pub async fn wire(pid: u32, vmi: &VirtualMachineInstance) -> Result<Wired, Netwo
     Ok(wired)
 }
 
-async fn tap(links: &Links, plan: &Plan, mtu: u32) -> Result<(), NetworkError> {
+async fn tap(links: &Links, plan: &Plan, mtu: u32, joins: bool) -> Result<(), NetworkError> {
     if links.get(&plan.tap).await?.is_none() {
         links.tap(&plan.tap, TapOptions::default()).await?;
     }
     links.set_mtu(&plan.tap, mtu).await?;
-    links.set_master(&plan.tap, Some(&plan.bridge)).await?;
+    if joins {
+        links.set_master(&plan.tap, Some(&plan.bridge)).await?;
+    }
     links.set_up(&plan.tap, true).await?;
     Ok(())
 }
@@ -357,12 +405,12 @@ mod tests {
             json!([{ "name": "default", "masquerade": {} }, { "name": "red", "bridge": {} }]),
             json!([{ "name": "default", "pod": {} }, { "name": "red", "multus": { "networkName": "br-red" } }]),
         );
-        let first = wire(scratch.child.id(), &vmi).await.unwrap();
+        let first = wire(scratch.child.id(), &vmi, false).await.unwrap();
         let seen = links.list().await.unwrap();
         // As after a restart of the handler: its servers are gone, the links are there.
         let interfaces = first.interfaces.clone();
         drop(first);
-        let second = wire(scratch.child.id(), &vmi).await.unwrap();
+        let second = wire(scratch.child.id(), &vmi, false).await.unwrap();
         assert_eq!(second.interfaces, interfaces);
         let shape = |l: &godwit_network::LinkInfo| (l.name.clone(), l.index, l.mac, l.mtu, l.master);
         let again = links.list().await.unwrap();
@@ -383,7 +431,7 @@ mod tests {
         let mut gone = vmi.clone();
         gone.spec.networks[1].name = "blue".into();
         gone.spec.domain.devices.interfaces[1].name = "blue".into();
-        let error = wire(scratch.child.id(), &gone).await.err().unwrap().to_string();
+        let error = wire(scratch.child.id(), &gone, false).await.err().unwrap().to_string();
         assert!(error.contains("blue") && error.contains("is its network attached"), "{error}");
     }
 }

@@ -22,7 +22,7 @@ use crate::pump::{self, Carried};
 use crate::tls::{Identity, TlsPaths};
 
 /// How long a dial may take.
-const DIAL_LIMIT: Duration = Duration::from_secs(5);
+pub(crate) const DIAL_LIMIT: Duration = Duration::from_secs(5);
 /// How long the target may take to run the guest after the go, before it is asked again.
 const GO_LIMIT: Duration = Duration::from_secs(10);
 /// How long the target may take to say why the migration failed.
@@ -48,7 +48,7 @@ pub struct Endpoint {
 }
 
 impl Endpoint {
-    fn target(&self) -> Target {
+    pub(crate) fn target(&self) -> Target {
         Target { migration_uid: self.migration_uid.clone(), node: self.node.clone(), address: self.address }
     }
 }
@@ -135,6 +135,11 @@ impl SourceLink {
     #[must_use]
     pub fn now(&self) -> LinkState {
         self.state.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Where the target listens, now and later.
+    pub(crate) fn endpoint(&self) -> watch::Receiver<Endpoint> {
+        self.endpoint.subscribe()
     }
 
     /// The target has published another place.

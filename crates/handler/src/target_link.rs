@@ -11,6 +11,8 @@ use tokio::sync::{OnceCell, watch};
 
 use crate::channel::{Answer, Request, TargetControl};
 use crate::facts::{self, Launcher};
+use crate::frames::{self, Inlets};
+use crate::networks::{self, Port};
 
 /// How long to wait for the time of the resume after the launcher has taken the go.
 const RESUME_LIMIT: Duration = Duration::from_secs(5);
@@ -33,6 +35,10 @@ pub struct TargetAnswers {
     pub agreed: OnceCell<Transport>,
     /// Its states.
     pub launcher: watch::Receiver<Launcher>,
+    /// Its process, in whose network namespace the guest's links are.
+    pub pid: u32,
+    /// The guest's interfaces on segments.
+    pub ports: Vec<Port>,
 }
 
 impl TargetControl for TargetAnswers {
@@ -53,7 +59,16 @@ impl TargetControl for TargetAnswers {
                     Ok(_) => Answer::Abandoned,
                     Err(error) => Answer::NotYet { reason: error.to_string() },
                 },
+                // What it opens is not here, but on its connection.
+                Request::Frames => Answer::NotYet { reason: "frames come on a connection of their own".into() },
             }
+        })
+    }
+
+    fn join(self: Arc<Self>) -> BoxFuture<'static, Result<Inlets, String>> {
+        Box::pin(async move {
+            networks::join(self.pid, &self.ports).await.map_err(|e| e.to_string())?;
+            frames::inlets(self.pid, &self.ports).await.map_err(|e| e.to_string())
         })
     }
 
@@ -76,6 +91,10 @@ impl TargetAnswers {
     }
 
     async fn go(&self, paused: bool) -> Answer {
+        // Its announcement has to reach the segments. A guest without a network is better than none.
+        if let Err(error) = networks::join(self.pid, &self.ports).await {
+            tracing::error!(migration = %self.uid, %error, "the guest's taps cannot be joined to their bridges");
+        }
         let answer = if paused { self.client.go_paused(&self.uid).await } else { self.client.go(&self.uid).await };
         match answer {
             Ok(state) => match resumed(&state, &self.uid) {

@@ -17,6 +17,7 @@ use crate::context::Context;
 use crate::decide::{self, Failure, Plan};
 use crate::facts::{self, Facts, Go, Launcher, MigrationView, Ordered, PodView, SourceView, TargetView};
 use crate::follow::Follower;
+use crate::frames::Relay;
 use crate::networks::Wired;
 use crate::sockets::SocketDir;
 use crate::source_link::SourceLink;
@@ -78,6 +79,8 @@ struct Source {
     node: String,
     /// Where QEMU's streams are taken: inner port, folder, name.
     sockets: Vec<(i32, Arc<SocketDir>, String)>,
+    /// Hands the guest's frames on in the last moments; none on networks where nothing comes in for it.
+    relay: Option<Relay>,
     first_dialled: Instant,
     start_error: Option<Failure>,
     cancelled: Option<Failure>,

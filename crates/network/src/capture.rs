@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime};
 
+use nix::libc::{sock_filter, sock_fprog};
 use nix::sys::socket::{ControlMessageOwned, LinkAddr, MsgFlags, recvmsg, setsockopt, sockopt};
 use nix::sys::time::{TimeSpec, TimeVal};
 
@@ -71,34 +72,60 @@ impl Drop for Capture {
 /// A socket for this EtherType on all links. It asks for every frame and has the kernel pick: a socket for one type alone would not
 /// see what comes in over a bridge's port, but only what the bridge then takes for itself.
 fn open(ethertype: u16) -> io::Result<OwnedFd> {
-    let everything = i32::from((nix::libc::ETH_P_ALL as u16).to_be());
-    // SAFETY: plain call; the result is checked and owned right away.
-    let raw =
-        unsafe { nix::libc::socket(nix::libc::AF_PACKET, nix::libc::SOCK_RAW | nix::libc::SOCK_CLOEXEC, everything) };
-    if raw < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: `raw` is a descriptor that was just made and that nobody else owns.
-    let socket = unsafe { <OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(raw) };
-    pick(&socket, ethertype)?;
-    setsockopt(&socket, sockopt::ReceiveTimestampns, &true)?;
-    // Nothing is to be lost while the machine is busy with something else.
-    setsockopt(&socket, sockopt::RcvBuf, &(4 << 20))?;
-    // The time after which a stop is noticed.
-    setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::new(0, 50_000))?;
-    Ok(socket)
-}
-
-/// Lets only frames of this EtherType through: a classic BPF program of four steps (linux/filter.h).
-fn pick(socket: &OwnedFd, ethertype: u16) -> io::Result<()> {
-    use nix::libc::{BPF_ABS, BPF_H, BPF_JEQ, BPF_JMP, BPF_K, BPF_LD, BPF_RET, sock_filter, sock_fprog};
-    let step = |code: u32, jt: u8, jf: u8, k: u32| sock_filter { code: code as u16, jt, jf, k };
+    use nix::libc::{BPF_ABS, BPF_H, BPF_JEQ, BPF_JMP, BPF_K, BPF_LD, BPF_RET};
     let mut steps = [
         step(BPF_LD | BPF_H | BPF_ABS, 0, 0, TYPE_AT as u32),
         step(BPF_JMP | BPF_JEQ | BPF_K, 0, 1, ethertype.into()),
         step(BPF_RET | BPF_K, 0, 0, LARGEST as u32),
         step(BPF_RET | BPF_K, 0, 0, 0),
     ];
+    let socket = packet_socket()?;
+    pick(&socket, &mut steps)?;
+    listen(&socket, 0)?;
+    Ok(socket)
+}
+
+/// A packet socket that hears nothing yet.
+pub(crate) fn packet_socket() -> io::Result<OwnedFd> {
+    // SAFETY: plain call; the result is checked and owned right away.
+    let raw = unsafe { nix::libc::socket(nix::libc::AF_PACKET, nix::libc::SOCK_RAW | nix::libc::SOCK_CLOEXEC, 0) };
+    if raw < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: `raw` is a descriptor that was just made and that nobody else owns.
+    Ok(unsafe { <OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(raw) })
+}
+
+/// Begins to hear what comes in over the link of this number, or over all (0), with the kernel's time stamps.
+pub(crate) fn listen(socket: &OwnedFd, link: u32) -> io::Result<()> {
+    setsockopt(socket, sockopt::ReceiveTimestampns, &true)?;
+    // Nothing is to be lost while the machine is busy with something else.
+    setsockopt(socket, sockopt::RcvBuf, &(4 << 20))?;
+    // The time after which a stop is noticed.
+    setsockopt(socket, sockopt::ReceiveTimeout, &TimeVal::new(0, 50_000))?;
+    bind(socket, link, nix::libc::ETH_P_ALL as u16)
+}
+
+/// Ties a packet socket to a link (0: all), to hear frames of this protocol (0: none).
+pub(crate) fn bind(socket: &OwnedFd, link: u32, protocol: u16) -> io::Result<()> {
+    // SAFETY: an all-zero sockaddr_ll is a valid one.
+    let mut address: nix::libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+    address.sll_family = nix::libc::AF_PACKET as u16;
+    address.sll_protocol = protocol.to_be();
+    address.sll_ifindex = i32::try_from(link).unwrap_or_default();
+    let length = u32::try_from(size_of::<nix::libc::sockaddr_ll>()).unwrap_or_default();
+    // SAFETY: pointer and length are those of a sockaddr_ll that lives through the call.
+    let bound = unsafe { nix::libc::bind(socket.as_raw_fd(), (&raw const address).cast(), length) };
+    if bound < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// A step of a classic BPF program (linux/filter.h).
+pub(crate) fn step(code: u32, jt: u8, jf: u8, k: u32) -> sock_filter {
+    sock_filter { code: code as u16, jt, jf, k }
+}
+
+/// Lets only those frames through that a classic BPF program picks.
+pub(crate) fn pick(socket: &OwnedFd, steps: &mut [sock_filter]) -> io::Result<()> {
     let program = sock_fprog { len: steps.len() as u16, filter: steps.as_mut_ptr() };
     // SAFETY: pointer and length are those of a program that lives through the call, and so do its steps.
     let set = unsafe {
@@ -113,23 +140,26 @@ fn pick(socket: &OwnedFd, ethertype: u16) -> io::Result<()> {
     if set < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
+/// The next frame, its sender (none when nothing came for a while), and when the kernel took it.
+pub(crate) fn take(
+    socket: &OwnedFd,
+    buffer: &mut [u8],
+    control: &mut [u8],
+) -> Option<(usize, Option<LinkAddr>, SystemTime)> {
+    let mut slices = [io::IoSliceMut::new(buffer)];
+    let message = recvmsg::<LinkAddr>(socket.as_raw_fd(), &mut slices, Some(control), MsgFlags::empty()).ok()?;
+    let stamp = message.cmsgs().ok().and_then(|mut all| {
+        all.find_map(|one| if let ControlMessageOwned::ScmTimestampns(time) = one { Some(time) } else { None })
+    });
+    let at = stamp.map_or_else(SystemTime::now, |time| SystemTime::UNIX_EPOCH + Duration::from(time));
+    Some((message.bytes, message.address, at))
+}
+
 fn receive(socket: &OwnedFd, ethertype: u16, stop: &AtomicBool, sink: &mut impl FnMut(Seen)) {
     let mut buffer = [0; LARGEST];
     let mut control = nix::cmsg_space!(TimeSpec);
     while !stop.load(Ordering::Relaxed) {
-        let (length, address, at) = {
-            let mut slices = [io::IoSliceMut::new(&mut buffer)];
-            let Ok(message) =
-                recvmsg::<LinkAddr>(socket.as_raw_fd(), &mut slices, Some(&mut control), MsgFlags::empty())
-            else {
-                continue; // the timeout
-            };
-            let stamp = message.cmsgs().ok().and_then(|mut all| {
-                all.find_map(|one| if let ControlMessageOwned::ScmTimestampns(time) = one { Some(time) } else { None })
-            });
-            let at = stamp.map_or_else(SystemTime::now, |time| SystemTime::UNIX_EPOCH + Duration::from(time));
-            (message.bytes, message.address, at)
-        };
+        let Some((length, address, at)) = take(socket, &mut buffer, &mut control) else { continue };
         let Some(address) = address.filter(|address| address.pkttype() != nix::libc::PACKET_OUTGOING) else { continue };
         let link = u32::try_from(address.ifindex()).unwrap_or_default();
         // A link that has gone meanwhile has no name any more.

@@ -7,6 +7,7 @@
 pub mod capture;
 pub mod dhcp;
 mod error;
+pub mod frames;
 mod links;
 mod mac;
 mod namespace;
@@ -19,4 +20,4 @@ pub use error::{Error, Result};
 pub use links::{LinkInfo, Links, Route, VethEnd, VxlanOptions};
 pub use mac::Mac;
 pub use namespace::{NETNS_DIR, Namespace};
-pub use tap::TapOptions;
+pub use tap::{TapOptions, open_tap};

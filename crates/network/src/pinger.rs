@@ -29,6 +29,8 @@ pub struct Sample {
 /// What came of the pings.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Report {
+    /// When it began, in microseconds since the Unix epoch.
+    pub started_us: i64,
     /// How many were sent.
     pub sent: u64,
     /// How many were answered.
@@ -47,8 +49,18 @@ pub struct Report {
     pub samples: Vec<Sample>,
 }
 
+impl Report {
+    /// The pings that were sent between two moments, in microseconds since the Unix epoch.
+    pub fn between(&self, from_us: i64, to_us: i64) -> impl Iterator<Item = &Sample> {
+        let offset = |us: i64| u64::try_from(us.saturating_sub(self.started_us)).unwrap_or(0);
+        let span = offset(from_us)..offset(to_us);
+        self.samples.iter().filter(move |sample| span.contains(&sample.sent_us))
+    }
+}
+
 #[derive(Debug, Default)]
 struct Account {
+    started_us: i64,
     samples: Vec<Sample>,
     duplicates: u64,
     /// Arrival times of first answers, in microseconds since the start.
@@ -70,6 +82,7 @@ impl Account {
         }
         let mean = rtts.iter().sum::<u64>().checked_div(received).unwrap_or(0);
         Report {
+            started_us: self.started_us,
             sent,
             received,
             lost: sent - received,
@@ -108,9 +121,11 @@ impl Pinger {
         let opened = namespace.run(open)?;
         let socket =
             Arc::new(opened.map_err(|e| Error::io(format!("open a ping socket in {}", namespace.label()), e))?);
-        let account = Arc::new(Mutex::new(Account::default()));
         let (stop_sending, stop_receiving) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
         let clock = Clock { start: SystemTime::now() };
+        let started = clock.start.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_micros();
+        let started_us = i64::try_from(started).unwrap_or_default();
+        let account = Arc::new(Mutex::new(Account { started_us, ..Account::default() }));
         // Distinguishes pingers, also those of other processes, by their own addresses in memory and process numbers.
         let token = (u64::from(std::process::id()) << 32) ^ (Arc::as_ptr(&account) as u64);
         let identifier = (token ^ (token >> 16) ^ (token >> 32)) as u16;
@@ -155,8 +170,13 @@ impl Pinger {
     }
 
     /// Stops, waits up to a second for answers that are on their way, and gives the account.
-    pub fn stop(mut self) -> Report {
-        self.finish(GRACE);
+    pub fn stop(self) -> Report {
+        self.stop_within(GRACE)
+    }
+
+    /// The same, with more or less patience for the last answers.
+    pub fn stop_within(mut self, grace: Duration) -> Report {
+        self.finish(grace);
         self.report()
     }
 
@@ -274,6 +294,7 @@ mod tests {
     fn the_account_finds_the_longest_gap() {
         let sample = |sent_us, rtt_us| Sample { sent_us, rtt_us };
         let account = Account {
+            started_us: 1_000,
             samples: vec![sample(0, Some(10)), sample(100, None), sample(200, Some(30)), sample(300, Some(20))],
             duplicates: 0,
             arrivals: vec![10, 230, 320],
@@ -282,6 +303,9 @@ mod tests {
         assert_eq!((report.sent, report.received, report.lost), (4, 3, 1));
         assert_eq!((report.longest_gap_us, report.longest_gap_at_us), (220, 10));
         assert_eq!(report.rtt_us, (10, 20, 30));
+        let between: Vec<u64> = report.between(1_100, 1_300).map(|ping| ping.sent_us).collect();
+        assert_eq!(between, [100, 200]);
+        assert_eq!(report.between(0, 1_001).count(), 1);
     }
 
     #[test]

@@ -69,6 +69,10 @@ pub struct Figures {
     pub pings_lost: u64,
     /// Answers that came twice.
     pub pings_doubled: u64,
+    /// Pings that were sent while the guest stood still.
+    pub pings_standing: u64,
+    /// Those of them without an answer.
+    pub pings_standing_lost: u64,
     /// Bytes in and out of the source's link, everything.
     pub wire_bytes: u64,
     /// Bytes by QEMU's count.

@@ -15,6 +15,8 @@ use std::time::Duration;
 
 /// Pings are this far apart.
 const PING_EVERY: Duration = Duration::from_millis(10);
+/// How long an answer may take: one that is late on a busy machine is not lost.
+const PATIENCE: Duration = Duration::from_secs(5);
 /// How long the instruments watch before and after a move.
 const AROUND: Duration = Duration::from_secs(1);
 /// Until a guest that has just booted has come to rest.
@@ -192,10 +194,12 @@ impl Around<'_> {
         let cpu_seconds = meter.seconds_until(moved.over_us);
         drop(meter);
         tokio::time::sleep(AROUND).await;
-        let pings = tokio::task::spawn_blocking(move || pinger.stop())
+        let pings = tokio::task::spawn_blocking(move || pinger.stop_within(PATIENCE))
             .await
             .map_err(|e| Error::io("end the pings", std::io::Error::other(e)))?;
         let (asked, over, resumed) = (moved.asked_us, moved.over_us, moved.resume_us);
+        let stood = moved.stop_us.zip(resumed).unwrap_or_default();
+        let standing: Vec<_> = pings.between(stood.0, stood.1).collect();
         let margin = i64::try_from(AROUND.as_micros()).unwrap_or_default();
         let witness = self.witness.testify(asked, (over + margin).min(now_us()), resumed.unwrap_or(over));
         let after = self.guest.facts().await.ok();
@@ -206,6 +210,8 @@ impl Around<'_> {
             ping_gap_ms: pings.longest_gap_us as f64 / 1e3,
             pings_lost: pings.lost,
             pings_doubled: pings.duplicates,
+            pings_standing: standing.len() as u64,
+            pings_standing_lost: standing.iter().filter(|ping| ping.rtt_us.is_none()).count() as u64,
             wire_bytes,
             cpu_seconds,
             damaged_pages,

@@ -10,7 +10,7 @@ use godwit_api::names::events;
 use godwit_api::vmi::{PersistentVolumeClaimInfo, VirtualMachineInstance, VolumeStatus};
 use godwit_launcher::client::Error as LauncherError;
 use godwit_launcher::rpc::transport::{Transport, Wish};
-use godwit_launcher::rpc::{Refusal, SourceOrder, TargetOrder, TargetReady, VmOrder, VolumeFacts};
+use godwit_launcher::rpc::{DomainPhase, Refusal, SourceOrder, TargetOrder, TargetReady, VmOrder, VolumeFacts};
 use k8s_openapi::api::core::v1::PersistentVolumeClaim;
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity as ApiQuantity;
 use kube::api::Api;
@@ -20,6 +20,7 @@ use super::{Meter, Order, Pod, Source, Stop, Target, Worker, limited};
 use crate::channel::{BLOCKS, CONTROL, MEMORY, TargetChannels, TargetOptions};
 use crate::decide::{Action, Change, Disruption, Failure, causes};
 use crate::facts::{Facts, MigrationView};
+use crate::frames::Relay;
 use crate::networks;
 use crate::sockets::SocketDir;
 use crate::source_link::{Endpoint, SourceLink};
@@ -57,7 +58,7 @@ impl Worker {
             Action::Wire { pod } => self.wire(vmi, &pod).await,
             Action::Start { pod } => self.start_vm(vmi, &pod).await,
             Action::PrepareTarget { pod, uid } => self.prepare_target(vmi, &pod, &uid, m).await,
-            Action::OpenControl { pod, uid } => self.open_channels(&pod, &uid, m, None).await,
+            Action::OpenControl { pod, uid } => self.open_channels(vmi, &pod, &uid, m, None).await,
             Action::CloseTarget => {
                 self.target = None;
                 Ok(())
@@ -68,7 +69,7 @@ impl Worker {
                 result.map(drop).map_err(|e| failed("abandon the target", &e))
             }
             Action::Dial { pod, memory } => self.dial(&pod, memory, m),
-            Action::Migrate { pod } => self.migrate(&pod, m).await,
+            Action::Migrate { pod } => self.migrate(vmi, &pod, m).await,
             Action::Cancel { pod, uid, why } => self.cancel(&pod, &uid, why).await,
             Action::Disrupt { pod, uid, how } => self.disrupt(&pod, &uid, how).await,
             Action::CloseSource => {
@@ -141,7 +142,10 @@ impl Worker {
             return Ok(());
         }
         let began = Instant::now();
-        match networks::wire(pod.follower.pid(), vmi).await {
+        let phase = pod.follower.now().last().map(|state| state.phase);
+        let awaited = pod.pod.migration_uid.is_some()
+            && matches!(phase, None | Some(DomainPhase::Undefined | DomainPhase::Incoming));
+        match networks::wire(pod.follower.pid(), vmi, awaited).await {
             Ok(wired) => {
                 pod.wired = Some(wired);
                 let ms = began.elapsed().as_millis() as u64;
@@ -200,7 +204,7 @@ impl Worker {
                 self.complaint = None;
                 let ms = began.elapsed().as_millis() as u64;
                 tracing::info!(vmi = self.name, migration = uid, pod = name, ms, "target's QEMU waits");
-                self.open_channels(name, uid, m, Some(ready)).await
+                self.open_channels(vmi, name, uid, m, Some(ready)).await
             }
             Err(error) => {
                 let refusal = error.refusal();
@@ -226,6 +230,7 @@ impl Worker {
 
     async fn open_channels(
         &mut self,
+        vmi: &VirtualMachineInstance,
         name: &str,
         uid: &str,
         m: Option<&MigrationView>,
@@ -244,6 +249,8 @@ impl Worker {
             rooms: ready.as_ref().map(|ready| ready.rooms.clone()).unwrap_or_default(),
             agreed: OnceCell::new_with((!awaits).then(Transport::default)),
             launcher: pod.follower.subscribe(),
+            pid: pod.follower.pid(),
+            ports: networks::ports(vmi),
         };
         let folder = &pod.follower.folder;
         let dir = SocketDir::open(folder.clone())
@@ -322,6 +329,7 @@ impl Worker {
             link,
             node: m.target_node.clone(),
             sockets,
+            relay: None,
             first_dialled: first_dialled.unwrap_or_else(Instant::now),
             start_error: None,
             cancelled: None,
@@ -333,7 +341,12 @@ impl Worker {
         Ok(())
     }
 
-    async fn migrate(&mut self, name: &str, m: Option<&MigrationView>) -> Result<(), Stop> {
+    async fn migrate(
+        &mut self,
+        vmi: &VirtualMachineInstance,
+        name: &str,
+        m: Option<&MigrationView>,
+    ) -> Result<(), Stop> {
         let (Some(m), Some(source)) = (m, &mut self.source) else { return Err(Stop::Stale) };
         let Some(socket) = source.socket(MEMORY) else { return Err(Stop::Stale) };
         let link = source.link.now();
@@ -353,6 +366,10 @@ impl Worker {
         source.meter.restart();
         self.running = Some((m.uid.clone(), began, Duration::ZERO));
         let pod = self.pods.get_mut(name).ok_or_else(|| Stop::Failed(format!("pod {name} is gone")))?;
+        if source.relay.is_none() {
+            let ends = (source.link.endpoint(), pod.follower.subscribe());
+            source.relay = Relay::start(&self.context.tls, ends, pod.follower.pid(), networks::ports(vmi)).await;
+        }
         match pod.follower.client.migrate(&order).await {
             Ok(state) => {
                 pod.follower.learn(state);
