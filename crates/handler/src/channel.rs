@@ -6,7 +6,8 @@
 //!
 //! - The memory channel is accepted once for each of the connections that were agreed over the control channel
 //!   ([`Request::Carry`]), and once when nothing was. The greeting says which of them it is (`stream`, from 0, QEMU's main
-//!   connection). A further one, of whoever, is refused. What follows the greeting is QEMU's stream, both ways.
+//!   connection). A further one, of whoever, is refused. What follows the greeting is QEMU's stream, both ways. In post-copy
+//!   another link may follow one that broke ([`Request::Recover`]); its greeting has the number that was answered (`recovery`).
 //! - The blocks channel, for disks that are not shared, carries one NBD connection a connection.
 //! - The control channel carries one JSON request a line and one JSON answer a line. It may be dialled again (a handler that
 //!   restarts does that): every request can be repeated without harm. A second connection to it carries the guest's frames in
@@ -31,6 +32,7 @@ use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 use crate::frames::{self, Inlets};
 use crate::pump::{self, Carried};
+use crate::recovery::Recoveries;
 use crate::sockets::SocketDir;
 use crate::streams::{Memory, Stream};
 use crate::tls::{Identity, TlsError, check_node};
@@ -92,9 +94,20 @@ impl ChannelError {
 #[serde(rename_all = "camelCase")]
 struct Greeting {
     migration_uid: String,
+    #[serde(flatten)]
+    place: Place,
+}
+
+/// What a connection is for, among those of the same channel.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Place {
     /// Which connection of the memory stream it is.
-    #[serde(default, skip_serializing_if = "is_main")]
-    stream: u8,
+    #[serde(skip_serializing_if = "is_main")]
+    pub stream: u8,
+    /// Which link of a post-copy, after the first one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub recovery: Option<u64>,
 }
 
 #[allow(clippy::trivially_copy_pass_by_ref, reason = "serde asks for it")]
@@ -127,6 +140,8 @@ pub enum Request {
         #[serde(default)]
         paused: bool,
     },
+    /// The link of a post-copy broke: wait for another one.
+    Recover,
     /// The migration has failed: what is known of it at your end?
     Why,
     /// The guest stays at the source: end the waiting QEMU.
@@ -174,6 +189,11 @@ pub enum Answer {
         /// When it resumed (or arrived, if it stays paused), microseconds since the Unix epoch by the target node's clock.
         resume_us: i64,
     },
+    /// To [`Request::Recover`]: the target's QEMU waits for the link of this number. Every earlier one is over.
+    Recovering {
+        /// For its greeting.
+        number: u64,
+    },
     /// To [`Request::Abandon`].
     Abandoned,
     /// To [`Request::Frames`]: they may come.
@@ -183,7 +203,8 @@ pub enum Answer {
         /// Why.
         reason: String,
     },
-    /// To [`Request::Go`]: the state that was received is gone for good; nobody can run this guest any more.
+    /// To [`Request::Go`] and [`Request::Recover`]: the state that was received is gone for good; nobody can run this guest
+    /// any more.
     Lost {
         /// What happened.
         reason: String,
@@ -214,6 +235,8 @@ pub struct TargetOptions {
     pub streams: Vec<(i32, Arc<SocketDir>, String)>,
     /// Who answers on the control channel.
     pub control: Arc<dyn TargetControl>,
+    /// Links that follow a broken one.
+    pub recoveries: Arc<Recoveries>,
 }
 
 /// The listening half. Dropping it closes listeners and connections.
@@ -255,7 +278,7 @@ impl TargetChannels {
         });
         let mut tasks = Vec::new();
         let (listener, control_port) = bind(options.address).await?;
-        let mut memory = Some(Memory::new(options.control.clone()));
+        let mut memory = Some(Memory::new(options.control.clone(), options.recoveries));
         let control = options.control;
         tasks.push(tokio::spawn(door.clone().serve(listener, "control", move |stream, _| {
             let control = control.clone();
@@ -280,7 +303,7 @@ impl TargetChannels {
             });
             let channel = stream.channel;
             tasks.push(tokio::spawn(
-                door.clone().serve(listener, channel, move |tls, number| stream.clone().carry(tls, number)),
+                door.clone().serve(listener, channel, move |tls, place| stream.clone().carry(tls, place)),
             ));
         }
         Ok(Self { address: options.address, ports, carried, refused, tasks })
@@ -316,7 +339,7 @@ struct Door {
 impl Door {
     async fn serve<F, Fut>(self: Arc<Self>, listener: TcpListener, channel: &'static str, serve: F)
     where
-        F: Fn(Served, u8) -> Fut + Send + Sync + 'static,
+        F: Fn(Served, Place) -> Fut + Send + Sync + 'static,
         Fut: Future<Output = ()> + Send + 'static,
     {
         let serve = Arc::new(serve);
@@ -342,7 +365,7 @@ impl Door {
                     }
                 };
                 match entered {
-                    Ok((stream, number)) => serve(stream, number).await,
+                    Ok((stream, place)) => serve(stream, place).await,
                     Err(reason) => {
                         door.refused.fetch_add(1, Ordering::Relaxed);
                         tracing::warn!(%peer, channel, migration = %door.migration_uid, %reason, "connection refused");
@@ -352,8 +375,8 @@ impl Door {
         }
     }
 
-    /// Lets in who may come in, with the number of the connection that it says it is.
-    async fn enter(&self, stream: TcpStream) -> Result<(Served, u8), String> {
+    /// Lets in who may come in, with what it says that it is.
+    async fn enter(&self, stream: TcpStream) -> Result<(Served, Place), String> {
         pump::prepare(&stream).map_err(|e| e.to_string())?;
         let stream = self.acceptor.accept(stream).await.map_err(|e| format!("handshake: {e}"))?;
         let node = match stream.get_ref().1.peer_certificates().and_then(|chain| chain.first()) {
@@ -364,7 +387,7 @@ impl Door {
         let greeting: Result<Option<Greeting>, _> = read_line(&mut stream).await;
         let verdict = match (node, greeting) {
             (Err(reason), _) => Err(reason),
-            (Ok(()), Ok(Some(greeting))) if greeting.migration_uid == self.migration_uid => Ok(greeting.stream),
+            (Ok(()), Ok(Some(greeting))) if greeting.migration_uid == self.migration_uid => Ok(greeting.place),
             (Ok(()), Ok(Some(greeting))) => {
                 Err(format!("migration {:?} is not the one expected here", greeting.migration_uid))
             }
@@ -372,7 +395,7 @@ impl Door {
             (Ok(()), Err(e)) => Err(format!("greeting: {e}")),
         };
         match verdict {
-            Ok(number) => Ok((stream, number)),
+            Ok(place) => Ok((stream, place)),
             Err(reason) => {
                 let _ = refuse(&mut stream, &reason).await;
                 Err(reason)
@@ -460,7 +483,7 @@ impl Target {
     /// # Errors
     /// When the target cannot be reached within `limit`, is another node than expected, or refuses.
     pub async fn dial(&self, identity: &Identity, port: u16, limit: Duration) -> Result<Dialled, ChannelError> {
-        self.dial_stream(identity, port, 0, limit).await
+        self.dial_place(identity, port, Place::default(), limit).await
     }
 
     /// Dials connection `number` of the memory stream.
@@ -474,6 +497,20 @@ impl Target {
         number: u8,
         limit: Duration,
     ) -> Result<Dialled, ChannelError> {
+        self.dial_place(identity, port, Place { stream: number, recovery: None }, limit).await
+    }
+
+    /// Dials one of several connections of a channel.
+    ///
+    /// # Errors
+    /// As [`Target::dial`].
+    pub async fn dial_place(
+        &self,
+        identity: &Identity,
+        port: u16,
+        place: Place,
+        limit: Duration,
+    ) -> Result<Dialled, ChannelError> {
         let address = SocketAddr::new(self.address, port);
         let config = identity.client(&self.node)?;
         let io = |what| move |source| ChannelError::Io { what, address, source };
@@ -485,7 +522,7 @@ impl Target {
                 .await
                 .map_err(io("handshake with the target's handler at"))?;
             let mut stream = BufReader::with_capacity(4096, stream);
-            let greeting = Greeting { migration_uid: self.migration_uid.clone(), stream: number };
+            let greeting = Greeting { migration_uid: self.migration_uid.clone(), place };
             write_line(&mut stream, &greeting).await.map_err(io("greeting the target's handler at"))?;
             let welcome: Option<Welcome> =
                 read_line(&mut stream).await.map_err(io("greeting the target's handler at"))?;

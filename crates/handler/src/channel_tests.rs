@@ -24,6 +24,7 @@ impl TargetControl for Echo {
                 }
                 Request::Carry(_) => Answer::Carries(self.0),
                 Request::Go { .. } => Answer::Running { resume_us: 42 },
+                Request::Recover => Answer::NotYet { reason: "not here".into() },
                 Request::Why => Answer::Because { ended: false, words: None, cause: None },
                 Request::Abandon => Answer::Abandoned,
                 Request::Frames => Answer::NotYet { reason: "not here".into() },
@@ -67,6 +68,7 @@ async fn stage_for(transport: Transport) -> Stage {
         address: HERE,
         streams: vec![(MEMORY, sockets, "in.sock".into())],
         control: Arc::new(Echo(transport)),
+        recoveries: Arc::default(),
     };
     let channels = TargetChannels::open(&target, options).await.unwrap();
     Stage { ca, dir, source, channels, launcher }

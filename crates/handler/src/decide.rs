@@ -119,6 +119,11 @@ pub enum Change {
     },
     /// Condition `Synchronized` is False, for this reason in words; a [`Change::Report`] takes it away.
     Unsynchronized(String),
+    /// The same with a reason of its own: the guest waits for another link to the rest of its memory.
+    LinkBroken {
+        /// The node at the other end.
+        node: String,
+    },
     /// The guest lives here now: `status.nodeName`, the label, `targetNodeDomainReadyTimestamp`; evacuation is done.
     Arrived {
         /// When the guest resumed, microseconds since the epoch.

@@ -47,6 +47,8 @@ pub struct VmiView {
     pub node_name: Option<String>,
     /// KubeVirt's test hook: no target of it is prepared.
     pub blocks_target: bool,
+    /// It says already that the link of its post-copy is broken.
+    pub link_broken: bool,
     /// KubeVirt's test hook: no migration of it succeeds.
     pub fails_migration: bool,
     /// `status.migrationState`.
@@ -168,7 +170,13 @@ pub fn has_left(f: &MigrationFacts) -> bool {
 /// Whether post-copy has lost its link, or one of its ends.
 #[must_use]
 pub fn is_broken(f: &MigrationFacts) -> bool {
-    matches!(f.status.as_str(), "postcopy-paused" | "failed")
+    matches!(f.status.as_str(), "postcopy-paused" | "failed") || f.broken_us.is_some()
+}
+
+/// Whether another link can follow one that broke, as far as this end knows.
+#[must_use]
+pub fn is_recoverable(f: &MigrationFacts) -> bool {
+    f.recoverable && f.status != "failed"
 }
 
 /// Whether the guest is in this launcher's QEMU and is its only copy.

@@ -21,6 +21,7 @@ pub mod networks;
 mod pace;
 mod progress;
 pub mod pump;
+mod recovery;
 pub mod sockets;
 mod source_link;
 mod streams;

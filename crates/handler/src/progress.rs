@@ -25,6 +25,8 @@ pub fn report(f: &MigrationFacts, before: &MigrationProgress, now: Timestamp) ->
         "dirtyBytesPerSecond": f.dirty_bytes_per_second,
         "connections": f.transport.connections(),
         "compression": f.transport.zstd.then_some("zstd"),
+        "linkBrokenTimestamp": f.broken_us.and_then(time).map(|at| at.to_string()),
+        "recoveries": Some(f.recoveries).filter(|times| *times > 0),
         "iteration": f.iteration.max(before.iteration.unwrap_or(0)),
         "totalMilliseconds": elapsed.max(before.total_milliseconds),
         "qemuDowntimeMilliseconds": f.qemu_downtime_ms,
@@ -33,9 +35,14 @@ pub fn report(f: &MigrationFacts, before: &MigrationProgress, now: Timestamp) ->
     })
 }
 
+/// Kubernetes' times have whole seconds.
+fn time(us: i64) -> Option<Timestamp> {
+    Timestamp::from_second(us.div_euclid(1_000_000)).ok()
+}
+
 /// What is taken out when nothing is expected any more.
 pub fn end() -> Value {
-    json!({ "expectedEndTimestamp": null, "expectedDowntimeMilliseconds": null })
+    json!({ "expectedEndTimestamp": null, "expectedDowntimeMilliseconds": null, "linkBrokenTimestamp": null })
 }
 
 fn percent(f: &MigrationFacts) -> u32 {
@@ -120,6 +127,17 @@ mod tests {
         f.transport = Transport { channels: 2, zstd: true };
         let told = shown(&f, &MigrationProgress::default());
         assert_eq!((told.connections, told.compression.as_deref()), (Some(3), Some("zstd")));
+    }
+
+    #[test]
+    fn a_broken_link_is_told_while_it_is_broken() {
+        let mut f = active();
+        assert_eq!(report(&f, &MigrationProgress::default(), now())["recoveries"], Value::Null);
+        (f.broken_us, f.recoveries) = (Some(now().as_microsecond() + 7), 2);
+        let told = shown(&f, &MigrationProgress::default());
+        assert_eq!((told.link_broken_timestamp.map(|t| t.0), told.recoveries), (Some(now()), Some(2)));
+        f.broken_us = None;
+        assert_eq!(report(&f, &MigrationProgress::default(), now())["linkBrokenTimestamp"], Value::Null);
     }
 
     #[test]

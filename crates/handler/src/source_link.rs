@@ -3,22 +3,27 @@
 //! The go does not wait for the API: it is sent by this task, on the channel that is already open, as soon as the source's
 //! launcher says `completed` (which it says only after it has written that down). It is repeated until the target says
 //! that the guest runs, or that it never will.
+//!
+//! In post-copy the guest's memory still follows it then. A link that breaks meanwhile, also because a handler ends, is
+//! followed by another one, before the go and after it, for as long as both QEMUs may live.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use godwit_launcher::client::Client;
 use godwit_launcher::rpc::transport::{self, Single, Wish};
 use godwit_launcher::rpc::{Ability, DiskRoom, MigrationRole, Transport};
 use tokio::net::UnixListener;
 use tokio::sync::{Notify, watch};
 use tokio::task::{AbortHandle, JoinHandle};
 
-use crate::channel::{self, Answer, ChannelError, Control, Dialled, Request, Target};
+use crate::channel::{self, Answer, ChannelError, Control, Dialled, Place, Request, Target};
 use crate::facts::{self, Go, Launcher, TargetSays};
 use crate::pace::{self, Pace, Paced};
 use crate::pump::{self, Carried};
+use crate::sockets::SocketDir;
 use crate::tls::{Identity, TlsPaths};
 
 /// How long a dial may take.
@@ -29,6 +34,12 @@ const GO_LIMIT: Duration = Duration::from_secs(10);
 const WHY_LIMIT: Duration = Duration::from_secs(6);
 /// How often it is asked again over a channel that breaks: for about a second and a half.
 const WHY_ATTEMPTS: u32 = 8;
+/// How long the launchers may take to break the old link and wait for another one.
+const RECOVER_LIMIT: Duration = Duration::from_secs(15);
+/// How long the two QEMUs may take to agree over another link on what the target has.
+const AGREE_LIMIT: Duration = Duration::from_secs(30);
+/// How long after its stream has ended QEMU may take to say why.
+const END_LIMIT: Duration = Duration::from_secs(1);
 /// The shortest and longest wait before the go is repeated.
 const RETRY: (Duration, Duration) = (Duration::from_millis(5), Duration::from_secs(1));
 
@@ -74,6 +85,14 @@ pub struct LinkState {
     pub target: TargetSays,
 }
 
+/// The source's launcher, for the memory of a post-copy.
+pub struct Local {
+    /// For orders.
+    pub client: Client,
+    /// The folder of its sockets.
+    pub dir: Arc<SocketDir>,
+}
+
 /// The running half. Dropping it closes its channels.
 pub struct SourceLink {
     /// UID of the migration.
@@ -82,6 +101,7 @@ pub struct SourceLink {
     pub carried: Arc<Carried>,
     state: Arc<Mutex<LinkState>>,
     endpoint: watch::Sender<Endpoint>,
+    unserved: watch::Sender<bool>,
     task: JoinHandle<()>,
     streams: Arc<Mutex<Vec<AbortHandle>>>,
 }
@@ -105,6 +125,7 @@ impl SourceLink {
         endpoint: Endpoint,
         listeners: Vec<(i32, UnixListener)>,
         launcher: watch::Receiver<Launcher>,
+        local: Option<Local>,
         wake: Arc<Notify>,
         ability: Ability,
         wish: Wish,
@@ -114,6 +135,7 @@ impl SourceLink {
         let carried = Arc::new(Carried::default());
         let (sender, receiver) = watch::channel(endpoint);
         let streams = Arc::new(Mutex::new(Vec::new()));
+        let (unserved, told) = watch::channel(false);
         let run = Run {
             uid: uid.clone(),
             tls,
@@ -126,9 +148,17 @@ impl SourceLink {
             offset_us: 0,
             ability,
             wish,
+            local,
+            unserved: told,
+            flowing: watch::Sender::new(false),
         };
         let task = tokio::spawn(run.run(listeners));
-        Self { uid, carried, state, endpoint: sender, task, streams }
+        Self { uid, carried, state, endpoint: sender, unserved, task, streams }
+    }
+
+    /// The source's QEMU is gone for certain: nobody serves the rest of the guest's memory any more.
+    pub fn unserved(&self) {
+        self.unserved.send_if_modified(|told| !std::mem::replace(told, true));
     }
 
     /// What is known now.
@@ -165,6 +195,25 @@ struct Run {
     offset_us: i64,
     ability: Ability,
     wish: Wish,
+    local: Option<Local>,
+    unserved: watch::Receiver<bool>,
+    /// QEMU's memory stream goes through this process.
+    flowing: watch::Sender<bool>,
+}
+
+/// What is to be done about the memory of a guest that was handed over.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Rest {
+    /// The target has all of it.
+    Whole,
+    /// It flows, for all that is known.
+    Flows,
+    /// It needs another link.
+    Broken,
+    /// Nobody sends it any more.
+    Unserved,
+    /// Nothing: the launcher is older and knows no other link, or does not answer.
+    Nothing,
 }
 
 /// What the source's launcher says of the migration.
@@ -269,18 +318,16 @@ impl Run {
         };
         let (offset_us, dialled) = tokio::try_join!(control.clock_offset_us(DIAL_LIMIT), dialled)?;
         self.offset_us = offset_us;
-        let mut streams = Vec::new();
         if let Some((_, listener)) = memory {
-            let (uid, carried) = (self.uid.clone(), self.carried.clone());
-            streams.push(tokio::spawn(carry_memory(uid, listener, dialled, carried)).abort_handle());
+            self.carry(listener, dialled);
         }
         if let Some((port, listener)) = blocks {
             let (uid, carried) = (self.uid.clone(), self.carried.clone());
             let (launcher, cap) = (self.launcher.clone(), self.wish.bandwidth);
             let to = (target, port, identity);
-            streams.push(tokio::spawn(carry_blocks(uid, listener, to, launcher, cap, carried)).abort_handle());
+            let task = tokio::spawn(carry_blocks(uid, listener, to, launcher, cap, carried));
+            self.streams.lock().unwrap_or_else(PoisonError::into_inner).push(task.abort_handle());
         }
-        *self.streams.lock().unwrap_or_else(PoisonError::into_inner) = streams;
         Ok(control)
     }
 
@@ -329,53 +376,215 @@ impl Run {
         Ok(control)
     }
 
-    /// The source is stopped for good: the target has to run the guest, whatever it takes.
+    /// The source is stopped for good: the target has to run the guest, and to get all of its memory, whatever it takes.
     async fn go(mut self, mut control: Option<Control>, paused: bool) {
         let began = Instant::now();
         let mut wait = RETRY.0;
+        let mut confirmed = false;
+        let mut ended = None;
+        let mut flowing = self.flowing.subscribe();
         loop {
-            let answer = match control.as_mut() {
-                Some(open) => open.ask(Request::Go { paused }, GO_LIMIT).await,
-                None => match self.redial().await {
-                    Ok(mut open) => {
-                        let answer = open.ask(Request::Go { paused }, GO_LIMIT).await;
-                        control = Some(open);
-                        answer
+            flowing.mark_unchanged();
+            let rest = self.rest(&mut ended);
+            let mut obstacle = None;
+            if !confirmed {
+                match self.give(&mut control, paused, rest).await {
+                    Ok(resume_us) => {
+                        let ms = began.elapsed().as_millis() as u64;
+                        tracing::info!(migration = %self.uid, ms, "go confirmed: the guest runs at the target");
+                        confirmed = true;
+                        wait = RETRY.0;
+                        self.set(|s| s.go = Go::Running(resume_us));
                     }
-                    Err(error) => Err(error),
+                    Err(Obstacle::Lost(reason)) => return self.lost(reason),
+                    Err(Obstacle::NotYet(reason)) => {
+                        tracing::warn!(migration = %self.uid, obstacle = reason, "the go is not confirmed yet; trying again");
+                        self.set(|s| s.go = Go::Trying(reason));
+                        obstacle = Some(());
+                    }
+                }
+            }
+            match rest {
+                Rest::Broken => match self.recover(&mut control).await {
+                    Ok(()) => {
+                        wait = RETRY.0;
+                        ended = None;
+                    }
+                    // A guest that ran there: its node knows how it ended, and says so.
+                    Err(Obstacle::Lost(_)) if confirmed => return,
+                    Err(Obstacle::Lost(reason)) => return self.lost(reason),
+                    Err(Obstacle::NotYet(reason)) => {
+                        tracing::warn!(migration = %self.uid, obstacle = reason, "no other link for the guest's memory yet; trying again");
+                        obstacle = Some(());
+                    }
                 },
-            };
-            let obstacle = match answer {
-                Ok(Answer::Running { resume_us }) => {
-                    let resume_us = resume_us.saturating_sub(self.offset_us);
-                    let ms = began.elapsed().as_millis() as u64;
-                    tracing::info!(migration = %self.uid, ms, "go confirmed: the guest runs at the target");
-                    self.set(|s| s.go = Go::Running(resume_us));
+                Rest::Whole | Rest::Unserved if confirmed => {
                     if let Some(open) = control {
                         open.close(DIAL_LIMIT).await;
                     }
                     return;
                 }
-                Ok(Answer::Lost { reason }) => {
-                    tracing::error!(migration = %self.uid, %reason, "the guest is lost at the target");
-                    self.set(|s| s.go = Go::Lost(reason));
-                    return;
+                _ => {}
+            }
+            if obstacle.is_some() {
+                tokio::select! {
+                    () = tokio::time::sleep(wait) => {}
+                    _ = self.endpoint.changed() => control = None,
                 }
-                Ok(Answer::NotYet { reason }) => reason,
-                Ok(other) => format!("unexpected answer {other:?}"),
-                Err(error) => {
-                    control = None;
-                    error.to_string()
+                wait = (wait * 2).min(RETRY.1);
+                continue;
+            }
+            let lost = async {
+                match &mut control {
+                    Some(open) => open.closed().await,
+                    None => std::future::pending().await,
                 }
             };
-            tracing::warn!(migration = %self.uid, %obstacle, "the go is not confirmed yet; trying again");
-            self.set(|s| s.go = Go::Trying(obstacle));
             tokio::select! {
-                () = tokio::time::sleep(wait) => {}
+                changed = self.launcher.changed() => {
+                    if changed.is_err() {
+                        return;
+                    }
+                }
+                _ = flowing.changed() => {}
+                _ = self.unserved.changed() => {}
                 _ = self.endpoint.changed() => control = None,
+                // Memory goes through the same process.
+                () = lost => {
+                    control = None;
+                    self.cut();
+                }
+                () = tokio::time::sleep(END_LIMIT), if ended.is_some() => {}
             }
-            wait = (wait * 2).min(RETRY.1);
         }
+    }
+
+    fn lost(&self, reason: String) {
+        tracing::error!(migration = %self.uid, %reason, "the guest is lost at the target");
+        self.set(|s| s.go = Go::Lost(reason));
+    }
+
+    /// Gives the go, once; when the guest resumed. A target whose missing memory nobody has any more is ended instead, unless
+    /// it was given the go already.
+    async fn give(&mut self, control: &mut Option<Control>, paused: bool, rest: Rest) -> Result<i64, Obstacle> {
+        if rest == Rest::Unserved
+            && let Answer::Abandoned = self.ask(control, Request::Abandon, GO_LIMIT).await?
+        {
+            let reason = "the source's QEMU ended before all of the guest's memory had followed it";
+            return Err(Obstacle::Lost(reason.into()));
+        }
+        match self.ask(control, Request::Go { paused }, GO_LIMIT).await? {
+            Answer::Running { resume_us } => Ok(resume_us.saturating_sub(self.offset_us)),
+            other => Err(Obstacle::of(other)),
+        }
+    }
+
+    /// Asks over the channel that is open, or over another one.
+    async fn ask(
+        &mut self,
+        control: &mut Option<Control>,
+        request: Request,
+        limit: Duration,
+    ) -> Result<Answer, Obstacle> {
+        let answer = match control.as_mut() {
+            Some(open) => open.ask(request, limit).await,
+            None => match self.redial().await {
+                Ok(open) => control.insert(open).ask(request, limit).await,
+                Err(error) => Err(error),
+            },
+        };
+        answer.map_err(|error| {
+            *control = None;
+            Obstacle::NotYet(error.to_string())
+        })
+    }
+
+    /// What the source's launcher says of the memory. `ended`: since when its stream has ended here and QEMU does not say why.
+    fn rest(&mut self, ended: &mut Option<Instant>) -> Rest {
+        let unserved = *self.unserved.borrow_and_update();
+        let launcher = self.launcher.borrow_and_update();
+        let Some(f) = launcher.last().and_then(|s| facts::migration(s, &self.uid, MigrationRole::Source)) else {
+            return Rest::Nothing;
+        };
+        let (answers, flowing) = (launcher.state().is_some(), *self.flowing.borrow());
+        if flowing {
+            *ended = None;
+        }
+        match f.status.as_str() {
+            "completed" => Rest::Whole,
+            "failed" => Rest::Unserved,
+            _ if unserved => Rest::Unserved,
+            _ if !f.recoverable || !answers => Rest::Nothing,
+            "postcopy-paused" => Rest::Broken,
+            _ if flowing => Rest::Flows,
+            _ if ended.get_or_insert_with(Instant::now).elapsed() >= END_LIMIT => Rest::Broken,
+            _ => Rest::Flows,
+        }
+    }
+
+    /// The memory stream that goes through this process, if any, is over.
+    fn cut(&self) {
+        for stream in self.streams.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+            stream.abort();
+        }
+        self.flowing.send_replace(false);
+    }
+
+    /// Another link for the guest's memory: the target waits for it, then it is dialled, then the source's QEMU goes on.
+    async fn recover(&mut self, control: &mut Option<Control>) -> Result<(), Obstacle> {
+        let not_yet = |error: &dyn std::fmt::Display| Obstacle::NotYet(error.to_string());
+        self.cut();
+        let number = match self.ask(control, Request::Recover, RECOVER_LIMIT).await? {
+            Answer::Recovering { number } => number,
+            other => return Err(Obstacle::of(other)),
+        };
+        let endpoint = self.endpoint.borrow().clone();
+        let port = endpoint.streams.iter().find(|(inner, _)| *inner == channel::MEMORY).map(|(_, port)| *port);
+        let port = port.ok_or_else(|| not_yet(&"the target has not published where memory goes"))?;
+        let local = self.local.as_ref().ok_or_else(|| not_yet(&"the launcher's sockets cannot be reached"))?;
+        let identity = Identity::load(&self.tls).map_err(|e| not_yet(&e))?;
+        let place = Place { stream: 0, recovery: Some(number) };
+        let dialled = endpoint.target().dial_place(&identity, port, place, DIAL_LIMIT).await;
+        let dialled = dialled.map_err(|e| not_yet(&e))?;
+        let socket = format!("again-{number}.sock");
+        let listener = local.dir.listen(&socket).map_err(|e| not_yet(&e))?;
+        let before = self.recoveries();
+        self.carry(listener, vec![dialled]);
+        // QEMU may dial after it has answered.
+        let _listens = Listens { dir: local.dir.clone(), socket: socket.clone() };
+        local.client.recover(&self.uid, &socket).await.map_err(|e| not_yet(&e))?;
+        let mut launcher = self.launcher.clone();
+        let mut flowing = self.flowing.subscribe();
+        let uid = self.uid.clone();
+        let goes_on = launcher.wait_for(|l| {
+            let f = l.last().and_then(|s| facts::migration(s, &uid, MigrationRole::Source));
+            f.is_none_or(|f| f.recoveries > before || f.is_final()) || l.state().is_none()
+        });
+        tokio::select! {
+            _ = goes_on => {
+                tracing::info!(migration = %self.uid, number, "the guest's memory goes on over another link");
+                Ok(())
+            }
+            _ = flowing.wait_for(|flowing| !flowing) => Err(not_yet(&"the other link broke as well")),
+            () = tokio::time::sleep(AGREE_LIMIT) => Err(not_yet(&"the QEMUs do not agree over the other link")),
+        }
+    }
+
+    fn recoveries(&self) -> u64 {
+        let launcher = self.launcher.borrow();
+        let f = launcher.last().and_then(|s| facts::migration(s, &self.uid, MigrationRole::Source));
+        f.map_or(0, |f| f.recoveries)
+    }
+
+    /// Carries QEMU's memory over these connections.
+    fn carry(&self, listener: UnixListener, dialled: Vec<Dialled>) {
+        let (uid, carried, flowing) = (self.uid.clone(), self.carried.clone(), self.flowing.clone());
+        flowing.send_replace(true);
+        let task = tokio::spawn(async move {
+            carry_memory(uid, listener, dialled, carried).await;
+            flowing.send_replace(false);
+        });
+        self.streams.lock().unwrap_or_else(PoisonError::into_inner).push(task.abort_handle());
     }
 
     /// The guest stays here; the waiting target may go. The API says so as well, so once is enough. Before that, after a
@@ -426,6 +635,36 @@ impl Run {
             }
             tokio::time::sleep(wait).await;
             wait = (wait * 2).min(RETRY.1);
+        }
+    }
+}
+
+/// A socket that goes with this.
+struct Listens {
+    dir: Arc<SocketDir>,
+    socket: String,
+}
+
+impl Drop for Listens {
+    fn drop(&mut self) {
+        self.dir.remove(&self.socket);
+    }
+}
+
+/// Why something that has to come about has not.
+enum Obstacle {
+    /// It is tried again.
+    NotYet(String),
+    /// It never will.
+    Lost(String),
+}
+
+impl Obstacle {
+    fn of(answer: Answer) -> Self {
+        match answer {
+            Answer::Lost { reason } => Self::Lost(reason),
+            Answer::NotYet { reason } => Self::NotYet(reason),
+            other => Self::NotYet(format!("unexpected answer {other:?}")),
         }
     }
 }

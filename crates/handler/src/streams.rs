@@ -9,8 +9,9 @@ use godwit_launcher::rpc::Transport;
 use tokio::io::AsyncBufReadExt;
 use tokio::sync::watch;
 
-use crate::channel::{Served, TargetControl, accept, refuse};
+use crate::channel::{Place, Served, TargetControl, accept, refuse};
 use crate::pump::{self, Carried};
+use crate::recovery::Recoveries;
 use crate::sockets::SocketDir;
 
 /// A stream into one of the launcher's sockets.
@@ -23,7 +24,7 @@ pub struct Stream {
     pub uid: String,
     /// Where the socket is.
     pub dir: Arc<SocketDir>,
-    /// Its name.
+    /// Its name; none for a memory stream that can only be recovered.
     pub socket: String,
     /// Bytes so far.
     pub carried: Arc<Carried>,
@@ -33,25 +34,35 @@ pub struct Stream {
 
 impl Stream {
     /// Carries one connection, if it may be.
-    pub async fn carry(self: Arc<Self>, mut tls: Served, number: u8) {
+    pub async fn carry(self: Arc<Self>, mut tls: Served, place: Place) {
         let (uid, channel) = (&self.uid, self.channel);
         let admitted = match &self.memory {
-            Some(memory) => memory.admit(number).await,
-            None => Ok(Transport::default()),
+            Some(memory) => self.admit(memory, place).await,
+            None => Ok(Admitted::Alone),
         };
-        let transport = match admitted {
-            Ok(transport) => transport,
+        let admitted = match admitted {
+            Ok(admitted) => admitted,
             Err(reason) => {
                 self.refused.fetch_add(1, Ordering::Relaxed);
-                tracing::warn!(migration = %uid, stream = number, reason, "connection refused");
+                tracing::warn!(migration = %uid, ?place, reason, "connection refused");
                 let _ = refuse(&mut tls, &reason).await;
                 return;
             }
         };
         let began = std::time::Instant::now();
-        let result = match &self.memory {
-            Some(memory) if transport.channels > 0 => self.carry_one_of(memory, tls, number).await,
-            _ => self.carry_alone(tls).await,
+        let link = place.recovery.unwrap_or(0);
+        let result = match (&self.memory, admitted) {
+            (None, _) => self.carry_alone(tls).await,
+            (Some(memory), admitted) => tokio::select! {
+                result = async {
+                    match admitted {
+                        Admitted::Alone => self.carry_alone(tls).await,
+                        Admitted::OneOfSeveral => self.carry_one_of(memory, tls, place.stream).await,
+                        Admitted::Recovery(socket) => self.carry_on(tls, &socket).await,
+                    }
+                } => result,
+                error = memory.recoveries.superseded(link) => Err(error),
+            },
         };
         let bytes = self.carried.total();
         let ms = began.elapsed().as_millis() as u64;
@@ -59,6 +70,29 @@ impl Stream {
             Ok(()) => tracing::info!(migration = %uid, channel, bytes, ms, "stream at its end"),
             Err(error) => tracing::warn!(migration = %uid, channel, bytes, ms, %error, "stream broke"),
         }
+    }
+
+    async fn admit(&self, memory: &Memory, place: Place) -> Result<Admitted, String> {
+        if let Some(number) = place.recovery {
+            return memory.recoveries.admit(number).map(Admitted::Recovery);
+        }
+        if self.socket.is_empty() {
+            return Err("this memory stream began before this handler did; it can only be recovered".into());
+        }
+        let transport = memory.admit(place.stream).await?;
+        Ok(if transport.channels > 0 { Admitted::OneOfSeveral } else { Admitted::Alone })
+    }
+
+    /// The link that follows a broken one. QEMU takes part as soon as it is connected, and up to 8.1 does not get over a link
+    /// that breaks then: so it is connected when the source's has begun.
+    async fn carry_on(&self, mut tls: Served, socket: &str) -> io::Result<()> {
+        accept(&mut tls).await?;
+        if tls.fill_buf().await?.is_empty() {
+            return Ok(());
+        }
+        let local = self.dir.connect(socket).await?;
+        self.dir.remove(socket);
+        pump::pump(local, tls, self.carried.clone()).await
     }
 
     async fn carry_alone(&self, mut tls: Served) -> io::Result<()> {
@@ -105,9 +139,20 @@ impl Stream {
     }
 }
 
+/// As what a connection was let in.
+enum Admitted {
+    /// QEMU's only one.
+    Alone,
+    /// QEMU's main one or a channel.
+    OneOfSeveral,
+    /// Another link, to this socket.
+    Recovery(String),
+}
+
 /// What the connections of one memory stream know of each other.
 pub struct Memory {
     control: Arc<dyn TargetControl>,
+    recoveries: Arc<Recoveries>,
     taken: Mutex<BTreeSet<u8>>,
     /// The main one has been connected to QEMU.
     main: watch::Sender<bool>,
@@ -117,8 +162,14 @@ pub struct Memory {
 
 impl Memory {
     /// Before its first connection.
-    pub fn new(control: Arc<dyn TargetControl>) -> Self {
-        Self { control, taken: Mutex::default(), main: watch::Sender::default(), broken: watch::Sender::default() }
+    pub fn new(control: Arc<dyn TargetControl>, recoveries: Arc<Recoveries>) -> Self {
+        Self {
+            control,
+            recoveries,
+            taken: Mutex::default(),
+            main: watch::Sender::default(),
+            broken: watch::Sender::default(),
+        }
     }
 
     /// Takes connection `number`, if it is one of those that were agreed and nobody has had it.

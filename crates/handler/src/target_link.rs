@@ -13,6 +13,7 @@ use crate::channel::{Answer, Request, TargetControl};
 use crate::facts::{self, Launcher};
 use crate::frames::{self, Inlets};
 use crate::networks::{self, Port};
+use crate::recovery::Recoveries;
 
 /// How long to wait for the time of the resume after the launcher has taken the go.
 const RESUME_LIMIT: Duration = Duration::from_secs(5);
@@ -39,6 +40,8 @@ pub struct TargetAnswers {
     pub pid: u32,
     /// The guest's interfaces on segments.
     pub ports: Vec<Port>,
+    /// Links that follow a broken one.
+    pub recoveries: Arc<Recoveries>,
 }
 
 impl TargetControl for TargetAnswers {
@@ -54,6 +57,7 @@ impl TargetControl for TargetAnswers {
                     Err(reason) => Answer::NotYet { reason },
                 },
                 Request::Go { paused } => self.go(paused).await,
+                Request::Recover => self.recover().await,
                 Request::Why => self.why().await,
                 Request::Abandon => match self.client.abandon(&self.uid).await {
                     Ok(_) => Answer::Abandoned,
@@ -106,14 +110,35 @@ impl TargetAnswers {
                 match last.last() {
                     // A guest that was gone with has ended by itself since; that is no loss.
                     Some(state) if let Some(resume_us) = resumed(state, &self.uid) => Answer::Running { resume_us },
-                    Some(state) if matches!(state.phase, DomainPhase::Crashed | DomainPhase::Shutdown) => {
-                        let reason = state.exit_reason.clone().unwrap_or_else(|| "QEMU has ended".into());
-                        Answer::Lost { reason: format!("the target's QEMU is gone: {reason}") }
-                    }
-                    _ => Answer::NotYet { reason: error.to_string() },
+                    _ => self.ended().unwrap_or(Answer::NotYet { reason: error.to_string() }),
                 }
             }
         }
+    }
+
+    /// Whatever link there was is over; QEMU waits for the next one.
+    async fn recover(&self) -> Answer {
+        let number = self.recoveries.begin(jiff::Timestamp::now().as_microsecond());
+        let socket = format!("again-{number}.sock");
+        match self.client.recover(&self.uid, &socket).await {
+            Ok(_) => {
+                tracing::info!(migration = %self.uid, number, "another link is waited for");
+                self.recoveries.expect(number, socket);
+                Answer::Recovering { number }
+            }
+            Err(error) => self.ended().unwrap_or(Answer::NotYet { reason: error.to_string() }),
+        }
+    }
+
+    /// That the target's QEMU is gone, if it is.
+    fn ended(&self) -> Option<Answer> {
+        let launcher = self.launcher.borrow();
+        let state = launcher.last()?;
+        if !matches!(state.phase, DomainPhase::Crashed | DomainPhase::Shutdown) {
+            return None;
+        }
+        let reason = state.exit_reason.clone().unwrap_or_else(|| "QEMU has ended".into());
+        Some(Answer::Lost { reason: format!("the target's QEMU is gone: {reason}") })
     }
 
     /// The source may see the stream end before the launcher here sees its QEMU end.

@@ -24,6 +24,9 @@ pub fn vmi(vmi: &VirtualMachineInstance) -> VmiView {
         node_name: status.node_name.clone().filter(|n| !n.is_empty()),
         blocks_target: vmi.annotation(names::ANNOTATION_TEST_BLOCK_TARGET_PREPARATION).is_some(),
         fails_migration: vmi.annotation(names::ANNOTATION_TEST_FORCE_MIGRATION_FAILURE).is_some(),
+        link_broken: vmi
+            .condition(names::conditions::SYNCHRONIZED)
+            .is_some_and(|c| c.reason.as_deref() == Some(names::conditions::POST_COPY_LINK_BROKEN)),
         migration: migration(vmi),
     }
 }

@@ -420,6 +420,10 @@ impl Worker {
             if let Some(endpoint) = act::endpoint(m) {
                 source.link.moved(endpoint);
             }
+            // The kubelet says that its processes are gone.
+            if pods.get(&m.source_pod).is_some_and(|pod| pod.terminal) {
+                source.link.unserved();
+            }
         }
         let running_for = self.running_for(view.migration.as_ref());
         Facts {

@@ -77,6 +77,17 @@ pub fn patch(vmi: &VirtualMachineInstance, changes: &[Change], from: &Sources<'_
                     status.insert("conditions".into(), json!(conditions));
                 }
             }
+            Change::LinkBroken { node } => {
+                let why = format!(
+                    "The link to node {node} broke while the guest's memory followed it (post-copy). The guest stands still \
+                     when it needs what is missing, and goes on when the link is back."
+                );
+                let mut conditions = vmi.status.conditions.clone();
+                let condition = Condition::new(c::SYNCHRONIZED, false).because(c::POST_COPY_LINK_BROKEN, why);
+                if condition::set(&mut conditions, condition, &now) {
+                    status.insert("conditions".into(), json!(conditions));
+                }
+            }
             Change::Arrived { resume_us } => {
                 let at = time_of(*resume_us, from.now);
                 labels.insert(names::LABEL_NODE_NAME.into(), json!(from.node));

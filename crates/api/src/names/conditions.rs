@@ -32,6 +32,8 @@ pub const VOLUMES_CHANGE: &str = "VolumesChange";
 pub const DATA_VOLUMES_READY: &str = "DataVolumesReady";
 /// The VMI was last synchronised well.
 pub const SYNCHRONIZED: &str = "Synchronized";
+/// Godwit's own reason of [`SYNCHRONIZED`]: the link of a post-copy broke, and the guest waits for another one.
+pub const POST_COPY_LINK_BROKEN: &str = "PostCopyLinkBroken";
 /// The launcher pod has a node.
 pub const POD_SCHEDULED: &str = "PodScheduled";
 /// The VMI is being made.

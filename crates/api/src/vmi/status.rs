@@ -324,6 +324,10 @@ api_struct! {
         compression: Option<String>,
         /// Which pass over the memory.
         iteration: Option<u64>,
+        /// Since when post-copy has had no link; unset while it has one.
+        link_broken_timestamp: Option<Time>,
+        /// How often post-copy went on over another link after one had broken.
+        recoveries: Option<u64>,
         /// From start to end (or to now).
         total_milliseconds: Option<u64>,
         /// From the guest's stop at the source to its start at the target.

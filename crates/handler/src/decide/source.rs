@@ -7,10 +7,12 @@ use godwit_launcher::rpc::{DomainPhase, MigrationFacts, MigrationMode, Migration
 
 use super::causes::{self, ABORTED};
 use super::limits::{Overdue, overdue};
-use super::{Action, Change, Disruption, Failure, Plan};
+use super::target::link_broken;
+use super::{Action, Change, Disruption, Failure, Plan, end};
 use crate::channel;
 use crate::facts::{
-    Facts, Go, Launcher, MigrationView, PodView, SourceView, TargetSays, has_left, is_alive, migration,
+    Facts, Go, Launcher, MigrationView, PodView, SourceView, TargetSays, has_left, is_alive, is_broken, is_recoverable,
+    migration,
 };
 
 /// How long the target's handler may take to prepare a pod that is ready.
@@ -277,6 +279,10 @@ fn hand_over(
     }
     let go = link.map(|l| &l.go).unwrap_or(&Go::NotDue);
     match go {
+        Go::Lost(reason) if f.status == "failed" => {
+            let reason = format!("VMI is irrecoverable due to failed post-copy migration: {reason}");
+            lost_because(facts, m, Failure::new(Cause::SourceLost, reason), plan);
+        }
         Go::Lost(reason) => lost(facts, m, reason, plan),
         // The controller has given the guest up (the target's pod is gone, say): nobody is left to be told.
         Go::NotDue | Go::Trying(_) if facts.vmi.is_final() => {
@@ -302,6 +308,11 @@ fn hand_over(
                 // Post-copy. If it breaks, the target's handler says so: the guest is there.
                 changes.extend(progress(pod, link, plan));
                 plan.wake(REPORT_EVERY);
+                // What is missing there is nowhere any more, or nobody here knows how to send it. The target learns it by the
+                // end of this pod.
+                if is_broken(f) && !is_recoverable(f) && !pod.terminal {
+                    end(pod, 0, plan);
+                }
             }
             plan.write(changes);
             if begins {
@@ -315,6 +326,12 @@ fn hand_over(
             // With a link the go is on its way, without waiting for this decision; it is repeated by the link itself.
             if link.is_none() && m.target_address.is_some() && m.port(channel::CONTROL).is_some() {
                 plan.act(Action::Dial { pod: pod.name.clone(), memory: false });
+            }
+            if is_broken(f) && is_recoverable(f) {
+                if !facts.vmi.link_broken {
+                    plan.warn("Migrating", link_broken(&m.target_node));
+                }
+                changes.push(Change::LinkBroken { node: m.target_node.clone() });
             }
             plan.write(changes);
             plan.wake(REDIAL_AFTER);

@@ -7,7 +7,7 @@ use godwit_launcher::rpc::{self, DomainPhase, MigrationFacts, MigrationRole, Sta
 
 use super::source::{failed_message, lost_because};
 use super::{Action, Change, Failure, Plan, end};
-use crate::facts::{Facts, Launcher, MigrationView, PodView, is_alive, is_broken, migration};
+use crate::facts::{Facts, Launcher, MigrationView, PodView, is_alive, is_broken, is_recoverable, migration};
 
 /// How long after the guest resumed here the source's handler may take to report the end; then this end does it.
 const SOURCE_REPORTS_WITHIN: Duration = Duration::from_secs(30);
@@ -76,10 +76,18 @@ fn here(facts: &Facts, m: &MigrationView, pod: &PodView, state: &State, f: &Migr
     if !matches!(pod.launcher, Launcher::Answers(_)) {
         return;
     }
-    if !whole && is_broken(f) {
+    let broken = !whole && is_broken(f);
+    if broken && (!is_recoverable(f) || facts.peer_ended.is_some()) {
         // Pages that it touches never come. Whoever says that the guest is lost must know that it does not run.
         end(pod, 0, plan);
         return;
+    }
+    // While both QEMUs may live it is waited for the link, however long: what is missing exists nowhere else.
+    if broken && !facts.vmi.link_broken {
+        plan.warn("Migrating", link_broken(&m.source_node));
+    }
+    if !broken && facts.vmi.link_broken {
+        plan.event("Migrating", LINK_BACK);
     }
     let open = facts.target.as_ref().filter(|t| t.uid == m.uid);
     // The control channel stays open until the source's handler has written the end: it may ask again.
@@ -87,7 +95,10 @@ fn here(facts: &Facts, m: &MigrationView, pod: &PodView, state: &State, f: &Migr
         plan.act(Action::OpenControl { pod: pod.name.clone(), uid: m.uid.clone() });
     }
     let at = f.resume_us.unwrap_or_else(|| facts.now.as_microsecond());
-    let report = Change::Report { pod: pod.name.clone() };
+    let report = match broken {
+        true => Change::LinkBroken { node: m.source_node.clone() },
+        false => Change::Report { pod: pod.name.clone() },
+    };
     if !m.target_ready || facts.vmi.node_name.as_deref() != Some(&facts.node) {
         plan.write(vec![Change::Arrived { resume_us: at }, report]);
         plan.event("Created", "VirtualMachineInstance defined.");
@@ -114,6 +125,17 @@ fn here(facts: &Facts, m: &MigrationView, pod: &PodView, state: &State, f: &Migr
         }
     }
 }
+
+/// What is said of a post-copy whose link broke.
+pub(super) fn link_broken(node: &str) -> String {
+    format!(
+        "The link to node {node} broke in post-copy: the guest stands still when it needs memory that is not there yet, and \
+         goes on when the link is back."
+    )
+}
+
+/// What is said when it goes on.
+const LINK_BACK: &str = "The link is back: post-copy goes on.";
 
 /// The guest has ended here while a part of its memory was still at the source.
 fn ended_in_between(

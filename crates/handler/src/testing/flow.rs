@@ -85,7 +85,7 @@ impl Cluster {
         self.runtimes.swap(node.min(last), last);
     }
 
-    fn kill(&mut self, node: usize) {
+    pub(super) fn kill(&mut self, node: usize) {
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         std::mem::replace(&mut self.runtimes[node], runtime).shutdown_background();
     }

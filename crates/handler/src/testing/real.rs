@@ -4,8 +4,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use godwit_guest_rom::{Parameters, Story};
+use godwit_launcher::client::Client;
 use godwit_launcher::rpc::transport::channels_for;
-use godwit_launcher::rpc::{DomainPhase, Paths, State};
+use godwit_launcher::rpc::{DomainPhase, Paths, SourceOrder, State, Transport};
 use godwit_launcher::serve;
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, BufReader, Lines};
@@ -130,6 +131,60 @@ fn where_post_copy_is_allowed_memory_has_one_connection_and_that_is_said() {
             connections(&vm) > 1,
             "{events:#?}"
         );
+    });
+}
+
+/// Memory in post-copy goes through both handlers. The one that comes after a killed one takes it up again.
+#[test]
+fn handlers_that_are_killed_in_post_copy_cost_the_guest_no_page() {
+    blocking(async {
+        let (mut cluster, source) = running().await;
+        let mut story = Story::default();
+        let mut here = source.console().await;
+        // Once through its memory, so that all of it is there to lose.
+        hear(&mut here, &mut story, 20).await;
+        let target = Launcher::start(cluster.sockets(1, "two"));
+        // Its 4 MiB take half a minute at this rate: more than any of this needs.
+        let configuration =
+            json!({ "allowPostCopy": true, "completionTimeoutPerGiB": 1, "bandwidthPerMigration": "128Ki" });
+        cluster.write_hand_off_with(&configuration);
+        until("the guest runs at the target", || cluster.vm()["status"]["nodeName"] == "node2").await;
+        for (number, node) in [1, 0].into_iter().enumerate() {
+            cluster.kill(node);
+            cluster.up(node);
+            let goes_on = || cluster.vm()["status"]["migrationState"]["progress"]["recoveries"] == json!(number + 1);
+            until("its memory goes on over another link", goes_on).await;
+            assert_eq!(cluster.vm()["status"]["migrationState"].get("completed"), None, "a part is missing still");
+        }
+        let connected = |vm: &Value| {
+            let conditions = vm["status"]["conditions"].as_array().cloned().unwrap_or_default();
+            !conditions.iter().any(|c| c["reason"] == "PostCopyLinkBroken")
+        };
+        until("the condition is gone", || connected(&cluster.vm())).await;
+        // The rest at once.
+        let order = SourceOrder {
+            migration_uid: "mig".into(),
+            socket: "any".into(),
+            blocks_socket: None,
+            rooms: Default::default(),
+            bandwidth_bytes_per_second: None,
+            max_downtime_ms: None,
+            allow_auto_converge: false,
+            allow_post_copy: true,
+            transport: Transport::default(),
+        };
+        Client::new(source.sockets.join("launcher.sock")).migrate(&order).await.unwrap();
+        until("the migration is over", || cluster.vm()["status"]["migrationState"]["completed"] == true).await;
+        let m = cluster.vm()["status"]["migrationState"].clone();
+        assert_eq!((m.get("failed"), &m["mode"]), (None, &json!("PostCopy")), "{m:#}");
+        assert_eq!(m["progress"].get("linkBrokenTimestamp"), None, "{m:#}");
+        while let Ok(Some(line)) = here.next_line().await {
+            story.hear(&line);
+        }
+        // Its pages are verified when it comes back to them.
+        let mut there = target.console().await;
+        hear(&mut there, &mut story, 40).await;
+        println!("{:#}\n{:#?}", m["progress"], cluster.events());
     });
 }
 

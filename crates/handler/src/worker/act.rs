@@ -22,8 +22,9 @@ use crate::decide::{Action, Change, Disruption, Failure, causes};
 use crate::facts::{Facts, MigrationView};
 use crate::frames::Relay;
 use crate::networks;
+use crate::recovery::Recoveries;
 use crate::sockets::SocketDir;
-use crate::source_link::{Endpoint, SourceLink};
+use crate::source_link::{Endpoint, Local, SourceLink};
 use crate::target_link::TargetAnswers;
 use crate::tls::Identity;
 use crate::write::Migratable;
@@ -241,6 +242,7 @@ impl Worker {
         let pod = self.pod(name)?;
         let awaits = ready.as_ref().is_some_and(|ready| ready.awaits_transport);
         let ability = ready.as_ref().filter(|_| awaits).map(|ready| ready.ability.within(cores()));
+        let recoveries = Arc::new(Recoveries::default());
         let control = TargetAnswers {
             uid: uid.to_owned(),
             client: pod.follower.client.clone(),
@@ -251,17 +253,22 @@ impl Worker {
             launcher: pod.follower.subscribe(),
             pid: pod.follower.pid(),
             ports: networks::ports(vmi),
+            recoveries: recoveries.clone(),
         };
         let folder = &pod.follower.folder;
         let dir = SocketDir::open(folder.clone())
             .map_err(|e| Stop::Failed(format!("cannot open {}: {e}", folder.display())))?;
         let dir = Arc::new(dir);
         let mut sockets = Vec::new();
-        if let Some(ready) = ready {
-            sockets.push((MEMORY, ready.socket));
-            sockets.extend(ready.blocks_socket.map(|socket| (BLOCKS, socket)));
+        match ready {
+            Some(ready) => {
+                sockets.push((MEMORY, ready.socket));
+                sockets.extend(ready.blocks_socket.map(|socket| (BLOCKS, socket)));
+            }
+            // Its stream broke with this process's predecessor; in post-copy another link may follow.
+            None => sockets.push((MEMORY, String::new())),
         }
-        if let Some((_, bad)) = sockets.iter().find(|(_, socket)| !SocketDir::is_name(socket)) {
+        if let Some((_, bad)) = sockets.iter().find(|(_, socket)| !socket.is_empty() && !SocketDir::is_name(socket)) {
             return Err(Stop::Failed(format!("the launcher names {bad:?} as its socket, which is no file name")));
         }
         let streams = sockets.into_iter().map(|(inner, socket)| (inner, dir.clone(), socket)).collect();
@@ -272,6 +279,7 @@ impl Worker {
             address: context.node_ip,
             streams,
             control: Arc::new(control),
+            recoveries,
         };
         let channels = TargetChannels::open(&identity, options).await.map_err(|e| Stop::Failed(e.to_string()))?;
         tracing::info!(
@@ -323,8 +331,10 @@ impl Worker {
                 sockets.push((*inner, dir.clone(), file));
             }
         }
-        let link =
-            SourceLink::start(context.tls.clone(), endpoint, listeners, pod.follower.subscribe(), wake, ability, wish);
+        let launcher = pod.follower.subscribe();
+        let dir = SocketDir::open(pod.follower.folder.clone()).ok();
+        let local = dir.map(|dir| Local { client: pod.follower.client.clone(), dir: Arc::new(dir) });
+        let link = SourceLink::start(context.tls.clone(), endpoint, listeners, launcher, local, wake, ability, wish);
         self.source = Some(Source {
             link,
             node: m.target_node.clone(),

@@ -105,8 +105,103 @@ fn the_target_says_when_the_guest_is_there_but_not_that_all_is_over() {
     assert_eq!(writes(&decide(&facts)), [Change::Completed { downtime_us: None }]);
 }
 
+/// The same with a link that broke; launchers of now can take another one.
+fn cut(mut state: State) -> State {
+    let f = state.migration.as_mut().unwrap();
+    f.recoverable = true;
+    f.broken_us = Some(us());
+    state
+}
+
+fn says_link_broken(node: &str) -> Change {
+    Change::LinkBroken { node: node.into() }
+}
+
 #[test]
-fn a_broken_link_is_the_guests_loss_and_is_said_only_when_it_does_not_run() {
+fn a_guest_whose_link_broke_waits_for_it_however_long_and_says_so() {
+    for status in ["postcopy-paused", "postcopy-recover", "postcopy-recover-setup"] {
+        let mut facts = at_target(arrived(), cut(serving(status, DomainPhase::Running)));
+        facts.now = now() + jiff::SignedDuration::from_hours(1000);
+        facts.running_for = Some(Duration::from_secs(3_600_000));
+        let plan = decide(&facts);
+        assert_eq!((orders(&plan), failed(&plan)), (vec![], None), "{status}");
+        assert_eq!(writes(&plan), [says_link_broken(OTHER)]);
+        let said = events(&plan);
+        assert!(said.len() == 1 && said[0].1.starts_with("The link to node node2 broke in post-copy"), "{said:?}");
+        facts.vmi.link_broken = true;
+        assert!(events(&decide(&facts)).is_empty(), "once");
+    }
+    // When it is back that is said as well.
+    let mut state = cut(serving("postcopy-active", DomainPhase::Running));
+    state.migration.as_mut().unwrap().broken_us = None;
+    let mut facts = at_target(arrived(), state);
+    facts.vmi.link_broken = true;
+    let plan = decide(&facts);
+    assert_eq!(writes(&plan), [Change::Report { pod: "new".into() }]);
+    assert_eq!(events(&plan), [("Migrating", "The link is back: post-copy goes on.")]);
+}
+
+#[test]
+fn a_handler_that_restarts_in_post_copy_opens_its_channels_again_while_the_link_is_broken() {
+    let mut facts = at_target(arrived(), cut(serving("postcopy-paused", DomainPhase::Running)));
+    facts.target = None;
+    assert_eq!(orders(&decide(&facts)), ["control new"]);
+    let open = |facts: &mut Facts| {
+        let ports = [("5000".to_owned(), 0), ("5001".to_owned(), 49152)].into();
+        facts.target = Some(TargetView { uid: UID.into(), address: "10.88.0.11".into(), ports });
+    };
+    open(&mut facts);
+    assert_eq!(writes(&decide(&facts)), [Change::Published]);
+    // Also before the go.
+    let mut before = cut(serving("postcopy-paused", DomainPhase::Incoming));
+    before.migration.as_mut().unwrap().gone = false;
+    let mut facts = target_facts(MigrationView { target_ready: false, ..arrived() }, answers(before), false);
+    assert_eq!(orders(&decide(&facts)), ["control new"]);
+    open(&mut facts);
+    assert_eq!(writes(&decide(&facts)), [Change::Published]);
+    // The source's dials and gives the go again, which is where it goes on from.
+    let state = cut(sending("postcopy-paused"));
+    let m = MigrationView { mode: Some(MigrationMode::PostCopy), ..started() };
+    assert_eq!(orders(&decide(&source_facts(m, answers(state), None))), ["dial old false"]);
+}
+
+#[test]
+fn a_source_whose_link_broke_before_the_go_says_so_and_waits() {
+    let link = SourceView { go: Go::Trying("no route".into()), ..link() };
+    let mut facts = source_facts(started(), answers(cut(sending("postcopy-paused"))), Some(link));
+    facts.running_for = Some(Duration::from_secs(3_600_000));
+    let plan = decide(&facts);
+    assert_eq!(writes(&plan), [says_link_broken(OTHER)]);
+    assert_eq!((orders(&plan), events(&plan).len()), (vec![], 1));
+    facts.vmi.link_broken = true;
+    assert!(events(&decide(&facts)).is_empty());
+}
+
+#[test]
+fn a_guest_whose_memory_nobody_has_any_more_is_given_up() {
+    // At the target: the source's pod has ended.
+    let mut facts = at_target(arrived(), cut(serving("postcopy-paused", DomainPhase::Running)));
+    facts.peer_ended = Some("the source's pod old has ended (Failed)".into());
+    assert_eq!(orders(&decide(&facts)), ["shutdown new 0"]);
+    // At the source: QEMU has ended. The target learns it by the end of the pod.
+    let mut dead = cut(sending("postcopy-paused"));
+    dead.migration.as_mut().unwrap().status = "failed".into();
+    let plan = decide(&source_facts(started(), answers(dead.clone()), Some(running_there())));
+    assert_eq!((orders(&plan), failed(&plan)), (vec!["shutdown old 0".to_owned()], None));
+    // Before the go the link has ended the target: it never ran there.
+    let gone = SourceView { go: Go::Lost("the source's QEMU ended".into()), ..link() };
+    let plan = decide(&source_facts(started(), answers(dead), Some(gone)));
+    assert_eq!((cause(&plan), &writes(&plan)[0]), (FailureCause::SourceLost, &Change::Phase("Failed")));
+    // A launcher of the source that is older knows no other link.
+    let mut older = sending("postcopy-paused");
+    older.migration.as_mut().unwrap().recoverable = false;
+    let plan = decide(&source_facts(started(), answers(older), Some(running_there())));
+    assert_eq!(orders(&plan), ["shutdown old 0"]);
+}
+
+#[test]
+fn the_loss_of_a_guest_is_said_only_when_it_does_not_run() {
+    // A launcher of the target that is older, or a QEMU that has given up.
     for status in ["postcopy-paused", "failed"] {
         let plan = decide(&at_target(arrived(), serving(status, DomainPhase::Running)));
         assert_eq!(orders(&plan), ["shutdown new 0"]);
