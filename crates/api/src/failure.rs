@@ -101,7 +101,7 @@ impl FailureCause {
             Self::QuotaExceeded => "The namespace's ResourceQuota had no room for a second launcher pod.",
             Self::TargetLost => "The target's pod, QEMU or node was lost.",
             Self::SourceLost => "The source's pod, QEMU or node was lost, and the guest with it.",
-            Self::LinkLost => "The two nodes could not reach each other.",
+            Self::LinkLost => "The two nodes could not reach each other (in post-copy the link is waited for instead).",
             Self::TargetRefusedCpu => "The target's CPU lacks something that the guest was started with.",
             Self::TargetOutOfSpace => "The target has no room for a disk that has to be copied.",
             Self::TargetRefusedStorage => "The target could not open a disk, or not as the guest needs it.",

@@ -85,12 +85,14 @@ pub struct LinkState {
     pub target: TargetSays,
 }
 
-/// The source's launcher, for the memory of a post-copy.
+/// The source's launcher.
 pub struct Local {
+    /// What it says.
+    pub states: watch::Receiver<Launcher>,
     /// For orders.
     pub client: Client,
-    /// The folder of its sockets.
-    pub dir: Arc<SocketDir>,
+    /// The folder of its sockets, where that is there.
+    pub dir: Option<Arc<SocketDir>>,
 }
 
 /// The running half. Dropping it closes its channels.
@@ -124,8 +126,7 @@ impl SourceLink {
         tls: TlsPaths,
         endpoint: Endpoint,
         listeners: Vec<(i32, UnixListener)>,
-        launcher: watch::Receiver<Launcher>,
-        local: Option<Local>,
+        launcher: Local,
         wake: Arc<Notify>,
         ability: Ability,
         wish: Wish,
@@ -140,7 +141,9 @@ impl SourceLink {
             uid: uid.clone(),
             tls,
             endpoint: receiver,
-            launcher,
+            launcher: launcher.states,
+            client: launcher.client,
+            dir: launcher.dir,
             state: state.clone(),
             carried: carried.clone(),
             wake,
@@ -148,7 +151,6 @@ impl SourceLink {
             offset_us: 0,
             ability,
             wish,
-            local,
             unserved: told,
             flowing: watch::Sender::new(false),
         };
@@ -187,6 +189,8 @@ struct Run {
     tls: TlsPaths,
     endpoint: watch::Receiver<Endpoint>,
     launcher: watch::Receiver<Launcher>,
+    client: Client,
+    dir: Option<Arc<SocketDir>>,
     state: Arc<Mutex<LinkState>>,
     carried: Arc<Carried>,
     wake: Arc<Notify>,
@@ -195,7 +199,6 @@ struct Run {
     offset_us: i64,
     ability: Ability,
     wish: Wish,
-    local: Option<Local>,
     unserved: watch::Receiver<bool>,
     /// QEMU's memory stream goes through this process.
     flowing: watch::Sender<bool>,
@@ -541,18 +544,18 @@ impl Run {
         let endpoint = self.endpoint.borrow().clone();
         let port = endpoint.streams.iter().find(|(inner, _)| *inner == channel::MEMORY).map(|(_, port)| *port);
         let port = port.ok_or_else(|| not_yet(&"the target has not published where memory goes"))?;
-        let local = self.local.as_ref().ok_or_else(|| not_yet(&"the launcher's sockets cannot be reached"))?;
+        let dir = self.dir.clone().ok_or_else(|| not_yet(&"the launcher's sockets cannot be reached"))?;
         let identity = Identity::load(&self.tls).map_err(|e| not_yet(&e))?;
         let place = Place { stream: 0, recovery: Some(number) };
         let dialled = endpoint.target().dial_place(&identity, port, place, DIAL_LIMIT).await;
         let dialled = dialled.map_err(|e| not_yet(&e))?;
         let socket = format!("again-{number}.sock");
-        let listener = local.dir.listen(&socket).map_err(|e| not_yet(&e))?;
+        let listener = dir.listen(&socket).map_err(|e| not_yet(&e))?;
         let before = self.recoveries();
         self.carry(listener, vec![dialled]);
         // QEMU may dial after it has answered.
-        let _listens = Listens { dir: local.dir.clone(), socket: socket.clone() };
-        local.client.recover(&self.uid, &socket).await.map_err(|e| not_yet(&e))?;
+        let _listens = Listens { dir, socket: socket.clone() };
+        self.client.recover(&self.uid, &socket).await.map_err(|e| not_yet(&e))?;
         let mut launcher = self.launcher.clone();
         let mut flowing = self.flowing.subscribe();
         let uid = self.uid.clone();

@@ -95,3 +95,34 @@ async fn a_guest_that_may_go_ahead_of_its_memory_does() {
     let vmi = cluster.vmis().get("ahead").await.expect("VMI");
     assert_eq!(status(&vmi, "migrationState/mode"), "PostCopy", "{}", vmi.data["status"]["migrationState"]);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_link_that_is_cut_in_post_copy_costs_time_and_nothing_else() {
+    let cluster = Cluster::with_rom(2, 64).await;
+    cluster.configure(json!({"completionTimeoutPerGiB": 3, "allowPostCopy": true})).await;
+    cluster.start_rom_guest_on("parted", "node1").await;
+    cluster.narrow("node1", NARROW);
+    cluster.migrate("parted", "move").await;
+    let ahead =
+        |vmi: &DynamicObject| status(vmi, "migrationState/mode") == "PostCopy" && status(vmi, "nodeName") == "node2";
+    cluster.wait(&cluster.vmis(), "parted", "it is in post-copy", ahead).await;
+    cluster.cut("node1", "node2");
+    let link_broken = |vmi: &DynamicObject| {
+        condition(vmi, "Synchronized").is_some_and(|c| c["status"] == "False" && c["reason"] == "PostCopyLinkBroken")
+    };
+    let vmi = cluster.wait(&cluster.vmis(), "parted", "it waits for the link", link_broken).await;
+    assert_eq!((phase(&vmi).as_str(), status(&vmi, "migrationState/completed").as_str()), ("Running", ""));
+    let since = |vmi: &DynamicObject| !status(vmi, "migrationState/progress/linkBrokenTimestamp").is_empty();
+    cluster.wait(&cluster.vmis(), "parted", "it says since when", since).await;
+    assert_eq!(phase(&cluster.migration("move").await), "Running");
+    cluster.widen("node1");
+    cluster.mend("node1", "node2");
+    cluster.has_moved("parted", "move").await;
+    let vmi = cluster.wait(&cluster.vmis(), "parted", "it is whole", |vmi| !link_broken(vmi)).await;
+    let told = |field: &str| status(&vmi, &format!("migrationState/progress/{field}"));
+    assert_eq!((told("recoveries").as_str(), told("linkBrokenTimestamp").as_str()), ("1", ""), "{}", vmi.data);
+    let said = cluster.events("VirtualMachineInstance", "parted").await;
+    for words in ["The link to node node1 broke in post-copy", "The link is back"] {
+        assert!(said.iter().any(|event| event.message.starts_with(words)), "{said:?}");
+    }
+}

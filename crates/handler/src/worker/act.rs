@@ -331,10 +331,12 @@ impl Worker {
                 sockets.push((*inner, dir.clone(), file));
             }
         }
-        let launcher = pod.follower.subscribe();
-        let dir = SocketDir::open(pod.follower.folder.clone()).ok();
-        let local = dir.map(|dir| Local { client: pod.follower.client.clone(), dir: Arc::new(dir) });
-        let link = SourceLink::start(context.tls.clone(), endpoint, listeners, launcher, local, wake, ability, wish);
+        let launcher = Local {
+            states: pod.follower.subscribe(),
+            client: pod.follower.client.clone(),
+            dir: SocketDir::open(pod.follower.folder.clone()).ok().map(Arc::new),
+        };
+        let link = SourceLink::start(context.tls.clone(), endpoint, listeners, launcher, wake, ability, wish);
         self.source = Some(Source {
             link,
             node: m.target_node.clone(),
