@@ -1,7 +1,9 @@
 //! Instruments that put a cluster of their own to the test. [`migrate`] measures migrations, side by side with QEMU driven by
-//! hand; [`faults`] kills, stops and cuts what moves guests; [`streams`] looks whether connections to them stay open.
+//! hand; [`faults`] kills, stops and cuts what moves guests; [`streams`] looks whether connections to them stay open;
+//! [`storage`] whether their disks keep what they acknowledged.
 
 pub mod faults;
 pub mod migrate;
+pub mod storage;
 pub mod streams;
 pub mod witness;

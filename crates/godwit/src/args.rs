@@ -184,6 +184,8 @@ pub enum Bench {
     Faults(BenchFaults),
     /// Move a guest while connections to it are open, and see that every one of them lives
     Streams(BenchStreams),
+    /// Move a guest that writes to its disks all the time, and look for acknowledged writes that are lost
+    Storage(BenchStorage),
 }
 
 /// `godwit bench migrate`
@@ -256,6 +258,26 @@ pub struct BenchStreams {
     /// Connections that keep silent from the first move to the last, beside the one that never does
     #[arg(long, default_value_t = 100)]
     pub connections: usize,
+    /// Folder with the demo guest's vmlinuz and initrd (made by `make guest`)
+    #[arg(long, default_value = "target/demo-guest")]
+    pub guest: PathBuf,
+    /// Seconds after which a move is given up
+    #[arg(long, default_value_t = 60)]
+    pub limit: u64,
+    /// Text for people or JSON for programs, on standard output
+    #[arg(long, short, value_enum, default_value_t = Output::Text)]
+    pub output: Output,
+}
+
+/// `godwit bench storage`
+#[derive(clap::Args)]
+pub struct BenchStorage {
+    /// How many moves
+    #[arg(long, default_value_t = 50)]
+    pub moves: usize,
+    /// Cap of a move, for memory and disks: unlimited, or MiB a second such as 64Mi
+    #[arg(long, default_value = "unlimited")]
+    pub bandwidth: Bandwidth,
     /// Folder with the demo guest's vmlinuz and initrd (made by `make guest`)
     #[arg(long, default_value = "target/demo-guest")]
     pub guest: PathBuf,

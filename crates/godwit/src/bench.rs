@@ -1,10 +1,10 @@
 //! `godwit bench …`: instruments that put a cluster of their own to the test.
 
-use crate::args::{Bench, BenchFaults, BenchMigrate, BenchStreams, Output};
+use crate::args::{Bench, BenchFaults, BenchMigrate, BenchStorage, BenchStreams, Output};
 use anyhow::Context;
 use godwit_bench::faults;
 use godwit_bench::migrate::{self, Options, Report};
-use godwit_bench::streams;
+use godwit_bench::{storage, streams};
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -15,6 +15,7 @@ pub async fn run(bench: Bench) -> anyhow::Result<ExitCode> {
         Bench::Migrate(wanted) => migrations(wanted).await,
         Bench::Faults(wanted) => attack(wanted).await,
         Bench::Streams(wanted) => talk(wanted).await,
+        Bench::Storage(wanted) => keep(wanted).await,
     }
 }
 
@@ -51,6 +52,19 @@ async fn talk(wanted: BenchStreams) -> anyhow::Result<ExitCode> {
     let begun = std::time::Instant::now();
     let mut tell = |text: &str| eprintln!("{:>6.0} s  {text}", begun.elapsed().as_secs_f64());
     let report = unless_ended(streams::run(&options, &mut tell)).await??;
+    match output {
+        Output::Text => print!("{report}"),
+        Output::Json => println!("{}", serde_json::to_string_pretty(&report)?),
+    }
+    Ok(if report.is_good() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+async fn keep(wanted: BenchStorage) -> anyhow::Result<ExitCode> {
+    let BenchStorage { moves, bandwidth, guest, limit, output } = wanted;
+    let options = storage::Options { moves, bandwidth, guest, limit: Duration::from_secs(limit) };
+    let begun = std::time::Instant::now();
+    let mut tell = |text: &str| eprintln!("{:>6.0} s  {text}", begun.elapsed().as_secs_f64());
+    let report = unless_ended(storage::run(&options, &mut tell)).await??;
     match output {
         Output::Text => print!("{report}"),
         Output::Json => println!("{}", serde_json::to_string_pretty(&report)?),

@@ -119,3 +119,25 @@ fn connections_that_are_open_live_through_moves() {
     assert!(nodes[0] == nodes[2] && nodes[0] != nodes[1], "to and fro: {nodes:?}");
     assert!(report["streamBytes"].as_u64().is_some_and(|bytes| bytes > 0), "{text}");
 }
+
+#[test]
+fn no_acknowledged_write_is_lost_over_several_moves() {
+    let ran = Command::new(env!("CARGO_BIN_EXE_godwit"))
+        .args(["bench", "storage", "--moves", "3", "--output", "json", "--guest"])
+        .arg(demo_guest())
+        .stdin(Stdio::null())
+        .output()
+        .expect("godwit starts");
+    let (said, text) = (String::from_utf8_lossy(&ran.stderr), String::from_utf8_lossy(&ran.stdout));
+    assert!(ran.status.success(), "{text}\n{said}");
+    let report: Value = serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}\n{said}"));
+    assert_eq!(report["wrong"], Value::Array(Vec::new()), "{text}");
+    let moves = report["moves"].as_array().expect("moves");
+    assert!(moves.len() == 3 && moves.iter().all(|leg| leg["node"].is_string()), "{text}");
+    let disks = report["disks"].as_array().expect("disks");
+    assert_eq!(disks.len(), 4, "{text}");
+    for disk in disks {
+        assert!(disk["told"]["verifiedBlocks"].as_u64() > Some(0) && disk["lookedAt"].as_u64() > Some(0), "{disk}");
+        assert_eq!((&disk["told"]["wrongBlocks"], &disk["lost"]), (&Value::from(0), &Value::from(0)), "{disk}");
+    }
+}

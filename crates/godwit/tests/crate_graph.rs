@@ -24,7 +24,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("standalone", &["api", "images", "network"]),
     ("webhook", &["api"]),
     ("simulator", &["api", "machinery", "control"]),
-    ("bench", &["api", "guest-rom", "images", "launcher", "network", "qemu", "standalone"]),
+    ("bench", &["api", "guest-init", "guest-rom", "images", "launcher", "network", "qemu", "standalone"]),
 ];
 
 /// Dependencies for tests only.

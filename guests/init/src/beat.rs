@@ -1,5 +1,6 @@
 //! The guest's sign of life: one line a second on the console and the same facts as JSON on port 80.
 
+use crate::disk::Disk;
 use crate::memory::Memory;
 use nix::time::{ClockId, clock_gettime};
 use std::io::{Read, Write};
@@ -16,13 +17,19 @@ pub struct Facts {
     token: String,
     beats: Arc<AtomicU64>,
     memory: Arc<Memory>,
+    disks: Vec<Arc<Disk>>,
 }
 
 impl Facts {
     /// Facts of a guest that has just booted.
     pub fn new(hostname: String, memory: Arc<Memory>) -> Self {
         let token = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-        Self { hostname, token: token.trim().to_owned(), beats: Arc::default(), memory }
+        Self { hostname, token: token.trim().to_owned(), beats: Arc::default(), memory, disks: Vec::new() }
+    }
+
+    /// Begins to write to these disks.
+    pub fn write_to(&mut self, names: &[String]) {
+        self.disks = names.iter().map(|name| Disk::start(name, &self.token)).collect();
     }
 
     /// Names this life of the guest.
@@ -39,7 +46,16 @@ impl Facts {
             "checksum": format!("{:016x}", self.memory.checksum.load(Ordering::Acquire)),
             "verifiedPages": self.memory.verified.load(Ordering::Acquire),
             "corruptPages": self.memory.corrupt.load(Ordering::Acquire),
+            "disks": self.disks.iter().map(|disk| disk.json()).collect::<Vec<_>>(),
         })
+    }
+
+    /// The same, after every block of the disks was read back.
+    fn verified(&self) -> serde_json::Value {
+        let disks: Vec<_> = self.disks.iter().map(|disk| disk.verify_all()).collect();
+        let mut facts = self.json();
+        facts["disks"] = disks.into();
+        facts
     }
 }
 
@@ -57,7 +73,7 @@ pub fn forever(facts: &Facts) -> ! {
     }
 }
 
-/// Answers every HTTP request with the facts.
+/// Answers every HTTP request with the facts; one for `/verify` after all blocks of the disks were read back.
 pub fn serve(facts: &Facts) {
     let listener = loop {
         match TcpListener::bind((Ipv4Addr::UNSPECIFIED, 80)) {
@@ -68,8 +84,9 @@ pub fn serve(facts: &Facts) {
     for mut stream in listener.incoming().flatten() {
         let _ = stream.set_read_timeout(Some(Duration::from_secs(2)));
         let mut request = [0_u8; 2048];
-        let _ = stream.read(&mut request);
-        let body = facts.json().to_string();
+        let length = stream.read(&mut request).unwrap_or(0);
+        let asked = request.get(..length).unwrap_or_default();
+        let body = if asked.starts_with(b"GET /verify") { facts.verified() } else { facts.json() }.to_string();
         let _ = write!(
             stream,
             "HTTP/1.0 200 OK\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",

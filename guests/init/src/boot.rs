@@ -21,6 +21,8 @@ pub struct Options {
     pub working_set_mib: usize,
     /// MiB a second rewritten.
     pub dirty_mib_per_second: usize,
+    /// Disks that are written to and verified, as the kernel names them.
+    pub disks: Vec<String>,
     /// Who measures how long the guest stands still.
     pub witness: Option<std::net::SocketAddrV4>,
     /// How often it is told that the guest runs.
@@ -42,6 +44,12 @@ impl Options {
             hostname: value("godwit.hostname").unwrap_or("godwit-guest").to_owned(),
             working_set_mib: number("godwit.wss", 16).max(1),
             dirty_mib_per_second: number("godwit.dirty", 1),
+            disks: value("godwit.disks")
+                .unwrap_or_default()
+                .split(',')
+                .filter(|d| !d.is_empty())
+                .map(str::to_owned)
+                .collect(),
             witness: value("godwit.witness").and_then(|v| v.parse().ok()),
             witness_every: Duration::from_micros(number("godwit.witness-us", 2000).max(100) as u64),
         }

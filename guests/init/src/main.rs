@@ -4,11 +4,13 @@
 //!
 //! Kernel command line: `godwit.ip=ADDR/PREFIX`, `godwit.gw=ADDR`, `godwit.hostname=NAME`, `godwit.wss=MiB` (memory kept
 //! and verified, default 16), `godwit.dirty=MiB/s` (rate of rewriting it, default 1), `godwit.witness=ADDR:PORT` (send a
-//! numbered datagram there every `godwit.witness-us` microseconds, default 2000).
+//! numbered datagram there every `godwit.witness-us` microseconds, default 2000), `godwit.disks=NAME,…` (write to the first
+//! 4 MiB of these disks all the time, and verify them; `GET /verify` reads all of it back).
 
 mod agent;
 mod beat;
 mod boot;
+mod disk;
 mod echo;
 mod memory;
 mod net;
@@ -25,7 +27,8 @@ fn main() {
         println!("net: {error}");
     }
     let memory = memory::start(options.working_set_mib, options.dirty_mib_per_second);
-    let facts = beat::Facts::new(options.hostname.clone(), memory);
+    let mut facts = beat::Facts::new(options.hostname.clone(), memory);
+    facts.write_to(&options.disks);
     let served = facts.clone();
     thread::spawn(move || beat::serve(&served));
     thread::spawn(echo::serve);

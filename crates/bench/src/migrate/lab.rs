@@ -127,18 +127,31 @@ pub struct Workload {
     pub bandwidth: Bandwidth,
     /// Its kernel's command line.
     pub arguments: String,
+    /// Its disks.
+    pub disks: Vec<Attached>,
+}
+
+/// A disk of a guest.
+#[derive(Clone, Debug)]
+pub struct Attached {
+    /// Of disk and volume.
+    pub name: String,
+    /// `disk.cache`; none leaves it to the product.
+    pub cache: Option<String>,
+    /// The volume without its name, as `{"emptyDisk": …}`.
+    pub volume: serde_json::Value,
 }
 
 impl Workload {
     /// What a line is, where the link carries `link` bytes a second.
     pub fn of(line: &Line, link: u64) -> Self {
         let arguments = arguments(line.working_set_mib(), line.dirty_mib_per_second(link));
-        Self { memory: line.memory, bandwidth: line.bandwidth, arguments }
+        Self { memory: line.memory, bandwidth: line.bandwidth, arguments, disks: Vec::new() }
     }
 
     /// A guest of which only the network counts.
     pub fn quiet(memory: Mebibytes, bandwidth: Bandwidth) -> Self {
-        Self { memory, bandwidth, arguments: own_arguments(16, 1) }
+        Self { memory, bandwidth, arguments: own_arguments(16, 1), disks: Vec::new() }
     }
 
     /// Much to send, nothing written to, no cap.
@@ -147,6 +160,7 @@ impl Workload {
             memory: Mebibytes(768),
             bandwidth: Bandwidth::Mebibytes(Mebibytes(1 << 20)),
             arguments: arguments(512, 0),
+            disks: Vec::new(),
         }
     }
 }

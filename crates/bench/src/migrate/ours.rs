@@ -1,7 +1,7 @@
 //! The product: a VMI in a cluster of two nodes, moved by making a VirtualMachineInstanceMigration.
 
 use super::figures::{Moved, Sample};
-use super::lab::{Lab, Workload};
+use super::lab::{Attached, Lab, Workload};
 use super::{Bandwidth, Error, now_us};
 use futures::StreamExt;
 use godwit_launcher::client::Client as Launcher;
@@ -10,6 +10,7 @@ use godwit_standalone::{CONTROL_PLANE, Layout, admin_client};
 use kube::api::{Api, ApiResource, DeleteParams, DynamicObject, GroupVersionKind, Patch, PostParams};
 use kube::runtime::watcher::{self, Event};
 use serde_json::{Value, json};
+use std::path::PathBuf;
 use std::time::Duration;
 use tokio::sync::mpsc;
 
@@ -68,6 +69,17 @@ impl Ours {
             .ok_or_else(|| Error::Guest(format!("is on no node of ours, but on {node:?}")))
     }
 
+    /// A client of the cluster's API.
+    pub fn client(&self) -> kube::Client {
+        self.client.clone()
+    }
+
+    /// Where the files are that the guest's pod on its node has made for disks.
+    pub async fn own_disks(&self) -> Result<PathBuf, Error> {
+        let node = text(&self.vmis().get(NAME).await?, "/status/nodeName");
+        Ok(self.volumes(&node).await?.join("ephemeral-disks"))
+    }
+
     /// Ends the guest.
     pub async fn end(self) -> Result<(), Error> {
         self.vmis().delete(NAME, &DeleteParams::default()).await?;
@@ -90,12 +102,15 @@ impl Ours {
 
     /// The launcher of the guest's pod on a node.
     async fn launcher(&self, node: &str) -> Result<Launcher, Error> {
+        Ok(Launcher::new(self.volumes(node).await?.join("sockets/launcher.sock")))
+    }
+
+    async fn volumes(&self, node: &str) -> Result<PathBuf, Error> {
         let vmi = self.vmis().get(NAME).await?;
         let pods = vmi.data.pointer("/status/activePods").and_then(Value::as_object);
         let uid = pods.into_iter().flatten().find(|(_, on)| on.as_str() == Some(node)).map(|(uid, _)| uid.clone());
         let uid = uid.ok_or_else(|| Error::Guest(format!("has no pod on {node}")))?;
-        let volumes = self.layout.node(node).join("pods").join(uid).join("volumes/kubernetes.io~empty-dir");
-        Ok(Launcher::new(volumes.join("sockets/launcher.sock")))
+        Ok(self.layout.node(node).join("pods").join(uid).join("volumes/kubernetes.io~empty-dir"))
     }
 
     /// Moves the guest. An error is one of the instrument; a guest that does not move is a [`Moved::failure`].
@@ -212,6 +227,20 @@ fn take(moved: &mut Moved, at_us: i64, facts: &MigrationFacts) {
 }
 
 fn vmi(work: &Workload) -> Value {
+    let disk = |attached: &Attached| {
+        let mut disk = json!({"name": attached.name, "disk": {"bus": "virtio"}});
+        if let Some(cache) = &attached.cache {
+            disk["cache"] = json!(cache);
+        }
+        disk
+    };
+    let volume = |disk: &Attached| {
+        let mut volume = disk.volume.clone();
+        volume["name"] = json!(disk.name);
+        volume
+    };
+    let disks: Vec<Value> = work.disks.iter().map(disk).collect();
+    let volumes: Vec<Value> = work.disks.iter().map(volume).collect();
     json!({
         "apiVersion": "kubevirt.io/v1", "kind": "VirtualMachineInstance", "metadata": {"name": NAME},
         "spec": {
@@ -219,7 +248,7 @@ fn vmi(work: &Workload) -> Value {
             "domain": {
                 "cpu": {"cores": 1},
                 "memory": {"guest": format!("{}Mi", work.memory.0)},
-                "devices": {"rng": {}, "interfaces": [{"name": "lab", "bridge": {}}]},
+                "devices": {"rng": {}, "disks": disks, "interfaces": [{"name": "lab", "bridge": {}}]},
                 "firmware": {"kernelBoot": {
                     "kernelArgs": work.arguments,
                     "container": {
@@ -228,6 +257,7 @@ fn vmi(work: &Workload) -> Value {
                     },
                 }},
             },
+            "volumes": volumes,
             "networks": [{"name": "lab", "multus": {"networkName": "lab"}}],
         },
     })
