@@ -25,6 +25,7 @@ pub fn report(f: &MigrationFacts, before: &MigrationProgress, now: Timestamp) ->
         "dirtyBytesPerSecond": f.dirty_bytes_per_second,
         "connections": f.transport.connections(),
         "compression": f.transport.zstd.then_some("zstd"),
+        "throttlePercent": f.throttle_percent.filter(|percent| !over && *percent > 0),
         "linkBrokenTimestamp": f.broken_us.and_then(time).map(|at| at.to_string()),
         "recoveries": Some(f.recoveries).filter(|times| *times > 0),
         "iteration": f.iteration.max(before.iteration.unwrap_or(0)),
@@ -127,6 +128,15 @@ mod tests {
         f.transport = Transport { channels: 2, zstd: true };
         let told = shown(&f, &MigrationProgress::default());
         assert_eq!((told.connections, told.compression.as_deref()), (Some(3), Some("zstd")));
+    }
+
+    #[test]
+    fn a_guest_that_is_slowed_down_is_told_while_it_is() {
+        let mut f = active();
+        f.throttle_percent = Some(30);
+        assert_eq!(shown(&f, &MigrationProgress::default()).throttle_percent, Some(30));
+        f.status = "completed".into();
+        assert_eq!(report(&f, &MigrationProgress::default(), now())["throttlePercent"], Value::Null);
     }
 
     #[test]

@@ -322,6 +322,8 @@ api_struct! {
         connections: Option<u32>,
         /// How memory is compressed on its way (`zstd`); unset when it is not.
         compression: Option<String>,
+        /// By how many per cent auto-converge slows the guest down at present; unset when it does not.
+        throttle_percent: Option<u64>,
         /// Which pass over the memory.
         iteration: Option<u64>,
         /// Since when post-copy has had no link; unset while it has one.

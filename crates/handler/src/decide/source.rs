@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use godwit_api::FailureCause as Cause;
-use godwit_launcher::rpc::{DomainPhase, MigrationFacts, MigrationMode, MigrationRole, State};
+use godwit_launcher::rpc::{Ability, DomainPhase, MigrationFacts, MigrationMode, MigrationRole, State};
 
 use super::causes::{self, ABORTED};
 use super::limits::{Overdue, overdue};
@@ -197,6 +197,9 @@ fn under_way(
         if let Some(single) = link.and_then(|l| l.single) {
             plan.event("Migrating", format!("VirtualMachineInstance is migrating: {}.", single.as_str()));
         }
+        for unused in unused(m, pod, link) {
+            plan.event("Migrating", unused);
+        }
         return;
     }
     if m.abort_requested && m.abort_status.is_none() {
@@ -240,6 +243,24 @@ fn under_way(
     changes.extend(progress(pod, link, plan));
     plan.write(changes);
     plan.wake(REPORT_EVERY);
+}
+
+/// What the configuration allows and this migration cannot use, in words (docs/data-plane.md, "What goes with what").
+fn unused(m: &MigrationView, pod: &PodView, link: Option<&SourceView>) -> Vec<&'static str> {
+    let mut said = Vec::new();
+    if m.allow_post_copy && !m.allow_workload_disruption {
+        said.push("Post-copy is allowed and is not used: allowWorkloadDisruption is off.");
+    } else if m.allow_post_copy && link.is_some_and(|link| !link.post_copy_offered) {
+        said.push(
+            "Post-copy is allowed and cannot be used: the target cannot receive so (userfaultfd), or disks are copied.",
+        );
+    }
+    // A launcher that says nothing of its abilities is older.
+    let ability = pod.launcher.last().map(|state| state.ability).unwrap_or_default();
+    if m.allow_auto_converge && ability != Ability::default() && !ability.tracks_writes {
+        said.push("Auto-converge is allowed and has no effect: this guest's QEMU sends its memory in one pass.");
+    }
+    said
 }
 
 fn started(facts: &Facts, f: &MigrationFacts) -> Change {

@@ -1,5 +1,7 @@
 //! The sending half, up to the progress it reports.
 
+use godwit_launcher::rpc::Ability;
+
 use super::*;
 
 #[test]
@@ -77,4 +79,28 @@ fn kubevirts_test_hooks_are_obeyed() {
     let mut facts = target_facts(coming(), answers(state(DomainPhase::Undefined)), false);
     facts.vmi.blocks_target = true;
     assert_eq!(decide(&facts), Plan::default());
+}
+
+#[test]
+fn what_was_asked_for_and_is_not_used_is_said() {
+    let said = |m: MigrationView, post_copy_offered, tracks_writes| {
+        let mut state = sent("active");
+        state.ability = Ability { channels: 2, tracks_writes, ..Ability::default() };
+        let link = SourceView { post_copy_offered, ..link() };
+        let plan = decide(&source_facts(m, answers(state), Some(link)));
+        events(&plan).into_iter().skip(1).map(|(_, said)| said.to_owned()).collect::<Vec<_>>()
+    };
+    let all = MigrationView {
+        allow_post_copy: true,
+        allow_workload_disruption: true,
+        allow_auto_converge: true,
+        ..published()
+    };
+    assert_eq!(said(all.clone(), true, true), [""; 0]);
+    let told = said(all.clone(), false, false);
+    assert!(told.len() == 2 && told[0].starts_with("Post-copy is allowed and cannot be used"), "{told:?}");
+    assert!(told[1].starts_with("Auto-converge is allowed and has no effect"), "{told:?}");
+    let told = said(MigrationView { allow_workload_disruption: false, ..all }, true, true);
+    assert_eq!(told, ["Post-copy is allowed and is not used: allowWorkloadDisruption is off."]);
+    assert_eq!(said(published(), false, false), [""; 0], "nothing was asked for");
 }
