@@ -4,7 +4,7 @@
 
 mod place;
 
-use godwit_guest_rom::Story;
+use godwit_guest_rom::{Parameters, Story};
 use godwit_qemu::instance::{Arrived, Filling, Incoming, Outgoing, Prelaunch, Running, Serving, Settled};
 use godwit_qemu::machine::Machine;
 use godwit_qemu::migration::{Mode, Options};
@@ -363,6 +363,43 @@ async fn a_cancellation_at_any_moment_leaves_one_guest_that_runs() {
     }
     eprintln!("{stayed} stayed, {left} had left");
     assert!(stayed > 0 && left > 0, "{stayed} stayed, {left} had left");
+    running.qemu().quit().await;
+}
+
+#[tokio::test]
+async fn a_guest_that_outruns_its_link_is_slowed_down_where_that_is_allowed() {
+    // All of 13 MiB once in 0.7 s, over a link of 4 MiB a second.
+    let place = Place::new(Parameters { pages_per_tick: 50, ..writer() });
+    let (source, mut here) = place.source().await;
+    if !source.qemu().tracks_writes() {
+        let version = source.qemu().version();
+        eprintln!("skipped: under TCG QEMU {version} sends a guest in one pass, and slows it down only between passes");
+        return;
+    }
+    let mut story = Story::default();
+    here.hear(&mut story, 10).await;
+    let (target, mut there) = target(&place).await;
+    let options = Options { bandwidth: Some(4 * SLOW), auto_converge: true, ..Options::default() };
+    let options = Options { post_copy: true, ..options };
+    let mut outgoing = source.migrate(&place.path("flight"), &options, None).await.map_err(|e| e.1).unwrap();
+    active(&mut outgoing).await;
+    let work = async {
+        while outgoing.facts().throttle_percent.is_none() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            outgoing.look().await.unwrap();
+            assert!(!outgoing.facts().is_final(), "it came to its end without: {:?}", outgoing.facts());
+        }
+    };
+    tokio::time::timeout(PATIENCE, work).await.expect("it is not slowed down");
+    let percent = outgoing.facts().throttle_percent.unwrap();
+    eprintln!("slowed down by {percent} % in pass {}", outgoing.facts().passes);
+    assert!((1..=99).contains(&percent), "{percent}");
+    outgoing.limit_bandwidth(None).await.unwrap();
+    let departed = leave(outgoing).await;
+    let running = run(target).await;
+    departed.qemu().quit().await;
+    here.drain(&mut story).await;
+    there.hear(&mut story, 20).await;
     running.qemu().quit().await;
 }
 
