@@ -6,8 +6,8 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
 use schemars::JsonSchema;
 use serde::Deserialize;
 
-use crate::Condition;
 use crate::vmi::VirtualMachineInstanceMigrationState;
+use crate::{Condition, Quantity, names};
 
 /// The wish to move one VMI to another node. Deleting it cancels.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize, JsonSchema)]
@@ -205,6 +205,12 @@ impl VirtualMachineInstanceMigration {
     /// The VMI's name, empty when it is missing.
     pub fn vmi_name(&self) -> &str {
         self.spec.vmi_name.as_deref().unwrap_or("")
+    }
+
+    /// What its annotation says of its bandwidth; one that is no quantity says nothing.
+    pub fn bandwidth(&self) -> Option<Quantity> {
+        let said = self.metadata.annotations.as_ref()?.get(names::ANNOTATION_BANDWIDTH)?;
+        Some(Quantity(said.clone())).filter(|quantity| quantity.bytes().is_ok())
     }
 
     /// A condition by its type.

@@ -14,10 +14,13 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-/// What the demo guest says of itself on port 80.
-fn ask(namespace: &Namespace, address: IpAddr) -> Result<Value, String> {
+/// Where the guest answers: also at the ports by which KubeVirt calls a migration's streams, which are free for guests here.
+const PORTS: [u16; 3] = [80, 49152, 49153];
+
+/// What the demo guest says of itself on a port.
+fn ask(namespace: &Namespace, address: IpAddr, port: u16) -> Result<Value, String> {
     let mut stream = namespace
-        .connect(SocketAddr::from((address, 80)), Duration::from_secs(2))
+        .connect(SocketAddr::from((address, port)), Duration::from_secs(2))
         .map_err(|error| error.to_string())?;
     stream.set_read_timeout(Some(Duration::from_secs(5))).map_err(|error| error.to_string())?;
     stream.write_all(b"GET / HTTP/1.0\r\n\r\n").map_err(|error| error.to_string())?;
@@ -27,8 +30,16 @@ fn ask(namespace: &Namespace, address: IpAddr) -> Result<Value, String> {
     serde_json::from_str(body).map_err(|error| format!("{error} in {answer:?}"))
 }
 
-/// Asks until there is an answer; a minute is more than enough for a guest to boot.
+/// Asks at each of its ports until there is an answer, and what that is.
 async fn facts(cluster: &Cluster, node: &str, vmi: &str) -> (IpAddr, Value) {
+    for port in &PORTS[1..] {
+        facts_at(cluster, node, vmi, *port).await;
+    }
+    facts_at(cluster, node, vmi, PORTS[0]).await
+}
+
+/// A minute is more than enough for a guest to boot.
+async fn facts_at(cluster: &Cluster, node: &str, vmi: &str, port: u16) -> (IpAddr, Value) {
     let namespace = Namespace::open(&cluster.namespace(node)).expect("the node's namespace");
     let deadline = Instant::now() + Duration::from_secs(60);
     let mut last = String::new();
@@ -36,7 +47,7 @@ async fn facts(cluster: &Cluster, node: &str, vmi: &str) -> (IpAddr, Value) {
         let object = cluster.vmis().get(vmi).await.expect("VMI");
         if let Ok(address) = status(&object, "interfaces/0/ipAddress").parse() {
             let namespace = namespace.clone();
-            match tokio::task::spawn_blocking(move || ask(&namespace, address)).await.expect("ask") {
+            match tokio::task::spawn_blocking(move || ask(&namespace, address, port)).await.expect("ask") {
                 Ok(facts) => return (address, facts),
                 Err(error) => last = error,
             }
@@ -44,7 +55,7 @@ async fn facts(cluster: &Cluster, node: &str, vmi: &str) -> (IpAddr, Value) {
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
     let object = cluster.vmis().get(vmi).await.expect("VMI");
-    panic!("{vmi} does not answer {node}: {last}; it is {}\n{}", object.data, cluster.words());
+    panic!("{vmi} does not answer {node} on port {port}: {last}; it is {}\n{}", object.data, cluster.words());
 }
 
 async fn succeeds(cluster: &Cluster, migration: &str) {
@@ -62,6 +73,7 @@ async fn behind_masquerade_a_guest_is_reached_before_and_after_its_move() {
     let image = "godwit.local/demo-guest:latest";
     let built = cluster.godwit(&["image", "build", image, &pair("vmlinuz"), &pair("initrd")]);
     assert!(built.status.success(), "run `make guest` first: {}", text(&built.stderr));
+    let ports = PORTS.map(|port| json!({"port": port}));
     cluster
         .apply(json!({
             "apiVersion": "kubevirt.io/v1", "kind": "VirtualMachineInstance", "metadata": {"name": "inner"},
@@ -69,9 +81,9 @@ async fn behind_masquerade_a_guest_is_reached_before_and_after_its_move() {
                 "terminationGracePeriodSeconds": 180,
                 "domain": {
                     "memory": {"guest": "192Mi"},
-                    "devices": {"rng": {}, "interfaces": [{"name": "default", "masquerade": {}}]},
+                    "devices": {"rng": {}, "interfaces": [{"name": "default", "masquerade": {}, "ports": ports}]},
                     "firmware": {"kernelBoot": {
-                        "kernelArgs": "console=ttyS0 quiet godwit.hostname=inner",
+                        "kernelArgs": "console=ttyS0 quiet godwit.hostname=inner godwit.ports=80,49152,49153",
                         "container": {"image": image, "kernelPath": "/boot/vmlinuz", "initrdPath": "/boot/initrd"},
                     }},
                 },

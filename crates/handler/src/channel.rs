@@ -1,8 +1,10 @@
 //! The mTLS channels between the two handlers of one migration.
 //!
-//! The target's handler listens on one random port a channel; the source's handler dials. On every connection each end
+//! The target's handler listens on one random port a channel; the source's handler dials. On the control channel each end
 //! first checks that the other is the node recorded in the VMI's `migrationState`; then the source sends one line,
-//! `{"migrationUid": "…"}`, and the target answers `{"accepted": true}` or `{"refused": "why"}`.
+//! `{"migrationUid": "…", "identity": "…"}`, and the target answers `{"accepted": true, "identity": "…"}` or
+//! `{"refused": "why"}`. The other channels are open to those two identities only ([`crate::credentials`]); a first line and an
+//! answer open each of their connections too. An older handler tells no identity: then the streams are for the two nodes.
 //!
 //! - The memory channel is accepted once for each of the connections that were agreed over the control channel
 //!   ([`Request::Carry`]), and once when nothing was. The greeting says which of them it is (`stream`, from 0, QEMU's main
@@ -17,25 +19,27 @@ use std::collections::BTreeMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use futures::future::BoxFuture;
 use godwit_launcher::rpc::{Ability, Cause, DiskRoom, Transport};
+use rustls::ClientConfig;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 use tokio_rustls::{TlsAcceptor, TlsConnector};
+use tokio_util::either::Either;
 
+use crate::credentials::{Claim, Fingerprint, MigrationIdentity};
+use crate::door::{Door, Guest, Keys, Refusals};
 use crate::frames::{self, Inlets};
 use crate::pump::{self, Carried};
 use crate::recovery::Recoveries;
 use crate::sockets::SocketDir;
 use crate::streams::{Memory, Stream};
-use crate::tls::{Identity, TlsError, check_node};
+use crate::tls::{Identity, TlsError};
 
 /// Inner port of the control channel in `targetDirectMigrationNodePorts` (KubeVirt's number for the hypervisor's own socket).
 pub const CONTROL: i32 = 0;
@@ -46,11 +50,6 @@ pub const BLOCKS: i32 = 49153;
 
 /// Longest line of the control protocol; more is a broken or hostile peer.
 const MAX_LINE: u64 = 64 * 1024;
-/// How long a peer may take for handshake and greeting.
-const GREETING_TIME: Duration = Duration::from_secs(5);
-/// Handshakes in progress at one listener; more wait in the backlog.
-const HANDSHAKES: usize = 8;
-
 /// Why a channel could not be opened or used.
 #[derive(Debug, thiserror::Error)]
 pub enum ChannelError {
@@ -90,12 +89,23 @@ impl ChannelError {
 }
 
 /// First line on a connection.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-struct Greeting {
-    migration_uid: String,
+pub(crate) struct Greeting {
+    /// What it is for.
+    pub migration_uid: String,
+    /// Which connection it is.
     #[serde(flatten)]
-    place: Place,
+    pub place: Place,
+    /// At the control channel: what the source's streams will be known by. A handler that does not know of that says nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub identity: Option<Fingerprint>,
+    /// At the control channel: the streams shall go in the clear.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub plain: bool,
+    /// On a stream in the clear: the answer to the [`Question`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub proof: Option<String>,
 }
 
 /// What a connection is for, among those of the same channel.
@@ -110,6 +120,13 @@ pub struct Place {
     pub recovery: Option<u64>,
 }
 
+impl From<u8> for Place {
+    /// Connection `stream` of the first link.
+    fn from(stream: u8) -> Self {
+        Self { stream, recovery: None }
+    }
+}
+
 #[allow(clippy::trivially_copy_pass_by_ref, reason = "serde asks for it")]
 fn is_main(stream: &u8) -> bool {
     *stream == 0
@@ -118,10 +135,28 @@ fn is_main(stream: &u8) -> bool {
 /// Its answer.
 #[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
-struct Welcome {
-    accepted: bool,
+pub(crate) struct Welcome {
+    /// Come in.
+    pub accepted: bool,
+    /// Why not.
     #[serde(skip_serializing_if = "Option::is_none")]
-    refused: Option<String>,
+    pub refused: Option<String>,
+    /// At the control channel: what the target will be known by on the streams.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub identity: Option<Fingerprint>,
+    /// At the control channel: the streams go in the clear, and this is what both ends prove to know there.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub secret: Option<String>,
+    /// On a stream in the clear: the target's own proof.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub proof: Option<String>,
+}
+
+/// The target's first line on a stream in the clear.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Question {
+    /// Never asked before.
+    pub question: String,
 }
 
 /// What the source's handler asks over the control channel. All can be repeated.
@@ -229,6 +264,8 @@ pub struct TargetOptions {
     pub migration_uid: String,
     /// The only node that may connect.
     pub source_node: String,
+    /// The streams go in the clear if the source wants that too.
+    pub plain: bool,
     /// Address to listen on.
     pub address: IpAddr,
     /// The launcher's sockets for the streams, by inner port; none opens only the control channel.
@@ -248,7 +285,7 @@ pub struct TargetChannels {
     /// Bytes of the streams so far.
     pub carried: Arc<Carried>,
     /// Connections that were refused.
-    pub refused: Arc<AtomicU64>,
+    pub refused: Arc<Refusals>,
     tasks: Vec<JoinHandle<()>>,
 }
 
@@ -266,24 +303,27 @@ impl TargetChannels {
     /// # Errors
     /// When the node's certificate cannot be used or the address cannot be bound.
     pub async fn open(identity: &Identity, options: TargetOptions) -> Result<Self, ChannelError> {
-        let acceptor = TlsAcceptor::from(identity.server()?);
-        let refused = Arc::new(AtomicU64::new(0));
+        let nodes = TlsAcceptor::from(identity.server()?);
+        let keys = Arc::new(Keys::new(&options.migration_uid, options.plain)?);
+        let refused = Arc::new(Refusals::default());
         let carried = Arc::new(Carried::default());
-        let door = Arc::new(Door {
-            acceptor,
-            migration_uid: options.migration_uid,
-            source_node: options.source_node,
+        let door = |channel, inner| Door {
+            channel,
+            inner,
+            uid: options.migration_uid.clone(),
+            source_node: options.source_node.clone(),
+            nodes: nodes.clone(),
+            keys: keys.clone(),
             refused: refused.clone(),
-            handshakes: Semaphore::new(HANDSHAKES),
-        });
+        };
         let mut tasks = Vec::new();
         let (listener, control_port) = bind(options.address).await?;
         let mut memory = Some(Memory::new(options.control.clone(), options.recoveries));
         let control = options.control;
-        tasks.push(tokio::spawn(door.clone().serve(listener, "control", move |stream, _| {
+        tasks.push(tokio::spawn(door("control", CONTROL).serve(listener, move |guest| {
             let control = control.clone();
             async move {
-                if let Err(error) = serve_control(stream, control).await {
+                if let Err(error) = serve_control(guest, control).await {
                     tracing::info!(%error, "control channel ended");
                 }
             }
@@ -295,16 +335,14 @@ impl TargetChannels {
             let stream = Arc::new(Stream {
                 channel: if inner == MEMORY { "memory" } else { "blocks" },
                 memory: memory.take_if(|_| inner == MEMORY),
-                uid: door.migration_uid.clone(),
+                uid: options.migration_uid.clone(),
                 dir,
                 socket,
                 carried: carried.clone(),
                 refused: refused.clone(),
             });
-            let channel = stream.channel;
-            tasks.push(tokio::spawn(
-                door.clone().serve(listener, channel, move |tls, place| stream.clone().carry(tls, place)),
-            ));
+            let door = door(stream.channel, inner);
+            tasks.push(tokio::spawn(door.serve(listener, move |guest| stream.clone().carry(guest))));
         }
         Ok(Self { address: options.address, ports, carried, refused, tasks })
     }
@@ -324,100 +362,15 @@ async fn bind(address: IpAddr) -> Result<(TcpListener, u16), ChannelError> {
     Ok((listener, port))
 }
 
-/// A connection as the listening half has it; the reader may already hold bytes after the greeting.
-pub(crate) type Served = BufReader<tokio_rustls::server::TlsStream<TcpStream>>;
-
-/// Decides who comes in.
-struct Door {
-    acceptor: TlsAcceptor,
-    migration_uid: String,
-    source_node: String,
-    refused: Arc<AtomicU64>,
-    handshakes: Semaphore,
+async fn serve_control(mut guest: Guest, control: Arc<dyn TargetControl>) -> io::Result<()> {
+    guest.accept().await?;
+    answer_all(guest.stream, control).await
 }
 
-impl Door {
-    async fn serve<F, Fut>(self: Arc<Self>, listener: TcpListener, channel: &'static str, serve: F)
-    where
-        F: Fn(Served, Place) -> Fut + Send + Sync + 'static,
-        Fut: Future<Output = ()> + Send + 'static,
-    {
-        let serve = Arc::new(serve);
-        // Ends the connections with the listener.
-        let mut connections = tokio::task::JoinSet::new();
-        loop {
-            while connections.try_join_next().is_some() {}
-            let (stream, peer) = match listener.accept().await {
-                Ok(accepted) => accepted,
-                Err(error) => {
-                    tracing::warn!(%error, channel, "cannot accept; trying again");
-                    tokio::time::sleep(Duration::from_millis(100)).await;
-                    continue;
-                }
-            };
-            let (door, serve) = (self.clone(), serve.clone());
-            connections.spawn(async move {
-                let entered = {
-                    let Ok(_permit) = door.handshakes.acquire().await else { return };
-                    match tokio::time::timeout(GREETING_TIME, door.enter(stream)).await {
-                        Ok(result) => result,
-                        Err(_) => Err("no handshake and greeting in time".to_owned()),
-                    }
-                };
-                match entered {
-                    Ok((stream, place)) => serve(stream, place).await,
-                    Err(reason) => {
-                        door.refused.fetch_add(1, Ordering::Relaxed);
-                        tracing::warn!(%peer, channel, migration = %door.migration_uid, %reason, "connection refused");
-                    }
-                }
-            });
-        }
-    }
-
-    /// Lets in who may come in, with what it says that it is.
-    async fn enter(&self, stream: TcpStream) -> Result<(Served, Place), String> {
-        pump::prepare(&stream).map_err(|e| e.to_string())?;
-        let stream = self.acceptor.accept(stream).await.map_err(|e| format!("handshake: {e}"))?;
-        let node = match stream.get_ref().1.peer_certificates().and_then(|chain| chain.first()) {
-            Some(cert) => check_node(cert, &self.source_node),
-            None => Err("peer shows no certificate".to_owned()),
-        };
-        let mut stream = BufReader::with_capacity(4096, stream);
-        let greeting: Result<Option<Greeting>, _> = read_line(&mut stream).await;
-        let verdict = match (node, greeting) {
-            (Err(reason), _) => Err(reason),
-            (Ok(()), Ok(Some(greeting))) if greeting.migration_uid == self.migration_uid => Ok(greeting.place),
-            (Ok(()), Ok(Some(greeting))) => {
-                Err(format!("migration {:?} is not the one expected here", greeting.migration_uid))
-            }
-            (Ok(()), Ok(None)) => Err("closed before the greeting".to_owned()),
-            (Ok(()), Err(e)) => Err(format!("greeting: {e}")),
-        };
-        match verdict {
-            Ok(place) => Ok((stream, place)),
-            Err(reason) => {
-                let _ = refuse(&mut stream, &reason).await;
-                Err(reason)
-            }
-        }
-    }
-}
-
-pub(crate) async fn accept(stream: &mut (impl tokio::io::AsyncWrite + Unpin)) -> io::Result<()> {
-    write_line(stream, &Welcome { accepted: true, refused: None }).await
-}
-
-pub(crate) async fn refuse(stream: &mut Served, reason: &str) -> io::Result<()> {
-    write_line(stream, &Welcome { accepted: false, refused: Some(reason.to_owned()) }).await?;
-    stream.shutdown().await
-}
-
-async fn serve_control<S>(mut stream: S, control: Arc<dyn TargetControl>) -> io::Result<()>
+async fn answer_all<S>(mut stream: S, control: Arc<dyn TargetControl>) -> io::Result<()>
 where
     S: tokio::io::AsyncBufRead + tokio::io::AsyncWrite + Unpin,
 {
-    accept(&mut stream).await?;
     loop {
         let request = match read_line::<Request, _>(&mut stream).await {
             Ok(Some(request)) => request,
@@ -442,7 +395,11 @@ where
 }
 
 /// One JSON value a line; `None` at the end of the stream.
-async fn read_line<T: DeserializeOwned, R: tokio::io::AsyncBufRead + Unpin>(stream: &mut R) -> io::Result<Option<T>> {
+pub(crate) async fn read_line<T, R>(stream: &mut R) -> io::Result<Option<T>>
+where
+    T: DeserializeOwned,
+    R: tokio::io::AsyncBufRead + Unpin,
+{
     let mut line = Vec::new();
     match stream.take(MAX_LINE).read_until(b'\n', &mut line).await {
         Ok(0) => return Ok(None),
@@ -456,7 +413,11 @@ async fn read_line<T: DeserializeOwned, R: tokio::io::AsyncBufRead + Unpin>(stre
     serde_json::from_slice(&line).map(Some).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))
 }
 
-async fn write_line<T: Serialize, W: tokio::io::AsyncWrite + Unpin>(stream: &mut W, value: &T) -> io::Result<()> {
+pub(crate) async fn write_line<T, W>(stream: &mut W, value: &T) -> io::Result<()>
+where
+    T: Serialize,
+    W: tokio::io::AsyncWrite + Unpin,
+{
     let mut line = serde_json::to_vec(value)?;
     line.push(b'\n');
     stream.write_all(&line).await?;
@@ -474,92 +435,181 @@ pub struct Target {
     pub address: IpAddr,
 }
 
-/// A connection as the dialling half has it; the reader may already hold bytes after the greeting.
-pub type Dialled = BufReader<tokio_rustls::client::TlsStream<TcpStream>>;
+/// A connection as the dialling half has it, encrypted or in the clear; the reader may already hold bytes after the greeting.
+pub type Dialled = BufReader<Either<tokio_rustls::client::TlsStream<TcpStream>, TcpStream>>;
+
+/// What the streams' doors know this end by.
+#[derive(Clone)]
+pub enum StreamKey {
+    /// The identities of this migration, or, with an older handler at the other end, the two nodes' certificates.
+    Tls(Arc<ClientConfig>),
+    /// A secret; the streams go in the clear.
+    Secret(Arc<str>),
+}
 
 impl Target {
-    /// Dials one channel, greets, and waits to be accepted.
+    /// Dials connection `place` of the stream with inner port `inner`, greets, and waits to be accepted.
     ///
     /// # Errors
-    /// When the target cannot be reached within `limit`, is another node than expected, or refuses.
-    pub async fn dial(&self, identity: &Identity, port: u16, limit: Duration) -> Result<Dialled, ChannelError> {
-        self.dial_place(identity, port, Place::default(), limit).await
-    }
-
-    /// Dials connection `number` of the memory stream.
-    ///
-    /// # Errors
-    /// As [`Target::dial`].
+    /// When the target cannot be reached within `limit`, is not who it should be, or refuses.
     pub async fn dial_stream(
         &self,
-        identity: &Identity,
-        port: u16,
-        number: u8,
+        key: &StreamKey,
+        (inner, port): (i32, u16),
+        place: impl Into<Place>,
         limit: Duration,
     ) -> Result<Dialled, ChannelError> {
-        self.dial_place(identity, port, Place { stream: number, recovery: None }, limit).await
+        let (migration_uid, place) = (self.migration_uid.clone(), place.into());
+        let greeting = Greeting { migration_uid, place, ..Greeting::default() };
+        self.within(port, limit, async {
+            match key {
+                StreamKey::Tls(config) => Ok(self.greet(config.clone(), port, &greeting).await?.0),
+                StreamKey::Secret(secret) => self.greet_in_the_clear(secret, (inner, port), greeting).await,
+            }
+        })
+        .await
     }
 
-    /// Dials one of several connections of a channel.
-    ///
-    /// # Errors
-    /// As [`Target::dial`].
-    pub async fn dial_place(
+    async fn within<T>(
         &self,
-        identity: &Identity,
         port: u16,
-        place: Place,
         limit: Duration,
-    ) -> Result<Dialled, ChannelError> {
-        let address = SocketAddr::new(self.address, port);
-        let config = identity.client(&self.node)?;
-        let io = |what| move |source| ChannelError::Io { what, address, source };
-        let dial = async {
-            let stream = TcpStream::connect(address).await.map_err(io("cannot reach the target's handler at"))?;
-            pump::prepare(&stream).map_err(io("cannot set up the connection to"))?;
-            let stream = TlsConnector::from(config)
-                .connect(self.address.into(), stream)
-                .await
-                .map_err(io("handshake with the target's handler at"))?;
-            let mut stream = BufReader::with_capacity(4096, stream);
-            let greeting = Greeting { migration_uid: self.migration_uid.clone(), place };
-            write_line(&mut stream, &greeting).await.map_err(io("greeting the target's handler at"))?;
-            let welcome: Option<Welcome> =
-                read_line(&mut stream).await.map_err(io("greeting the target's handler at"))?;
-            match welcome {
-                Some(Welcome { accepted: true, .. }) => Ok(stream),
-                Some(Welcome { refused, .. }) => {
-                    Err(ChannelError::Refused { address, reason: refused.unwrap_or_else(|| "no reason given".into()) })
-                }
-                None => Err(io("greeting the target's handler at")(io::ErrorKind::UnexpectedEof.into())),
-            }
-        };
+        dial: impl Future<Output = Result<T, ChannelError>>,
+    ) -> Result<T, ChannelError> {
         match tokio::time::timeout(limit, dial).await {
             Ok(result) => result,
-            Err(_) => Err(io("cannot reach the target's handler at")(io::ErrorKind::TimedOut.into())),
+            Err(_) => Err(self.io(port, REACH)(io::ErrorKind::TimedOut.into())),
         }
     }
+
+    fn io(&self, port: u16, what: &'static str) -> impl Fn(io::Error) -> ChannelError + Copy {
+        let address = SocketAddr::new(self.address, port);
+        move |source| ChannelError::Io { what, address, source }
+    }
+
+    async fn connect(&self, port: u16) -> Result<TcpStream, ChannelError> {
+        let address = SocketAddr::new(self.address, port);
+        let stream = TcpStream::connect(address).await.map_err(self.io(port, REACH))?;
+        pump::prepare(&stream).map_err(self.io(port, "cannot set up the connection to"))?;
+        Ok(stream)
+    }
+
+    async fn greet(
+        &self,
+        config: Arc<ClientConfig>,
+        port: u16,
+        greeting: &Greeting,
+    ) -> Result<(Dialled, Welcome), ChannelError> {
+        let stream = TlsConnector::from(config)
+            .connect(self.address.into(), self.connect(port).await?)
+            .await
+            .map_err(self.io(port, "handshake with the target's handler at"))?;
+        let mut stream = BufReader::with_capacity(4096, Either::Left(stream));
+        write_line(&mut stream, greeting).await.map_err(self.io(port, GREET))?;
+        let welcome = self.welcome(port, &mut stream).await?;
+        Ok((stream, welcome))
+    }
+
+    async fn greet_in_the_clear(
+        &self,
+        secret: &str,
+        (inner, port): (i32, u16),
+        mut greeting: Greeting,
+    ) -> Result<Dialled, ChannelError> {
+        let io = self.io(port, GREET);
+        let mut stream: Dialled = BufReader::with_capacity(4096, Either::Right(self.connect(port).await?));
+        let asked: Option<Question> = read_line(&mut stream).await.map_err(io)?;
+        let Question { question } = asked.ok_or_else(|| io(io::ErrorKind::UnexpectedEof.into()))?;
+        let place = greeting.place;
+        let claim = Claim { end: "source", uid: &self.migration_uid, inner, place, question: &question };
+        greeting.proof = Some(claim.proof(secret));
+        write_line(&mut stream, &greeting).await.map_err(io)?;
+        let welcome = self.welcome(port, &mut stream).await?;
+        let theirs = Claim { end: "target", ..claim };
+        if !theirs.is_proven(secret, welcome.proof.as_deref().unwrap_or_default()) {
+            let why = "whoever answers does not know this migration's secret";
+            return Err(io(io::Error::new(io::ErrorKind::PermissionDenied, why)));
+        }
+        Ok(stream)
+    }
+
+    async fn welcome(&self, port: u16, stream: &mut Dialled) -> Result<Welcome, ChannelError> {
+        let address = SocketAddr::new(self.address, port);
+        match read_line::<Welcome, _>(stream).await.map_err(self.io(port, GREET))? {
+            Some(welcome) if welcome.accepted => Ok(welcome),
+            Some(Welcome { refused, .. }) => {
+                Err(ChannelError::Refused { address, reason: refused.unwrap_or_else(|| "no reason given".into()) })
+            }
+            None => Err(self.io(port, GREET)(io::ErrorKind::UnexpectedEof.into())),
+        }
+    }
+}
+
+const REACH: &str = "cannot reach the target's handler at";
+const GREET: &str = "greeting the target's handler at";
+
+/// What the source's end of a migration is known by.
+pub struct Credentials {
+    /// The node's certificate, for the control channel.
+    pub node: Identity,
+    /// Its own for this migration, for the streams; without one the control channel is all that it wants.
+    pub own: Option<Arc<MigrationIdentity>>,
+    /// The streams shall go in the clear, if the target agrees.
+    pub plain: bool,
 }
 
 /// The source's end of the control channel.
 pub struct Control {
     stream: Dialled,
     address: SocketAddr,
+    /// What opens the streams, as was agreed here.
+    pub key: StreamKey,
+}
+
+impl StreamKey {
+    /// The streams go in the clear.
+    #[must_use]
+    pub fn is_plain(&self) -> bool {
+        matches!(self, Self::Secret(_))
+    }
 }
 
 impl Control {
     /// Dials the control channel.
     ///
     /// # Errors
-    /// As [`Target::dial`].
+    /// When the target cannot be reached within `limit`, is another node than expected, or refuses.
     pub async fn connect(
         target: &Target,
-        identity: &Identity,
+        credentials: &Credentials,
         port: u16,
         limit: Duration,
     ) -> Result<Self, ChannelError> {
-        let stream = target.dial(identity, port, limit).await?;
-        Ok(Self { stream, address: SocketAddr::new(target.address, port) })
+        let Credentials { node, own, plain } = credentials;
+        let nodes = node.client(&target.node)?;
+        let greeting = Greeting {
+            migration_uid: target.migration_uid.clone(),
+            identity: own.as_ref().map(|own| own.fingerprint()),
+            plain: *plain,
+            ..Greeting::default()
+        };
+        let (stream, welcome) = target.within(port, limit, target.greet(nodes.clone(), port, &greeting)).await?;
+        let key = match (own, welcome) {
+            (None, _) => StreamKey::Tls(nodes),
+            (_, Welcome { secret: Some(secret), .. }) if *plain => StreamKey::Secret(secret.into()),
+            (Some(own), Welcome { identity: Some(theirs), .. }) => StreamKey::Tls(own.client(&theirs)?),
+            _ => {
+                tracing::info!(
+                    migration = target.migration_uid,
+                    "the target's handler is older: the streams are known by the nodes' certificates"
+                );
+                StreamKey::Tls(nodes)
+            }
+        };
+        if *plain && !key.is_plain() {
+            tracing::warn!(migration = target.migration_uid, "the target wants its streams encrypted, and they are");
+        }
+        Ok(Self { stream, address: SocketAddr::new(target.address, port), key })
     }
 
     /// Asks and waits for the answer. After an error the channel is of no more use: dial again.

@@ -67,6 +67,11 @@ pub enum Action {
         /// The pod.
         pod: String,
     },
+    /// Order another bandwidth of a migration that runs.
+    Limit {
+        /// The pod.
+        pod: String,
+    },
     /// Order its cancellation.
     Cancel {
         /// The pod.

@@ -87,6 +87,8 @@ pub struct MigrationView {
     pub abort_status: Option<String>,
     /// `migrationConfiguration.bandwidthPerMigration` in bytes per second; 0 is unlimited.
     pub bandwidth: u64,
+    /// `disableTLS`: memory and disks go in the clear.
+    pub disable_tls: bool,
     /// `maxDowntimeMs`.
     pub max_downtime_ms: Option<u64>,
     /// `completionTimeoutPerGiB` times what is to be copied; none is for ever.
@@ -207,6 +209,8 @@ pub struct SourceView {
     pub post_copy_offered: bool,
     /// Why memory goes over one connection, where that was a choice.
     pub single: Option<Single>,
+    /// Memory and disks go in the clear.
+    pub plain: bool,
     /// Why it is not ready; `None` while it is being dialled.
     pub error: Option<String>,
     /// How long this half exists.

@@ -25,7 +25,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt, BufWriter};
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
 
-use crate::channel::{Answer, ChannelError, Control, Request};
+use crate::channel::{Answer, ChannelError, Control, Credentials, Request};
 use crate::facts::{self, Launcher};
 use crate::networks::{NetworkError, Port};
 use crate::source_link::{DIAL_LIMIT, Endpoint};
@@ -235,8 +235,8 @@ impl Run {
 
     async fn dial(&self) -> Result<Control, ChannelError> {
         let endpoint = self.endpoint.borrow().clone();
-        let identity = Identity::load(&self.tls)?;
-        Control::connect(&endpoint.target(), &identity, endpoint.control, DIAL_LIMIT).await
+        let credentials = Credentials { node: Identity::load(&self.tls)?, own: None, plain: false };
+        Control::connect(&endpoint.target(), &credentials, endpoint.control, DIAL_LIMIT).await
     }
 
     fn guest(&mut self) -> Guest {

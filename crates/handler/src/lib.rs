@@ -10,7 +10,9 @@
 
 pub mod channel;
 mod context;
+mod credentials;
 pub mod decide;
+mod door;
 mod events;
 pub mod facts;
 mod follow;

@@ -19,12 +19,13 @@ use tokio::net::UnixListener;
 use tokio::sync::{Notify, watch};
 use tokio::task::{AbortHandle, JoinHandle};
 
-use crate::channel::{self, Answer, ChannelError, Control, Dialled, Place, Request, Target};
+use crate::channel::{self, Answer, ChannelError, Control, Credentials, Dialled, Place, Request, StreamKey, Target};
+use crate::credentials::MigrationIdentity;
 use crate::facts::{self, Go, Launcher, TargetSays};
 use crate::pace::{self, Pace, Paced};
 use crate::pump::{self, Carried};
 use crate::sockets::SocketDir;
-use crate::tls::{Identity, TlsPaths};
+use crate::tls::{Identity, TlsError, TlsPaths};
 
 /// How long a dial may take.
 pub(crate) const DIAL_LIMIT: Duration = Duration::from_secs(5);
@@ -56,6 +57,8 @@ pub struct Endpoint {
     pub control: u16,
     /// Inner port and port of each stream.
     pub streams: Vec<(i32, u16)>,
+    /// They shall go in the clear, if the target agrees.
+    pub plain: bool,
 }
 
 impl Endpoint {
@@ -79,6 +82,8 @@ pub struct LinkState {
     pub single: Option<Single>,
     /// What the target has for the disks that are copied, by volume.
     pub rooms: BTreeMap<String, DiskRoom>,
+    /// Memory and disks go in the clear, as agreed with the target.
+    pub plain: bool,
     /// How the go went.
     pub go: Go,
     /// What the target's end said after the migration had failed.
@@ -153,6 +158,7 @@ impl SourceLink {
             wish,
             unserved: told,
             flowing: watch::Sender::new(false),
+            own: None,
         };
         let task = tokio::spawn(run.run(listeners));
         Self { uid, carried, state, endpoint: sender, unserved, task, streams }
@@ -199,6 +205,8 @@ struct Run {
     offset_us: i64,
     ability: Ability,
     wish: Wish,
+    /// What the streams are known by, once it is made.
+    own: Option<Arc<MigrationIdentity>>,
     unserved: watch::Receiver<bool>,
     /// QEMU's memory stream goes through this process.
     flowing: watch::Sender<bool>,
@@ -288,12 +296,22 @@ impl Run {
         }
     }
 
+    /// The node's certificate as it is now, and the identity that was made for this migration.
+    fn credentials(&mut self) -> Result<Credentials, TlsError> {
+        let own = match &self.own {
+            Some(own) => own.clone(),
+            None => self.own.insert(Arc::new(MigrationIdentity::new(&self.uid, "source")?)).clone(),
+        };
+        Ok(Credentials { node: Identity::load(&self.tls)?, own: Some(own), plain: self.endpoint.borrow().plain })
+    }
+
     /// Opens what is needed for the start.
     async fn open(&mut self, listeners: Vec<(i32, UnixListener)>) -> Result<Control, ChannelError> {
         let endpoint = self.endpoint.borrow_and_update().clone();
-        let identity = Arc::new(Identity::load(&self.tls)?);
         let target = endpoint.target();
-        let mut control = Control::connect(&target, &identity, endpoint.control, DIAL_LIMIT).await?;
+        let mut control = Control::connect(&target, &self.credentials()?, endpoint.control, DIAL_LIMIT).await?;
+        let key = control.key.clone();
+        self.set(|s| s.plain = key.is_plain());
         // Dialled ahead, so that QEMU's first byte finds an open channel.
         let mut memory = None;
         let mut blocks = None;
@@ -313,7 +331,7 @@ impl Run {
             let numbers = 0..=transport.channels;
             match &memory {
                 Some((port, _)) => {
-                    let dial = |number| target.dial_stream(&identity, *port, number, DIAL_LIMIT);
+                    let dial = |number| target.dial_stream(&key, (channel::MEMORY, *port), number, DIAL_LIMIT);
                     futures::future::try_join_all(numbers.map(dial)).await
                 }
                 None => Ok(Vec::new()),
@@ -327,7 +345,7 @@ impl Run {
         if let Some((port, listener)) = blocks {
             let (uid, carried) = (self.uid.clone(), self.carried.clone());
             let (launcher, cap) = (self.launcher.clone(), self.wish.bandwidth);
-            let to = (target, port, identity);
+            let to = (target, port, key);
             let task = tokio::spawn(carry_blocks(uid, listener, to, launcher, cap, carried));
             self.streams.lock().unwrap_or_else(PoisonError::into_inner).push(task.abort_handle());
         }
@@ -373,8 +391,8 @@ impl Run {
     /// Dials the control channel at the place that is published now.
     async fn redial(&mut self) -> Result<Control, ChannelError> {
         let endpoint = self.endpoint.borrow_and_update().clone();
-        let identity = Identity::load(&self.tls)?;
-        let mut control = Control::connect(&endpoint.target(), &identity, endpoint.control, DIAL_LIMIT).await?;
+        let credentials = self.credentials()?;
+        let mut control = Control::connect(&endpoint.target(), &credentials, endpoint.control, DIAL_LIMIT).await?;
         self.offset_us = control.clock_offset_us(DIAL_LIMIT).await?;
         Ok(control)
     }
@@ -545,9 +563,10 @@ impl Run {
         let port = endpoint.streams.iter().find(|(inner, _)| *inner == channel::MEMORY).map(|(_, port)| *port);
         let port = port.ok_or_else(|| not_yet(&"the target has not published where memory goes"))?;
         let dir = self.dir.clone().ok_or_else(|| not_yet(&"the launcher's sockets cannot be reached"))?;
-        let identity = Identity::load(&self.tls).map_err(|e| not_yet(&e))?;
+        let key = control.as_ref().map(|control| control.key.clone());
+        let key = key.ok_or_else(|| not_yet(&"the control channel is lost"))?;
         let place = Place { stream: 0, recovery: Some(number) };
-        let dialled = endpoint.target().dial_place(&identity, port, place, DIAL_LIMIT).await;
+        let dialled = endpoint.target().dial_stream(&key, (channel::MEMORY, port), place, DIAL_LIMIT).await;
         let dialled = dialled.map_err(|e| not_yet(&e))?;
         let socket = format!("again-{number}.sock");
         let listener = dir.listen(&socket).map_err(|e| not_yet(&e))?;
@@ -720,7 +739,7 @@ async fn carry_memory(uid: String, listener: UnixListener, channels: Vec<Dialled
 async fn carry_blocks(
     uid: String,
     listener: UnixListener,
-    (target, port, identity): (Target, u16, Arc<Identity>),
+    (target, port, key): (Target, u16, StreamKey),
     mut launcher: watch::Receiver<Launcher>,
     cap: Option<u64>,
     carried: Arc<Carried>,
@@ -740,9 +759,9 @@ async fn carry_blocks(
             }
         };
         while connections.try_join_next().is_some() {}
-        let (uid, target, identity, carried) = (uid.clone(), target.clone(), identity.clone(), carried.clone());
+        let (uid, target, key, carried) = (uid.clone(), target.clone(), key.clone(), carried.clone());
         connections.spawn(async move {
-            match target.dial(&identity, port, DIAL_LIMIT).await {
+            match target.dial_stream(&key, (channel::BLOCKS, port), 0, DIAL_LIMIT).await {
                 Ok(channel) => {
                     if let Err(error) = pump::pump(local, channel, carried).await {
                         tracing::warn!(migration = %uid, %error, "a disk's stream broke");

@@ -2,14 +2,14 @@
 
 use std::collections::BTreeSet;
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use godwit_launcher::rpc::Transport;
 use tokio::io::AsyncBufReadExt;
 use tokio::sync::watch;
 
-use crate::channel::{Place, Served, TargetControl, accept, refuse};
+use crate::channel::{Place, TargetControl};
+use crate::door::{Guest, Refusals};
 use crate::pump::{self, Carried};
 use crate::recovery::Recoveries;
 use crate::sockets::SocketDir;
@@ -29,12 +29,13 @@ pub struct Stream {
     /// Bytes so far.
     pub carried: Arc<Carried>,
     /// Connections that were refused.
-    pub refused: Arc<AtomicU64>,
+    pub refused: Arc<Refusals>,
 }
 
 impl Stream {
     /// Carries one connection, if it may be.
-    pub async fn carry(self: Arc<Self>, mut tls: Served, place: Place) {
+    pub async fn carry(self: Arc<Self>, mut guest: Guest) {
+        let place = guest.place;
         let (uid, channel) = (&self.uid, self.channel);
         let admitted = match &self.memory {
             Some(memory) => self.admit(memory, place).await,
@@ -43,22 +44,21 @@ impl Stream {
         let admitted = match admitted {
             Ok(admitted) => admitted,
             Err(reason) => {
-                self.refused.fetch_add(1, Ordering::Relaxed);
-                tracing::warn!(migration = %uid, ?place, reason, "connection refused");
-                let _ = refuse(&mut tls, &reason).await;
+                self.refused.note(uid, channel, guest.peer, &reason);
+                let _ = guest.refuse(&reason).await;
                 return;
             }
         };
         let began = std::time::Instant::now();
         let link = place.recovery.unwrap_or(0);
         let result = match (&self.memory, admitted) {
-            (None, _) => self.carry_alone(tls).await,
+            (None, _) => self.carry_alone(guest).await,
             (Some(memory), admitted) => tokio::select! {
                 result = async {
                     match admitted {
-                        Admitted::Alone => self.carry_alone(tls).await,
-                        Admitted::OneOfSeveral => self.carry_one_of(memory, tls, place.stream).await,
-                        Admitted::Recovery(socket) => self.carry_on(tls, &socket).await,
+                        Admitted::Alone => self.carry_alone(guest).await,
+                        Admitted::OneOfSeveral => self.carry_one_of(memory, guest, place.stream).await,
+                        Admitted::Recovery(socket) => self.carry_on(guest, &socket).await,
                     }
                 } => result,
                 error = memory.recoveries.superseded(link) => Err(error),
@@ -85,31 +85,31 @@ impl Stream {
 
     /// The link that follows a broken one. QEMU takes part as soon as it is connected, and up to 8.1 does not get over a link
     /// that breaks then: so it is connected when the source's has begun.
-    async fn carry_on(&self, mut tls: Served, socket: &str) -> io::Result<()> {
-        accept(&mut tls).await?;
-        if tls.fill_buf().await?.is_empty() {
+    async fn carry_on(&self, mut guest: Guest, socket: &str) -> io::Result<()> {
+        guest.accept().await?;
+        if guest.stream.fill_buf().await?.is_empty() {
             return Ok(());
         }
         let local = self.dir.connect(socket).await?;
         self.dir.remove(socket);
-        pump::pump(local, tls, self.carried.clone()).await
+        pump::pump(local, guest.stream, self.carried.clone()).await
     }
 
-    async fn carry_alone(&self, mut tls: Served) -> io::Result<()> {
+    async fn carry_alone(&self, mut guest: Guest) -> io::Result<()> {
         let local = self.dir.connect(&self.socket).await?;
-        accept(&mut tls).await?;
-        pump::pump(local, tls, self.carried.clone()).await
+        guest.accept().await?;
+        pump::pump(local, guest.stream, self.carried.clone()).await
     }
 
     /// One connection of several. If one of them breaks the others end with it: a QEMU that waits for the page that it would
     /// have brought must not wait for ever.
-    async fn carry_one_of(&self, memory: &Memory, mut tls: Served, number: u8) -> io::Result<()> {
+    async fn carry_one_of(&self, memory: &Memory, mut guest: Guest, number: u8) -> io::Result<()> {
         let mut broken = memory.broken.subscribe();
         let work = async {
             // QEMU reads a new connection's first bytes before it does anything else, so there have to be some.
             let begins = async {
-                accept(&mut tls).await?;
-                tls.fill_buf().await.map(|first| !first.is_empty())
+                guest.accept().await?;
+                guest.stream.fill_buf().await.map(|first| !first.is_empty())
             };
             if !matches!(begins.await, Ok(true)) {
                 // Dialled ahead in vain; it may be dialled again.
@@ -124,7 +124,7 @@ impl Stream {
             if number == 0 {
                 memory.main.send_replace(true);
             }
-            pump::pump(local, tls, self.carried.clone()).await
+            pump::pump(local, guest.stream, self.carried.clone()).await
         };
         let result = tokio::select! {
             result = work => result,

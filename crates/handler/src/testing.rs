@@ -33,9 +33,22 @@ impl Ca {
 
     /// Writes a certificate and its key into `dir`.
     pub fn issue(&self, dir: &Path, cn: &str, san: &[&str]) -> TlsPaths {
-        let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::new(san.iter().map(|s| (*s).to_owned()).collect::<Vec<_>>()).unwrap();
         params.distinguished_name.push(DnType::CommonName, cn);
+        self.sign(dir, params)
+    }
+
+    /// The certificate of a node that was good for a day in 2001.
+    pub fn expired(&self, dir: &Path, cn: &str) -> Identity {
+        let mut params = CertificateParams::default();
+        params.distinguished_name.push(DnType::CommonName, cn);
+        params.not_before = rcgen::date_time_ymd(2001, 1, 1);
+        params.not_after = rcgen::date_time_ymd(2001, 1, 2);
+        Identity::load(&self.sign(dir, params)).unwrap()
+    }
+
+    fn sign(&self, dir: &Path, params: CertificateParams) -> TlsPaths {
+        let key = KeyPair::generate().unwrap();
         let cert = params.signed_by(&key, &self.issuer).unwrap();
         let paths = TlsPaths { ca: dir.join("ca.crt"), cert: dir.join("tls.crt"), key: dir.join("tls.key") };
         std::fs::write(&paths.ca, &self.pem).unwrap();

@@ -83,13 +83,15 @@ impl Identity {
     /// # Errors
     /// When key and certificate do not match.
     pub fn server(&self) -> Result<Arc<ServerConfig>, TlsError> {
-        let config = ServerConfig::builder_with_provider(self.provider.clone())
+        let mut config = ServerConfig::builder_with_provider(self.provider.clone())
             .with_protocol_versions(&[&rustls::version::TLS13])
             .and_then(|b| {
                 b.with_client_cert_verifier(self.clients.clone())
                     .with_single_cert(self.chain.clone(), self.key.clone_key())
             })
             .map_err(|e| TlsError::Setup(e.to_string()))?;
+        // No session is taken up again, by whomever.
+        config.send_tls13_tickets = 0;
         Ok(Arc::new(config))
     }
 
@@ -118,7 +120,7 @@ impl Identity {
 }
 
 /// Ring's suites with AES-128 first: the stream is bulk data, and 128 bits cost a third less than 256.
-fn fast_provider() -> CryptoProvider {
+pub(crate) fn fast_provider() -> CryptoProvider {
     let mut provider = rustls::crypto::ring::default_provider();
     provider.cipher_suites.sort_by_key(|suite| match suite.suite() {
         rustls::CipherSuite::TLS13_AES_128_GCM_SHA256 => 0,
@@ -141,27 +143,36 @@ fn read_certificates(path: &PathBuf) -> Result<Vec<CertificateDer<'static>>, Str
 /// # Errors
 /// A sentence for the log, naming what the certificate says.
 pub fn check_node(cert: &CertificateDer<'_>, node: &str) -> Result<(), String> {
-    let (_, parsed) = X509Certificate::from_der(cert).map_err(|e| format!("peer's certificate is malformed: {e}"))?;
-    let mut names = Vec::new();
-    for cn in parsed.subject().iter_common_name() {
-        if let Ok(cn) = cn.as_str() {
-            if cn.strip_prefix(NODE_PREFIX) == Some(node) {
-                return Ok(());
-            }
-            names.push(format!("CN={cn}"));
-        }
-    }
-    if let Ok(Some(san)) = parsed.subject_alternative_name() {
-        for name in &san.value.general_names {
-            if let GeneralName::DNSName(dns) = name {
-                if *dns == node {
-                    return Ok(());
-                }
-                names.push(format!("DNS={dns}"));
-            }
-        }
-    }
-    Err(format!("peer is [{}], expected node {node}", names.join(", ")))
+    let (_, parsed) = X509Certificate::from_der(cert).map_err(malformed)?;
+    let is_node = common_names(&parsed).any(|cn| cn.strip_prefix(NODE_PREFIX) == Some(node))
+        || dns_names(&parsed).any(|dns| dns == node);
+    if is_node { Ok(()) } else { Err(format!("peer is [{}], expected node {node}", names(cert)?)) }
+}
+
+/// The names that a certificate carries, for the log.
+///
+/// # Errors
+/// A sentence for the log.
+pub(crate) fn names(cert: &CertificateDer<'_>) -> Result<String, String> {
+    let (_, parsed) = X509Certificate::from_der(cert).map_err(malformed)?;
+    let common = common_names(&parsed).map(|cn| format!("CN={cn}"));
+    Ok(common.chain(dns_names(&parsed).map(|dns| format!("DNS={dns}"))).collect::<Vec<_>>().join(", "))
+}
+
+fn malformed(error: impl std::fmt::Display) -> String {
+    format!("peer's certificate is malformed: {error}")
+}
+
+fn common_names<'a>(cert: &'a X509Certificate<'_>) -> impl Iterator<Item = &'a str> {
+    cert.subject().iter_common_name().filter_map(|cn| cn.as_str().ok())
+}
+
+fn dns_names<'a>(cert: &'a X509Certificate<'_>) -> impl Iterator<Item = &'a str> {
+    let names = cert.subject_alternative_name().ok().flatten().map(|san| &san.value.general_names);
+    names.into_iter().flatten().filter_map(|name| match name {
+        GeneralName::DNSName(dns) => Some(*dns),
+        _ => None,
+    })
 }
 
 /// Accepts a server that has a node certificate of the cluster and is the expected node. Migration endpoints are dialled

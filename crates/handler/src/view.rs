@@ -58,6 +58,7 @@ fn migration(vmi: &VirtualMachineInstance) -> Option<MigrationView> {
         abort_requested: state.abort_requested.unwrap_or(false),
         abort_status: state.abort_status.as_ref().map(|s| s.as_str().to_owned()).filter(|s| !s.is_empty()),
         bandwidth: config.bandwidth_per_migration.as_ref().and_then(|q| q.bytes().ok()).unwrap_or(0),
+        disable_tls: config.disable_tls.unwrap_or(false),
         max_downtime_ms: config.max_downtime_ms,
         completion_limit: completion_limit.map(Duration::from_secs),
         progress_limit: progress_limit.map(Duration::from_secs),

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use godwit_api::vmi::VirtualMachineInstance;
@@ -500,6 +499,7 @@ impl Source {
             ready: state.ready,
             post_copy_offered: state.post_copy_offered,
             single: state.single,
+            plain: state.plain,
             error: state.error,
             age: self.first_dialled.elapsed(),
             start_error: self.start_error.clone(),
@@ -537,7 +537,7 @@ impl Drop for Target {
         tracing::info!(
             migration = %self.uid,
             bytes = self.channels.carried.total(),
-            refused = self.channels.refused.load(Ordering::Relaxed),
+            refused = self.channels.refused.count(),
             "target's channels closed"
         );
     }

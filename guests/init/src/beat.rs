@@ -74,9 +74,9 @@ pub fn forever(facts: &Facts) -> ! {
 }
 
 /// Answers every HTTP request with the facts; one for `/verify` after all blocks of the disks were read back.
-pub fn serve(facts: &Facts) {
+pub fn serve(facts: &Facts, port: u16) {
     let listener = loop {
-        match TcpListener::bind((Ipv4Addr::UNSPECIFIED, 80)) {
+        match TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)) {
             Ok(listener) => break listener,
             Err(_) => std::thread::sleep(Duration::from_millis(500)),
         }

@@ -17,6 +17,8 @@ pub struct Options {
     pub gateway: Option<std::net::Ipv4Addr>,
     /// Host name.
     pub hostname: String,
+    /// Where it answers HTTP.
+    pub ports: Vec<u16>,
     /// MiB of memory kept and verified.
     pub working_set_mib: usize,
     /// MiB a second rewritten.
@@ -42,6 +44,7 @@ impl Options {
             }),
             gateway: value("godwit.gw").and_then(|v| v.parse().ok()),
             hostname: value("godwit.hostname").unwrap_or("godwit-guest").to_owned(),
+            ports: value("godwit.ports").unwrap_or("80").split(',').filter_map(|port| port.parse().ok()).collect(),
             working_set_mib: number("godwit.wss", 16).max(1),
             dirty_mib_per_second: number("godwit.dirty", 1),
             disks: value("godwit.disks")

@@ -5,7 +5,8 @@
 //! Kernel command line: `godwit.ip=ADDR/PREFIX`, `godwit.gw=ADDR`, `godwit.hostname=NAME`, `godwit.wss=MiB` (memory kept
 //! and verified, default 16), `godwit.dirty=MiB/s` (rate of rewriting it, default 1), `godwit.witness=ADDR:PORT` (send a
 //! numbered datagram there every `godwit.witness-us` microseconds, default 2000), `godwit.disks=NAME,…` (write to the first
-//! 4 MiB of these disks all the time, and verify them; `GET /verify` reads all of it back).
+//! 4 MiB of these disks all the time, and verify them; `GET /verify` reads all of it back), `godwit.ports=PORT,…` (where it
+//! answers HTTP, default 80).
 
 mod agent;
 mod beat;
@@ -29,8 +30,10 @@ fn main() {
     let memory = memory::start(options.working_set_mib, options.dirty_mib_per_second);
     let mut facts = beat::Facts::new(options.hostname.clone(), memory);
     facts.write_to(&options.disks);
-    let served = facts.clone();
-    thread::spawn(move || beat::serve(&served));
+    for port in options.ports {
+        let served = facts.clone();
+        thread::spawn(move || beat::serve(&served, port));
+    }
     thread::spawn(echo::serve);
     if let Some(to) = options.witness {
         let token = facts.token().to_owned();

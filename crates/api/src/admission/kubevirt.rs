@@ -75,7 +75,6 @@ fn warn(at: &str, migrations: &MigrationConfiguration, warnings: &mut Vec<String
         }
     };
     say(migrations.network.is_some(), "network");
-    say(migrations.disable_tls == Some(true), "disableTLS");
     say(migrations.match_selinux_level_on_migration.is_some(), "matchSELinuxLevelOnMigration");
     say(migrations.utility_volumes_timeout.is_some(), "utilityVolumesTimeout");
     say(migrations.unsafe_migration_override == Some(true), "unsafeMigrationOverride");

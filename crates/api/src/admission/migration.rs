@@ -5,8 +5,10 @@ use serde_json::{Value, json};
 use super::{Cause, Denial, Operation, Request, Verdict, add_finalizer, installation, label, object_at, read};
 use crate::gates::LIVE_MIGRATION;
 use crate::names::conditions::LIVE_MIGRATABLE;
+use crate::names::{
+    ANNOTATION_BANDWIDTH, ANNOTATION_REQUESTED_BY, CONTROLLER_USER, FINALIZER_MIGRATION, LABEL_VMI_NAME,
+};
 use crate::names::{ANNOTATION_LATEST_OBSERVED_API_VERSION, ANNOTATION_STORAGE_OBSERVED_API_VERSION};
-use crate::names::{ANNOTATION_REQUESTED_BY, CONTROLLER_USER, FINALIZER_MIGRATION, LABEL_VMI_NAME};
 use crate::{VirtualMachineInstanceMigration, Vmi};
 
 const CREATE: &str = "migration-create-validator.kubevirt.io";
@@ -63,8 +65,18 @@ pub(super) fn validate(request: &Request<'_>) -> Verdict {
     }
 }
 
+/// A bandwidth that cannot be is refused where somebody says it.
+fn check_bandwidth(webhook: &'static str, object: &Value) -> Result<(), Box<Denial>> {
+    let Some(said) = annotation(object, ANNOTATION_BANDWIDTH) else { return Ok(()) };
+    let Err(error) = crate::Quantity(said.to_owned()).bytes() else { return Ok(()) };
+    let field = format!("metadata.annotations[{ANNOTATION_BANDWIDTH}]");
+    let text = error.to_string();
+    Err(Box::new(Denial::causes(webhook, vec![Cause::invalid(&field, text)])))
+}
+
 fn create(request: &Request<'_>, object: &Value) -> Verdict {
     let migration: VirtualMachineInstanceMigration = read(CREATE, object)?;
+    check_bandwidth(CREATE, object)?;
     let plain = |message: String| Err(Box::new(Denial::plain(CREATE, message)));
     let cause = |cause: Cause| Err(Box::new(Denial::causes(CREATE, vec![cause])));
     if migration.vmi_name().is_empty() {
@@ -116,6 +128,9 @@ fn update(object: &Value, old: &Value) -> Verdict {
     if object.get("spec") != old.get("spec") {
         let text = "update of Migration object's spec is restricted";
         return Err(Box::new(Denial::causes(UPDATE, vec![Cause::unsupported("spec", text)])));
+    }
+    if annotation(object, ANNOTATION_BANDWIDTH) != annotation(old, ANNOTATION_BANDWIDTH) {
+        check_bandwidth(UPDATE, object)?;
     }
     let phase = old.pointer("/status/phase").and_then(Value::as_str).unwrap_or_default();
     let Some(before) = label(old, LABEL_VMI_NAME).filter(|_| !crate::MigrationPhase::from(phase).is_final()) else {

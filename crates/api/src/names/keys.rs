@@ -75,6 +75,8 @@ pub const ANNOTATION_UTILITY_VOLUMES_TIMEOUT: &str = "kubevirt.io/migrationUtili
 pub const ANNOTATION_REQUESTED_BY: &str = "godwit.io/requested-by";
 /// Godwit's own, on the KubeVirt object: `v1alpha3` for the old meaning of feature gates ([`crate::gates`]).
 pub const ANNOTATION_FEATURE_GATES: &str = "godwit.io/feature-gates";
+/// Godwit's own: bytes a second for this migration from now on, also while it runs, on VMIMs. A quantity; `0` is unlimited.
+pub const ANNOTATION_BANDWIDTH: &str = "godwit.io/bandwidth-per-migration";
 /// KubeVirt's test hook: no back-off, on VMIMs.
 pub const ANNOTATION_TEST_IGNORE_BACKOFF: &str = "kubevirt.io/func-test-ignore-migration-backoff";
 /// The newest API version that the controller saw.

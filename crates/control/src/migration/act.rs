@@ -6,7 +6,7 @@ use godwit_api::names::events::{self, reason};
 use godwit_api::vmi::{
     AbortStatus, MigrationSourceState, MigrationTargetState, VirtualMachineInstanceMigrationState as State,
 };
-use godwit_api::{MigrationPhase as Phase, Quantity, VirtualMachineInstance};
+use godwit_api::{MigrationPhase as Phase, Quantity, VirtualMachineInstance, config};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
 use super::observe::Situation;
@@ -129,6 +129,22 @@ fn hand_over(situation: &Situation<'_>, plan: &mut Plan) {
     let labels = told.metadata.labels.get_or_insert_default();
     labels.insert(names::LABEL_MIGRATION_TARGET_NODE_NAME.to_owned(), target_node.unwrap_or_default());
     plan.update(vmi.as_ref(), &told);
+}
+
+/// The bandwidth may be changed on the way: tells the VMI, from which the source's handler has it.
+pub fn set_bandwidth(situation: &Situation<'_>, plan: &mut Plan) {
+    let (Some(vmi), Some(state)) = (situation.vmi, situation.own_state()) else { return };
+    let Some(told) = &state.migration_configuration else { return };
+    let ended = state.completed == Some(true) || state.failed == Some(true);
+    if ended || config::bandwidth_bytes(told) == config::bandwidth_bytes(&situation.configuration) {
+        return;
+    }
+    let mut told = vmi.as_ref().clone();
+    let configuration = told.status.migration_state.as_mut().and_then(|state| state.migration_configuration.as_mut());
+    if let Some(configuration) = configuration {
+        configuration.bandwidth_per_migration = situation.configuration.bandwidth_per_migration.clone();
+        plan.update(vmi.as_ref(), &told);
+    }
 }
 
 /// The source has not started (the write is refused if it has since): the migration can be failed from here.

@@ -398,3 +398,42 @@ fn migrations_go_with_their_vmi() {
     assert!(cluster.get(Kind::VirtualMachineInstance, &name("demo")).is_none());
     assert_eq!((phase(&cluster, "old").as_str(), phase(&cluster, "job").as_str()), ("gone", "gone"));
 }
+
+#[test]
+fn the_bandwidth_can_be_changed_while_it_runs() {
+    let mut cluster = cluster(&[("demo", "node1")]);
+    run(&mut cluster, "job", "demo");
+    let bandwidth =
+        |cluster: &Cluster| state(cluster, "demo")["migrationConfiguration"]["bandwidthPerMigration"].clone();
+    assert_eq!(bandwidth(&cluster), "64Mi");
+    let say = |cluster: &mut Cluster, text: Value| {
+        let annotations = json!({"godwit.io/bandwidth-per-migration": text});
+        cluster.patch(Kind::Migration, &name("job"), json!({"metadata": {"annotations": annotations}}));
+        cluster.settle();
+    };
+    for (said, holds) in [("8Mi", "8Mi"), ("8192Ki", "8Mi"), ("fast", "8Mi"), ("0", "0")] {
+        say(&mut cluster, json!(said));
+        assert_eq!(bandwidth(&cluster), holds, "{said}");
+        let shown = &status(&cluster, "job")["migrationState"]["migrationConfiguration"]["bandwidthPerMigration"];
+        assert_eq!(shown, holds);
+        assert!(cluster.decide(&Key::Migration(name("job"))).is_quiet());
+    }
+    say(&mut cluster, Value::Null);
+    assert_eq!(bandwidth(&cluster), "0", "taken away it changes nothing");
+    // What is over is not written to.
+    tell(&mut cluster, "demo", json!({"completed": true, "failed": true}));
+    say(&mut cluster, json!("9Mi"));
+    assert_eq!(bandwidth(&cluster), "0");
+}
+
+#[test]
+fn the_bandwidth_can_be_said_beforehand() {
+    let mut cluster = cluster(&[("demo", "node1")]);
+    migrate(&mut cluster, "job", "demo");
+    let annotations = json!({"godwit.io/bandwidth-per-migration": "7Mi"});
+    cluster.patch(Kind::Migration, &name("job"), json!({"metadata": {"annotations": annotations}}));
+    cluster.settle();
+    cluster.run_kubelets();
+    cluster.settle();
+    assert_eq!(state(&cluster, "demo")["migrationConfiguration"]["bandwidthPerMigration"], "7Mi");
+}

@@ -52,6 +52,10 @@ pub fn decide(name: &Name, view: &View<'_>) -> Plan {
     for action in row.actions {
         act::carry_out(*action, observation.fact, &situation, &mut after, &mut plan, &mut events);
     }
+    // What a row of the table tells the VMI goes first.
+    if plan.effects.is_empty() {
+        act::set_bandwidth(&situation, &mut plan);
+    }
     let now = Time(view.now);
     if row.to != row.from {
         enter(&mut after, &row.to, &now);

@@ -61,6 +61,10 @@ impl<'a> Situation<'a> {
         if let Some(configuration) = situation.own_state().and_then(|state| state.migration_configuration.clone()) {
             situation.configuration = configuration;
         }
+        // Its own word on the bandwidth counts at any time.
+        if let Some(bandwidth) = migration.bandwidth() {
+            situation.configuration.bandwidth_per_migration = Some(bandwidth);
+        }
         situation
     }
 

@@ -6,6 +6,7 @@
 mod common;
 
 mod cancel;
+mod channels;
 mod contract;
 mod deadlines;
 mod limits;

@@ -200,6 +200,9 @@ fn under_way(
         for unused in unused(m, pod, link) {
             plan.event("Migrating", unused);
         }
+        if link.is_some_and(|l| l.plain) {
+            plan.event("Migrating", "VirtualMachineInstance is migrating in the clear: disableTLS is set.");
+        }
         return;
     }
     if m.abort_requested && m.abort_status.is_none() {
@@ -242,6 +245,9 @@ fn under_way(
     changes.extend(mode(m, f));
     changes.extend(progress(pod, link, plan));
     plan.write(changes);
+    if !cancelled {
+        limit(m, pod, f, plan);
+    }
     plan.wake(REPORT_EVERY);
 }
 
@@ -261,6 +267,13 @@ fn unused(m: &MigrationView, pod: &PodView, link: Option<&SourceView>) -> Vec<&'
         said.push("Auto-converge is allowed and has no effect: this guest's QEMU sends its memory in one pass.");
     }
     said
+}
+
+/// The bandwidth may be changed on the way.
+fn limit(m: &MigrationView, pod: &PodView, f: &MigrationFacts, plan: &mut Plan) {
+    if f.bandwidth_limit.unwrap_or(0) != m.bandwidth {
+        plan.act(Action::Limit { pod: pod.name.clone() });
+    }
 }
 
 fn started(facts: &Facts, f: &MigrationFacts) -> Change {
@@ -336,6 +349,9 @@ fn hand_over(
                 }
             }
             plan.write(changes);
+            if f.status == "postcopy-active" {
+                limit(m, pod, f, plan);
+            }
             if begins {
                 plan.event("Migrating", "VirtualMachineInstance is migrating.");
             }

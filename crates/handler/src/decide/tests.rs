@@ -170,6 +170,7 @@ fn orders(plan: &Plan) -> Vec<String> {
             Action::Abandon { pod, uid } => Some(format!("abandon {pod} {uid}")),
             Action::Dial { pod, memory } => Some(format!("dial {pod} {memory}")),
             Action::Migrate { pod } => Some(format!("migrate {pod}")),
+            Action::Limit { pod } => Some(format!("limit {pod}")),
             Action::Cancel { pod, .. } => Some(format!("cancel {pod}")),
             Action::Disrupt { pod, how, .. } => Some(format!("{how:?} {pod}")),
             Action::CloseSource => Some("close source".into()),

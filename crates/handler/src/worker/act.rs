@@ -44,6 +44,7 @@ pub(super) fn endpoint(m: &MigrationView) -> Option<Endpoint> {
         address: m.target_address.as_deref()?.parse().ok()?,
         control: m.port(CONTROL)?,
         streams: [MEMORY, BLOCKS].into_iter().filter_map(|inner| Some((inner, m.port(inner)?))).collect(),
+        plain: m.disable_tls,
     })
 }
 
@@ -71,6 +72,7 @@ impl Worker {
             }
             Action::Dial { pod, memory } => self.dial(&pod, memory, m),
             Action::Migrate { pod } => self.migrate(vmi, &pod, m).await,
+            Action::Limit { pod } => self.limit(&pod, m).await,
             Action::Cancel { pod, uid, why } => self.cancel(&pod, &uid, why).await,
             Action::Disrupt { pod, uid, how } => self.disrupt(&pod, &uid, how).await,
             Action::CloseSource => {
@@ -276,6 +278,7 @@ impl Worker {
         let options = TargetOptions {
             migration_uid: uid.to_owned(),
             source_node: m.source_node.clone(),
+            plain: m.disable_tls,
             address: context.node_ip,
             streams,
             control: Arc::new(control),
@@ -360,20 +363,7 @@ impl Worker {
         m: Option<&MigrationView>,
     ) -> Result<(), Stop> {
         let (Some(m), Some(source)) = (m, &mut self.source) else { return Err(Stop::Stale) };
-        let Some(socket) = source.socket(MEMORY) else { return Err(Stop::Stale) };
-        let link = source.link.now();
-        let order = SourceOrder {
-            migration_uid: m.uid.clone(),
-            socket,
-            blocks_socket: source.socket(BLOCKS),
-            bandwidth_bytes_per_second: Some(m.bandwidth).filter(|b| *b > 0),
-            max_downtime_ms: m.max_downtime_ms,
-            allow_auto_converge: m.allow_auto_converge,
-            // Both ends have to be able to.
-            allow_post_copy: m.allow_post_copy && m.allow_workload_disruption && link.post_copy_offered,
-            transport: link.transport,
-            rooms: link.rooms,
-        };
+        let Some(order) = source.order(m) else { return Err(Stop::Stale) };
         let began = Instant::now();
         source.meter.restart();
         self.running = Some((m.uid.clone(), began, Duration::ZERO));
@@ -398,6 +388,17 @@ impl Worker {
             }
             Err(error) => Err(self.complain(format!("cannot start the migration: {error}")).await),
         }
+    }
+
+    /// Orders another bandwidth of the migration that runs.
+    async fn limit(&mut self, name: &str, m: Option<&MigrationView>) -> Result<(), Stop> {
+        let (Some(m), Some(source)) = (m, &self.source) else { return Ok(()) };
+        let Some(order) = source.order(m) else { return Ok(()) };
+        let pod = self.pods.get_mut(name).ok_or_else(|| Stop::Failed(format!("pod {name} is gone")))?;
+        let state = pod.follower.client.migrate(&order).await;
+        pod.follower.learn(state.map_err(|e| failed("change the migration's bandwidth", &e))?);
+        tracing::info!(vmi = self.name, migration = m.uid, bytes_per_second = m.bandwidth, "bandwidth changed");
+        Ok(())
     }
 
     /// Orders once what makes a migration end; a launcher that cannot is not asked again.
@@ -516,6 +517,25 @@ impl Worker {
             self.context.events.record(vmi, true, "Migrated", message);
         }
         self.migratable = (Some(Instant::now()), known);
+    }
+}
+
+impl Source {
+    /// The order to send; the same order with another bandwidth changes that.
+    fn order(&self, m: &MigrationView) -> Option<SourceOrder> {
+        let link = self.link.now();
+        Some(SourceOrder {
+            migration_uid: m.uid.clone(),
+            socket: self.socket(MEMORY)?,
+            blocks_socket: self.socket(BLOCKS),
+            bandwidth_bytes_per_second: Some(m.bandwidth).filter(|b| *b > 0),
+            max_downtime_ms: m.max_downtime_ms,
+            allow_auto_converge: m.allow_auto_converge,
+            // Both ends have to be able to.
+            allow_post_copy: m.allow_post_copy && m.allow_workload_disruption && link.post_copy_offered,
+            transport: link.transport,
+            rooms: link.rooms,
+        })
     }
 }
 

@@ -186,6 +186,9 @@ impl Vm {
             _ => return Ok(()),
         };
         limited.map_err(|e| refused(Refusal::Failed, e.to_string()))?;
+        if matches!(self.stage, Stage::Serving(_)) {
+            self.served();
+        }
         self.take_facts();
         Ok(())
     }

@@ -177,3 +177,23 @@ fn the_guest_is_paused_when_that_is_allowed_and_has_twice_the_time() {
     let refused = SourceView { pause: Ordered::Refused("no".into()), ..link() };
     assert_eq!(given_up(&after(801, disruptive(), sent("active"), refused)).unwrap().cause, FailureCause::OutOfTime);
 }
+
+#[test]
+fn another_bandwidth_is_ordered_until_the_launcher_has_it() {
+    let capped = MigrationView { bandwidth: 5 << 20, ..started() };
+    let mut state = sent("active");
+    assert_eq!(orders(&after(1, capped.clone(), state.clone(), link())), ["limit old"]);
+    state.migration.as_mut().unwrap().bandwidth_limit = Some(5 << 20);
+    assert_eq!(orders(&after(1, capped.clone(), state.clone(), link())), [""; 0]);
+    // 0 is unlimited, for which the launcher says nothing.
+    let unlimited = MigrationView { bandwidth: 0, ..started() };
+    assert_eq!(orders(&after(1, unlimited, state.clone(), link())), ["limit old"]);
+    // What is being given up is left alone.
+    let aborted = MigrationView { abort_requested: true, abort_status: Some("Aborting".into()), ..started() };
+    assert_eq!(orders(&after(1, aborted, state, link())), [""; 0]);
+    // In post-copy it holds as well.
+    let mut ahead = sent("postcopy-active");
+    ahead.migration.as_mut().unwrap().handed_over = true;
+    let going = SourceView { go: Go::Running(1), ..link() };
+    assert_eq!(orders(&after(1, capped, ahead, going)), ["limit old"]);
+}
