@@ -138,6 +138,10 @@ fn volume_blocker(
 ) -> Option<Blocker> {
     let message = if let Some(source) = &volume.persistent_volume_claim {
         let name = &source.claim_name;
+        // Its data is on its way there.
+        if vmi.status.migrated_volumes.iter().any(|moved| moved.volume_name == volume.name) {
+            return None;
+        }
         let rule = "live migration requires that all PVCs must be shared (using ReadWriteMany access mode)";
         match claim(name) {
             ClaimAccess::Modes(modes) if modes.iter().any(|mode| mode == "ReadWriteMany") => return None,
@@ -173,8 +177,11 @@ fn is_written(vmi: &Vmi, volume: &Volume) -> bool {
     vmi.spec.domain.devices.disks.iter().any(|disk| disk.name == volume.name && !disk.is_read_only())
 }
 
-/// What a migration has to copy: disks too when a volume is no claim, unless it is only a read-only CD-ROM.
+/// What a migration has to copy: disks too when a volume moves to another claim, or is no claim, unless it is only a read-only CD-ROM.
 pub fn migration_method(vmi: &Vmi) -> MigrationMethod {
+    if !vmi.status.migrated_volumes.is_empty() {
+        return MigrationMethod::BlockMigration;
+    }
     let copied = vmi.spec.volumes.iter().filter(|volume| volume.persistent_volume_claim.is_none()).any(|volume| {
         let mut disks = vmi.spec.domain.devices.disks.iter().filter(|disk| disk.name == volume.name);
         disks.any(|disk| disk.cdrom.is_none() || !disk.is_read_only())

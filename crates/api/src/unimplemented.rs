@@ -158,7 +158,6 @@ pub const VM_FIELDS: &[Field] = &[
     differs("instancetype", "the instancetype would say what the guest is"),
     differs("preference", "the preference would say what the guest is"),
     differs("dataVolumeTemplates", "DataVolumes would be the guest's disks"),
-    harmless("updateVolumesStrategy", "volumes are not replaced"),
 ];
 
 /// Which fields of the table are used in `spec`; `prefix` is the spec's own path, as `spec` or `spec.template.spec`.

@@ -5,7 +5,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::Condition;
-use crate::vmi::VirtualMachineInstanceSpec;
+use crate::vmi::{StorageMigratedVolumeInfo, VirtualMachineInstanceSpec};
 
 /// A virtual machine, running or not.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize, JsonSchema)]
@@ -30,6 +30,18 @@ api_struct! {
         run_strategy: Option<RunStrategy>,
         /// The VMI that is made for a run.
         template: Option<VirtualMachineInstanceTemplateSpec>,
+        /// What becomes of a running guest when its volumes are changed; `Replacement` when not said.
+        update_volumes_strategy: Option<UpdateVolumesStrategy>,
+    }
+}
+
+string_enum! {
+    /// What becomes of a running guest whose VM names other volumes.
+    UpdateVolumesStrategy default Replacement {
+        /// It gets them when it is started again.
+        Replacement = "Replacement",
+        /// Its data moves to them while it runs.
+        Migration = "Migration",
     }
 }
 
@@ -135,6 +147,8 @@ api_struct! {
         state_change_requests: Vec<StateChangeRequest>,
         /// Starts that failed.
         start_failure: Option<StartFailure>,
+        /// A change of volumes that is not over.
+        volume_update_state: Option<VolumeUpdateState>,
         /// The generation that was last dealt with.
         observed_generation: Option<i64>,
         /// The generation that is wanted.
@@ -143,6 +157,22 @@ api_struct! {
 }
 
 always_or_default!(VirtualMachineStatus);
+
+api_struct! {
+    /// A change of volumes that is not over.
+    VolumeUpdateState {
+        /// The one by migration.
+        volume_migration_state: Option<VolumeMigrationState>,
+    }
+}
+
+api_struct! {
+    /// Volumes on their way to other claims.
+    VolumeMigrationState {
+        /// Each of them.
+        migrated_volumes: Vec<StorageMigratedVolumeInfo>,
+    }
+}
 
 api_struct! {
     /// A start or a stop still to be done.

@@ -33,6 +33,9 @@ pub mod vm;
 pub mod vmi;
 #[cfg(test)]
 mod vmi_tests;
+pub mod volume_update;
+#[cfg(test)]
+mod volume_update_tests;
 pub mod volumes;
 mod world;
 

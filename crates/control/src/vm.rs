@@ -12,6 +12,7 @@ use crate::names;
 use crate::object::{Name, Stored};
 use crate::placement;
 use crate::plan::{EventType, Plan, VM_CONTROLLER, View};
+use crate::volume_update;
 
 /// The longest pause between two starts that fail.
 const MAX_BACK_OFF_SECONDS: i64 = 300;
@@ -55,7 +56,13 @@ pub fn decide(name: &Name, view: &View<'_>) -> Plan {
         note_start(&mut after, vmi.map(AsRef::as_ref), view);
         settle_requests(&mut after, vmi.map(AsRef::as_ref));
         let wish = wish(&after, vmi.map(AsRef::as_ref));
+        if let Some(vmi) = vmi {
+            // Written after the VM: its status has to say where the data is before the VMI says where it goes.
+            volume_update::decide(&mut after, vmi, view, &mut events);
+        }
+        let held = vmi.is_none() && volume_update::holds_up_start(&mut after, view.now);
         match (wish, vmi) {
+            (Wish::Start, None) if held => {}
             (Wish::Start, None) if found.is_none() => {
                 let retry =
                     after.status.start_failure.as_ref().and_then(|failure| failure.retry_after_timestamp.as_ref());
@@ -86,6 +93,9 @@ pub fn decide(name: &Name, view: &View<'_>) -> Plan {
     describe(&mut after, vmi.map(AsRef::as_ref), foreign, starting, view);
     plan.update(vm.as_ref(), &after);
     plan.effects.append(&mut events.effects);
+    if let Some(at) = events.wake_at {
+        plan.wake(at);
+    }
     plan
 }
 

@@ -252,6 +252,64 @@ async fn a_guest_on_a_local_claim_stays() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_running_guest_moves_from_a_local_claim_to_a_shared_one() {
+    let cluster = Cluster::start(2).await;
+    // It writes to its disk all the time, and checks each block before it writes it again.
+    cluster.build_rom_image(Parameters { disk_blocks: 64, disk_stride: 16, ..Parameters::default() });
+    cluster.apply(claim("here", "local", "ReadWriteOnce")).await.expect("apply");
+    cluster.apply(claim("everywhere", "shared", "ReadWriteMany")).await.expect("apply");
+    let vm = |claim: &str| {
+        json!({"apiVersion": "kubevirt.io/v1", "kind": "VirtualMachine", "metadata": {"name": "mover"},
+        "spec": {
+            "runStrategy": "Always", "updateVolumesStrategy": "Migration",
+            "template": {"metadata": {}, "spec": with_claim("mover", claim)["spec"]},
+        }})
+    };
+    cluster.apply(vm("here")).await.expect("apply");
+    let before = runs(&cluster, "mover").await;
+    let source = cluster.launchers("mover").await.remove(0).0;
+    let wrote = |lines: &[Line]| lines.iter().any(|line| matches!(line, Line::Beat { count, .. } if *count > 10));
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !wrote(&cluster.lines(&source).await) {
+        assert!(Instant::now() < deadline, "no beats: {}\n{}", cluster.console(&source).await, cluster.words());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+
+    cluster.apply(vm("everywhere")).await.expect("apply");
+    let there = |vmi: &DynamicObject| {
+        status(vmi, "nodeName") != status(&before, "nodeName")
+            && status(vmi, "migratedVolumes").is_empty()
+            && condition(vmi, "VolumesChange").is_null()
+    };
+    let after = cluster.wait(&cluster.vmis(), "mover", "it is on the other claim", there).await;
+    assert_eq!(after.metadata.uid, before.metadata.uid, "it was not started anew");
+    let claim = after.data.pointer("/spec/volumes/0/persistentVolumeClaim/claimName").and_then(Value::as_str);
+    assert_eq!(claim, Some("everywhere"));
+    let over = |vm: &DynamicObject| status(vm, "volumeUpdateState").is_empty();
+    cluster.wait(&cluster.vms(), "mover", "the change is over", over).await;
+    let made = cluster.migrations().list(&Default::default()).await.expect("list").items;
+    assert_eq!(made.len(), 1);
+    let label = made[0].metadata.labels.as_ref().and_then(|l| l.get("kubevirt.io/volume-update-in-progress"));
+    assert_eq!(label.map(String::as_str), Some("mover"));
+    succeeds(&cluster, made[0].metadata.name.as_deref().expect("a name")).await;
+    let shared = |vmi: &DynamicObject| condition(vmi, "LiveMigratable")["status"] == "True";
+    cluster.wait(&cluster.vmis(), "mover", "it can be moved on", shared).await;
+
+    // What it wrote at the source it finds at the target; and on again over the claim that both see.
+    cluster.migrate("mover", "on").await;
+    succeeds(&cluster, "on").await;
+    let (last, _) = cluster.launchers("mover").await.into_iter().find(|(pod, _)| *pod != source).expect("a launcher");
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !wrote(&cluster.lines(&last).await) {
+        assert!(Instant::now() < deadline, "no beats: {}\n{}", cluster.console(&last).await, cluster.words());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let wrong = |line: &Line| !matches!(line, Line::Beat { errors: 0, .. });
+    let lines = cluster.lines(&last).await;
+    assert!(!lines.iter().any(wrong), "{:?}", lines.iter().find(|line| wrong(line)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_vm_keeps_its_guest_running_until_it_is_halted() {
     let cluster = Cluster::start(1).await;
     cluster.build_rom_image(Parameters::default());

@@ -151,6 +151,8 @@ pub struct Worker {
     target: Option<Target>,
     source: Option<Source>,
     migratable: (Option<Instant>, write::Migratable),
+    /// Of which claims, and how many volumes on their way to others.
+    migratable_of: (Vec<String>, usize),
     /// Since when this process knows of the present migration.
     known: Option<(String, Instant)>,
     /// The migration that runs, since when, and for how long it had run before this process knew of it.
@@ -186,6 +188,7 @@ impl Worker {
             target: None,
             source: None,
             migratable: (None, write::Migratable::default()),
+            migratable_of: Default::default(),
             known: None,
             running: None,
             peer_seen: None,

@@ -92,6 +92,10 @@ pub fn patch(vmi: &VirtualMachineInstance, changes: &[Change], from: &Sources<'_
                 let at = time_of(*resume_us, from.now);
                 labels.insert(names::LABEL_NODE_NAME.into(), json!(from.node));
                 status.insert("nodeName".into(), json!(from.node));
+                // Its data came along.
+                if !vmi.status.migrated_volumes.is_empty() {
+                    status.insert("migratedVolumes".into(), Value::Null);
+                }
                 if vmi.status.evacuation_node_name.is_some() {
                     status.insert("evacuationNodeName".into(), Value::Null);
                 }

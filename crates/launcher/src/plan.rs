@@ -47,9 +47,9 @@ pub struct Inputs<'a> {
     pub arriving: bool,
 }
 
-/// A writable disk that the other end of a migration does not see.
+/// A disk that the guest can write to.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct LocalDisk {
+pub struct WritableDisk {
     /// Its place in `machine.disks`.
     pub number: usize,
     /// Its volume.
@@ -58,15 +58,19 @@ pub struct LocalDisk {
     pub path: PathBuf,
     /// The image that it lies above.
     pub base: Option<PathBuf>,
+    /// Both ends of a migration see it, as long as it stays on its claim.
+    pub shared: bool,
+    /// It comes from another claim: its content is still there.
+    pub comes: bool,
 }
 
-/// A machine, and which of its disks have to be copied when it moves.
+/// A machine, and what of its disks is on this node only.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Plan {
     /// The machine.
     pub machine: Machine,
-    /// The disks that have to be copied.
-    pub local_disks: Vec<LocalDisk>,
+    /// The disks that can change.
+    pub writable: Vec<WritableDisk>,
     /// What is known of each of the machine's disks, in their order; their sizes QEMU knows.
     pub volumes: Vec<VolumeState>,
 }
@@ -95,10 +99,10 @@ pub async fn plan(inputs: &Inputs<'_>) -> Result<Plan, Error> {
     let own = Some(vmi.uid()).filter(|uid| is_uuid(uid)).map(str::to_owned);
     machine.uuid = firmware.and_then(|f| f.uuid.clone()).or(own);
     machine.serial_number = firmware.and_then(|f| f.serial.clone());
-    let (local_disks, volumes) = disks(inputs, &mut machine).await?;
+    let (writable, volumes) = disks(inputs, &mut machine).await?;
     machine.nics = nics(inputs)?;
     boot_order(&mut machine);
-    Ok(Plan { machine, local_disks, volumes })
+    Ok(Plan { machine, writable, volumes })
 }
 
 fn invalid(message: impl Into<String>) -> Error {
@@ -175,12 +179,12 @@ fn boot(inputs: &Inputs<'_>) -> Result<Boot, Error> {
     boot_of_kernel(kernel.clone(), initrd, arguments).map_err(|e| invalid(format!("{}: {e}", kernel.display())))
 }
 
-type Disks = (Vec<LocalDisk>, Vec<VolumeState>);
+type Disks = (Vec<WritableDisk>, Vec<VolumeState>);
 
 async fn disks(inputs: &Inputs<'_>, machine: &mut Machine) -> Result<Disks, Error> {
     let preparer = Preparer { paths: inputs.paths, vmi: inputs.vmi, arriving: inputs.arriving };
     let unknown = VolumeFacts::default();
-    let (mut local, mut volumes) = (Vec::new(), Vec::new());
+    let (mut writable, mut volumes) = (Vec::new(), Vec::new());
     for spec in &inputs.vmi.spec.domain.devices.disks {
         let Some(volume) = inputs.vmi.spec.volumes.iter().find(|v| v.name == spec.name) else {
             return Err(invalid(format!("disk {} has no volume of its name", spec.name)));
@@ -189,12 +193,14 @@ async fn disks(inputs: &Inputs<'_>, machine: &mut Machine) -> Result<Disks, Erro
         let image = preparer.prepare(volume, spec.is_read_only(), facts).await?;
         let disk = disk(spec, &image)?;
         let shared = disk.read_only || image.same_everywhere;
-        if !shared {
-            local.push(LocalDisk {
+        if !disk.read_only {
+            writable.push(WritableDisk {
                 number: machine.disks.len(),
                 volume: volume.name.clone(),
                 path: image.path.clone(),
                 base: image.base.clone(),
+                shared,
+                comes: image.comes,
             });
         }
         volumes.push(VolumeState {
@@ -207,7 +213,7 @@ async fn disks(inputs: &Inputs<'_>, machine: &mut Machine) -> Result<Disks, Erro
         });
         machine.disks.push(disk);
     }
-    Ok((local, volumes))
+    Ok((writable, volumes))
 }
 
 /// What Linux most likely calls the next disk on this bus, as KubeVirt counts them.
@@ -327,7 +333,7 @@ mod tests {
         let mut plan = plan(&inputs).await?;
         // The only thing that may differ between two places.
         let files = plan.machine.disks.iter_mut().map(|d| &mut d.path);
-        for path in files.chain(plan.local_disks.iter_mut().map(|d| &mut d.path)) {
+        for path in files.chain(plan.writable.iter_mut().map(|d| &mut d.path)) {
             *path = path.strip_prefix(folder.path()).unwrap().to_path_buf();
         }
         Ok(plan)
@@ -384,7 +390,7 @@ mod tests {
                 (Bus::Sata, DiskKind::CdRom, true, Some(3))
             ]
         );
-        let local: Vec<_> = plan.local_disks.iter().map(|d| (d.number, d.volume.as_str())).collect();
+        let local: Vec<_> = plan.writable.iter().filter(|d| !d.shared).map(|d| (d.number, d.volume.as_str())).collect();
         assert_eq!(local, [(1, "work")]);
         let volumes: Vec<_> = plan.volumes.iter().map(|v| (v.name.as_str(), v.target.as_str(), v.shared)).collect();
         assert_eq!(volumes, [("seed", "vda", true), ("work", "sda", false), ("cd", "sdb", true)]);

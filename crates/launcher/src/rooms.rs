@@ -1,6 +1,6 @@
 //! Whether the target has room for the disks that are copied to it, and what of them it has already.
 
-use crate::plan::LocalDisk;
+use crate::plan::WritableDisk;
 use crate::rpc::DiskRoom;
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
@@ -36,7 +36,7 @@ pub fn digest(path: &Path) -> std::io::Result<String> {
 }
 
 /// How many bytes a copy of the disk takes at the target: holes stay holes.
-pub fn needed(disk: &LocalDisk, above_base: bool) -> std::io::Result<u64> {
+pub fn needed(disk: &WritableDisk, above_base: bool) -> std::io::Result<u64> {
     // `st_blocks` counts in 512 bytes, whatever the file system's block (stat(2)).
     let allocated = |path: &Path| std::fs::metadata(path).map(|m| m.blocks().saturating_mul(512));
     let mut bytes = allocated(&disk.path)?;
@@ -95,14 +95,21 @@ mod tests {
         let path = folder.path().join("disk");
         let file = std::fs::File::create(&path).unwrap();
         file.set_len(1 << 40).unwrap();
-        let disk = LocalDisk { number: 0, volume: "work".into(), path: path.clone(), base: None };
+        let disk = WritableDisk {
+            number: 0,
+            volume: "work".into(),
+            path: path.clone(),
+            base: None,
+            shared: false,
+            comes: false,
+        };
         let empty = needed(&disk, false).unwrap();
         assert!(empty < 2 << 20, "{empty}");
         std::os::unix::fs::FileExt::write_all_at(&file, &[1u8; 1 << 20], 1 << 30).unwrap();
         file.sync_all().unwrap();
         let some = needed(&disk, false).unwrap();
         assert!((1 << 20..3 << 20).contains(&(some - empty)), "{empty} {some}");
-        let above = LocalDisk { base: Some(path.clone()), ..disk };
+        let above = WritableDisk { base: Some(path.clone()), ..disk };
         assert_eq!(needed(&above, true).unwrap(), some);
         assert!(needed(&above, false).unwrap() > some, "what lies below has to come along");
         let room = look(&path, None).unwrap();

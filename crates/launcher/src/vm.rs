@@ -5,7 +5,7 @@ mod migration;
 
 use crate::agent;
 use crate::console::{self, Console};
-use crate::plan::{self, AGENT, Inputs, LocalDisk, SERIAL};
+use crate::plan::{self, AGENT, Inputs, SERIAL, WritableDisk};
 use crate::record::{self, Record};
 use crate::rooms;
 use crate::rpc::{
@@ -158,8 +158,8 @@ pub struct Vm {
     stage: Stage,
     events: Option<Events>,
     console: Option<Console>,
-    /// The disks that would have to be copied.
-    local_disks: Vec<LocalDisk>,
+    /// The disks that can change; those that are not shared have to be copied.
+    disks: Vec<WritableDisk>,
     /// Digests of the images that disks lie above, by volume, as they become known.
     bases: BTreeMap<String, String>,
     digests: (mpsc::UnboundedSender<Digest>, mpsc::UnboundedReceiver<Digest>),
@@ -204,7 +204,7 @@ impl Vm {
             stage,
             events: None,
             console: None,
-            local_disks: Vec::new(),
+            disks: Vec::new(),
             bases: BTreeMap::new(),
             digests: mpsc::unbounded_channel(),
             ready: None,
@@ -313,8 +313,8 @@ impl Vm {
         let running = prelaunch.start().await?;
         self.grace = grace(&vmi);
         self.stage = Stage::Running(running);
-        self.learn_bases(&plan.local_disks);
-        self.know_disks(plan.local_disks, plan.volumes).await;
+        self.learn_bases(&plan.writable);
+        self.know_disks(plan.writable, plan.volumes).await;
         self.refresh().await;
         Ok(())
     }
@@ -355,9 +355,9 @@ impl Vm {
         let path = self.paths.sockets.join(&socket);
         let _ = std::fs::remove_file(&path);
         // While QEMU starts.
-        self.learn_bases(&plan.local_disks);
+        self.learn_bases(&plan.writable);
         // See `Outgoing::can_post_copy`.
-        let post_copy = allow_post_copy && plan.local_disks.is_empty();
+        let post_copy = allow_post_copy && !plan.writable.iter().any(is_copied_here);
         let mut incoming = Incoming::prepare(&program, &plan.machine, &path, post_copy).await?;
         if !transport_follows {
             incoming.listen(Transport::default()).await?;
@@ -368,7 +368,7 @@ impl Vm {
         self.grace = grace(&vmi);
         self.ready = Some(ready.clone());
         self.stage = Stage::Incoming(incoming);
-        self.know_disks(plan.local_disks, plan.volumes).await;
+        self.know_disks(plan.writable, plan.volumes).await;
         self.arriving(migration_uid);
         self.refresh().await;
         Ok(ready)
@@ -430,7 +430,7 @@ impl Vm {
     }
 
     /// Begins to read the images that disks lie above, beside everything else: a large one takes seconds.
-    fn learn_bases(&self, disks: &[LocalDisk]) {
+    fn learn_bases(&self, disks: &[WritableDisk]) {
         for disk in disks {
             let Some(base) = disk.base.clone() else { continue };
             let (volume, tell) = (disk.volume.clone(), self.digests.0.clone());
@@ -450,8 +450,8 @@ impl Vm {
     }
 
     /// Keeps what is known of the disks, with the sizes that QEMU says.
-    async fn know_disks(&mut self, local: Vec<LocalDisk>, mut volumes: Vec<VolumeState>) {
-        self.local_disks = local;
+    async fn know_disks(&mut self, disks: Vec<WritableDisk>, mut volumes: Vec<VolumeState>) {
+        self.disks = disks;
         for volume in &mut volumes {
             volume.base = self.bases.get(&volume.name).cloned();
         }
@@ -587,6 +587,11 @@ async fn next_event(events: &mut Option<Events>) -> Option<Event> {
         }
         None => std::future::pending().await,
     }
+}
+
+/// Whether a target gets the disk's content from the source.
+fn is_copied_here(disk: &WritableDisk) -> bool {
+    !disk.shared || disk.comes
 }
 
 fn accelerator_named(name: &str) -> Option<Accelerator> {

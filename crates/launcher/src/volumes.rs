@@ -55,11 +55,13 @@ pub struct Image {
     pub same_everywhere: bool,
     /// The image that it lies above, which is never written and which every node can have.
     pub base: Option<PathBuf>,
+    /// Its content is still on another claim, and is copied here.
+    pub comes: bool,
 }
 
 impl Image {
     fn new(path: PathBuf, format: Format, read_only: bool, same_everywhere: bool) -> Image {
-        Image { path, format, read_only, same_everywhere, base: None }
+        Image { path, format, read_only, same_everywhere, base: None, comes: false }
     }
 
     /// Whether it can be read and written without the host's page cache (`O_DIRECT`), what it lies above as well.
@@ -103,6 +105,13 @@ impl Preparer<'_> {
             let path = self.paths.vmi_disks.join(name).join("disk.img");
             let shared = self.claim_is_shared(name);
             let read_only = source.read_only == Some(true);
+            if self.arriving && self.comes_from_another_claim(name) {
+                if read_only || disk_read_only {
+                    return Err(invalid(name, "a disk that the guest cannot write to is not moved to another claim"));
+                }
+                self.make_room_on_claim(name, &path, facts)?;
+                return Ok(Image { comes: true, ..Image::new(path, Format::Raw, false, shared) });
+            }
             if !path.exists() {
                 // What the guest only reads is not copied.
                 if self.arriving && (shared || read_only || disk_read_only) {
@@ -162,6 +171,31 @@ impl Preparer<'_> {
             Some(claim) if !claim.access_modes.is_empty() => claim.access_modes.iter().any(|m| m == "ReadWriteMany"),
             _ => self.vmi.status.migration_method != Some(MigrationMethod::BlockMigration),
         }
+    }
+
+    /// Whether the migration that this is the target of moves the volume to another claim.
+    fn comes_from_another_claim(&self, volume: &str) -> bool {
+        self.vmi.status.migrated_volumes.iter().any(|moved| moved.volume_name == volume)
+    }
+
+    /// An empty image of the size of the guest's disk. What an earlier try has left goes.
+    fn make_room_on_claim(&self, volume: &str, path: &Path, facts: &VolumeFacts) -> Result<(), Error> {
+        let size = self.vmi.status.volume_status.iter().find(|s| s.name == volume).and_then(|s| s.size);
+        let Some(size) = size.and_then(|size| u64::try_from(size).ok()) else {
+            return Err(invalid(volume, "the size of the guest's disk is not known yet"));
+        };
+        let Some(capacity) = facts.capacity_bytes else {
+            return Err(invalid(volume, "the size of the claim that it moves to is not known"));
+        };
+        if capacity < size {
+            // KubeVirt's words, up to the numbers.
+            let message = format!(
+                "Volume migration cannot be performed because the destination volume is smaller than the source volume: \
+                 {capacity} bytes and {size} bytes"
+            );
+            return Err(invalid(volume, &message));
+        }
+        make_sparse(volume, path, size)
     }
 
     fn claim_capacity(&self, volume: &str) -> Option<u64> {

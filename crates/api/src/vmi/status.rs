@@ -63,6 +63,8 @@ api_struct! {
         interfaces: Vec<VmiNetworkInterface>,
         /// The volumes as they are.
         volume_status: Vec<VolumeStatus>,
+        /// Volumes that a migration under way, or the next one, moves to other claims.
+        migrated_volumes: Vec<StorageMigratedVolumeInfo>,
         /// What the guest agent says of the operating system.
         #[serde(rename = "guestOSInfo")]
         guest_os_info: Option<GuestOsInfo>,
@@ -378,6 +380,20 @@ api_struct! {
         persistent_volume_claim_info: Option<PersistentVolumeClaimInfo>,
         /// Bytes of the disk.
         size: Option<i64>,
+    }
+}
+
+api_struct! {
+    /// A volume that moves to another claim.
+    StorageMigratedVolumeInfo {
+        /// The volume's name in the spec.
+        volume_name: String,
+        /// Where it was.
+        #[serde(rename = "sourcePVCInfo")]
+        source_pvc_info: Option<PersistentVolumeClaimInfo>,
+        /// Where it goes.
+        #[serde(rename = "destinationPVCInfo")]
+        destination_pvc_info: Option<PersistentVolumeClaimInfo>,
     }
 }
 

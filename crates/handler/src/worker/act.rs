@@ -11,7 +11,7 @@ use godwit_api::vmi::{PersistentVolumeClaimInfo, VirtualMachineInstance, VolumeS
 use godwit_launcher::client::Error as LauncherError;
 use godwit_launcher::rpc::transport::{Transport, Wish};
 use godwit_launcher::rpc::{DomainPhase, Refusal, SourceOrder, TargetOrder, TargetReady, VmOrder, VolumeFacts};
-use k8s_openapi::api::core::v1::PersistentVolumeClaim;
+use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Pod as KubePod};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity as ApiQuantity;
 use kube::api::Api;
 use tokio::sync::OnceCell;
@@ -190,6 +190,9 @@ impl Worker {
         let began = Instant::now();
         let mut ordered = vmi.clone();
         let volumes = self.volumes(&mut ordered).await?;
+        if !vmi.status.migrated_volumes.is_empty() {
+            self.check_claims(vmi, name).await?;
+        }
         let node_accelerator = *self.context.accelerator.borrow();
         let pod = self.pod(name)?;
         let order = TargetOrder {
@@ -471,7 +474,11 @@ impl Worker {
         for (name, info) in found {
             let known = &mut vmi.status.volume_status;
             match known.iter_mut().find(|status| status.name == name) {
-                Some(status) if status.persistent_volume_claim_info.is_some() => {}
+                Some(status)
+                    if status
+                        .persistent_volume_claim_info
+                        .as_ref()
+                        .is_some_and(|i| i.claim_name == info.claim_name) => {}
                 Some(status) => status.persistent_volume_claim_info = Some(info),
                 None => known.push(VolumeStatus {
                     name,
@@ -483,15 +490,38 @@ impl Worker {
         Ok(volumes)
     }
 
+    /// A target pod that was made before the VMI's volumes were changed has the claims that the guest uses now; what is on
+    /// them must not be written over.
+    async fn check_claims(&mut self, vmi: &VirtualMachineInstance, pod: &str) -> Result<(), Stop> {
+        let pods: Api<KubePod> = Api::namespaced(self.context.client.clone(), &self.namespace);
+        let found = limited(pods.get(pod)).await.map_err(|e| Stop::Failed(format!("cannot read pod {pod}: {e}")))?;
+        let volumes = found.spec.and_then(|spec| spec.volumes).unwrap_or_default();
+        let has = |claim: &str| {
+            volumes.iter().any(|v| v.persistent_volume_claim.as_ref().is_some_and(|held| held.claim_name == claim))
+        };
+        let mut wanted =
+            vmi.status.migrated_volumes.iter().filter_map(|m| m.destination_pvc_info.as_ref()?.claim_name.as_deref());
+        match wanted.find(|claim| !has(claim)) {
+            None => Ok(()),
+            Some(claim) => {
+                Err(Stop::Failed(format!("pod {pod} was made without claim {claim}, to which a volume moves")))
+            }
+        }
+    }
+
     fn claims(&self) -> Api<PersistentVolumeClaim> {
         Api::namespaced(self.context.client.clone(), &self.namespace)
     }
 
     /// Looks up, now and then, whether the VM could be migrated.
     pub(super) async fn learn_migratability(&mut self, vmi: &VirtualMachineInstance) {
-        if self.migratable.0.is_some_and(|at| at.elapsed() < CLAIMS_GOOD_FOR) {
+        let sources = vmi.spec.volumes.iter().filter_map(|volume| volume.persistent_volume_claim.as_ref());
+        let names: Vec<String> = sources.map(|source| source.claim_name.clone()).collect();
+        let of = (names, vmi.status.migrated_volumes.len());
+        if self.migratable_of == of && self.migratable.0.is_some_and(|at| at.elapsed() < CLAIMS_GOOD_FOR) {
             return;
         }
+        self.migratable_of = of;
         let mut claims = BTreeMap::new();
         for volume in &vmi.spec.volumes {
             let Some(source) = &volume.persistent_volume_claim else { continue };

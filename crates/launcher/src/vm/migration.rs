@@ -1,7 +1,7 @@
 //! Leaving and arriving.
 
-use super::{Refused, Stage, Vm, refused, short};
-use crate::plan::{LocalDisk, Plan};
+use super::{Refused, Stage, Vm, is_copied_here, refused, short};
+use crate::plan::{Plan, WritableDisk};
 use crate::record::Record;
 use crate::rooms;
 use crate::rpc::{
@@ -38,19 +38,20 @@ impl Vm {
         let (post_copy, ability) = (incoming.can_post_copy(), incoming.qemu().ability());
         let rooms = BTreeMap::new();
         let ready = TargetReady { socket, blocks_socket: None, post_copy, awaits_transport: false, ability, rooms };
-        if plan.local_disks.is_empty() {
+        let coming: Vec<WritableDisk> = plan.writable.iter().filter(|disk| is_copied_here(disk)).cloned().collect();
+        if coming.is_empty() {
             return Ok(ready);
         }
         let blocks = format!("blocks-{}.sock", short(migration_uid));
         let path = self.paths.sockets.join(&blocks);
         let _ = std::fs::remove_file(&path);
-        incoming.offer_blocks(&path, &exports(&plan.local_disks)).await?;
-        let rooms = self.rooms(&plan.local_disks).await;
+        incoming.offer_blocks(&path, &exports(&coming)).await?;
+        let rooms = self.rooms(&coming).await;
         Ok(TargetReady { blocks_socket: Some(blocks), rooms, ..ready })
     }
 
     /// What there is for each of the disks that come. What takes too long to know is left out.
-    async fn rooms(&mut self, disks: &[LocalDisk]) -> BTreeMap<String, DiskRoom> {
+    async fn rooms(&mut self, disks: &[WritableDisk]) -> BTreeMap<String, DiskRoom> {
         let end = Instant::now() + BASE_LIMIT;
         while disks.iter().any(|d| d.base.is_some() && !self.bases.contains_key(&d.volume)) {
             match tokio::time::timeout_at(end, self.digests.1.recv()).await {
@@ -58,7 +59,7 @@ impl Vm {
                 Ok(None) | Err(_) => break,
             }
         }
-        let room = |disk: &LocalDisk| {
+        let room = |disk: &WritableDisk| {
             let base = self.bases.get(&disk.volume).cloned();
             let room = rooms::look(&disk.path, base);
             let room = room.inspect_err(|error| tracing::warn!(%error, volume = disk.volume, "looking for room"));
@@ -67,16 +68,20 @@ impl Vm {
         disks.iter().filter_map(room).collect()
     }
 
-    /// The disks whose image below the target has as well; refused when the target has no room for what has to be copied.
-    fn above_base(&self, rooms: &BTreeMap<String, DiskRoom>) -> Result<BTreeSet<usize>, Refused> {
-        let same = |disk: &&LocalDisk| {
+    /// Of the disks to be copied those whose image below the target has as well; refused when the target has no room for all.
+    fn above_base(
+        copied: &[WritableDisk],
+        bases: &BTreeMap<String, String>,
+        rooms: &BTreeMap<String, DiskRoom>,
+    ) -> Result<BTreeSet<usize>, Refused> {
+        let same = |disk: &&WritableDisk| {
             let theirs = rooms.get(&disk.volume).and_then(|room| room.base.as_ref());
-            theirs.is_some() && theirs == self.bases.get(&disk.volume)
+            theirs.is_some() && theirs == bases.get(&disk.volume)
         };
-        let above: BTreeSet<usize> = self.local_disks.iter().filter(same).map(|disk| disk.number).collect();
-        let need = |disk: &LocalDisk| rooms::needed(disk, above.contains(&disk.number));
+        let above: BTreeSet<usize> = copied.iter().filter(same).map(|disk| disk.number).collect();
+        let need = |disk: &WritableDisk| rooms::needed(disk, above.contains(&disk.number));
         let mut needs = Vec::new();
-        for disk in &self.local_disks {
+        for disk in copied {
             let bytes = need(disk).map_err(|e| {
                 refused(Refusal::Failed, format!("volume {}: looking at {}: {e}", disk.volume, disk.path.display()))
             })?;
@@ -137,12 +142,15 @@ impl Vm {
             }
             _ => return Err(refused(Refusal::Conflict, "no guest runs here")),
         }
-        if !self.local_disks.is_empty() && order.blocks_socket.is_none() {
-            let names: Vec<&str> = self.local_disks.iter().map(|disk| disk.volume.as_str()).collect();
+        // Whatever the other end does not see, and what it wants from another claim.
+        let wanted = |disk: &&WritableDisk| !disk.shared || order.rooms.contains_key(&disk.volume);
+        let copied: Vec<WritableDisk> = self.disks.iter().filter(wanted).cloned().collect();
+        if !copied.is_empty() && order.blocks_socket.is_none() {
+            let names: Vec<&str> = copied.iter().map(|disk| disk.volume.as_str()).collect();
             let message = format!("the writable disks {} are not shared between the nodes", names.join(", "));
             return Err(refused(Refusal::Invalid, message));
         }
-        let above_base = self.above_base(&order.rooms)?;
+        let above_base = Self::above_base(&copied, &self.bases, &order.rooms)?;
         // Whoever cannot write down that the guest has left must not let it go.
         let folder = &self.paths.ephemeral_disks;
         let record = Record::prepare(folder)
@@ -158,7 +166,7 @@ impl Vm {
         };
         let mut facts = MigrationFacts::new(order.migration_uid, MigrationRole::Source);
         facts.transport = order.transport;
-        let disks = exports(&self.local_disks);
+        let disks = exports(&copied);
         let blocks =
             order.blocks_socket.map(|socket| Blocks { socket: self.paths.sockets.join(socket), disks, above_base });
         match running.migrate(&self.paths.sockets.join(&order.socket), &options, blocks.as_ref()).await {
@@ -587,7 +595,7 @@ fn check_name(socket: &str) -> Result<(), Refused> {
 }
 
 /// The numbers of disks, and the names under which they are exported.
-fn exports(disks: &[LocalDisk]) -> Vec<(usize, String)> {
+fn exports(disks: &[WritableDisk]) -> Vec<(usize, String)> {
     disks.iter().map(|disk| (disk.number, disk.volume.clone())).collect()
 }
 

@@ -1,0 +1,297 @@
+//! `updateVolumesStrategy: Migration`: a running guest's disks move to the claims that its VM names now.
+//!
+//! The VM's template is what is wanted, `VMI.spec.volumes` is what target pods are made with, and `VMI.status.migratedVolumes`
+//! says which of them the guest has not got yet. These two are written in one patch; the target's handler takes the second out
+//! in the patch that says that the guest is there. So whoever reads the VMI knows on which claims the guest's data is.
+
+use godwit_api::migration::MigrationPriority;
+use godwit_api::names::conditions;
+use godwit_api::names::keys::LABEL_VMI_NAME;
+use godwit_api::vm::{UpdateVolumesStrategy, VolumeMigrationState, VolumeUpdateState};
+use godwit_api::vmi::{PersistentVolumeClaimInfo, StorageMigratedVolumeInfo, Volume};
+use godwit_api::{
+    Condition, VirtualMachine, VirtualMachineInstance, VirtualMachineInstanceMigration, VmiPhase, condition,
+};
+use jiff::{SignedDuration, Timestamp};
+use k8s_openapi::api::core::v1::PersistentVolumeClaim;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
+use sha2::{Digest, Sha256};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use crate::names;
+use crate::object::{Name, Stored};
+use crate::plan::{Plan, View};
+
+/// Label of the migrations that move volumes; its value is the VM's name (KubeVirt's).
+pub const LABEL_IN_PROGRESS: &str = "kubevirt.io/volume-update-in-progress";
+/// How their names begin (KubeVirt's).
+const PREFIX: &str = "kubevirt-workload-update-";
+/// The longest pause after a migration that failed.
+const MAX_BACK_OFF_SECONDS: i64 = 300;
+/// Condition of a VM whose volumes may be half copied (KubeVirt's).
+pub const MANUAL_RECOVERY_REQUIRED: &str = "ManualRecoveryRequired";
+
+/// What a change of volumes makes necessary now. `after` is the VM as it will be written; `plan` is carried out after that.
+pub fn decide(after: &mut VirtualMachine, vmi: &VirtualMachineInstance, view: &View<'_>, plan: &mut Plan) {
+    if vmi.is_final() || vmi.is_deleting() {
+        return;
+    }
+    let moving = &vmi.status.migrated_volumes;
+    let mut wanted = vmi.clone();
+    let now = Time(view.now);
+    let mut restart = None;
+    if moving.is_empty() {
+        after.status.volume_update_state = None;
+        condition::remove(&mut after.status.conditions, MANUAL_RECOVERY_REQUIRED);
+        condition::remove(&mut wanted.status.conditions, conditions::VOLUMES_CHANGE);
+        if differ(after, &vmi.spec.volumes) {
+            match prepare(after, vmi, view) {
+                Ok(_) if is_busy(vmi, view) => plan.wake(view.now + SignedDuration::from_secs(5)),
+                Ok(moves) => {
+                    after.status.volume_update_state = Some(state(&moves));
+                    put(&mut wanted.spec.volumes, &moves, false);
+                    wanted.status.migrated_volumes = moves;
+                    let told = Condition::new(conditions::VOLUMES_CHANGE, true).because("", "migrate volumes");
+                    condition::set(&mut wanted.status.conditions, told, &now);
+                }
+                Err(why) => restart = Some(why),
+            }
+        }
+    } else {
+        after.status.volume_update_state = Some(state(moving));
+        if is_reverted(after, moving) {
+            revert(vmi, view, &mut wanted, plan);
+        } else {
+            if differ(after, &vmi.spec.volumes) {
+                restart = Some("The volume can only be reverted to the previous version during the update".to_owned());
+            }
+            migrate(after, vmi, view, plan);
+        }
+    }
+    plan.update(vmi, &wanted);
+    match restart {
+        Some(why) => {
+            let told = Condition::new(conditions::RESTART_REQUIRED, true).because("RestartRequired", why);
+            condition::set(&mut after.status.conditions, told, &now);
+        }
+        None => {
+            condition::remove(&mut after.status.conditions, conditions::RESTART_REQUIRED);
+        }
+    }
+}
+
+/// Whether the VM must not be started: it names claims that its data has not come to.
+pub fn holds_up_start(after: &mut VirtualMachine, now: Timestamp) -> bool {
+    let moves = after.status.volume_update_state.as_ref().and_then(|state| state.volume_migration_state.as_ref());
+    let Some(moves) = moves.map(|state| state.migrated_volumes.clone()) else { return false };
+    if is_reverted(after, &moves) {
+        after.status.volume_update_state = None;
+        condition::remove(&mut after.status.conditions, MANUAL_RECOVERY_REQUIRED);
+        return false;
+    }
+    let names: Vec<&str> = moves.iter().map(|moved| moved.volume_name.as_str()).collect();
+    let text = format!(
+        "The guest ended before its volumes were copied: {}. Set them back to the claims that it had, which \
+         status.volumeUpdateState names, to start it.",
+        names.join(", ")
+    );
+    let told = Condition::new(MANUAL_RECOVERY_REQUIRED, true).because("VolumesUpdateError", text);
+    condition::set(&mut after.status.conditions, told, &Time(now));
+    true
+}
+
+fn template(vm: &VirtualMachine) -> &[Volume] {
+    vm.spec.template.as_ref().map(|template| template.spec.volumes.as_slice()).unwrap_or_default()
+}
+
+/// Whether the VM names other volumes or claims. Nothing else of a volume counts: admission fills in defaults.
+fn differ(vm: &VirtualMachine, volumes: &[Volume]) -> bool {
+    let named = |volume: &Volume| (volume.name.clone(), claim_of(volume).map(str::to_owned));
+    !template(vm).iter().map(named).eq(volumes.iter().map(named))
+}
+
+/// Puts these volumes onto these claims.
+fn put(volumes: &mut [Volume], moves: &[StorageMigratedVolumeInfo], back: bool) {
+    for moved in moves {
+        let info = if back { &moved.source_pvc_info } else { &moved.destination_pvc_info };
+        let claim = info.as_ref().and_then(|info| info.claim_name.clone());
+        let volume = volumes.iter_mut().find(|volume| volume.name == moved.volume_name);
+        if let (Some(source), Some(claim)) = (volume.and_then(|v| v.persistent_volume_claim.as_mut()), claim) {
+            source.claim_name = claim;
+        }
+    }
+}
+
+fn state(moves: &[StorageMigratedVolumeInfo]) -> VolumeUpdateState {
+    let state = VolumeMigrationState { migrated_volumes: moves.to_vec() };
+    VolumeUpdateState { volume_migration_state: Some(state) }
+}
+
+fn claim_of(volume: &Volume) -> Option<&str> {
+    volume.persistent_volume_claim.as_ref().map(|claim| claim.claim_name.as_str())
+}
+
+/// Whether the VM names the claims again that the guest's data is on.
+fn is_reverted(vm: &VirtualMachine, moves: &[StorageMigratedVolumeInfo]) -> bool {
+    moves.iter().all(|moved| {
+        let source = moved.source_pvc_info.as_ref().and_then(|info| info.claim_name.as_deref());
+        let volume = template(vm).iter().find(|volume| volume.name == moved.volume_name);
+        source.is_some() && volume.and_then(claim_of) == source
+    })
+}
+
+/// Which volumes move, or why they cannot.
+fn prepare(
+    vm: &VirtualMachine,
+    vmi: &VirtualMachineInstance,
+    view: &View<'_>,
+) -> Result<Vec<StorageMigratedVolumeInfo>, String> {
+    if vm.spec.update_volumes_strategy != Some(UpdateVolumesStrategy::Migration) {
+        return Err("the volumes have changed; they are replaced when the VM is started again".into());
+    }
+    if vmi.status.phase != VmiPhase::Running {
+        return Err("the volumes have changed before the guest ran".into());
+    }
+    let (new, old) = (template(vm), &vmi.spec.volumes);
+    if !new.iter().map(|volume| &volume.name).eq(old.iter().map(|volume| &volume.name)) {
+        return Err("volumes were added, removed or put in another order".into());
+    }
+    let mut moves = Vec::new();
+    let mut others = Vec::new();
+    for (new, old) in new.iter().zip(old).filter(|(new, old)| claim_of(new) != claim_of(old)) {
+        match (claim_of(old), claim_of(new)) {
+            (Some(from), Some(to)) => moves.push((new.name.as_str(), from, to)),
+            _ => others.push(new.name.as_str()),
+        }
+    }
+    if !others.is_empty() {
+        return Err(format!("invalid volumes to update with migration: not claims: {others:?}"));
+    }
+    let disks = &vmi.spec.domain.devices.disks;
+    let fixed = |name: &str| disks.iter().filter(|disk| disk.name == name).all(|disk| disk.is_read_only());
+    let fixed: Vec<&str> = moves.iter().map(|(name, ..)| *name).filter(|name| fixed(name)).collect();
+    if !fixed.is_empty() {
+        return Err(format!("invalid volumes to update with migration: not written to by the guest: {fixed:?}"));
+    }
+    for condition in vmi.status.conditions.iter().filter(|c| c.type_ == conditions::LIVE_MIGRATABLE && c.is_false()) {
+        if condition.reason.as_deref() != Some(conditions::live_migratable::DISKS) {
+            let message = condition.message.as_deref().unwrap_or_default();
+            return Err(format!("cannot migrate the volumes as the VMI isn't migratable: {message}"));
+        }
+    }
+    let claim = |name: &str| view.world.claims.get(&Name::new(vmi.namespace(), name));
+    for volume in old {
+        let Some(name) = claim_of(volume).filter(|_| moves.iter().all(|(moved, ..)| *moved != volume.name)) else {
+            continue;
+        };
+        if !claim(name).is_some_and(|claim| modes(claim).iter().any(|mode| mode == "ReadWriteMany")) {
+            let name = &volume.name;
+            return Err(format!(
+                "cannot migrate the VM. The volume {name} is RWO and not included in the migration volumes"
+            ));
+        }
+    }
+    let mut infos = Vec::new();
+    for (name, from, to) in moves {
+        let Some(there) = claim(to) else { return Err(format!("claim {to} of volume {name} does not exist")) };
+        // Whoever else uses it would find another's data on it.
+        let uses = |other: &VirtualMachineInstance| other.spec.volumes.iter().any(|v| claim_of(v) == Some(to));
+        if let Some(other) = view.world.vmis.iter().find(|other| other.namespace() == vmi.namespace() && uses(other)) {
+            return Err(format!("claim {to} of volume {name} is used by VirtualMachineInstance {}", other.name()));
+        }
+        infos.push(StorageMigratedVolumeInfo {
+            volume_name: name.to_owned(),
+            source_pvc_info: Some(info(from, claim(from))),
+            destination_pvc_info: Some(info(to, Some(there))),
+        });
+    }
+    Ok(infos)
+}
+
+fn modes(claim: &PersistentVolumeClaim) -> &[String] {
+    claim.spec.as_ref().and_then(|spec| spec.access_modes.as_deref()).unwrap_or_default()
+}
+
+fn info(name: &str, claim: Option<&Arc<PersistentVolumeClaim>>) -> PersistentVolumeClaimInfo {
+    let mode = claim.and_then(|claim| claim.spec.as_ref()?.volume_mode.clone());
+    PersistentVolumeClaimInfo {
+        claim_name: Some(name.to_owned()),
+        access_modes: claim.map(|claim| modes(claim).to_vec()).unwrap_or_default(),
+        volume_mode: Some(mode.unwrap_or_else(|| "Filesystem".into())),
+        ..PersistentVolumeClaimInfo::default()
+    }
+}
+
+/// The VMI's migrations that are not over.
+fn under_way<'a>(vmi: &VirtualMachineInstance, view: &View<'a>) -> Vec<&'a Arc<VirtualMachineInstanceMigration>> {
+    view.world.migrations_of(&vmi.key()).filter(|migration| !migration.status.phase.is_final()).collect()
+}
+
+/// Whether a migration may still be made from the volumes as they are, or the guest is between two nodes.
+fn is_busy(vmi: &VirtualMachineInstance, view: &View<'_>) -> bool {
+    !under_way(vmi, view).is_empty() || vmi.is_migrating() || is_arriving(vmi)
+}
+
+/// Whether the last migration was a success that the target's handler has not written down yet.
+fn is_arriving(vmi: &VirtualMachineInstance) -> bool {
+    vmi.status.migration_state.as_ref().is_some_and(|state| {
+        state.completed == Some(true) && state.failed != Some(true) && state.target_node != vmi.status.node_name
+    })
+}
+
+/// Takes the change back: first the migration, and when that is over the volumes.
+fn revert(vmi: &VirtualMachineInstance, view: &View<'_>, wanted: &mut VirtualMachineInstance, plan: &mut Plan) {
+    if is_busy(vmi, view) {
+        for migration in under_way(vmi, view).into_iter().filter(|migration| !migration.is_deleting()) {
+            plan.delete(migration.as_ref());
+        }
+        return;
+    }
+    put(&mut wanted.spec.volumes, &vmi.status.migrated_volumes, true);
+    wanted.status.migrated_volumes = Vec::new();
+    condition::remove(&mut wanted.status.conditions, conditions::VOLUMES_CHANGE);
+}
+
+/// Sees to it that there is a migration: the first at once, further ones after pauses that grow.
+fn migrate(vm: &VirtualMachine, vmi: &VirtualMachineInstance, view: &View<'_>, plan: &mut Plan) {
+    let migratable = vmi.status.conditions.iter().any(|c| c.type_ == conditions::LIVE_MIGRATABLE && c.is_true());
+    if is_busy(vmi, view) || !migratable {
+        return;
+    }
+    let since = condition::find(&vmi.status.conditions, conditions::VOLUMES_CHANGE)
+        .and_then(|condition| condition.last_transition_time.as_ref())
+        .map(|time| time.0);
+    let ours = |migration: &&Arc<VirtualMachineInstanceMigration>| {
+        let created = migration.metadata.creation_timestamp.as_ref().map(|time| time.0);
+        migration.label(LABEL_IN_PROGRESS) == Some(vm.name()) && created >= since
+    };
+    let tries: Vec<_> = view.world.migrations_of(&vmi.key()).filter(ours).collect();
+    let count = i64::try_from(tries.len()).unwrap_or(i64::MAX);
+    let last = tries.iter().filter_map(|m| m.metadata.creation_timestamp.as_ref()).map(|time| time.0).max();
+    if let Some(last) = last {
+        let pause = count.saturating_mul(count).saturating_mul(10).min(MAX_BACK_OFF_SECONDS);
+        let next = last + SignedDuration::from_secs(pause);
+        if next > view.now {
+            plan.wake(next);
+            return;
+        }
+    }
+    // The same for the same try, so that a decision that is taken twice makes one.
+    let seed = format!("{} {since:?} {count}", vmi.uid());
+    let digest: String = Sha256::digest(seed).iter().take(5).map(|byte| format!("{byte:02x}")).collect();
+    let metadata = ObjectMeta {
+        name: Some(format!("{PREFIX}{digest}")),
+        namespace: vmi.metadata.namespace.clone(),
+        labels: Some(BTreeMap::from([
+            (LABEL_IN_PROGRESS.to_owned(), vm.name().to_owned()),
+            (LABEL_VMI_NAME.to_owned(), vmi.name().to_owned()),
+        ])),
+        finalizers: Some(vec![names::FINALIZER_MIGRATION.to_owned()]),
+        ..ObjectMeta::default()
+    };
+    let mut migration = VirtualMachineInstanceMigration { metadata, ..Default::default() };
+    migration.spec.vmi_name = Some(vmi.name().to_owned());
+    migration.spec.priority = Some(MigrationPriority::UserTriggered);
+    plan.create(migration);
+}

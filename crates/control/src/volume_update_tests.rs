@@ -1,0 +1,278 @@
+use serde_json::{Value, json};
+
+use crate::testing::Cluster;
+use crate::{Kind, Name, names};
+
+fn name(name: &str) -> Name {
+    Name::new("default", name)
+}
+
+fn spec(claim: &str) -> Value {
+    json!({
+        "domain": {"memory": {"guest": "128Mi"}, "devices": {"disks": [{"name": "data", "disk": {"bus": "virtio"}}]}},
+        "volumes": [{"name": "data", "persistentVolumeClaim": {"claimName": claim}}],
+    })
+}
+
+fn claim(name: &str, mode: &str) -> Value {
+    json!({
+        "metadata": {"name": name, "namespace": "default"},
+        "spec": {"accessModes": [mode], "resources": {"requests": {"storage": "1Gi"}}, "volumeName": name},
+        "status": {"phase": "Bound", "capacity": {"storage": "1Gi"}},
+    })
+}
+
+/// A VM whose guest runs on node1, on the claim `old`, which is not shared.
+fn cluster() -> Cluster {
+    let mut cluster = Cluster::new();
+    for node in ["node1", "node2"] {
+        cluster.add_node(node);
+    }
+    for (name, mode) in [("old", "ReadWriteOnce"), ("new", "ReadWriteMany"), ("other", "ReadWriteMany")] {
+        cluster.put(Kind::PersistentVolumeClaim, claim(name, mode));
+    }
+    cluster.put(
+        Kind::VirtualMachine,
+        json!({
+            "metadata": {"name": "demo", "namespace": "default", "uid": "uid-vm", "finalizers": [names::FINALIZER_VM]},
+            "spec": {
+                "runStrategy": "Always", "updateVolumesStrategy": "Migration",
+                "template": {"metadata": {}, "spec": spec("old")},
+            },
+        }),
+    );
+    let owner = json!([{"apiVersion": "kubevirt.io/v1", "kind": "VirtualMachine", "name": "demo", "uid": "uid-vm"}]);
+    cluster.put(
+        Kind::VirtualMachineInstance,
+        json!({
+            "metadata": {"name": "demo", "namespace": "default", "uid": "uid-demo", "ownerReferences": owner},
+            "spec": spec("old"),
+            "status": {
+                "phase": "Running", "nodeName": "node1", "runtimeUser": 0,
+                "conditions": [{
+                    "type": "LiveMigratable", "status": "False", "reason": "DisksNotLiveMigratable",
+                    "message": "cannot migrate VMI: PVC old is not shared",
+                }],
+            },
+        }),
+    );
+    cluster.put(
+        Kind::Pod,
+        json!({
+            "metadata": {
+                "name": names::launcher_pod("demo", "uid-demo"), "namespace": "default",
+                "labels": {"kubevirt.io": "virt-launcher", "kubevirt.io/created-by": "uid-demo"},
+                "annotations": {"kubevirt.io/domain": "demo"},
+            },
+            "spec": {"nodeName": "node1", "containers": [{"name": "compute"}]},
+        }),
+    );
+    cluster.run_kubelets();
+    cluster.settle();
+    cluster
+}
+
+fn want(cluster: &mut Cluster, claim: &str) {
+    let volumes = spec(claim)["volumes"].clone();
+    let patch = json!({"spec": {"template": {"spec": {"volumes": volumes}}}});
+    cluster.patch(Kind::VirtualMachine, &name("demo"), patch);
+    cluster.settle();
+}
+
+fn vmi(cluster: &Cluster) -> Value {
+    cluster.get(Kind::VirtualMachineInstance, &name("demo")).unwrap()
+}
+
+fn vm(cluster: &Cluster) -> Value {
+    cluster.get(Kind::VirtualMachine, &name("demo")).unwrap()
+}
+
+fn volume_of(vmi: &Value) -> &Value {
+    &vmi["spec"]["volumes"][0]["persistentVolumeClaim"]["claimName"]
+}
+
+fn condition<'a>(object: &'a Value, type_: &str) -> &'a Value {
+    let found = object["status"]["conditions"].as_array().and_then(|all| all.iter().find(|one| one["type"] == type_));
+    found.unwrap_or(&Value::Null)
+}
+
+/// The handler has looked at the claims again.
+fn becomes_migratable(cluster: &mut Cluster) {
+    let mut conditions = vmi(cluster)["status"]["conditions"].clone();
+    for one in conditions.as_array_mut().unwrap() {
+        if one["type"] == "LiveMigratable" {
+            *one = json!({"type": "LiveMigratable", "status": "True"});
+        }
+    }
+    let patch = json!({"status": {"conditions": conditions}});
+    cluster.patch(Kind::VirtualMachineInstance, &name("demo"), patch);
+    cluster.settle();
+}
+
+fn migrations(cluster: &Cluster) -> Vec<Value> {
+    let kind = Kind::Migration;
+    cluster.world.names_of(kind).iter().map(|name| cluster.get(kind, name).unwrap()).collect()
+}
+
+#[test]
+fn a_guest_moves_to_the_claim_that_its_vm_names_now() {
+    let mut cluster = cluster();
+    assert_eq!(vm(&cluster)["status"].get("volumeUpdateState"), None);
+    want(&mut cluster, "new");
+    let moving = vmi(&cluster);
+    assert_eq!(volume_of(&moving), "new");
+    let moved = &moving["status"]["migratedVolumes"][0];
+    assert_eq!(
+        (&moved["volumeName"], &moved["sourcePVCInfo"]["claimName"], &moved["destinationPVCInfo"]["claimName"]),
+        (&json!("data"), &json!("old"), &json!("new"))
+    );
+    assert_eq!(moved["destinationPVCInfo"]["accessModes"], json!(["ReadWriteMany"]));
+    let change = condition(&moving, "VolumesChange");
+    assert_eq!((&change["status"], &change["message"]), (&json!("True"), &json!("migrate volumes")));
+    let state = &vm(&cluster)["status"]["volumeUpdateState"]["volumeMigrationState"]["migratedVolumes"];
+    assert_eq!(state, &moving["status"]["migratedVolumes"]);
+    assert_eq!(migrations(&cluster), Vec::<Value>::new(), "its handler does not call it migratable yet");
+
+    becomes_migratable(&mut cluster);
+    let made = migrations(&cluster);
+    assert_eq!(made.len(), 1, "{made:#?}");
+    let meta = &made[0]["metadata"];
+    assert!(meta["name"].as_str().unwrap().starts_with("kubevirt-workload-update-"), "{meta}");
+    assert_eq!(meta["labels"]["kubevirt.io/volume-update-in-progress"], "demo");
+
+    // The target's handler: the guest is there, with its data.
+    let arrived = json!({"status": {"nodeName": "node2", "migratedVolumes": null}});
+    cluster.patch(Kind::VirtualMachineInstance, &name("demo"), arrived);
+    let over = json!({"status": {"phase": "Succeeded"}});
+    cluster.patch(Kind::Migration, &name(meta["name"].as_str().unwrap()), over);
+    cluster.settle();
+    let there = vmi(&cluster);
+    assert_eq!((volume_of(&there), condition(&there, "VolumesChange")), (&json!("new"), &Value::Null));
+    assert_eq!(vm(&cluster)["status"].get("volumeUpdateState"), None);
+    assert_eq!(condition(&vm(&cluster), "RestartRequired"), &Value::Null);
+}
+
+#[test]
+fn a_migration_that_fails_is_tried_again_after_a_pause_and_one_that_has_arrived_is_waited_for() {
+    let mut cluster = cluster();
+    want(&mut cluster, "new");
+    becomes_migratable(&mut cluster);
+    let fail = |cluster: &mut Cluster, at: usize| {
+        let name = name(migrations(cluster)[at]["metadata"]["name"].as_str().unwrap());
+        let status = json!({"metadata": {"finalizers": null}, "status": {"phase": "Failed"}});
+        cluster.patch(Kind::Migration, &name, status);
+        cluster.settle();
+    };
+    fail(&mut cluster, 0);
+    assert_eq!(migrations(&cluster).len(), 1, "not at once");
+    cluster.pass(11);
+    cluster.settle();
+    assert_eq!(migrations(&cluster).len(), 2);
+    let open = migrations(&cluster).iter().position(|one| one["status"]["phase"] != "Failed").unwrap();
+    // Well at its end, but who runs the guest has not said so yet.
+    let state = json!({"completed": true, "targetNode": "node2"});
+    cluster.patch(Kind::VirtualMachineInstance, &name("demo"), json!({"status": {"migrationState": state}}));
+    fail(&mut cluster, open);
+    want(&mut cluster, "old");
+    cluster.pass(1000);
+    cluster.settle();
+    assert_eq!(volume_of(&vmi(&cluster)), "new", "its data may be there already");
+    assert_eq!(migrations(&cluster).len(), 2);
+}
+
+#[test]
+fn setting_the_claim_back_cancels() {
+    let mut cluster = cluster();
+    want(&mut cluster, "new");
+    becomes_migratable(&mut cluster);
+    // Another one meanwhile is no way out.
+    want(&mut cluster, "other");
+    let told = condition(&vm(&cluster), "RestartRequired")["message"].clone();
+    assert_eq!(told, "The volume can only be reverted to the previous version during the update");
+    assert_eq!(volume_of(&vmi(&cluster)), "new");
+
+    want(&mut cluster, "old");
+    for one in migrations(&cluster) {
+        assert!(one["metadata"]["deletionTimestamp"].is_string() || one["status"]["phase"] == "Failed", "{one}");
+    }
+    cluster.settle();
+    for name in cluster.world.names_of(Kind::Migration) {
+        cluster.remove(Kind::Migration, &name);
+    }
+    cluster.pass(10);
+    cluster.settle();
+    let back = vmi(&cluster);
+    assert_eq!((volume_of(&back), back["status"].get("migratedVolumes")), (&json!("old"), None));
+    assert_eq!(condition(&back, "VolumesChange"), &Value::Null);
+    assert_eq!(vm(&cluster)["status"].get("volumeUpdateState"), None);
+}
+
+#[test]
+fn a_guest_that_ends_meanwhile_is_started_only_where_its_data_is() {
+    let mut cluster = cluster();
+    want(&mut cluster, "new");
+    for name in cluster.world.names_of(Kind::Pod) {
+        cluster.remove(Kind::Pod, &name);
+    }
+    cluster.remove(Kind::VirtualMachineInstance, &name("demo"));
+    cluster.settle();
+    let held = vm(&cluster);
+    assert_eq!(condition(&held, "ManualRecoveryRequired")["status"], "True", "{held:#}");
+    assert_eq!(cluster.get(Kind::VirtualMachineInstance, &name("demo")), None);
+    want(&mut cluster, "old");
+    assert_eq!(volume_of(&vmi(&cluster)), "old");
+    assert_eq!(condition(&vm(&cluster), "ManualRecoveryRequired"), &Value::Null);
+}
+
+#[test]
+fn what_cannot_move_waits_for_a_restart_and_says_why() {
+    let told = |change: &dyn Fn(&mut Cluster)| {
+        let mut cluster = cluster();
+        change(&mut cluster);
+        want(&mut cluster, "new");
+        let told = condition(&vm(&cluster), "RestartRequired")["message"].as_str().unwrap_or_default().to_owned();
+        assert_eq!(volume_of(&vmi(&cluster)), "old", "{told}");
+        told
+    };
+    let vm_spec = |cluster: &mut Cluster, spec: Value| {
+        cluster.patch(Kind::VirtualMachine, &name("demo"), json!({"spec": spec}));
+    };
+    let replaced = told(&|cluster| vm_spec(cluster, json!({"updateVolumesStrategy": "Replacement"})));
+    assert!(replaced.contains("when the VM is started again"), "{replaced}");
+    let missing = told(&|cluster| cluster.remove(Kind::PersistentVolumeClaim, &name("new")));
+    assert_eq!(missing, "claim new of volume data does not exist");
+    let network = told(&|cluster| {
+        let reason = json!([{"type": "LiveMigratable", "status": "False", "reason": "InterfaceNotLiveMigratable",
+            "message": "no masquerade"}]);
+        let patch = json!({"status": {"conditions": reason}});
+        cluster.patch(Kind::VirtualMachineInstance, &name("demo"), patch);
+    });
+    assert_eq!(network, "cannot migrate the volumes as the VMI isn't migratable: no masquerade");
+    let used = told(&|cluster| {
+        cluster.put(
+            Kind::VirtualMachineInstance,
+            json!({"metadata": {"name": "second", "namespace": "default", "uid": "u2"}, "spec": spec("new")}),
+        );
+    });
+    assert_eq!(used, "claim new of volume data is used by VirtualMachineInstance second");
+}
+
+#[test]
+fn a_second_claim_that_is_not_shared_stays_in_the_way() {
+    let mut cluster = cluster();
+    cluster.put(Kind::PersistentVolumeClaim, claim("second", "ReadWriteOnce"));
+    let volumes = |first: &str| {
+        json!([
+            {"name": "data", "persistentVolumeClaim": {"claimName": first}},
+            {"name": "more", "persistentVolumeClaim": {"claimName": "second"}},
+        ])
+    };
+    cluster.patch(Kind::VirtualMachineInstance, &name("demo"), json!({"spec": {"volumes": volumes("old")}}));
+    let patch = json!({"spec": {"template": {"spec": {"volumes": volumes("new")}}}});
+    cluster.patch(Kind::VirtualMachine, &name("demo"), patch);
+    cluster.settle();
+    assert_eq!(
+        condition(&vm(&cluster), "RestartRequired")["message"],
+        "cannot migrate the VM. The volume more is RWO and not included in the migration volumes"
+    );
+}
