@@ -90,6 +90,7 @@ fn every_way_to_fail_has_one_cause() {
         C::NotConverging,
         C::LinkLost,
         C::TargetRefusedCpu,
+        C::TargetOutOfSpace,
         C::TargetRefusedStorage,
         C::TargetRefusedMachine,
         C::HypervisorError,
