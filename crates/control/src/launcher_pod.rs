@@ -162,6 +162,10 @@ fn metadata(vmi: &VirtualMachineInstance, role: Role<'_>) -> ObjectMeta {
         // The descheduler asks for an eviction, which moves the guest; it never deletes the pod.
         own(names::ANNOTATION_DESCHEDULER_EVICT_ONLY, ""),
     ]);
+    // The pod network reads it on the pod: the guest takes its address along.
+    if let Some(value) = vmi.annotation(names::ANNOTATION_ALLOW_POD_BRIDGE_MIGRATION) {
+        annotations.extend([own(names::ANNOTATION_ALLOW_POD_BRIDGE_MIGRATION, value)]);
+    }
     if let Some(networks) = networks(vmi) {
         annotations.insert(names::NETWORKS_ANNOTATION.to_owned(), networks);
     }

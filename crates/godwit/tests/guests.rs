@@ -58,6 +58,16 @@ async fn facts_at(cluster: &Cluster, node: &str, vmi: &str, port: u16) -> (IpAdd
     panic!("{vmi} does not answer {node} on port {port}: {last}; it is {}\n{}", object.data, cluster.words());
 }
 
+const DEMO_IMAGE: &str = "godwit.local/demo-guest:latest";
+
+fn build_demo_image(cluster: &Cluster) {
+    let folder = std::env::var_os("GODWIT_GUEST")
+        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/demo-guest"), PathBuf::from);
+    let pair = |file: &str| format!("{}:/boot/{file}", folder.join(file).display());
+    let built = cluster.godwit(&["image", "build", DEMO_IMAGE, &pair("vmlinuz"), &pair("initrd")]);
+    assert!(built.status.success(), "run `make guest` first: {}", text(&built.stderr));
+}
+
 async fn succeeds(cluster: &Cluster, migration: &str) {
     let over = |m: &DynamicObject| ["Succeeded", "Failed"].contains(&status(m, "phase").as_str());
     let migration = cluster.wait(&cluster.migrations(), migration, "it is over", over).await;
@@ -67,31 +77,12 @@ async fn succeeds(cluster: &Cluster, migration: &str) {
 #[tokio::test(flavor = "multi_thread")]
 async fn behind_masquerade_a_guest_is_reached_before_and_after_its_move() {
     let cluster = Cluster::start(2).await;
-    let folder = std::env::var_os("GODWIT_GUEST")
-        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/demo-guest"), PathBuf::from);
-    let pair = |file: &str| format!("{}:/boot/{file}", folder.join(file).display());
-    let image = "godwit.local/demo-guest:latest";
-    let built = cluster.godwit(&["image", "build", image, &pair("vmlinuz"), &pair("initrd")]);
-    assert!(built.status.success(), "run `make guest` first: {}", text(&built.stderr));
+    build_demo_image(&cluster);
+    let mut inner = linux_vmi("inner", "masquerade");
+    inner["spec"]["terminationGracePeriodSeconds"] = json!(180);
     let ports = PORTS.map(|port| json!({"port": port}));
-    cluster
-        .apply(json!({
-            "apiVersion": "kubevirt.io/v1", "kind": "VirtualMachineInstance", "metadata": {"name": "inner"},
-            "spec": {
-                "terminationGracePeriodSeconds": 180,
-                "domain": {
-                    "memory": {"guest": "192Mi"},
-                    "devices": {"rng": {}, "interfaces": [{"name": "default", "masquerade": {}, "ports": ports}]},
-                    "firmware": {"kernelBoot": {
-                        "kernelArgs": "console=ttyS0 quiet godwit.hostname=inner godwit.ports=80,49152,49153",
-                        "container": {"image": image, "kernelPath": "/boot/vmlinuz", "initrdPath": "/boot/initrd"},
-                    }},
-                },
-                "networks": [{"name": "default", "pod": {}}],
-            },
-        }))
-        .await
-        .expect("apply");
+    inner["spec"]["domain"]["devices"]["interfaces"][0]["ports"] = json!(ports);
+    cluster.apply(inner).await.expect("apply");
     let (address, before) = facts(&cluster, "node1", "inner").await;
     let (_, same) = facts(&cluster, "node2", "inner").await;
     assert_eq!(before["token"], same["token"], "both nodes reach the one guest");
@@ -103,7 +94,10 @@ async fn behind_masquerade_a_guest_is_reached_before_and_after_its_move() {
         status(vmi, "nodeName") != from
             && status(vmi, "interfaces/0/ipAddress").parse::<IpAddr>().is_ok_and(|now| now != address)
     };
-    cluster.wait(&cluster.vmis(), "inner", "it has its new pod's address", moved).await;
+    let vmi = cluster.wait(&cluster.vmis(), "inner", "it has its new pod's address", moved).await;
+    let pod = cluster.pods().get(&status(&vmi, "migrationState/targetPod")).await.expect("pod");
+    assert_eq!(status(&vmi, "interfaces/0/ipAddress"), status(&pod, "podIP"));
+    assert_eq!(status(&vmi, "interfaces/0/ipAddresses/0"), status(&pod, "podIPs/0/ip"));
     for node in ["node1", "node2"] {
         let (now, after) = facts(&cluster, node, "inner").await;
         assert_ne!(now, address);
@@ -115,6 +109,97 @@ async fn behind_masquerade_a_guest_is_reached_before_and_after_its_move() {
     // Told to end, it turns itself off: its grace is longer than the wait. (An old guest may not: `make guest`.)
     cluster.vmis().delete("inner", &Default::default()).await.expect("delete");
     cluster.wait_gone(&cluster.vmis(), "inner").await;
+}
+
+/// A guest that boots the demo kernel, on the pod network in this binding.
+fn linux_vmi(name: &str, binding: &str) -> Value {
+    json!({
+        "apiVersion": "kubevirt.io/v1", "kind": "VirtualMachineInstance", "metadata": {"name": name},
+        "spec": {
+            "terminationGracePeriodSeconds": 0,
+            "domain": {
+                "memory": {"guest": "192Mi"},
+                "devices": {"rng": {}, "interfaces": [{"name": "default", binding: {}}]},
+                "firmware": {"kernelBoot": {
+                    "kernelArgs": format!("console=ttyS0 quiet godwit.hostname={name} godwit.ports=80,49152,49153"),
+                    "container": {"image": DEMO_IMAGE, "kernelPath": "/boot/vmlinuz", "initrdPath": "/boot/initrd"},
+                }},
+            },
+            "networks": [{"name": "default", "pod": {}}],
+        },
+    })
+}
+
+/// Says a word over a connection to the guest's echo service, and hears it again.
+fn echo(stream: &mut std::net::TcpStream, word: &[u8]) -> std::io::Result<()> {
+    stream.set_read_timeout(Some(Duration::from_secs(60)))?;
+    stream.write_all(word)?;
+    let mut heard = vec![0; word.len()];
+    stream.read_exact(&mut heard)?;
+    assert_eq!(heard, word);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bridged_to_the_pod_network_a_guest_takes_its_address_along_where_that_is_allowed() {
+    let cluster = Cluster::start(2).await;
+    build_demo_image(&cluster);
+    let mut rooted = rom_vmi("rooted");
+    rooted["spec"]["domain"]["devices"] = json!({"interfaces": [{"name": "default", "bridge": {}}]});
+    rooted["spec"]["networks"] = json!([{"name": "default", "pod": {}}]);
+    cluster.build_rom_image(Parameters::default());
+    let mut free = linux_vmi("free", "bridge");
+    free["metadata"]["annotations"] = json!({"kubevirt.io/allow-pod-bridge-network-live-migration": ""});
+    for vmi in [rooted, free] {
+        cluster.apply(vmi).await.expect("apply");
+    }
+
+    // Without the annotation a guest runs, and stays.
+    let vmi = runs(&cluster, "rooted").await;
+    let told = condition(&vmi, "LiveMigratable");
+    let message =
+        "cannot migrate VMI which does not use masquerade or a migratable plugin to connect to the pod network";
+    assert_eq!((told["status"].as_str(), told["reason"].as_str()), (Some("False"), Some("InterfaceNotLiveMigratable")));
+    assert_eq!(told["message"], message);
+    let refused = cluster
+        .apply(json!({"apiVersion": "kubevirt.io/v1", "kind": "VirtualMachineInstanceMigration",
+            "metadata": {"name": "stays"}, "spec": {"vmiName": "rooted"}}))
+        .await
+        .expect_err("refused");
+    let kube::Error::Api(answer) = refused else { panic!("{refused}") };
+    assert_eq!(
+        answer.message,
+        format!(
+            "admission webhook \"migration-create-validator.kubevirt.io\" denied the request: Cannot migrate VMI, \
+             Reason: InterfaceNotLiveMigratable, Message: {message}"
+        )
+    );
+
+    // With it the guest has its pod's address, and keeps it.
+    let (address, before) = facts(&cluster, "node1", "free").await;
+    let pod = cluster.launchers("free").await.remove(0).0;
+    assert_eq!(status(&cluster.pods().get(&pod).await.expect("pod"), "podIP"), address.to_string());
+    let from = status(&cluster.vmis().get("free").await.expect("VMI"), "nodeName");
+    let nodes = ["node1", "node2"].map(|node| Namespace::open(&cluster.namespace(node)).expect("namespace"));
+    let mut streams = nodes.map(|node| node.connect((address, 7).into(), Duration::from_secs(10)).expect("connect"));
+    for stream in &mut streams {
+        echo(stream, b"before").expect("echo");
+    }
+    for (name, there) in [("away", true), ("home", false)] {
+        cluster.migrate("free", name).await;
+        succeeds(&cluster, name).await;
+        let vmi = cluster.vmis().get("free").await.expect("VMI");
+        assert_eq!(status(&vmi, "nodeName") != from, there, "{}", vmi.data);
+        for stream in &mut streams {
+            echo(stream, name.as_bytes()).unwrap_or_else(|e| panic!("{name}: {e}\n{}", cluster.words()));
+        }
+        let pod = status(&vmi, "migrationState/targetPod");
+        assert_eq!(status(&cluster.pods().get(&pod).await.expect("pod"), "podIP"), address.to_string());
+        for node in ["node1", "node2"] {
+            let (now, after) = facts(&cluster, node, "free").await;
+            assert_eq!((now, &after["token"]), (address, &before["token"]), "{name}");
+        }
+    }
 }
 
 /// Process and command line of every QEMU in the VMI's active pods. (The guest's name and UUID are in the command line, but

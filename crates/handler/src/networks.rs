@@ -14,6 +14,12 @@ use godwit_network::{Links, Mac, Namespace, TapOptions};
 /// The bridge to a masqueraded guest has the same address on every node, so that the guest's ARP table stays right when it moves.
 const GATEWAY_MAC: Mac = Mac([2, 0, 0, 0, 0, 0]);
 
+/// From where a guest that is bridged to the pod network gets the pod's address by DHCP.
+const LEASER: Ipv4Addr = Ipv4Addr::new(169, 254, 75, 10);
+
+/// The pod's interface on the pod network.
+const POD_INTERFACE: &str = "eth0";
+
 /// KubeVirt's network behind masquerade.
 const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 1);
 const GUEST: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
@@ -108,6 +114,14 @@ pub async fn join(pid: u32, ports: &[Port]) -> Result<(), NetworkError> {
     Ok(())
 }
 
+impl Plan {
+    /// Whether the guest is bridged to the pod network: then the pod's address is its own.
+    #[must_use]
+    pub fn has_pod_address(&self) -> bool {
+        self.binding == Binding::Bridge && self.pod_interface == POD_INTERFACE
+    }
+}
+
 /// The guest's MAC address: the one in the spec, or one derived from VMI and interface, which is the same on every node.
 ///
 /// # Errors
@@ -127,7 +141,6 @@ pub fn mac(vmi: &VirtualMachineInstance, interface: &Interface) -> Result<Mac, N
 /// [`NetworkError::Spec`] names the interface and what is wrong with it.
 pub fn plan(vmi: &VirtualMachineInstance) -> Result<Vec<Plan>, NetworkError> {
     let spec = &vmi.spec;
-    let bridged_pod = vmi.annotation(godwit_api::names::ANNOTATION_ALLOW_POD_BRIDGE_MIGRATION).is_some();
     spec.domain
         .devices
         .interfaces
@@ -138,18 +151,11 @@ pub fn plan(vmi: &VirtualMachineInstance) -> Result<Vec<Plan>, NetworkError> {
                 NetworkError::Spec(format!("interface {name} has no network of the same name in spec.networks"))
             })?;
             let on_pod = network.pod.is_some();
-            let pod_interface = if on_pod { "eth0".to_owned() } else { godwit_api::pod_interface_name(name) };
+            let pod_interface = if on_pod { POD_INTERFACE.to_owned() } else { godwit_api::pod_interface_name(name) };
             let suffix = pod_interface.strip_prefix("pod").unwrap_or(&pod_interface).to_owned();
             let binding = match (&interface.masquerade, &interface.bridge) {
                 (Some(_), Some(_)) => {
                     return Err(NetworkError::Spec(format!("interface {name} has two bindings: choose one")));
-                }
-                (None, Some(_)) if on_pod && !bridged_pod => {
-                    return Err(NetworkError::Spec(format!(
-                        "interface {name}: bridge binding on the pod network cannot be migrated; use masquerade, or \
-                         annotate the VMI with {}",
-                        godwit_api::names::ANNOTATION_ALLOW_POD_BRIDGE_MIGRATION
-                    )));
                 }
                 (None, Some(_)) => Binding::Bridge,
                 (Some(_), None) if !on_pod => {
@@ -239,6 +245,9 @@ pub async fn wire(pid: u32, vmi: &VirtualMachineInstance, awaited: bool) -> Resu
                     .map_err(|e| NetworkError::Spec(format!("setting up address translation broke off: {e}")))??;
             }
             Binding::Bridge => {
+                if plan.has_pod_address() {
+                    keep_pod_address(&links, &plan).await?;
+                }
                 for (address, _) in links.addresses(&plan.pod_interface).await? {
                     links.delete_address(&plan.pod_interface, address).await?;
                 }
@@ -248,14 +257,21 @@ pub async fn wire(pid: u32, vmi: &VirtualMachineInstance, awaited: bool) -> Resu
         }
         let joins = !(awaited && plan.binding == Binding::Bridge);
         tap(&links, &plan, below.mtu, joins).await?;
-        if let Binding::Masquerade { gateway, guest, prefix, .. } = &plan.binding {
+        let given = match &plan.binding {
+            Binding::Masquerade { gateway, guest, prefix, .. } => Some((*guest, *prefix, *gateway, Some(*gateway))),
+            Binding::Bridge if plan.has_pod_address() => {
+                kept_pod_address(&links, &plan).await?.map(|kept| (kept.address, kept.prefix, LEASER, kept.gateway))
+            }
+            Binding::Bridge => None,
+        };
+        if let Some((address, prefix, server, router)) = given {
             let (dns, search) = resolver();
             let lease = Lease {
                 mac: plan.mac,
-                address: *guest,
-                prefix: *prefix,
-                server: *gateway,
-                router: Some(*gateway),
+                address,
+                prefix,
+                server,
+                router,
                 dns,
                 search,
                 hostname: vmi.spec.hostname.clone().or_else(|| vmi.metadata.name.clone()),
@@ -271,6 +287,59 @@ pub async fn wire(pid: u32, vmi: &VirtualMachineInstance, awaited: bool) -> Resu
         });
     }
     Ok(wired)
+}
+
+/// The pod's address, which a guest that is bridged to the pod network gets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct PodAddress {
+    address: Ipv4Addr,
+    prefix: u8,
+    gateway: Option<Ipv4Addr>,
+}
+
+impl std::fmt::Display for PodAddress {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{}", self.address, self.prefix)?;
+        self.gateway.map_or(Ok(()), |gateway| write!(f, " via {gateway}"))
+    }
+}
+
+impl std::str::FromStr for PodAddress {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        let (range, gateway) = text.split_once(" via ").map_or((text, None), |(range, gateway)| (range, Some(gateway)));
+        let (address, prefix) = range.split_once('/').ok_or(())?;
+        Ok(Self {
+            address: address.parse().map_err(|_| ())?,
+            prefix: prefix.parse().map_err(|_| ())?,
+            gateway: gateway.map(str::parse).transpose().map_err(|_| ())?,
+        })
+    }
+}
+
+/// Before the pod's address is taken from its interface it is noted on the bridge, where it outlives this process. A pod without one
+/// has a network that gives the guest its address itself.
+async fn keep_pod_address(links: &Links, plan: &Plan) -> Result<(), NetworkError> {
+    let addresses = links.addresses(&plan.pod_interface).await?;
+    let first = addresses.into_iter().find_map(|(address, prefix)| match address {
+        IpAddr::V4(address) if !address.is_link_local() => Some((address, prefix)),
+        _ => None,
+    });
+    let Some((address, prefix)) = first else { return Ok(()) };
+    let mask = u32::MAX.checked_shl(32 - u32::from(prefix.min(32))).unwrap_or(0);
+    let inside = |gateway: &Ipv4Addr| u32::from(*gateway) & mask == u32::from(address) & mask;
+    // DHCP's router has to be on the guest's own network.
+    let gateway = links.default_gateway().await?.filter(inside);
+    links.set_alias(&plan.bridge, &PodAddress { address, prefix, gateway }.to_string()).await?;
+    links.add_address(&plan.bridge, IpAddr::V4(LEASER), 32).await?;
+    Ok(())
+}
+
+/// What [`keep_pod_address`] has noted.
+async fn kept_pod_address(links: &Links, plan: &Plan) -> Result<Option<PodAddress>, NetworkError> {
+    let bridge = links.get(&plan.bridge).await?;
+    Ok(bridge.and_then(|bridge| bridge.alias).and_then(|alias| alias.parse().ok()))
 }
 
 async fn tap(links: &Links, plan: &Plan, mtu: u32, joins: bool) -> Result<(), NetworkError> {
@@ -357,15 +426,22 @@ mod tests {
     fn what_cannot_be_wired_is_named() {
         let pod = json!([{ "name": "default", "pod": {} }]);
         let text = |v: &VirtualMachineInstance| plan(v).unwrap_err().to_string();
-        let bridged = vmi(json!([{ "name": "default", "bridge": {} }]), pod.clone());
-        assert!(text(&bridged).contains("use masquerade"));
-        let mut allowed = bridged.clone();
-        allowed.metadata.annotations =
-            Some([(godwit_api::names::ANNOTATION_ALLOW_POD_BRIDGE_MIGRATION.to_owned(), String::new())].into());
-        assert_eq!(plan(&allowed).unwrap()[0].binding, Binding::Bridge);
         assert!(text(&vmi(json!([{ "name": "red", "bridge": {} }]), pod.clone())).contains("red"));
         let bad = vmi(json!([{ "name": "default", "masquerade": {}, "ports": [{ "port": 70000 }] }]), pod);
         assert!(text(&bad).contains("70000"));
+    }
+
+    #[test]
+    fn a_guest_may_be_bridged_to_the_pod_network() {
+        let bridged = vmi(json!([{ "name": "default", "bridge": {} }]), json!([{ "name": "default", "pod": {} }]));
+        let plans = plan(&bridged).unwrap();
+        assert!(plans[0].has_pod_address());
+        assert_eq!((plans[0].pod_interface.as_str(), plans[0].binding.clone()), ("eth0", Binding::Bridge));
+        let address = |gateway| PodAddress { address: Ipv4Addr::new(10, 244, 1, 5), prefix: 24, gateway };
+        for kept in [address(None), address(Some(Ipv4Addr::new(10, 244, 1, 1)))] {
+            assert_eq!(kept.to_string().parse(), Ok(kept));
+        }
+        assert_eq!("a bridge".parse::<PodAddress>(), Err(()));
     }
 
     /// A namespace with a process in it, both gone when dropped.
@@ -375,8 +451,8 @@ mod tests {
     }
 
     impl Scratch {
-        fn new() -> Self {
-            let name = format!("gw-handler-test-{}", std::process::id());
+        fn new(what: &str) -> Self {
+            let name = format!("gw-handler-test-{what}-{}", std::process::id());
             let namespace = Namespace::create(&name).unwrap();
             let child = namespace.run(|| std::process::Command::new("sleep").arg("600").spawn().unwrap()).unwrap();
             Self { name, child }
@@ -393,7 +469,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_pod_is_wired_and_wiring_it_again_changes_nothing() {
-        let scratch = Scratch::new();
+        let scratch = Scratch::new("wire");
         let namespace = Namespace::open(&scratch.name).unwrap();
         let links = namespace.links().unwrap();
         for (inside, outside) in [("eth0", "out0"), ("podb1f51a511f1", "out1")] {
@@ -433,5 +509,30 @@ mod tests {
         gone.spec.domain.devices.interfaces[1].name = "blue".into();
         let error = wire(scratch.child.id(), &gone, false).await.err().unwrap().to_string();
         assert!(error.contains("blue") && error.contains("is its network attached"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_pods_address_is_kept_for_its_guest_also_by_the_next_handler() {
+        let scratch = Scratch::new("lease");
+        let namespace = Namespace::open(&scratch.name).unwrap();
+        let links = namespace.links().unwrap();
+        let end = |name| godwit_network::VethEnd { namespace: &namespace, name, mac: None };
+        links.veth(&end("eth0"), &end("out0"), Some(1400)).await.unwrap();
+        links.add_address("eth0", "10.244.1.5".parse().unwrap(), 24).await.unwrap();
+        let gateway = Some(Ipv4Addr::new(10, 244, 1, 1));
+        let default = godwit_network::Route { destination: (Ipv4Addr::UNSPECIFIED, 0), gateway, link: None };
+        links.set_route(&default).await.unwrap();
+        let vmi = vmi(json!([{ "name": "default", "bridge": {} }]), json!([{ "name": "default", "pod": {} }]));
+        let plan = plan(&vmi).unwrap().remove(0);
+        for awaited in [true, false] {
+            let wired = wire(scratch.child.id(), &vmi, awaited).await.unwrap();
+            assert_eq!(wired._servers.len(), 1);
+            let kept = kept_pod_address(&links, &plan).await.unwrap().unwrap();
+            assert_eq!(kept, PodAddress { address: Ipv4Addr::new(10, 244, 1, 5), prefix: 24, gateway });
+            let left = links.addresses("eth0").await.unwrap();
+            assert!(!left.iter().any(|(a, _)| a.is_ipv4()), "it is the guest's: {left:?}");
+            // A guest that is yet to come hears nothing.
+            assert_eq!(links.get("tapeth0").await.unwrap().unwrap().master.is_none(), awaited);
+        }
     }
 }

@@ -339,8 +339,9 @@ fn volumes(
     vmi.spec.volumes.iter().map(one).collect()
 }
 
-/// The interfaces in the order of the spec. Behind masquerade the pod's addresses are the guest's; on a segment only the
-/// guest knows, so what its agent said last stays until it says something else.
+/// The interfaces in the order of the spec. Behind masquerade the pod's addresses are the guest's; bridged to the pod network they
+/// are those that it was given, unless its agent says otherwise; on a segment only the guest knows, so what its agent said
+/// last stays until it says something else.
 fn interfaces(vmi: &VirtualMachineInstance, state: &State, pod: Option<&Vec<String>>) -> Vec<VmiNetworkInterface> {
     let Ok(plans) = networks::plan(vmi) else { return vmi.status.interfaces.clone() };
     plans
@@ -353,8 +354,10 @@ fn interfaces(vmi: &VirtualMachineInstance, state: &State, pod: Option<&Vec<Stri
             });
             let said = agent.map(|a| a.addresses.clone()).filter(|a| !a.is_empty());
             let kept = || old.map(|o| o.ip_addresses.clone()).unwrap_or_default();
+            let of_pod = || pod.cloned().filter(|a| !a.is_empty());
             let addresses = match plan.binding {
-                networks::Binding::Masquerade { .. } => pod.cloned().filter(|a| !a.is_empty()).unwrap_or_else(kept),
+                networks::Binding::Masquerade { .. } => of_pod().unwrap_or_else(kept),
+                networks::Binding::Bridge if plan.has_pod_address() => said.or_else(of_pod).unwrap_or_else(kept),
                 networks::Binding::Bridge => said.unwrap_or_else(kept),
             };
             let interface_name = agent.map(|a| a.name.clone()).or_else(|| old.and_then(|o| o.interface_name.clone()));

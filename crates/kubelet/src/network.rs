@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use godwit_network::{Links, Mac, NETNS_DIR, Namespace, Route, VethEnd, segment};
 use k8s_openapi::api::core::v1::Pod;
-use kube::api::{ApiResource, DynamicObject, GroupVersionKind};
+use kube::api::{ApiResource, DynamicObject, GroupVersionKind, ListParams};
 use kube::{Api, Client, ResourceExt};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -23,6 +23,13 @@ const MTU: u32 = 1500;
 /// The file with a pod's [`PodNetwork`] in its folder.
 const FILE: &str = "network.json";
 const WANTED: &str = "k8s.v1.cni.cncf.io/networks";
+/// Annotation of a pod in which a guest is bridged to the pod network and takes its address along when it moves to another pod
+/// (KubeVirt's; OVN-Kubernetes acts on it too).
+const TRAVELS: &str = "kubevirt.io/allow-pod-bridge-network-live-migration";
+/// Label of all pods of one guest, with its UID.
+const GUEST: &str = "kubevirt.io/created-by";
+/// Label of a pod that was made for a guest to move to.
+const MOVE: &str = "kubevirt.io/migrationJobUID";
 /// Annotation that tells what a pod got (Network Plumbing Working Group's specification).
 pub(crate) const STATUS: &str = "k8s.v1.cni.cncf.io/network-status";
 
@@ -47,6 +54,16 @@ impl std::str::FromStr for Range {
 impl Range {
     fn address(self, offset: u32) -> Ipv4Addr {
         Ipv4Addr::from(u32::from(self.network).wrapping_add(offset))
+    }
+
+    /// The range of the same size in which an address is: all nodes' ranges have one size.
+    fn around(self, ip: Ipv4Addr) -> Self {
+        let mask = u32::MAX.checked_shl(32 - u32::from(self.prefix)).unwrap_or(0);
+        Self { network: Ipv4Addr::from(u32::from(ip) & mask), prefix: self.prefix }
+    }
+
+    fn contains(self, ip: Ipv4Addr) -> bool {
+        self.around(ip) == self.around(self.network)
     }
 
     fn gateway(self) -> Ipv4Addr {
@@ -74,6 +91,9 @@ pub(crate) struct PodNetwork {
     pub(crate) namespace: String,
     pub(crate) ip: Ipv4Addr,
     pub(crate) attachments: Vec<Attachment>,
+    /// Its guest takes the address along.
+    #[serde(default)]
+    pub(crate) travels: bool,
 }
 
 impl PodNetwork {
@@ -115,6 +135,8 @@ pub(crate) struct Networks {
     range: Range,
     /// Addresses in use, and where to look next: one that was just given back is used again as late as possible.
     addresses: std::sync::Mutex<(BTreeSet<Ipv4Addr>, u32)>,
+    /// Addresses that guests have taken along to other nodes; none: it has to be looked up.
+    abroad: std::sync::Mutex<Option<BTreeSet<Ipv4Addr>>>,
     /// Only one at a time makes a segment.
     segments: tokio::sync::Mutex<()>,
 }
@@ -142,7 +164,8 @@ impl Networks {
                 used.insert(network.ip);
             }
         }
-        let next = used.iter().max().map_or(0, |ip| u32::from(*ip).wrapping_sub(u32::from(range.address(1))));
+        let own = used.iter().filter(|ip| range.contains(**ip));
+        let next = own.max().map_or(0, |ip| u32::from(*ip).wrapping_sub(u32::from(range.address(1))));
         Ok(Self {
             client,
             links,
@@ -150,17 +173,46 @@ impl Networks {
             cluster_id: cluster_id.into(),
             range,
             addresses: std::sync::Mutex::new((used, next)),
+            abroad: std::sync::Mutex::new(None),
             segments: tokio::sync::Mutex::new(()),
         })
     }
 
-    fn take_address(&self) -> Option<Ipv4Addr> {
+    /// Learns which addresses are in use by pods elsewhere, where that may have changed.
+    async fn look_abroad(&self) -> Result<BTreeSet<Ipv4Addr>, String> {
+        if let Some(none) = self.abroad().as_ref().filter(|abroad| abroad.is_empty()) {
+            return Ok(none.clone());
+        }
+        let pods = Api::<Pod>::all(self.client.clone()).list(&ListParams::default()).await;
+        let pods = pods.map_err(|e| format!("cannot tell which addresses are in use: {e}"))?;
+        let mine = self.addresses.lock().unwrap_or_else(std::sync::PoisonError::into_inner).0.clone();
+        let abroad: BTreeSet<Ipv4Addr> =
+            pods.iter().filter_map(address).filter(|ip| self.range.contains(*ip) && !mine.contains(ip)).collect();
+        *self.abroad() = Some(abroad.clone());
+        Ok(abroad)
+    }
+
+    fn abroad(&self) -> std::sync::MutexGuard<'_, Option<BTreeSet<Ipv4Addr>>> {
+        self.abroad.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// The address with which a guest comes that moves to this pod.
+    async fn brought(&self, pod: &Pod) -> Result<Option<Ipv4Addr>, String> {
+        let label = |key| pod.labels().get(key).filter(|value| !value.is_empty());
+        let (Some(guest), Some(_), true) = (label(GUEST), label(MOVE), travels(pod)) else { return Ok(None) };
+        let api: Api<Pod> = Api::namespaced(self.client.clone(), &pod.namespace().unwrap_or_default());
+        let pods = api.list(&ListParams::default().labels(&format!("{GUEST}={guest}"))).await;
+        let pods = pods.map_err(|e| format!("cannot tell the address of the guest that comes: {e}"))?;
+        Ok(pods.iter().filter(|other| other.uid() != pod.uid()).find_map(address))
+    }
+
+    fn take_address(&self, abroad: &BTreeSet<Ipv4Addr>) -> Option<Ipv4Addr> {
         let mut addresses = self.addresses.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let room = self.range.room();
         for step in 0..room {
             let offset = (addresses.1 + step) % room;
             let ip = self.range.address(offset + 2);
-            if addresses.0.insert(ip) {
+            if !abroad.contains(&ip) && addresses.0.insert(ip) {
                 addresses.1 = offset + 1;
                 return Some(ip);
             }
@@ -182,11 +234,24 @@ impl Networks {
         let uid = pod.uid().unwrap_or_default();
         let short: String = uid.chars().filter(char::is_ascii_alphanumeric).take(8).collect();
         // After a restart of the machine the namespace is gone, but the address is still the pod's.
-        let ip = before.map(|network| network.ip).or_else(|| self.take_address());
-        let ip = ip.ok_or("no addresses left in the node's pod range")?;
-        let network =
-            PodNetwork { namespace: format!("gw-{}-p-{short}", self.cluster_id), ip, attachments: Vec::new() };
-        match self.make(network, &short, wanted).await {
+        let brought = self.brought(pod).await?;
+        let ip = match before.map(|network| network.ip).or(brought) {
+            Some(ip) => {
+                self.addresses.lock().unwrap_or_else(std::sync::PoisonError::into_inner).0.insert(ip);
+                ip
+            }
+            None => {
+                let abroad = self.look_abroad().await?;
+                self.take_address(&abroad).ok_or("no addresses left in the node's pod range")?
+            }
+        };
+        let network = PodNetwork {
+            namespace: format!("gw-{}-p-{short}", self.cluster_id),
+            ip,
+            attachments: Vec::new(),
+            travels: travels(pod),
+        };
+        match self.make(network, &short, wanted, brought.is_some()).await {
             Ok(network) => {
                 if let Err(error) = spec::write(folder, FILE, &network) {
                     self.detach_network(&network);
@@ -208,6 +273,7 @@ impl Networks {
         mut network: PodNetwork,
         short: &str,
         wanted: Vec<(Wanted, String)>,
+        brought: bool,
     ) -> Result<PodNetwork, Error> {
         let name = network.namespace.clone();
         // A namespace that a broken attempt has left behind is no use; its links go with it.
@@ -217,14 +283,20 @@ impl Networks {
         pod.sysctls(&[
             ("net.ipv6.conf.all.accept_dad", "0"),
             ("net.ipv6.conf.default.accept_dad", "0"),
-            // Neighbours learn at once where an address is.
-            ("net.ipv4.conf.default.arp_notify", "1"),
+            // Neighbours learn at once where an address is; but not while its guest still runs elsewhere.
+            ("net.ipv4.conf.default.arp_notify", if brought { "0" } else { "1" }),
+            ("net.ipv4.conf.default.arp_ignore", if brought { "8" } else { "0" }),
         ])?;
+        if network.travels {
+            // Wherever the guest is, it is on the network of the node that it began on.
+            let _alone = self.segments.lock().await;
+            segment::ensure(&self.links, BRIDGE, UPLINK).await?;
+        }
         let mac = Mac::local(&Sha256::digest(format!("{}/{}", network.namespace, network.ip)));
         let outside = format!("v{short}");
         self.connect(&pod, "eth0", Some(mac), &outside, BRIDGE).await?;
         links.add_address("eth0", IpAddr::V4(network.ip), self.range.prefix).await?;
-        let gateway = Some(self.range.gateway());
+        let gateway = Some(self.range.around(network.ip).gateway());
         links.set_route(&Route { destination: (Ipv4Addr::UNSPECIFIED, 0), gateway, link: None }).await?;
         network.attachments.push(Attachment { name: BRIDGE.into(), interface: "eth0".into(), mac: Some(mac) });
         for (number, (wanted, bridge)) in wanted.into_iter().enumerate() {
@@ -301,6 +373,10 @@ impl Networks {
         if let Err(error) = Namespace::delete(&network.namespace) {
             tracing::warn!(%error, "cannot delete a pod's network namespace");
         }
+        if network.travels {
+            // It may be in use elsewhere now.
+            *self.abroad() = None;
+        }
         self.give_back(network.ip);
     }
 
@@ -332,6 +408,17 @@ impl Networks {
             }
         }
     }
+}
+
+fn travels(pod: &Pod) -> bool {
+    pod.annotations().contains_key(TRAVELS)
+}
+
+/// The address of a pod that is not over.
+fn address(pod: &Pod) -> Option<Ipv4Addr> {
+    let status = pod.status.as_ref()?;
+    let over = matches!(status.phase.as_deref(), Some("Succeeded" | "Failed"));
+    status.pod_ip.as_ref().filter(|_| !over)?.parse().ok()
 }
 
 /// `[<namespace>/]<name>[@<interface>]`
@@ -407,6 +494,8 @@ mod tests {
         let range: Range = "10.244.3.0/24".parse().unwrap();
         assert_eq!(range.gateway(), Ipv4Addr::new(10, 244, 3, 1));
         assert_eq!(range.room(), 253);
+        assert_eq!(range.around(Ipv4Addr::new(10, 244, 1, 7)).gateway(), Ipv4Addr::new(10, 244, 1, 1));
+        assert!(range.contains(Ipv4Addr::new(10, 244, 3, 9)) && !range.contains(Ipv4Addr::new(10, 244, 4, 9)));
         for bad in ["", "10.0.0.0", "10.0.0.0/33", "10.0.0.0/31", "x/24"] {
             assert!(bad.parse::<Range>().is_err(), "{bad}");
         }
@@ -427,6 +516,7 @@ mod tests {
             namespace: "x".into(),
             ip: Ipv4Addr::new(10, 244, 1, 2),
             attachments: vec![attachment("cni0", "eth0"), attachment("default/lab", "pod1")],
+            travels: false,
         };
         let status: serde_json::Value = serde_json::from_str(&network.status()).unwrap();
         assert_eq!(status[0]["ips"][0], "10.244.1.2");

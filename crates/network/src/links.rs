@@ -9,6 +9,7 @@ use rtnetlink::packet_route::link::{
     InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo as InfoAttribute, LinkMessage,
 };
 use rtnetlink::packet_route::neighbour::NeighbourFlags;
+use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute};
 use rtnetlink::{Handle, LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVxlan, RouteMessageBuilder};
 
 use crate::{Error, Mac, Namespace, Result, TapOptions, tap};
@@ -68,6 +69,8 @@ pub struct LinkInfo {
     pub master: Option<u32>,
     /// `bridge`, `veth`, `tun`, `vxlan`; none for loopback and hardware.
     pub kind: Option<String>,
+    /// A note that was left with it ([`Links::set_alias`]).
+    pub alias: Option<String>,
 }
 
 /// A netlink connection into one namespace. Cheap to clone; its socket closes with the last clone.
@@ -273,6 +276,17 @@ impl Links {
         self.set(name, "set the queue of", LinkMessageBuilder::<LinkUnspec>::new().txqueuelen(packets)).await
     }
 
+    /// Gives a link a note of at most 255 bytes (`ip link … alias`), which stays with it and means nothing to the kernel.
+    ///
+    /// # Errors
+    /// [`Error::NoLink`].
+    pub async fn set_alias(&self, name: &str, alias: &str) -> Result<()> {
+        let builder = LinkMessageBuilder::<LinkUnspec>::new();
+        let mut message = builder.index(self.index(name).await?).build();
+        message.attributes.push(LinkAttribute::IfAlias(alias.to_owned()));
+        self.handle.link().set(message).execute().await.map_err(self.failed(format!("set the alias of link {name}")))
+    }
+
     /// Makes a link a port of a bridge, or of none.
     ///
     /// # Errors
@@ -406,6 +420,22 @@ impl Links {
         self.handle.route().add(message).replace().execute().await.map_err(self.failed(what))
     }
 
+    /// The next hop of the default route, if there is one.
+    ///
+    /// # Errors
+    /// [`Error::Netlink`].
+    pub async fn default_gateway(&self) -> Result<Option<Ipv4Addr>> {
+        let wanted = RouteMessageBuilder::<Ipv4Addr>::new().build();
+        let routes = self.handle.route().get(wanted).execute().try_collect::<Vec<_>>().await;
+        let routes = routes.map_err(self.failed("list routes".to_owned()))?;
+        Ok(routes.iter().filter(|route| route.header.destination_prefix_length == 0).find_map(|route| {
+            route.attributes.iter().find_map(|attribute| match attribute {
+                RouteAttribute::Gateway(RouteAddress::Inet(gateway)) => Some(*gateway),
+                _ => None,
+            })
+        }))
+    }
+
     /// Deletes a route; one that is not there is not an error.
     ///
     /// # Errors
@@ -483,11 +513,13 @@ fn info(message: &LinkMessage) -> LinkInfo {
         up: message.header.flags.contains(LinkFlags::Up),
         master: None,
         kind: None,
+        alias: None,
     };
     for attribute in &message.attributes {
         match attribute {
             LinkAttribute::IfName(name) => link.name.clone_from(name),
             LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
+            LinkAttribute::IfAlias(alias) => link.alias = Some(alias.clone()),
             LinkAttribute::Controller(index) => link.master = Some(*index),
             LinkAttribute::Address(bytes) => link.mac = <[u8; 6]>::try_from(bytes.as_slice()).ok().map(Mac),
             LinkAttribute::LinkInfo(infos) => {
