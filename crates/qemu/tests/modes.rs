@@ -5,7 +5,7 @@
 mod place;
 
 use godwit_guest_rom::{Parameters, Story};
-use godwit_qemu::instance::{Arrived, Filling, Incoming, Outgoing, Prelaunch, Running, Serving, Settled};
+use godwit_qemu::instance::{Arrived, Incoming, Outgoing, Prelaunch, Settled};
 use godwit_qemu::machine::Machine;
 use godwit_qemu::migration::{Mode, Options};
 use godwit_qemu::qmp::commands::{MigrationStatus, RunState};
@@ -37,41 +37,6 @@ async fn some_sent(outgoing: &mut Outgoing, bytes: u64) {
     tokio::time::timeout(PATIENCE, work).await.expect("nothing is sent");
 }
 
-async fn hand_over(mut outgoing: Outgoing) -> Serving {
-    let work = async {
-        loop {
-            outgoing = match outgoing.hand_over().await {
-                Ok(serving) => return serving,
-                Err(outgoing) => *outgoing,
-            };
-            assert!(!outgoing.facts().is_final(), "{:?}", outgoing.facts());
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
-    };
-    tokio::time::timeout(PATIENCE, work).await.expect("it never goes over to post-copy")
-}
-
-async fn fill(mut filling: Filling) -> Running {
-    let work = async {
-        loop {
-            filling.look().await.unwrap();
-            filling = match filling.settle() {
-                Ok(running) => return running,
-                Err(filling) => *filling,
-            };
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-    };
-    tokio::time::timeout(PATIENCE, work).await.expect("its memory never comes")
-}
-
-fn filling(arrived: Arrived) -> Filling {
-    match arrived {
-        Arrived::Filling(filling) => filling,
-        Arrived::Whole(..) => panic!("a part of its memory should be missing"),
-    }
-}
-
 #[tokio::test]
 async fn in_post_copy_the_guest_runs_at_the_target_before_its_memory_is_there_and_loses_none_of_it() {
     let place = Place::new(writer());
@@ -97,16 +62,8 @@ async fn in_post_copy_the_guest_runs_at_the_target_before_its_memory_is_there_an
     there.hear(&mut after, 2).await;
     filling.look().await.unwrap();
     assert_eq!(filling.facts().status, MigrationStatus::PostcopyActive, "it runs before all is there");
-    let running = fill(filling).await;
-    let mut serving = serving;
-    let departed = loop {
-        serving.look().await.unwrap();
-        serving = match serving.settle() {
-            Ok(departed) => break departed,
-            Err(serving) => *serving,
-        };
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    };
+    let (running, _) = fill(filling).await;
+    let departed = serve(serving).await;
     assert_eq!(departed.qemu().status().await.unwrap(), RunState::Postmigrate);
     assert!(departed.facts().stop_us.is_some());
     departed.qemu().quit().await;

@@ -5,7 +5,7 @@
 mod place;
 
 use godwit_guest_rom::Story;
-use godwit_qemu::instance::{Arrived, Departed, Filling, Incoming, Outgoing, Running, Serving};
+use godwit_qemu::instance::{Filling, Incoming, Serving};
 use godwit_qemu::migration::{Facts, Options};
 use godwit_qemu::qmp::commands::{MigrationStatus, RunState, VersionTriple};
 use place::*;
@@ -182,56 +182,6 @@ async fn broken(serving: &mut Serving) {
         serving.facts().status == MigrationStatus::PostcopyPaused
     })
     .await;
-}
-
-async fn hand_over(mut outgoing: Outgoing) -> Serving {
-    let work = async {
-        loop {
-            outgoing = match outgoing.hand_over().await {
-                Ok(serving) => return serving,
-                Err(outgoing) => *outgoing,
-            };
-            assert!(!outgoing.facts().is_final(), "{:?}", outgoing.facts());
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
-    };
-    tokio::time::timeout(PATIENCE, work).await.expect("it never goes over to post-copy")
-}
-
-fn filling(arrived: Arrived) -> Filling {
-    match arrived {
-        Arrived::Filling(filling) => filling,
-        Arrived::Whole(..) => panic!("a part of its memory should be missing"),
-    }
-}
-
-async fn fill(mut filling: Filling) -> (Running, Facts) {
-    let work = async {
-        loop {
-            filling.look().await.unwrap();
-            let facts = filling.facts().clone();
-            filling = match filling.settle() {
-                Ok(running) => return (running, facts),
-                Err(filling) => *filling,
-            };
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-    };
-    tokio::time::timeout(PATIENCE, work).await.expect("its memory never comes")
-}
-
-async fn serve(mut serving: Serving) -> Departed {
-    let work = async {
-        loop {
-            serving.look().await.unwrap();
-            serving = match serving.settle() {
-                Ok(departed) => return departed,
-                Err(serving) => *serving,
-            };
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-    };
-    tokio::time::timeout(PATIENCE, work).await.expect("its memory is never sent")
 }
 
 #[tokio::test]

@@ -4,8 +4,9 @@
 #![allow(dead_code, reason = "each of the tests uses a part of it")]
 
 use godwit_guest_rom::{Parameters, Story};
-use godwit_qemu::instance::{Arrived, Departed, Incoming, Outgoing, Prelaunch, Running, Settled};
+use godwit_qemu::instance::{Arrived, Departed, Filling, Incoming, Outgoing, Prelaunch, Running, Serving, Settled};
 use godwit_qemu::machine::{Boot, Machine};
+use godwit_qemu::migration::Facts;
 use godwit_qemu::process::find_qemu;
 use godwit_qemu::qmp::commands::MigrationStatus;
 use std::path::{Path, PathBuf};
@@ -127,6 +128,60 @@ pub async fn leave(mut outgoing: Outgoing) -> Departed {
     follow(&mut outgoing).await;
     let Settled::Departed(departed) = outgoing.settle().await else { panic!("it did not leave") };
     departed
+}
+
+/// Waits until the guest has left with the switch to post-copy.
+pub async fn hand_over(mut outgoing: Outgoing) -> Serving {
+    let work = async {
+        loop {
+            outgoing = match outgoing.hand_over().await {
+                Ok(serving) => return serving,
+                Err(outgoing) => *outgoing,
+            };
+            assert!(!outgoing.facts().is_final(), "{:?}", outgoing.facts());
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, work).await.expect("it never goes over to post-copy")
+}
+
+/// What a go brings in post-copy, as long as memory is missing.
+pub fn filling(arrived: Arrived) -> Filling {
+    match arrived {
+        Arrived::Filling(filling) => filling,
+        Arrived::Whole(..) => panic!("a part of its memory should be missing"),
+    }
+}
+
+/// Waits until all of the guest's memory has come; what is known then.
+pub async fn fill(mut filling: Filling) -> (Running, Facts) {
+    let work = async {
+        loop {
+            filling.look().await.unwrap();
+            let facts = filling.facts().clone();
+            filling = match filling.settle() {
+                Ok(running) => return (running, facts),
+                Err(filling) => *filling,
+            };
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, work).await.expect("its memory never comes")
+}
+
+/// Waits until all of the guest's memory has been sent.
+pub async fn serve(mut serving: Serving) -> Departed {
+    let work = async {
+        loop {
+            serving.look().await.unwrap();
+            serving = match serving.settle() {
+                Ok(departed) => return departed,
+                Err(serving) => *serving,
+            };
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, work).await.expect("its memory is never sent")
 }
 
 /// A guest that writes to nearly all of its memory, again and again, and verifies each page when it comes back to it.
