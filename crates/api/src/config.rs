@@ -49,6 +49,7 @@ pub fn defaults() -> MigrationConfiguration {
         unsafe_migration_override: Some(false),
         allow_post_copy: Some(false),
         allow_workload_disruption: None,
+        fail_when_not_converging: Some(false),
         disable_tls: Some(false),
         network: None,
         match_selinux_level_on_migration: None,
@@ -135,6 +136,7 @@ pub(crate) fn over(first: MigrationConfiguration, second: MigrationConfiguration
         unsafe_migration_override: first.unsafe_migration_override.or(second.unsafe_migration_override),
         allow_post_copy: first.allow_post_copy.or(second.allow_post_copy),
         allow_workload_disruption: first.allow_workload_disruption.or(second.allow_workload_disruption),
+        fail_when_not_converging: first.fail_when_not_converging.or(second.fail_when_not_converging),
         disable_tls: first.disable_tls.or(second.disable_tls),
         network: first.network.or(second.network),
         match_selinux_level_on_migration: first
@@ -240,7 +242,7 @@ fn from_config_map(data: &BTreeMap<String, String>) -> (MigrationConfiguration, 
 }
 
 /// Every setting.
-pub const FIELDS: [&str; 17] = [
+pub const FIELDS: [&str; 18] = [
     "nodeDrainTaintKey",
     "parallelOutboundMigrationsPerNode",
     "parallelMigrationsPerCluster",
@@ -255,6 +257,7 @@ pub const FIELDS: [&str; 17] = [
     "unsafeMigrationOverride",
     "allowPostCopy",
     "allowWorkloadDisruption",
+    "failWhenNotConverging",
     "disableTLS",
     "network",
     "matchSELinuxLevelOnMigration",

@@ -95,6 +95,7 @@ pub fn crds() -> Vec<Value> {
             Column("Downtime", "string", ".status.downtime", false),
             AGE,
             Column("Reason", "string", ".status.reason", false),
+            Column("Forecast", "string", ".status.forecast", true),
             Column("Queue", "integer", ".status.queue.position", true),
             Column("Message", "string", ".status.message", true),
         ],

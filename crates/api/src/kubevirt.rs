@@ -89,6 +89,9 @@ api_struct! {
         allow_post_copy: Option<bool>,
         /// Pause or post-copy when pre-copy does not end; follows `allowPostCopy` when unset.
         allow_workload_disruption: Option<bool>,
+        /// Godwit's own: give a migration up as soon as its passes show that it will not end, instead of at its timeout; no
+        /// when unset.
+        fail_when_not_converging: Option<bool>,
         /// Send in the clear.
         #[serde(rename = "disableTLS")]
         disable_tls: Option<bool>,

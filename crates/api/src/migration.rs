@@ -144,6 +144,8 @@ api_struct! {
         progress: Option<String>,
         /// Godwit's own: the standstill, for the column, as `73 ms`.
         downtime: Option<String>,
+        /// Godwit's own: what it was expected to take, and once it is over what it took, for the column.
+        forecast: Option<String>,
         /// Godwit's own: its place among those that wait for their turn, while it does.
         queue: Option<MigrationQueuePlace>,
         /// Godwit's own: the nodes that were looked at and why each was not taken, while no node takes the target pod.
@@ -163,6 +165,20 @@ impl VirtualMachineInstanceMigrationStatus {
         let progress = self.migration_state.as_ref().and_then(|state| state.progress.as_ref());
         self.progress = progress.and_then(|progress| progress.percent).map(|percent| format!("{percent}%"));
         self.downtime = progress.and_then(|progress| progress.downtime_milliseconds).map(|ms| format!("{ms} ms"));
+        let forecast = self.migration_state.as_ref().and_then(|state| state.forecast.as_ref());
+        self.forecast = forecast.map(|forecast| {
+            let standstill =
+                forecast.downtime_milliseconds.map(|ms| format!(", standstill {ms} ms")).unwrap_or_default();
+            let expected = match forecast.duration_milliseconds {
+                Some(ms) => format!("{ms} ms{standstill}"),
+                None => "does not end by itself".to_owned(),
+            };
+            let real = progress.filter(|progress| progress.downtime_milliseconds.is_some());
+            match real.and_then(|progress| progress.total_milliseconds.zip(progress.downtime_milliseconds)) {
+                Some((total, downtime)) => format!("{expected}; was {total} ms, {downtime} ms"),
+                None => expected,
+            }
+        });
     }
 }
 
@@ -238,6 +254,21 @@ mod tests {
         .unwrap();
         status.fill_columns();
         assert_eq!((status.progress.as_deref(), status.downtime.as_deref()), (Some("100%"), Some("73 ms")));
+        assert_eq!(status.forecast, None, "nothing was measured before");
+        let mut told = |state| {
+            status.migration_state = Some(serde_json::from_value(state).unwrap());
+            status.fill_columns();
+            status.forecast.clone().unwrap()
+        };
+        let forecast = json!({ "converges": true, "durationMilliseconds": 1300, "downtimeMilliseconds": 20 });
+        assert_eq!(told(json!({ "forecast": forecast })), "1300 ms, standstill 20 ms");
+        let over = json!({ "totalMilliseconds": 1200, "downtimeMilliseconds": 18 });
+        assert_eq!(
+            told(json!({ "forecast": forecast, "progress": over })),
+            "1300 ms, standstill 20 ms; was 1200 ms, 18 ms"
+        );
+        let never = json!({ "converges": false, "downtimeMilliseconds": 2000 });
+        assert_eq!(told(json!({ "forecast": never })), "does not end by itself");
         status.migration_state = None;
         status.fill_columns();
         assert_eq!((status.progress, status.downtime), (None, None));

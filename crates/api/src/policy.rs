@@ -42,6 +42,8 @@ api_struct! {
         allow_post_copy: Option<bool>,
         /// Pause or post-copy when pre-copy does not end; follows `allowPostCopy` when unset.
         allow_workload_disruption: Option<bool>,
+        /// Godwit's own: give a migration up as soon as its passes show that it will not end.
+        fail_when_not_converging: Option<bool>,
     }
 }
 
@@ -121,6 +123,7 @@ impl MigrationPolicySpec {
             max_downtime_ms: self.max_downtime_ms,
             allow_post_copy: self.allow_post_copy,
             allow_workload_disruption: self.allow_workload_disruption.or(self.allow_post_copy),
+            fail_when_not_converging: self.fail_when_not_converging,
             ..MigrationConfiguration::default()
         }
     }

@@ -72,6 +72,10 @@ api_struct! {
         downtime_milliseconds: Option<u64>,
         /// From start to end.
         total_milliseconds: Option<u64>,
+        /// What `downtimeMilliseconds` was expected to be when it began.
+        forecast_downtime_milliseconds: Option<u64>,
+        /// What `totalMilliseconds` was expected to be when it began; unset also where it was not expected to end.
+        forecast_total_milliseconds: Option<u64>,
         /// Bytes sent.
         bytes_processed: Option<u64>,
         /// For people: the downtime with its unit, e.g. `73 ms`.

@@ -45,6 +45,7 @@ fn record(migration: &VirtualMachineInstanceMigration, now: Timestamp) -> Migrat
     let started = state.and_then(|state| state.start_timestamp.clone());
     let ended = state.and_then(|state| state.end_timestamp.clone()).or(over).unwrap_or(Time(now));
     let progress = state.and_then(|state| state.progress.as_ref());
+    let forecast = state.and_then(|state| state.forecast.as_ref());
     let took = started.as_ref().map(|started| ended.0.duration_since(started.0).as_millis());
     let mut record = MigrationRecord {
         metadata: ObjectMeta {
@@ -72,6 +73,8 @@ fn record(migration: &VirtualMachineInstanceMigration, now: Timestamp) -> Migrat
             started_at: started,
             ended_at: Some(ended),
             downtime_milliseconds: progress.and_then(|progress| progress.downtime_milliseconds),
+            forecast_downtime_milliseconds: forecast.and_then(|forecast| forecast.downtime_milliseconds),
+            forecast_total_milliseconds: forecast.and_then(|forecast| forecast.duration_milliseconds),
             bytes_processed: progress.and_then(|progress| progress.bytes_processed),
             ..MigrationRecordSpec::default()
         },

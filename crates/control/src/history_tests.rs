@@ -50,6 +50,7 @@ fn a_migration_leaves_a_record_when_it_goes() {
                 "sourceNode": "node1", "targetNode": "node2", "mode": "PreCopy", "startTimestamp": "2026-01-02T03:04:05Z",
                 "endTimestamp": "2026-01-02T03:04:07Z", "completed": true,
                 "progress": {"downtimeMilliseconds": 12, "bytesProcessed": 1024},
+                "forecast": {"durationMilliseconds": 1900, "downtimeMilliseconds": 15, "passes": 2},
             },
         }),
     );
@@ -62,6 +63,7 @@ fn a_migration_leaves_a_record_when_it_goes() {
             "sourceNode": "node1", "targetNode": "node2", "result": "Succeeded", "mode": "PreCopy",
             "requestedAt": asked, "startedAt": "2026-01-02T03:04:05Z", "endedAt": "2026-01-02T03:04:07Z",
             "downtimeMilliseconds": 12, "totalMilliseconds": 2000, "bytesProcessed": 1024,
+            "forecastDowntimeMilliseconds": 15, "forecastTotalMilliseconds": 1900,
             "downtime": "12 ms", "sent": "1 KiB",
         })
     );

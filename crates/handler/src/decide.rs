@@ -8,6 +8,7 @@ use std::time::Duration;
 use godwit_api::FailureCause;
 use godwit_launcher::rpc::{DomainPhase, MigrationMode, MigrationRole};
 
+use crate::expect::Prediction;
 use crate::facts::{self, Facts, Launcher, MigrationView, PodView};
 
 pub mod causes;
@@ -61,6 +62,11 @@ pub enum Action {
         pod: String,
         /// Also open the memory channel and listen for QEMU.
         memory: bool,
+    },
+    /// Ask the launcher to measure how fast its guest writes.
+    Measure {
+        /// The pod.
+        pod: String,
     },
     /// Order the outgoing migration.
     Migrate {
@@ -138,6 +144,8 @@ pub enum Change {
     Published,
     /// `startTimestamp` and `mode`, microseconds since the epoch.
     Started(i64),
+    /// `forecast`.
+    Forecast(Box<Prediction>),
     /// `mode`: how it goes on.
     Mode(MigrationMode),
     /// `failureCause` of a migration that is being given up, so that it is known after a restart.

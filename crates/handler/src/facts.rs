@@ -9,6 +9,7 @@ use godwit_launcher::rpc::{Cause, DomainPhase, MigrationFacts, MigrationMode, Mi
 use jiff::Timestamp;
 
 use crate::decide::Failure;
+use crate::expect::Prediction;
 
 /// Everything that counts for one VMI on this node, at one moment.
 #[derive(Clone, Debug)]
@@ -25,6 +26,8 @@ pub struct Facts {
     pub running_for: Option<Duration>,
     /// The VMI's launcher pods on this node, by name.
     pub pods: BTreeMap<String, PodView>,
+    /// The source's launcher was asked to measure its guest for the present migration.
+    pub measure_asked: bool,
     /// The channels that this process holds open as a migration's target.
     pub target: Option<TargetView>,
     /// The channels that this process holds open as a migration's source.
@@ -99,6 +102,10 @@ pub struct MigrationView {
     pub allow_auto_converge: bool,
     /// `allowPostCopy`.
     pub allow_post_copy: bool,
+    /// `failWhenNotConverging`.
+    pub fail_when_not_converging: bool,
+    /// `forecast` is there.
+    pub has_forecast: bool,
     /// `allowWorkloadDisruption`, which follows `allowPostCopy` when it is not set.
     pub allow_workload_disruption: bool,
 }
@@ -233,6 +240,10 @@ pub struct SourceView {
     pub go: Go,
     /// What the target's end said after the migration had failed.
     pub target: TargetSays,
+    /// What the link to the target's node was seen to carry, in bytes a second.
+    pub link_rate: Option<u64>,
+    /// What it was expected to take before it began.
+    pub prediction: Option<Prediction>,
 }
 
 /// How an order to the launcher went that is given once.

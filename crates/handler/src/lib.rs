@@ -14,6 +14,7 @@ mod credentials;
 pub mod decide;
 mod door;
 mod events;
+mod expect;
 pub mod facts;
 mod follow;
 pub mod frames;

@@ -2,18 +2,30 @@
 
 use godwit_api::vmi::MigrationProgress;
 use godwit_launcher::rpc::MigrationFacts;
+use godwit_launcher::rpc::forecast::Forecast;
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
 /// The members of `progress` as a merge patch. Within a migration what is done never becomes less: the percentage stands still
-/// while the guest makes copied memory stale again. What is not known is taken out.
-pub fn report(f: &MigrationFacts, before: &MigrationProgress, now: Timestamp) -> Value {
+/// while the guest makes copied memory stale again. What is not known is taken out. `rest`: what the model expects from now on,
+/// where enough was measured for it; without that the rates of now have to do.
+pub fn report(f: &MigrationFacts, rest: Option<Forecast>, before: &MigrationProgress, now: Timestamp) -> Value {
     let percent = percent(f).max(before.percent.unwrap_or(0));
     let processed = f.processed_bytes.max(before.bytes_processed.unwrap_or(0));
     let elapsed = f.start_us.map(|s| f.end_us.unwrap_or_else(|| now.as_microsecond()).saturating_sub(s).max(0) / 1000);
     let elapsed = elapsed.and_then(|ms| u64::try_from(ms).ok()).or(f.total_ms);
     let over = matches!(f.status.as_str(), "completed" | "failed" | "cancelled");
-    let left = if over { None } else { milliseconds_left(f) };
+    let rest = rest.filter(|_| !over && !f.handed_over && dirty_now(f));
+    let left = match rest {
+        Some(rest) => rest.duration.likely,
+        None if over => None,
+        None => milliseconds_left(f),
+    };
+    let standstill = match rest {
+        Some(rest) => rest.downtime.likely.filter(|_| rest.converges),
+        None if over => None,
+        None => standstill(f),
+    };
     let end = left.and_then(|ms| now.checked_add(std::time::Duration::from_millis(ms)).ok());
     let end = end.and_then(|end| Timestamp::from_second(end.as_second()).ok()).map(|end| end.to_string());
     json!({
@@ -32,7 +44,9 @@ pub fn report(f: &MigrationFacts, before: &MigrationProgress, now: Timestamp) ->
         "totalMilliseconds": elapsed.max(before.total_milliseconds),
         "qemuDowntimeMilliseconds": f.qemu_downtime_ms,
         "expectedEndTimestamp": end,
-        "expectedDowntimeMilliseconds": if over { None } else { standstill(f) },
+        "expectedDowntimeMilliseconds": standstill,
+        // Told by its passes, not by what was measured before.
+        "converges": rest.filter(|_| f.written.len() >= 2).map(|rest| rest.converges),
     })
 }
 
@@ -43,7 +57,9 @@ fn time(us: i64) -> Option<Timestamp> {
 
 /// What is taken out when nothing is expected any more.
 pub fn end() -> Value {
-    json!({ "expectedEndTimestamp": null, "expectedDowntimeMilliseconds": null, "linkBrokenTimestamp": null })
+    json!({
+        "converges": null, "expectedEndTimestamp": null, "expectedDowntimeMilliseconds": null, "linkBrokenTimestamp": null,
+    })
 }
 
 fn percent(f: &MigrationFacts) -> u32 {
@@ -78,6 +94,11 @@ fn standstill(f: &MigrationFacts) -> Option<u64> {
     }
 }
 
+/// Whether the guest runs at the source.
+fn dirty_now(f: &MigrationFacts) -> bool {
+    !(f.guest_paused || f.paused_by_migration || f.handed_over || f.stop_us.is_some())
+}
+
 /// How fast the guest undoes what is done. A guest that stands still, or is at the target already, does not.
 fn dirty(f: &MigrationFacts) -> u64 {
     if f.guest_paused || f.paused_by_migration || f.handed_over { 0 } else { f.dirty_bytes_per_second }
@@ -85,7 +106,8 @@ fn dirty(f: &MigrationFacts) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use godwit_launcher::rpc::{MigrationRole, Transport};
+    use godwit_launcher::rpc::forecast::Expected;
+    use godwit_launcher::rpc::{MigrationRole, Transport, Written};
 
     use super::*;
 
@@ -103,7 +125,7 @@ mod tests {
     }
 
     fn shown(f: &MigrationFacts, before: &MigrationProgress) -> MigrationProgress {
-        serde_json::from_value(report(f, before, now())).unwrap()
+        serde_json::from_value(report(f, None, before, now())).unwrap()
     }
 
     #[test]
@@ -136,18 +158,18 @@ mod tests {
         f.throttle_percent = Some(30);
         assert_eq!(shown(&f, &MigrationProgress::default()).throttle_percent, Some(30));
         f.status = "completed".into();
-        assert_eq!(report(&f, &MigrationProgress::default(), now())["throttlePercent"], Value::Null);
+        assert_eq!(report(&f, None, &MigrationProgress::default(), now())["throttlePercent"], Value::Null);
     }
 
     #[test]
     fn a_broken_link_is_told_while_it_is_broken() {
         let mut f = active();
-        assert_eq!(report(&f, &MigrationProgress::default(), now())["recoveries"], Value::Null);
+        assert_eq!(report(&f, None, &MigrationProgress::default(), now())["recoveries"], Value::Null);
         (f.broken_us, f.recoveries) = (Some(now().as_microsecond() + 7), 2);
         let told = shown(&f, &MigrationProgress::default());
         assert_eq!((told.link_broken_timestamp.map(|t| t.0), told.recoveries), (Some(now()), Some(2)));
         f.broken_us = None;
-        assert_eq!(report(&f, &MigrationProgress::default(), now())["linkBrokenTimestamp"], Value::Null);
+        assert_eq!(report(&f, None, &MigrationProgress::default(), now())["linkBrokenTimestamp"], Value::Null);
     }
 
     #[test]
@@ -171,7 +193,7 @@ mod tests {
         let end = shown(&f, &nothing).expected_end_timestamp.unwrap();
         assert_eq!(end.0.to_string(), "2026-11-20T20:00:05Z");
         f.dirty_bytes_per_second = 100;
-        assert_eq!(report(&f, &nothing, now())["expectedEndTimestamp"], Value::Null, "never at these rates");
+        assert_eq!(report(&f, None, &nothing, now())["expectedEndTimestamp"], Value::Null, "never at these rates");
         f.paused_by_migration = true;
         assert!(shown(&f, &nothing).expected_end_timestamp.is_some(), "a guest that stands still writes nothing");
         f.status = "completed".into();
@@ -192,5 +214,29 @@ mod tests {
         assert_eq!(shown(&f, &nothing).expected_downtime_milliseconds, None, "it never fits");
         f.downtime_limit_ms = Some(0);
         assert_eq!(shown(&f, &nothing).expected_downtime_milliseconds, Some(500), "one pass, then the rest at once");
+    }
+
+    #[test]
+    fn the_model_is_believed_where_there_is_one() {
+        let mut f = active();
+        (f.bytes_per_second, f.dirty_bytes_per_second, f.iteration) = (100, 100, 3);
+        let nothing = MigrationProgress::default();
+        let expected = |ms| Expected { likely: Some(ms), least: None, most: None };
+        let mut rest =
+            Forecast { converges: true, duration: expected(2000), downtime: expected(30), ..Forecast::default() };
+        let told = |f: &MigrationFacts, rest| -> MigrationProgress {
+            serde_json::from_value(report(f, Some(rest), &nothing, now())).unwrap()
+        };
+        let progress = told(&f, rest);
+        assert_eq!(progress.expected_end_timestamp.unwrap().0.to_string(), "2026-11-20T20:00:02Z");
+        assert_eq!((progress.expected_downtime_milliseconds, progress.converges), (Some(30), None));
+        f.written = vec![Written { within_ms: 1, bytes: 1, margin: 0 }; 2];
+        assert_eq!(told(&f, rest).converges, Some(true), "its passes tell");
+        (rest.converges, rest.duration) = (false, Expected::default());
+        let progress = told(&f, rest);
+        assert_eq!((progress.converges, progress.expected_downtime_milliseconds), (Some(false), None));
+        assert_eq!(progress.expected_end_timestamp, None);
+        f.handed_over = true;
+        assert_eq!(told(&f, rest).converges, None, "the guest is at the target");
     }
 }

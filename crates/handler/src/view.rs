@@ -64,6 +64,8 @@ fn migration(vmi: &VirtualMachineInstance) -> Option<MigrationView> {
         progress_limit: progress_limit.map(Duration::from_secs),
         allow_auto_converge: config.allow_auto_converge.unwrap_or(false),
         allow_post_copy,
+        fail_when_not_converging: config.fail_when_not_converging.unwrap_or(false),
+        has_forecast: state.forecast.is_some(),
         allow_workload_disruption: config.allow_workload_disruption.unwrap_or(allow_post_copy),
     })
 }

@@ -14,7 +14,8 @@ use tokio::sync::{Notify, mpsc};
 use crate::channel::TargetChannels;
 use crate::context::Context;
 use crate::decide::{self, Failure, Plan};
-use crate::facts::{self, Facts, Go, Launcher, MigrationView, Ordered, PodView, SourceView, TargetView};
+use crate::expect::{self, Prediction};
+use crate::facts::{self, Facts, Go, Launcher, MigrationView, Ordered, PodView, SourceView, TargetView, VmiView};
 use crate::follow::Follower;
 use crate::frames::Relay;
 use crate::networks::Wired;
@@ -86,6 +87,9 @@ struct Source {
     post_copy: Order,
     pause: Order,
     reported: Option<Instant>,
+    prediction: Option<Prediction>,
+    /// What the link was seen to carry by the migration before, in bytes a second.
+    known_rate: Option<u64>,
     meter: Meter,
 }
 
@@ -155,6 +159,8 @@ pub struct Worker {
     migratable_of: (Vec<String>, usize),
     /// Since when this process knows of the present migration.
     known: Option<(String, Instant)>,
+    /// The migration for which the launcher was asked to measure its guest.
+    measure_asked: Option<String>,
     /// The migration that runs, since when, and for how long it had run before this process knew of it.
     running: Option<(String, Instant, Duration)>,
     /// The migration whose pod at the other end was last looked at, when, and why it has ended if it has.
@@ -190,6 +196,7 @@ impl Worker {
             migratable: (None, write::Migratable::default()),
             migratable_of: Default::default(),
             known: None,
+            measure_asked: None,
             running: None,
             peer_seen: None,
             complaint: None,
@@ -427,6 +434,7 @@ impl Worker {
                 source.link.unserved();
             }
         }
+        self.predict(&view, &pods);
         let running_for = self.running_for(view.migration.as_ref());
         Facts {
             node: self.context.node.clone(),
@@ -434,10 +442,28 @@ impl Worker {
             running_for,
             vmi: view,
             known_for: self.known.as_ref().map(|(_, since)| since.elapsed()).unwrap_or_default(),
+            measure_asked: self.measure_asked.is_some()
+                && self.measure_asked.as_ref() == self.known.as_ref().map(|(uid, _)| uid),
             pods,
             target: self.target.as_ref().map(Target::view),
             source: self.source.as_ref().map(Source::view),
             peer_ended: self.peer_seen.as_ref().and_then(|(_, _, ended)| ended.clone()),
+        }
+    }
+
+    /// Tells what the migration will take, again and again until it has begun; then that stands. What was measured too late for
+    /// that counts during the first pass, while nothing of how it goes is known yet.
+    fn predict(&mut self, view: &VmiView, pods: &BTreeMap<String, PodView>) {
+        let (Some(source), Some(m)) = (&mut self.source, &view.migration) else { return };
+        let Some(state) = pods.get(&m.source_pod).and_then(|pod| pod.launcher.last()) else { return };
+        let begun = facts::migration(state, &m.uid, MigrationRole::Source);
+        let open = match begun {
+            None => true,
+            Some(f) => source.prediction.is_none() && f.iteration <= 1 && !f.is_final(),
+        };
+        if open && source.link.uid == m.uid {
+            source.prediction =
+                expect::before(state, m, source.known_rate, source.link.now().transport.zstd, Timestamp::now());
         }
     }
 
@@ -464,6 +490,7 @@ impl Worker {
             launchers: &launchers,
             addresses: &addresses,
             target: target.as_ref(),
+            link_rate: self.source.as_ref().and_then(Source::rate),
             migratable: &self.migratable.1,
         };
         let Some(patch) = write::patch(vmi, changes, &sources) else { return Ok(false) };
@@ -514,12 +541,19 @@ impl Source {
             reported: self.reported.map(|at| at.elapsed()),
             go: state.go,
             target: state.target,
+            link_rate: self.rate(),
+            prediction: self.prediction.clone(),
         }
     }
 
     /// What the link to its node took, if that can be told.
     fn link_rate(&self) -> Option<u64> {
         self.link.carried.link_rate(u64::from(self.link.now().transport.channels))
+    }
+
+    /// The same, or what it took the last time.
+    fn rate(&self) -> Option<u64> {
+        self.link_rate().or(self.known_rate)
     }
 
     fn remove_sockets(&self) {

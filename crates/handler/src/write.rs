@@ -11,9 +11,11 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use serde_json::{Map, Value, json};
 
 use crate::decide::Change;
+use crate::expect;
 use crate::facts::TargetView;
 use crate::networks;
 use crate::progress;
+use crate::view;
 
 /// What a patch is made from, beside the VMI.
 pub struct Sources<'a> {
@@ -27,6 +29,8 @@ pub struct Sources<'a> {
     pub addresses: &'a BTreeMap<String, Vec<String>>,
     /// The listening half.
     pub target: Option<&'a TargetView>,
+    /// What the link to a migration's target was seen to carry, in bytes a second.
+    pub link_rate: Option<u64>,
     /// LiveMigratable and StorageLiveMigratable as they should be, and the migration method.
     pub migratable: &'a Migratable,
 }
@@ -131,6 +135,9 @@ pub fn patch(vmi: &VirtualMachineInstance, changes: &[Change], from: &Sources<'_
                 migration.insert("startTimestamp".into(), time_of(*start_us, from.now));
                 migration.insert("mode".into(), json!("PreCopy"));
             }
+            Change::Forecast(made) => {
+                migration.insert("forecast".into(), expect::shown(made));
+            }
             Change::Mode(mode) => {
                 migration.insert("mode".into(), json!(mode_word(*mode)));
             }
@@ -138,9 +145,14 @@ pub fn patch(vmi: &VirtualMachineInstance, changes: &[Change], from: &Sources<'_
                 migration.insert("failureCause".into(), json!(cause));
             }
             Change::Progress { pod } => {
-                if let Some(facts) = from.launchers.get(pod).and_then(|s| s.migration.as_ref()) {
+                if let Some(state) = from.launchers.get(pod)
+                    && let Some(facts) = &state.migration
+                {
                     let before = vmi.status.migration_state.as_ref().and_then(|m| m.progress.clone());
-                    merge(&mut migration, "progress", progress::report(facts, &before.unwrap_or_default(), from.now));
+                    let m = view::vmi(vmi).migration.unwrap_or_default();
+                    let rest = expect::rest(state, facts, &m, from.link_rate);
+                    let report = progress::report(facts, rest, &before.unwrap_or_default(), from.now);
+                    merge(&mut migration, "progress", report);
                 }
             }
             Change::Abort(abort) => {

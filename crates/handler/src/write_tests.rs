@@ -57,6 +57,7 @@ fn made(vmi: &VirtualMachineInstance, changes: &[Change], state: State) -> Optio
         launchers: &launchers,
         addresses: &addresses,
         target: Some(&target),
+        link_rate: None,
         migratable: &migratable,
     };
     patch(vmi, changes, &from)

@@ -201,6 +201,11 @@ impl Client {
         self.call(Method::POST, rpc::PAUSE, None::<&()>).await
     }
 
+    /// Measure anew how fast the guest writes to its memory; what comes of it is told in the state.
+    pub async fn measure(&self) -> Result<rpc::State, Error> {
+        self.call(Method::POST, rpc::MEASURE, None::<&()>).await
+    }
+
     /// Let the guest's CPUs run again.
     pub async fn unpause(&self) -> Result<rpc::State, Error> {
         self.call(Method::POST, rpc::UNPAUSE, None::<&()>).await

@@ -6,6 +6,7 @@
 use godwit_api::VirtualMachineInstance;
 pub use godwit_qemu::accelerator::Accelerator;
 pub use godwit_qemu::failure::Cause;
+pub use godwit_qemu::forecast::{self, Written};
 pub use godwit_qemu::transport::{self, Ability, Transport};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -39,6 +40,8 @@ pub const MIGRATION_RECOVER: &str = "/v1/migration/recover";
 pub const MIGRATION_ABANDON: &str = "/v1/migration/abandon";
 /// Path of [`ShutdownOrder`].
 pub const SHUTDOWN: &str = "/v1/shutdown";
+/// Path that has [`MemoryFacts`] measured anew, unless that is just being done. An older launcher does not know it.
+pub const MEASURE: &str = "/v1/measure";
 /// Path that stops the guest's CPUs.
 pub const PAUSE: &str = "/v1/pause";
 /// Path that lets the guest's CPUs run again.
@@ -304,12 +307,31 @@ pub struct State {
     /// Why the VM ended, in a sentence, once it has.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub exit_reason: Option<String>,
+    /// What was measured of the guest's memory.
+    pub memory: MemoryFacts,
     /// The last or current migration.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub migration: Option<MigrationFacts>,
     /// The volumes that are disks of the guest, in the order of the VMI's disks.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub volumes: Vec<VolumeState>,
+}
+
+/// The guest's memory, as it was measured while the guest ran here.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct MemoryFacts {
+    /// Bytes that the guest has; 0 before anything was measured.
+    pub total_bytes: u64,
+    /// Bytes of it that are there: what was never written to is not.
+    pub present_bytes: u64,
+    /// How much of it the guest writes to within some times, the shortest first.
+    pub written: Vec<Written>,
+    /// When that was measured last, microseconds since the Unix epoch by this host's clock.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub measured_us: Option<i64>,
+    /// A guest that runs is sent in one pass, since this QEMU loses track of what is written between two.
+    pub one_pass: bool,
 }
 
 /// A volume as the guest has it.
@@ -504,6 +526,9 @@ pub struct MigrationFacts {
     /// Passes over the memory so far.
     #[serde(default)]
     pub iteration: u64,
+    /// What the last of them have shown that the guest writes to, the oldest first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub written: Vec<Written>,
     /// The standstill that the source allows itself at present, in milliseconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub downtime_limit_ms: Option<u64>,
@@ -555,6 +580,7 @@ impl MigrationFacts {
             throttle_percent: None,
             dirty_bytes_per_second: 0,
             iteration: 0,
+            written: Vec::new(),
             downtime_limit_ms: None,
             total_ms: None,
             qemu_downtime_ms: None,

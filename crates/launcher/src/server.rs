@@ -44,6 +44,7 @@ pub fn router(orders: mpsc::Sender<Request>, state: watch::Receiver<State>) -> R
         .route(rpc::MIGRATION_RECOVER, post(|door, body| with(door, body, Order::Recover)))
         .route(rpc::MIGRATION_ABANDON, post(|door, body| with(door, body, Order::Abandon)))
         .route(rpc::SHUTDOWN, post(|door, body| with(door, body, Order::Shutdown)))
+        .route(rpc::MEASURE, post(|door: Shared<Door>| order(door, Order::Measure)))
         .route(rpc::PAUSE, post(|door: Shared<Door>| order(door, Order::Pause)))
         .route(rpc::UNPAUSE, post(|door: Shared<Door>| order(door, Order::Unpause)))
         .fallback(|| async { refuse(Refusal::NotFound, "no such call".into()) })

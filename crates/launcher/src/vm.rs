@@ -1,6 +1,7 @@
 //! The VM: one task owns it, takes orders one after another, and publishes what is true.
 
 mod end;
+mod measure;
 mod migration;
 
 use crate::agent;
@@ -56,6 +57,7 @@ pub enum Order {
     Shutdown(ShutdownOrder),
     Pause,
     Unpause,
+    Measure,
     Events,
 }
 
@@ -173,6 +175,7 @@ pub struct Vm {
     agent_open: bool,
     ask_at: Instant,
     agent: (mpsc::Sender<Option<GuestAgentFacts>>, mpsc::Receiver<Option<GuestAgentFacts>>),
+    measuring: measure::Measuring,
     /// When everything was over.
     over: Option<Instant>,
     /// Nobody has to learn the end any more.
@@ -215,6 +218,7 @@ impl Vm {
             agent_open: false,
             ask_at: Instant::now(),
             agent: mpsc::channel(1),
+            measuring: measure::Measuring::default(),
             over,
             dismissed: false,
         };
@@ -250,6 +254,7 @@ impl Vm {
                 ended = ended => self.ended(ended).await,
                 Some((volume, digest)) = self.digests.1.recv() => self.base_known(volume, digest),
                 Some(facts) = self.agent.1.recv() => self.now.guest_agent = facts.unwrap_or_default(),
+                measured = self.measuring.next() => self.measured(measured),
                 Some(()) = terminate.recv() => self.terminate().await,
                 () = tokio::time::sleep_until(wake) => self.look().await,
             }
@@ -281,6 +286,7 @@ impl Vm {
             Order::Shutdown(order) => self.shut_down(Duration::from_secs(order.grace_seconds)).await,
             Order::Pause => self.pause(true).await?,
             Order::Unpause => self.pause(false).await?,
+            Order::Measure => self.measure(true),
             Order::Events => return Ok(Answer::Events(self.event_records())),
         }
         Ok(Answer::State(Box::new(self.now.clone())))
@@ -556,6 +562,7 @@ impl Vm {
 
     async fn look(&mut self) {
         self.look_at_migration().await;
+        self.measure(false);
         self.look_at_ending().await;
         self.now.launcher_rss_bytes = own_rss();
         if self.agent_open

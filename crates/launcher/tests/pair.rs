@@ -401,3 +401,20 @@ async fn bytes_that_are_no_order_are_refused() {
     }
     assert_eq!(pod.client.state().await.unwrap().phase, DomainPhase::Undefined);
 }
+
+#[tokio::test]
+async fn what_a_guest_writes_is_measured_and_told() {
+    let pod = Pod::start().await;
+    let state = pod.client.start(&vm_order()).await.unwrap();
+    assert_eq!(state.memory, MemoryFacts::default());
+    pod.client.measure().await.unwrap();
+    let state = pod.until("all times are measured", |s| s.memory.written.len() >= 3).await;
+    let memory = &state.memory;
+    assert!(memory.present_bytes > 0 && memory.present_bytes <= memory.total_bytes, "{memory:?}");
+    assert!(memory.written.is_sorted_by_key(|written| written.within_ms), "{memory:?}");
+    assert!(memory.measured_us.is_some());
+    // A guest that stands still has nothing to tell; what it did before stays known.
+    pod.client.pause().await.unwrap();
+    let state = pod.client.measure().await.unwrap();
+    assert_eq!(state.memory.written.len(), state.memory.written.len().max(3));
+}

@@ -28,7 +28,7 @@ const PASS_MS: f64 = 2.0;
 /// How evenly a guest writes: what it did in one time against what it does in the next.
 const EVENLY: [f64; 3] = [1.2, 1.0, 0.85];
 /// The same of what it did during the last passes against what it does in the next.
-const STEADILY: [f64; 3] = [1.1, 1.0, 0.95];
+const STEADILY: [f64; 3] = [1.1, 1.0, 0.97];
 /// After as many passes it is said not to end.
 const PASSES: u64 = 300;
 /// QEMU's auto-converge: slows the guest by so many per cent first, and by so many more each time, up to so many.
@@ -117,6 +117,35 @@ pub fn usable(cap: Option<u64>, measured: Option<u64>, speed: Option<u64>) -> Li
     Link { running, switching: link }
 }
 
+impl Link {
+    /// Pages are compressed before they are sent and counted: how well, nobody knows beforehand.
+    pub fn compressed(mut self) -> Link {
+        for rate in [&mut self.running, &mut self.switching] {
+            rate.likely = rate.likely.saturating_mul(2);
+            rate.most = rate.most.saturating_mul(20);
+        }
+        self
+    }
+
+    /// As the passes of this migration have shown: what a pass had to send, in the time that it took. That counts bytes of the
+    /// guest's, however they went.
+    pub fn corrected(mut self, passes: &[Written]) -> Link {
+        let passes = passes.get(passes.len().saturating_sub(RECENT)..).unwrap_or_default();
+        let rates = passes.windows(2).filter_map(|pair| match pair {
+            [sent, next] => Some(sent.bytes.saturating_mul(1000) / next.within_ms.max(1)),
+            _ => None,
+        });
+        let rates: Vec<u64> = rates.filter(|rate| *rate > 0).collect();
+        let (Some(least), Some(most)) = (rates.iter().min(), rates.iter().max()) else { return self };
+        let likely = rates.iter().sum::<u64>() / rates.len() as u64;
+        self.running = Rate { least: least / 10 * 9, likely, most: most.saturating_add(most / 32) };
+        self.switching.least = self.switching.least.max(self.running.least);
+        self.switching.likely = self.switching.likely.max(likely);
+        self.switching.most = self.switching.most.max(self.running.most);
+        self
+    }
+}
+
 impl Rate {
     fn capped(self, cap: u64) -> Rate {
         Rate { least: self.least.min(cap), likely: self.likely.min(cap), most: self.most }
@@ -177,7 +206,7 @@ pub struct Expected {
 }
 
 /// What is to be expected.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Forecast {
     /// It comes to its end by itself.
     pub converges: bool,
@@ -272,7 +301,9 @@ fn follow(guest: &Guest, link: Link, terms: Terms, underway: Option<Underway>, c
     if terms.one_pass {
         return ends(total + time, writes.within(time), pass + 1, true);
     }
-    let mut throttle = terms.throttled_percent as f64;
+    let mut throttle = terms.throttled_percent.min(99) as f64;
+    // What its passes have shown, it did as slow as it is now.
+    let slowed = if guest.passes.is_empty() { 1.0 } else { 1.0 - throttle / 100.0 };
     let mut often = 0;
     let mut plateau = rest;
     // This pass may end it already.
@@ -282,7 +313,7 @@ fn follow(guest: &Guest, link: Link, terms: Terms, underway: Option<Underway>, c
     while pass < PASSES {
         total += time + PASS_MS;
         let sent = if pass == 1 { here } else { rest };
-        rest = writes.within((time + PASS_MS) * (1.0 - throttle / 100.0));
+        rest = writes.within((time + PASS_MS) * (1.0 - throttle / 100.0) / slowed);
         plateau = rest;
         pass += 1;
         ramp.look(pass, rest as u64);
@@ -299,7 +330,9 @@ fn follow(guest: &Guest, link: Link, terms: Terms, underway: Option<Underway>, c
         }
         time = (rest / sends).max(if sends < switches { SLICE_MS[at] } else { 0.0 });
     }
-    ends(total, plateau, pass, false)
+    // Whoever stops it lets the cap stand.
+    let downtime = plateau / sends + SWITCHOVER_MS[at];
+    Some(Run { converges: false, total: total + downtime, downtime, passes: pass })
 }
 
 /// U(t) as a broken line from nothing at no time.

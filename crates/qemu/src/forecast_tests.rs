@@ -107,6 +107,21 @@ fn the_passes_correct_what_was_measured_before() {
 }
 
 #[test]
+fn what_the_passes_took_tells_the_rate_however_pages_went() {
+    let pass = |within_ms, mib| Written { within_ms, bytes: mib * MI, margin: 0 };
+    let told = usable(Some(10 * MI), Some(100 * MI), None);
+    assert_eq!(told.corrected(&[]), told);
+    assert_eq!(told.corrected(&[pass(1000, 40)]), told, "nobody knows yet how long those 40 MiB take");
+    // 40 MiB in half a second, under a cap of 10 MiB/s: compressed.
+    let seen = told.corrected(&[pass(1000, 40), pass(500, 30), pass(500, 20)]);
+    assert_eq!(seen.running.likely, 70 * MI);
+    assert_eq!((seen.running.least, seen.running.most), (60 * MI / 10 * 9, 80 * MI + 80 * MI / 32));
+    assert_eq!(seen.switching.likely, 100 * MI);
+    let compressed = told.compressed();
+    assert!(compressed.running.least == told.running.least && compressed.running.most >= 10 * told.running.most);
+}
+
+#[test]
 fn a_pass_that_fits_is_the_last() {
     let guest = writer(1 << 30, 200 * MI, 10 * MI, 10 * MI);
     let underway = Some(Underway { remaining: MI, pass: 4, downtime_limit_ms: 30 });

@@ -13,6 +13,7 @@
 
 use crate::accelerator::Accelerator;
 use crate::failure::{self, Cause, Explanation};
+use crate::forecast::Written;
 use crate::qmp::Event;
 use crate::qmp::commands::{MigrationInfo, MigrationStatus, VersionTriple};
 use crate::transport::Transport;
@@ -84,6 +85,8 @@ pub struct Facts {
     pub dirty_bytes_per_second: u64,
     /// Passes over the memory.
     pub passes: u64,
+    /// What each of the passes has shown that the guest writes to, the last [`WRITTEN_KEPT`] of them, the oldest first.
+    pub written: Vec<Written>,
     /// The standstill allowed at present, in milliseconds.
     pub downtime_limit_ms: Option<u64>,
     /// From start to end by QEMU's count, in milliseconds.
@@ -115,6 +118,9 @@ fn is_final(status: MigrationStatus) -> bool {
     matches!(status, MigrationStatus::Completed | MigrationStatus::Failed | MigrationStatus::Cancelled)
 }
 
+/// How many passes' measurements are kept.
+pub const WRITTEN_KEPT: usize = 16;
+
 /// Over how long the rate is measured at most, in microseconds.
 const RATE_WINDOW_US: i64 = 1_000_000;
 /// Less than this between two looks is not worth a look.
@@ -135,6 +141,10 @@ pub struct Tracker {
     only_one: bool,
     /// Bytes of disks to copy and copied, which count like memory.
     blocks: (u64, u64),
+    /// The pass that QEMU last announced, and when.
+    announced: (u64, i64),
+    /// The pass that was last looked at, and when it began.
+    looked_at: (u64, i64),
     /// How often QEMU has said that post-copy is under way.
     filled: u64,
 }
@@ -148,6 +158,8 @@ impl Tracker {
             looks: VecDeque::new(),
             only_one: false,
             blocks: (0, 0),
+            announced: (0, 0),
+            looked_at: (0, 0),
             filled: 0,
         }
     }
@@ -181,6 +193,7 @@ impl Tracker {
             "MIGRATION_PASS" => {
                 let pass = event.data.get("pass").and_then(serde_json::Value::as_u64).unwrap_or(0);
                 self.facts.passes = self.facts.passes.max(pass);
+                self.announced = (pass, event.at_us);
             }
             // A STOP after the switchover's is not the switchover's; QEMU's last word may overtake it.
             "STOP" if self.facts.stop_us.is_none() || !self.facts.is_final() => self.facts.stop_us = Some(event.at_us),
@@ -240,6 +253,7 @@ impl Tracker {
             self.facts.total_bytes = blocks.saturating_add(ram.total);
             self.facts.remaining_bytes = blocks.saturating_sub(copied).saturating_add(ram.remaining);
             self.facts.passes = self.facts.passes.max(ram.dirty_sync_count);
+            self.pass(ram.dirty_sync_count, ram.remaining, info.status, now_us);
             self.facts.dirty_bytes_per_second = ram.dirty_pages_rate.saturating_mul(ram.page_size);
             self.sent(sent, now_us);
         }
@@ -289,6 +303,25 @@ impl Tracker {
             let bytes = sent.saturating_sub(before);
             self.facts.bytes_per_second = bytes.saturating_mul(1_000_000).checked_div(elapsed).unwrap_or(0);
         }
+    }
+
+    /// When a pass begins, what it has to send is what was written to during the one before.
+    fn pass(&mut self, pass: u64, remaining: u64, status: MigrationStatus, now_us: i64) {
+        let (last, last_began) = self.looked_at;
+        if pass <= last {
+            return;
+        }
+        let began = if self.announced.0 == pass { self.announced.1 } else { now_us };
+        self.looked_at = (pass, began);
+        let within_ms = u64::try_from((began - last_began) / 1000).unwrap_or(0);
+        // A guest that stands still says nothing of what it writes.
+        if last == 0 || within_ms == 0 || status != MigrationStatus::Active || self.facts.stop_us.is_some() {
+            return;
+        }
+        if self.facts.written.len() >= WRITTEN_KEPT {
+            self.facts.written.remove(0);
+        }
+        self.facts.written.push(Written { within_ms, bytes: remaining, margin: remaining / 50 });
     }
 
     /// The disks come first: how many bytes there are and how many of them are copied.
@@ -418,6 +451,34 @@ mod tests {
 
     fn event(number: u64, at_us: i64, name: &str, status: &str) -> Event {
         Event { number, at_us, name: name.into(), data: json!({"status": status}) }
+    }
+
+    /// What QEMU answers when it begins a pass.
+    fn begins(pass: u64, remaining: u64, status: MigrationStatus) -> MigrationInfo {
+        let ram = RamInfo { total: 1 << 30, remaining, dirty_sync_count: pass, page_size: 4096, ..RamInfo::default() };
+        MigrationInfo { status, ram: Some(ram), ..MigrationInfo::default() }
+    }
+
+    #[test]
+    fn each_pass_shows_what_was_written_during_the_one_before() {
+        let mut tracker = Tracker::new(0);
+        let event = |number, at_us, name: &str, data| Event { number, at_us, name: name.into(), data };
+        tracker.event(&event(0, 0, "MIGRATION", serde_json::json!({ "status": "active" })));
+        tracker.event(&event(1, 1_000, "MIGRATION_PASS", serde_json::json!({ "pass": 1 })));
+        tracker.look(&begins(1, 1 << 30, MigrationStatus::Active), 5_000);
+        tracker.look(&begins(1, 1 << 29, MigrationStatus::Active), 900_000);
+        assert_eq!(tracker.facts().written, [], "the first pass sends what is there");
+        tracker.event(&event(2, 2_001_000, "MIGRATION_PASS", serde_json::json!({ "pass": 2 })));
+        tracker.look(&begins(2, 40 << 20, MigrationStatus::Active), 2_010_000);
+        tracker.look(&begins(2, 30 << 20, MigrationStatus::Active), 2_200_000);
+        // One was overlooked.
+        tracker.look(&begins(4, 10 << 20, MigrationStatus::Active), 2_501_000);
+        let written: Vec<_> = tracker.facts().written.iter().map(|w| (w.within_ms, w.bytes >> 20)).collect();
+        assert_eq!(written, [(2000, 40), (500, 10)]);
+        // Stopped for the switchover: what is left then it has not written within that time.
+        tracker.event(&event(3, 2_600_000, "STOP", serde_json::Value::Null));
+        tracker.look(&begins(5, 1 << 20, MigrationStatus::Active), 2_601_000);
+        assert_eq!(tracker.facts().written.len(), 2);
     }
 
     #[test]

@@ -240,6 +240,8 @@ api_struct! {
         target_memory_overhead: Option<Quantity>,
         /// Godwit's own: how far the copying has come.
         progress: Option<MigrationProgress>,
+        /// Godwit's own: what was to be expected before it began, and stays to be compared with what came.
+        forecast: Option<MigrationForecast>,
     }
 }
 
@@ -340,8 +342,41 @@ api_struct! {
         expected_end_timestamp: Option<Time>,
         /// The standstill to expect if it switched over at the rates of now; unset while they do not tell.
         expected_downtime_milliseconds: Option<u64>,
+        /// Whether the copying comes to its end by itself, as its passes so far tell; unset while they do not.
+        converges: Option<bool>,
         /// What QEMU itself calls downtime.
         qemu_downtime_milliseconds: Option<u64>,
+    }
+}
+
+api_struct! {
+    /// Godwit's own: what a migration was expected to take when it began, from how the guest writes to its memory and what the
+    /// link carries. To be compared with `progress.totalMilliseconds` and `progress.downtimeMilliseconds`. Durations are in
+    /// milliseconds; the interval is what all that was measured allows.
+    MigrationForecast {
+        /// When it was made.
+        made_at: Option<Time>,
+        /// Whether the copying comes to its end by itself.
+        converges: Option<bool>,
+        /// From start to end; unset when it does not end by itself.
+        duration_milliseconds: Option<u64>,
+        /// It takes no less; unset when it does not end by itself at best.
+        min_duration_milliseconds: Option<u64>,
+        /// It takes no more; unset when at worst it does not end by itself.
+        max_duration_milliseconds: Option<u64>,
+        /// From the guest's stop at the source to its start at the target. When the copying does not end by itself: the
+        /// standstill that would end it.
+        downtime_milliseconds: Option<u64>,
+        /// It takes no less.
+        min_downtime_milliseconds: Option<u64>,
+        /// It takes no more.
+        max_downtime_milliseconds: Option<u64>,
+        /// Passes over the memory.
+        passes: Option<u64>,
+        /// How fast the guest wrote to its memory, by the longest measurement.
+        dirty_bytes_per_second: Option<u64>,
+        /// How fast memory was taken to go.
+        bytes_per_second: Option<u64>,
     }
 }
 

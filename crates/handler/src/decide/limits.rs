@@ -15,6 +15,7 @@ use godwit_api::FailureCause;
 use godwit_launcher::rpc::{MigrationFacts, MigrationMode};
 
 use super::{Disruption, Failure};
+use crate::expect;
 use crate::facts::{Facts, MigrationView, Ordered, SourceView};
 
 /// How long no byte may move before the link counts as cut (unless `progressTimeout` is shorter).
@@ -63,7 +64,7 @@ pub(super) fn overdue(
     let spent = limit.filter(|limit| facts.running_for.is_some_and(|elapsed| elapsed > *limit));
     let stuck = link.map(|link| link.stuck).filter(|stuck| m.progress_limit.is_some_and(|limit| *stuck >= limit));
     if spent.is_none() && stuck.is_none() {
-        return None;
+        return if held { None } else { early(facts, m, f, link?) };
     }
     // Post-copy is of memory: disks that are still being copied may take the time of the pause, but not more.
     let may_follow = f.status == "setup" && link.is_some_and(|l| l.post_copy_offered && l.post_copy == Ordered::Not);
@@ -89,6 +90,27 @@ pub(super) fn overdue(
         (None, spent) => out_of_time(f, spent.unwrap_or_default()),
     };
     Some(Overdue::GiveUp(failure))
+}
+
+/// What cannot end is known before its time is over. Then the guest is disturbed at once where that is allowed, since it would
+/// be in the end; and the migration is given up only where that is asked for: without either it goes on until its time is over,
+/// as in KubeVirt, for the guest may become quieter.
+fn early(facts: &Facts, m: &MigrationView, f: &MigrationFacts, link: &SourceView) -> Option<Overdue> {
+    let state = facts.pods.get(&m.source_pod)?.launcher.last()?;
+    if !(m.allow_workload_disruption || m.fail_when_not_converging) || !expect::is_hopeless(state, f, m, link.link_rate)
+    {
+        return None;
+    }
+    if let Some(how) = disruption(m, f, link) {
+        return Some(Overdue::Disrupt(how));
+    }
+    let last = f.written.last().filter(|_| m.fail_when_not_converging)?;
+    let reason = format!(
+        "it would not end: during its last pass, which took {} ms, the guest wrote to {} MiB (failWhenNotConverging)",
+        last.within_ms,
+        last.bytes >> 20
+    );
+    Some(Overdue::GiveUp(Failure::new(FailureCause::NotConverging, reason)))
 }
 
 /// What may be done to the guest, the milder first.

@@ -142,6 +142,10 @@ fn begin(facts: &Facts, m: &MigrationView, pod: &PodView, link: Option<&SourceVi
         fail(m, Failure::new(Cause::HypervisorError, reason), plan);
         return;
     }
+    // While the target is prepared, so that nobody waits for it.
+    if !facts.measure_asked {
+        plan.act(Action::Measure { pod: pod.name.clone() });
+    }
     // The target publishes both ports at once; without them it is not ready.
     if m.target_address.is_none() || m.port(channel::CONTROL).is_none() || m.port(channel::MEMORY).is_none() {
         if facts.known_for >= PREPARE_WITHIN {
@@ -192,7 +196,7 @@ fn under_way(
     plan: &mut Plan,
 ) {
     if m.start.is_none() {
-        plan.write(vec![started(facts, f)]);
+        plan.write([started(facts, f)].into_iter().chain(forecast(m, link)).collect());
         plan.event("Migrating", "VirtualMachineInstance is migrating.");
         if let Some(single) = link.and_then(|l| l.single) {
             plan.event("Migrating", format!("VirtualMachineInstance is migrating: {}.", single.as_str()));
@@ -243,6 +247,7 @@ fn under_way(
         changes.push(Change::GivingUp(why.cause.clone()));
     }
     changes.extend(mode(m, f));
+    changes.extend(forecast(m, link));
     changes.extend(progress(pod, link, plan));
     plan.write(changes);
     if !cancelled {
@@ -274,6 +279,12 @@ fn limit(m: &MigrationView, pod: &PodView, f: &MigrationFacts, plan: &mut Plan) 
     if f.bandwidth_limit.unwrap_or(0) != m.bandwidth {
         plan.act(Action::Limit { pod: pod.name.clone() });
     }
+}
+
+/// What was expected, unless the API has it: it is written once.
+fn forecast(m: &MigrationView, link: Option<&SourceView>) -> Option<Change> {
+    let made = link?.prediction.as_ref().filter(|_| !m.has_forecast)?;
+    Some(Change::Forecast(Box::new(made.clone())))
 }
 
 fn started(facts: &Facts, f: &MigrationFacts) -> Change {
@@ -332,6 +343,7 @@ fn hand_over(
             if begins {
                 changes.push(started(facts, f));
             }
+            changes.extend(forecast(m, link));
             changes.extend(mode(m, f));
             if f.status == "completed" {
                 changes.push(Change::Progress { pod: pod.name.clone() });

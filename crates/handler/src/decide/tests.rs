@@ -42,6 +42,7 @@ fn facts(phase: &str, pods: Vec<PodView>) -> Facts {
     Facts {
         peer_ended: None,
         running_for: None,
+        measure_asked: true,
         node: ME.into(),
         now: now(),
         vmi: VmiView { phase: phase.into(), grace_seconds: 30, node_name: Some(ME.into()), ..VmiView::default() },
@@ -169,6 +170,7 @@ fn orders(plan: &Plan) -> Vec<String> {
             Action::CloseTarget => Some("close target".into()),
             Action::Abandon { pod, uid } => Some(format!("abandon {pod} {uid}")),
             Action::Dial { pod, memory } => Some(format!("dial {pod} {memory}")),
+            Action::Measure { pod } => Some(format!("measure {pod}")),
             Action::Migrate { pod } => Some(format!("migrate {pod}")),
             Action::Limit { pod } => Some(format!("limit {pod}")),
             Action::Cancel { pod, .. } => Some(format!("cancel {pod}")),

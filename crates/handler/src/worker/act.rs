@@ -71,6 +71,7 @@ impl Worker {
                 result.map(drop).map_err(|e| failed("abandon the target", &e))
             }
             Action::Dial { pod, memory } => self.dial(&pod, memory, m),
+            Action::Measure { pod } => self.measure(&pod, m),
             Action::Migrate { pod } => self.migrate(vmi, &pod, m).await,
             Action::Limit { pod } => self.limit(&pod, m).await,
             Action::Cancel { pod, uid, why } => self.cancel(&pod, &uid, why).await,
@@ -354,7 +355,21 @@ impl Worker {
             post_copy: Order::default(),
             pause: Order::default(),
             reported: None,
+            prediction: None,
+            known_rate: context.links.to(&m.target_node),
             meter: Meter::new(),
+        });
+        Ok(())
+    }
+
+    /// Nothing waits for it; a launcher that cannot is not asked again.
+    fn measure(&mut self, name: &str, m: Option<&MigrationView>) -> Result<(), Stop> {
+        let client = self.pod(name)?.follower.client.clone();
+        self.measure_asked = m.map(|m| m.uid.clone());
+        tokio::spawn(async move {
+            if let Err(error) = client.measure().await {
+                tracing::debug!(%error, "asking the launcher to measure its guest");
+            }
         });
         Ok(())
     }

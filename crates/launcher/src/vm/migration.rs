@@ -628,6 +628,7 @@ fn fill(m: &mut MigrationFacts, facts: &Facts) {
     m.bytes_per_second = facts.bytes_per_second;
     m.dirty_bytes_per_second = facts.dirty_bytes_per_second;
     m.iteration = facts.passes;
+    m.written.clone_from(&facts.written);
     m.throttle_percent = facts.throttle_percent;
     m.downtime_limit_ms = facts.downtime_limit_ms;
     m.total_ms = facts.total_ms;

@@ -1,5 +1,7 @@
 //! Deadlines of a migration under way.
 
+use godwit_launcher::rpc::{MemoryFacts, Written};
+
 use super::*;
 use crate::facts::Ordered;
 
@@ -196,4 +198,56 @@ fn another_bandwidth_is_ordered_until_the_launcher_has_it() {
     ahead.migration.as_mut().unwrap().handed_over = true;
     let going = SourceView { go: Go::Running(1), ..link() };
     assert_eq!(orders(&after(1, capped, ahead, going)), ["limit old"]);
+}
+
+/// Three passes of 2 s over 100 MiB of a guest that is still writing to them.
+fn hopeless() -> State {
+    let mut state = sent("active");
+    let before = [(100, 30), (1000, 100), (3000, 100)];
+    let written = before.map(|(within_ms, mib)| Written { within_ms, bytes: mib << 20, margin: 0 });
+    let memory =
+        MemoryFacts { total_bytes: 1 << 30, present_bytes: 1 << 30, measured_us: Some(1), ..Default::default() };
+    state.memory = MemoryFacts { written: written.into(), ..memory };
+    let f = state.migration.as_mut().unwrap();
+    f.written = vec![Written { within_ms: 2000, bytes: 100 << 20, margin: 0 }; 3];
+    (f.total_bytes, f.remaining_bytes, f.iteration, f.downtime_limit_ms) = (1 << 30, 100 << 20, 4, Some(45));
+    f.post_copy_possible = true;
+    state
+}
+
+#[test]
+fn what_cannot_end_is_disturbed_as_soon_as_that_is_known_and_allowed() {
+    assert_eq!(orders(&after(9, disruptive(), hopeless(), link())), ["Pause old"]);
+    let (both, _) = post_copy();
+    assert_eq!(orders(&after(9, both.clone(), hopeless(), link())), ["PostCopy old"]);
+    // Not twice, and not again while QEMU is at it.
+    let given = SourceView { post_copy: Ordered::Given(seconds(1)), ..link() };
+    assert_eq!(orders(&after(9, both.clone(), hopeless(), given)), [""; 0]);
+    let paused = SourceView { pause: Ordered::Given(seconds(1)), ..link() };
+    assert_eq!(orders(&after(9, disruptive(), hopeless(), paused)), [""; 0]);
+    // Two passes may be chance.
+    let mut early = hopeless();
+    early.migration.as_mut().unwrap().written.pop();
+    assert_eq!(orders(&after(9, both, early, link())), [""; 0]);
+}
+
+#[test]
+fn what_cannot_end_goes_on_until_its_time_is_over_where_nobody_has_said_otherwise() {
+    assert_eq!(
+        orders(&after(9, started(), hopeless(), link())),
+        [""; 0],
+        "as in KubeVirt: the guest may become quieter"
+    );
+    let strict = MigrationView { fail_when_not_converging: true, ..started() };
+    let why = given_up(&after(9, strict.clone(), hopeless(), link())).unwrap();
+    assert_eq!(why.cause, FailureCause::NotConverging);
+    assert!(why.reason.contains("2000 ms") && why.reason.contains("100 MiB"), "{}", why.reason);
+    // First what may help.
+    let both = MigrationView { allow_workload_disruption: true, ..strict.clone() };
+    assert_eq!(orders(&after(9, both, hopeless(), link())), ["Pause old"]);
+    let slowed = MigrationView { allow_auto_converge: true, ..strict.clone() };
+    assert_eq!(orders(&after(9, slowed, hopeless(), link())), [""; 0], "QEMU can slow it down");
+    let mut calm = hopeless();
+    calm.migration.as_mut().unwrap().written = vec![Written { within_ms: 20, bytes: 1 << 20, margin: 0 }; 3];
+    assert_eq!(orders(&after(9, strict, calm, link())), [""; 0]);
 }

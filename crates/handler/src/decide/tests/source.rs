@@ -1,6 +1,7 @@
 //! The sending half, up to the progress it reports.
 
 use godwit_launcher::rpc::Ability;
+use godwit_launcher::rpc::forecast::Forecast;
 
 use super::*;
 
@@ -103,4 +104,27 @@ fn what_was_asked_for_and_is_not_used_is_said() {
     let told = said(MigrationView { allow_workload_disruption: false, ..all }, true, true);
     assert_eq!(told, ["Post-copy is allowed and is not used: allowWorkloadDisruption is off."]);
     assert_eq!(said(published(), false, false), [""; 0], "nothing was asked for");
+}
+
+#[test]
+fn the_guest_is_measured_once_while_the_target_is_prepared() {
+    let mut facts = source_facts(leaving(), answers(state(DomainPhase::Running)), None);
+    facts.measure_asked = false;
+    assert_eq!(orders(&decide(&facts)), ["measure old"]);
+    facts.measure_asked = true;
+    assert_eq!(orders(&decide(&facts)), [""; 0]);
+}
+
+#[test]
+fn what_was_expected_is_written_once_with_the_start_or_as_soon_as_it_is_known() {
+    let made = Prediction { at: now(), forecast: Forecast::default(), dirty: 1, rate: 2 };
+    let known = SourceView { prediction: Some(made.clone()), ..link() };
+    let told = |m: MigrationView, link: SourceView| {
+        writes(&decide(&source_facts(m, answers(sent("active")), Some(link))))
+            .contains(&Change::Forecast(Box::new(made.clone())))
+    };
+    assert!(told(published(), known.clone()));
+    assert!(told(started(), known.clone()), "measured too late for the start");
+    assert!(!told(published(), link()));
+    assert!(!told(MigrationView { has_forecast: true, ..started() }, known));
 }

@@ -1,0 +1,94 @@
+//! How fast the guest writes to its memory, measured again and again while it runs: what a migration will take is told from that.
+
+use super::{Stage, Vm};
+use crate::rpc::Written;
+use godwit_qemu::instance::Qemu;
+use std::time::Duration;
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+
+/// Between two rounds of measurements, of which each costs a few milliseconds of processor time.
+const MEASURE_EVERY: Duration = Duration::from_secs(60);
+/// What is no older is not measured anew when somebody asks for it.
+const FRESH: Duration = Duration::from_secs(3);
+
+/// One measurement.
+pub(super) struct Measured {
+    written: Written,
+    present: Option<u64>,
+}
+
+/// The round that is under way, and when it began.
+#[derive(Default)]
+pub(super) struct Measuring {
+    began: Option<Instant>,
+    round: Option<mpsc::Receiver<Measured>>,
+}
+
+impl Measuring {
+    /// The next measurement; none when the round is over. Waits for ever where there is no round.
+    pub(super) async fn next(&mut self) -> Option<Measured> {
+        match &mut self.round {
+            Some(round) => round.recv().await,
+            None => std::future::pending().await,
+        }
+    }
+}
+
+impl Vm {
+    /// Begins a round if one is due; `asked`: somebody wants to know now.
+    pub(super) fn measure(&mut self, asked: bool) {
+        let every = if asked { FRESH } else { MEASURE_EVERY };
+        let due = self.measuring.began.is_none_or(|began| began.elapsed() >= every);
+        if self.measuring.round.is_some() || !due {
+            return;
+        }
+        // A guest that stands still writes nothing, and would not tell what it does when it runs. One that is half here
+        // would have its pages fetched.
+        let qemu = match &self.stage {
+            Stage::Running(running) if !running.is_paused() => running.qemu().clone(),
+            Stage::Outgoing(outgoing) if !(outgoing.is_paused() || outgoing.is_held() || outgoing.is_switching()) => {
+                outgoing.qemu().clone()
+            }
+            _ => return,
+        };
+        let (tell, round) = mpsc::channel(1);
+        self.measuring = Measuring { began: Some(Instant::now()), round: Some(round) };
+        self.now.memory.total_bytes = qemu.memory();
+        self.now.memory.one_pass = !qemu.tracks_writes();
+        tokio::spawn(measure(qemu, tell));
+    }
+
+    pub(super) fn measured(&mut self, measured: Option<Measured>) {
+        let Some(Measured { written, present }) = measured else {
+            self.measuring.round = None;
+            return;
+        };
+        let memory = &mut self.now.memory;
+        // What is not told is taken to be there.
+        memory.present_bytes = present.unwrap_or(memory.total_bytes);
+        memory.measured_us = Some(jiff::Timestamp::now().as_microsecond());
+        memory.written.retain(|known| known.within_ms != written.within_ms);
+        memory.written.push(written);
+        memory.written.sort_by_key(|written| written.within_ms);
+    }
+}
+
+/// One round, one time after another: QEMU measures only one at once.
+async fn measure(qemu: Qemu, tell: mpsc::Sender<Measured>) {
+    for window in qemu.write_windows() {
+        let written = match qemu.written_within(*window).await {
+            Ok(written) => written,
+            Err(error) => {
+                tracing::debug!(%error, "measuring how fast the guest writes");
+                return;
+            }
+        };
+        let asked = qemu.clone();
+        // The kernel goes through the page tables for this.
+        let present = tokio::task::spawn_blocking(move || asked.memory_present()).await.ok().flatten();
+        if tell.send(Measured { written, present }).await.is_err() {
+            return;
+        }
+    }
+}
