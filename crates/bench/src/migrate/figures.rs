@@ -29,8 +29,43 @@ pub struct Moved {
     pub samples: Vec<Sample>,
     /// Steps with the time since it was asked for, in milliseconds.
     pub steps: Vec<(String, f64)>,
+    /// Ours: what was expected before, and what came.
+    pub foretold: Option<Foretold>,
     /// Why the guest did not move.
     pub failure: Option<String>,
+}
+
+/// What a migration was expected to take before it began (`migrationState.forecast`), and what the same status says that it took.
+/// Milliseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Foretold {
+    /// Whether it was expected to end by itself.
+    pub converges: bool,
+    /// The likely duration of the sending; none where it was not expected to end.
+    pub total_ms: Option<f64>,
+    /// The interval of it.
+    pub total_within_ms: [Option<f64>; 2],
+    /// The likely standstill.
+    pub standstill_ms: Option<f64>,
+    /// The interval of it.
+    pub standstill_within_ms: [Option<f64>; 2],
+    /// What the sending took.
+    pub really_total_ms: f64,
+    /// How long the guest stood still.
+    pub really_standstill_ms: f64,
+}
+
+impl Foretold {
+    /// By how many per cent of what it took the likely total was too long (or, below 0, too short).
+    pub fn total_error_percent(&self) -> Option<f64> {
+        self.total_ms.map(|told| (told - self.really_total_ms) / self.really_total_ms.max(1.0) * 100.0)
+    }
+
+    /// By how many milliseconds the likely standstill was too long (or, below 0, too short).
+    pub fn standstill_error_ms(&self) -> Option<f64> {
+        self.standstill_ms.map(|told| told - self.really_standstill_ms)
+    }
 }
 
 /// A look at a migration that is under way.
@@ -81,6 +116,12 @@ pub struct Figures {
     pub cpu_seconds: f64,
     /// Passes over the memory.
     pub passes: u64,
+    /// See [`Moved::foretold`].
+    pub foretold: Option<Foretold>,
+    /// By how many per cent of what it took the likely total was too long (or, below 0, too short).
+    pub total_error_percent: Option<f64>,
+    /// By how many milliseconds the likely standstill was too long (or, below 0, too short).
+    pub standstill_error_ms: Option<f64>,
     /// Pages that the guest found damaged since the move before.
     pub damaged_pages: u64,
     /// The machine's load (1 minute) before.
@@ -114,6 +155,9 @@ impl Figures {
             qemu_downtime_ms: moved.qemu_downtime_ms.filter(|_| moves),
             qemu_bytes: moved.qemu_bytes,
             passes: moved.passes,
+            foretold: moved.foretold,
+            total_error_percent: moved.foretold.and_then(|foretold| foretold.total_error_percent()),
+            standstill_error_ms: moved.foretold.and_then(|foretold| foretold.standstill_error_ms()),
             failure: moved.failure,
             steps: moved.steps,
             samples: moved.samples,
@@ -157,6 +201,20 @@ mod tests {
         assert_eq!(Spread::of([3.0, 1.0, 2.0]), Some(Spread { median: 2.0, min: 1.0, max: 3.0 }));
         assert_eq!(Spread::of([4.0, 1.0, 2.0, 3.0]).unwrap().median, 2.5);
         assert_eq!(Spread::of([]), None);
+    }
+
+    #[test]
+    fn a_forecast_is_off_by_so_much() {
+        let foretold = Foretold {
+            total_ms: Some(600.0),
+            standstill_ms: Some(10.0),
+            really_total_ms: 500.0,
+            really_standstill_ms: 30.0,
+            ..Foretold::default()
+        };
+        assert_eq!(foretold.total_error_percent(), Some(20.0));
+        assert_eq!(foretold.standstill_error_ms(), Some(-20.0));
+        assert_eq!(Foretold { total_ms: None, ..foretold }.total_error_percent(), None);
     }
 
     #[test]

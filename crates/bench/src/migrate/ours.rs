@@ -1,6 +1,6 @@
 //! The product: a VMI in a cluster of two nodes, moved by making a VirtualMachineInstanceMigration.
 
-use super::figures::{Moved, Sample};
+use super::figures::{Foretold, Moved, Sample};
 use super::lab::{Attached, Lab, Workload};
 use super::{Bandwidth, Error, now_us};
 use futures::StreamExt;
@@ -201,12 +201,27 @@ impl Ours {
         if state.get("migrationUid").and_then(Value::as_str) != Some(uid) {
             return Err(Error::Guest("has the state of another migration".into()));
         }
+        moved.foretold = foretold(&state);
         let node = text(&vmi, "/status/nodeName");
         let events = self.launcher(&node).await?.events().await.map_err(|e| Error::Guest(e.to_string()))?;
         let resumed = |event: &&EventRecord| event.event == "RESUME" && event.at_us >= moved.asked_us;
         moved.resume_us = events.iter().find(resumed).map(|event| event.at_us);
         Ok(())
     }
+}
+
+/// What was expected, where it was, and what came.
+fn foretold(state: &Value) -> Option<Foretold> {
+    let ms = |pointer: &str| state.pointer(pointer).and_then(Value::as_f64);
+    Some(Foretold {
+        converges: state.pointer("/forecast/converges")?.as_bool()?,
+        total_ms: ms("/forecast/durationMilliseconds"),
+        total_within_ms: [ms("/forecast/minDurationMilliseconds"), ms("/forecast/maxDurationMilliseconds")],
+        standstill_ms: ms("/forecast/downtimeMilliseconds"),
+        standstill_within_ms: [ms("/forecast/minDowntimeMilliseconds"), ms("/forecast/maxDowntimeMilliseconds")],
+        really_total_ms: ms("/progress/totalMilliseconds")?,
+        really_standstill_ms: ms("/progress/downtimeMilliseconds")?,
+    })
 }
 
 /// What the source's launcher says. Its times are the stamps of its QEMU's events.
@@ -274,6 +289,18 @@ fn text(object: &DynamicObject, pointer: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_forecast_is_read_from_the_status() {
+        let state = json!({
+            "forecast": {"converges": true, "durationMilliseconds": 600, "downtimeMilliseconds": 12, "minDurationMilliseconds": 400},
+            "progress": {"totalMilliseconds": 500, "downtimeMilliseconds": 9},
+        });
+        let told = foretold(&state).unwrap();
+        assert_eq!((told.total_ms, told.total_within_ms), (Some(600.0), [Some(400.0), None]));
+        assert_eq!((told.standstill_error_ms(), told.converges), (Some(3.0), true));
+        assert_eq!(foretold(&json!({"progress": {"totalMilliseconds": 500, "downtimeMilliseconds": 9}})), None);
+    }
 
     #[test]
     fn the_last_words_of_a_launcher_are_of_the_end() {

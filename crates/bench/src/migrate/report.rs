@@ -216,7 +216,7 @@ impl fmt::Display for Report {
 }
 
 /// The columns' names and widths; cells are set off by two blanks.
-const COLUMNS: [(&str, usize); 12] = [
+const COLUMNS: [(&str, usize); 15] = [
     ("way", 13),
     ("total ms", 18),
     ("transfer ms", 18),
@@ -229,6 +229,9 @@ const COLUMNS: [(&str, usize); 12] = [
     ("wire MiB", 8),
     ("CPU s", 6),
     ("passes", 6),
+    ("foretold ms", 11),
+    ("off %", 5),
+    ("standstill off ms", 17),
 ];
 
 fn cells(f: &mut fmt::Formatter<'_>, cells: [String; COLUMNS.len()]) -> fmt::Result {
@@ -266,6 +269,9 @@ fn row(f: &mut fmt::Formatter<'_>, entry: &Entry) -> fmt::Result {
             median(&|run| Some(run.wire_bytes as f64 / MIB), 1),
             median(&|run| Some(run.cpu_seconds), 2),
             median(&|run| Some(run.passes as f64), 0),
+            median(&|run| run.foretold.and_then(|foretold| foretold.total_ms), 0),
+            median(&|run| run.total_error_percent, 0),
+            median(&|run| run.standstill_error_ms, 0),
         ],
     )?;
     for (number, run) in entry.runs.iter().enumerate() {
