@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Builds the demo guest: the kernel of Debian's linux-image-cloud (unpacked, never installed) and an initramfs with our
-# init, busybox and the virtio drivers. Usage: guests/build.sh OUT_DIR   -> OUT_DIR/vmlinuz, OUT_DIR/initrd
+# init, busybox and the virtio drivers, and the same with QEMU's guest agent on board.
+# Usage: guests/build.sh OUT_DIR   -> OUT_DIR/vmlinuz, OUT_DIR/initrd, OUT_DIR/initrd-agent
 set -euo pipefail
 out=$(mkdir -p "$1" && cd "$1" && pwd)
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -35,13 +36,16 @@ fi
 
 # 3. The initramfs. The order is the order of loading: virtio needs virtio_ring, virtio_net needs net_failover, and so on.
 modules="virtio_ring virtio virtio_pci_legacy_dev virtio_pci_modern_dev virtio_pci failover net_failover virtio_net
-         virtio_console virtio_balloon rng-core virtio-rng virtio_blk button evdev"
+         virtio_console virtio_balloon rng-core virtio-rng virtio_blk button evdev scsi_common scsi_mod cdrom sd_mod
+         sr_mod virtio_scsi efivarfs"
 tree=$(mktemp -d)
 trap 'rm -rf "$tree" ${scratch:+"$scratch"}' EXIT
-mkdir -p "$tree"/{bin,dev,proc,sys,tmp,modules,etc}
+mkdir -p "$tree"/{bin,sbin,dev,proc,sys,tmp,modules,etc}
 install -m 0755 "$init" "$tree/init"
 install -m 0755 /bin/busybox "$tree/bin/busybox"
 ln -s busybox "$tree/bin/sh"
+# qemu-ga sets the clock of the hardware with it.
+ln -s ../bin/busybox "$tree/sbin/hwclock"
 for name in $modules; do
     file=$(find "$out/kernel/modules" -name "$name.ko" -o -name "$name.ko.xz" | head -n 1)
     case "$file" in
@@ -60,6 +64,34 @@ busybox ip addr add "$ip/${mask:-24}" dev "$interface"
 [ -z "$router" ] || busybox ip route replace default via "${router%% *}"
 DHCP
 chmod 0755 "$tree/dhcp.sh"
-(cd "$tree" && find . | busybox cpio -o -H newc 2>/dev/null | gzip -1) >"$out/initrd.new"
+pack() {
+    (cd "$1" && find . | busybox cpio -o -H newc 2>/dev/null | gzip -1)
+}
+pack "$tree" >"$out/initrd.new"
 mv "$out/initrd.new" "$out/initrd"
-echo "guest: $out/vmlinuz $(du -h "$out/vmlinuz" | cut -f1), $out/initrd $(du -h "$out/initrd" | cut -f1)"
+
+# 4. QEMU's guest agent with its libraries, as a second archive behind the first: Linux unpacks both.
+if [ ! -s "$out/agent.cpio.gz" ]; then
+    unpacked=$(mktemp -d)
+    trap 'rm -rf "$tree" "$unpacked" ${scratch:+"$scratch"}' EXIT
+    echo "guest: unpacking qemu-guest-agent (not installing it)"
+    fetch() { (cd "$unpacked" && apt-get -qq -o APT::Sandbox::User=root download qemu-guest-agent); }
+    fetch || { apt-get -qq update && fetch; }
+    dpkg-deb -x "$unpacked"/qemu-guest-agent*.deb "$unpacked/package"
+    mkdir -p "$unpacked/tree/bin"
+    install -m 0755 "$unpacked/package/usr/sbin/qemu-ga" "$unpacked/tree/bin/qemu-ga"
+    libraries=$(ldd "$unpacked/tree/bin/qemu-ga")
+    if grep 'not found' <<<"$libraries"; then
+        echo "guests/build.sh: libraries of qemu-guest-agent are missing here; QEMU's package has them: make deps" >&2
+        exit 1
+    fi
+    for library in $(grep -o '/[^ ]*' <<<"$libraries"); do
+        install -D -m 0755 "$(readlink -f "$library")" "$unpacked/tree$library"
+    done
+    pack "$unpacked/tree" >"$out/agent.cpio.gz.new"
+    mv "$out/agent.cpio.gz.new" "$out/agent.cpio.gz"
+fi
+cat "$out/initrd" "$out/agent.cpio.gz" >"$out/initrd-agent.new"
+mv "$out/initrd-agent.new" "$out/initrd-agent"
+echo "guest: $out/vmlinuz $(du -h "$out/vmlinuz" | cut -f1), $out/initrd $(du -h "$out/initrd" | cut -f1)," \
+    "$out/initrd-agent $(du -h "$out/initrd-agent" | cut -f1)"

@@ -19,6 +19,13 @@ need() {
         missing+=("$2")
     fi
 }
+# need_file FILE PACKAGE WHY
+need_file() {
+    if [ ! -e "$1" ]; then
+        echo "deps: $2, because $3"
+        missing+=("$2")
+    fi
+}
 as_root() {
     if [ "$(id -u)" -eq 0 ]; then "$@"; else sudo "$@"; fi
 }
@@ -47,6 +54,8 @@ if [ "${#newer[@]}" -eq 0 ]; then
     need qemu-system-x86_64 qemu-system-x86 "it runs the guests"
     need qemu-img qemu-utils "it makes the guests' disks"
 fi
+need swtpm swtpm "it is the trusted platform module of guests that have one"
+need_file /usr/share/OVMF/OVMF_CODE_4M.fd ovmf "it is the firmware of guests that boot by EFI"
 need ip iproute2 "you will want to look into the cluster's network namespaces"
 need nft nftables "it sets the address translation of masqueraded guests"
 need busybox busybox-static "it is the demo guest's user land"

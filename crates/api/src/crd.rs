@@ -524,7 +524,7 @@ mod tests {
         assert_eq!(at("spec.domain.resources.requests")["additionalProperties"]["x-kubernetes-int-or-string"], true);
         assert_eq!(at("spec.networks[].multus.default")["type"], "boolean");
         assert_eq!(at("spec.domain.devices.disks[]")["required"], json!(["name"]));
-        assert_eq!(at("spec.domain.devices.tpm")["x-kubernetes-preserve-unknown-fields"], true);
+        assert_eq!(at("spec.domain.devices.sound")["x-kubernetes-preserve-unknown-fields"], true);
         assert_eq!(at("spec.domain.devices.disks[].shareable")["x-kubernetes-preserve-unknown-fields"], true);
         assert_eq!(at("spec.affinity.nodeAffinity")["type"], "object");
         assert_eq!(at("status.migrationState.startTimestamp")["format"], "date-time");

@@ -83,16 +83,13 @@ pub const VMI_FIELDS: &[Field] = &[
     differs("domain.memory.hugepages", "huge pages"),
     harmless("domain.memory.reservedOverhead", "the overhead is computed"),
     harmless("domain.firmware.bootloader.bios.useSerial", "the firmware is silent on the serial console"),
-    differs("domain.firmware.bootloader.efi", "EFI firmware"),
+    differs("domain.firmware.bootloader.efi.persistent", "EFI variables that outlive the VMI"),
     differs("domain.firmware.acpi", "ACPI tables"),
     harmless("domain.firmware.kernelBoot.container.imagePullSecret", "images are pulled without credentials"),
-    differs("domain.clock.utc.offsetSeconds", "the guest's clock is UTC"),
-    differs("domain.clock.timezone", "the guest's clock is UTC"),
-    harmless("domain.clock.timer", "timers are QEMU's defaults"),
+    harmless("domain.clock.timer.hyperv", "Hyper-V enlightenments"),
     harmless("domain.features.apic.endOfInterrupt", "QEMU's default"),
     differs("domain.features.hyperv", "Hyper-V enlightenments"),
     differs("domain.features.hypervPassthrough", "Hyper-V enlightenments"),
-    differs("domain.features.smm", "system management mode"),
     differs("domain.features.kvm", "hiding KVM"),
     differs("domain.features.pvspinlock", "paravirtual spin locks"),
     harmless("domain.devices.disableHotplug", "there is no hotplug"),
@@ -113,7 +110,7 @@ pub const VMI_FIELDS: &[Field] = &[
     differs("domain.devices.panicDevices", "panic devices"),
     differs("domain.devices.filesystems", "shared file systems"),
     differs("domain.devices.sound", "a sound device"),
-    differs("domain.devices.tpm", "a trusted platform module"),
+    differs("domain.devices.tpm.persistent", "a trusted platform module whose state outlives the VMI"),
     differs("domain.devices.disks[].floppy", "floppy disks"),
     differs("domain.devices.disks[].blockSize", "the disk's block size"),
     differs("domain.devices.disks[].shareable", "disks that several guests write"),
@@ -215,7 +212,7 @@ mod tests {
             "startStrategy": "",
             "domain": {
                 "ioThreadsPolicy": "auto",
-                "devices": { "tpm": {}, "disableHotplug": false, "disks": [{"name": "a"}, {"name": "b", "shareable": true}] }
+                "devices": { "sound": {}, "disableHotplug": false, "disks": [{"name": "a"}, {"name": "b", "shareable": true}] }
             }
         });
         let messages: Vec<String> = uses(&spec, "spec", VMI_FIELDS).iter().map(Use::message).collect();
@@ -223,8 +220,8 @@ mod tests {
             messages,
             [
                 "spec.domain.ioThreadsPolicy: not implemented by godwit, ignored (threads are chosen by godwit)",
-                "spec.domain.devices.tpm: not implemented by godwit, and the guest would differ without it (a trusted \
-                 platform module); remove it",
+                "spec.domain.devices.sound: not implemented by godwit, and the guest would differ without it (a sound \
+                 device); remove it",
                 "spec.domain.devices.disks[1].shareable: not implemented by godwit, and the guest would differ without \
                  it (disks that several guests write); remove it",
             ]

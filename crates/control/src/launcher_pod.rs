@@ -46,10 +46,11 @@ pub fn name(vmi: &VirtualMachineInstance, role: Role<'_>) -> String {
     names::launcher_pod(Stored::name(vmi), seed)
 }
 
-/// Memory that a launcher pod needs beyond the guest's: page tables (guest/512), 16 MiB for the launcher, 48 MiB for QEMU
-/// and 8 MiB for each virtual CPU.
-pub fn overhead(guest_bytes: i128, vcpus: u32) -> i128 {
-    guest_bytes / 512 / MEBI * MEBI + (16 + 48 + 8 * i128::from(vcpus)) * MEBI
+/// Memory that a launcher pod needs beyond the guest's: page tables (guest/512), 16 MiB for the launcher, 48 MiB for QEMU,
+/// 8 MiB for each virtual CPU, and 53 MiB (KubeVirt's figure) for a trusted platform module.
+pub fn overhead(spec: &VirtualMachineInstanceSpec) -> i128 {
+    let tpm = if spec.domain.devices.has_tpm() { 53 } else { 0 };
+    guest_memory(spec) / 512 / MEBI * MEBI + (16 + 48 + 8 * i128::from(vcpus(spec)) + tpm) * MEBI
 }
 
 /// The guest's memory in bytes: `memory.guest`, else the memory request, else the memory limit.
@@ -247,7 +248,7 @@ fn resources(spec: &VirtualMachineInstanceSpec) -> ResourceRequirements {
     };
     let (mut requests, mut limits) = (copy(&asked.requests), copy(&asked.limits));
     let guest = guest_memory(spec);
-    let overhead = overhead(guest, vcpus(spec));
+    let overhead = overhead(spec);
     let bytes_in = |list: &ResourceList| list.get("memory").and_then(|amount| amount.bytes().ok()).map(i128::from);
     let extra = if asked.overcommit_guest_overhead.unwrap_or(false) { 0 } else { overhead };
     // The guest is never promised less than it asks for, unless the VMI asks for exactly that (overcommitment).

@@ -502,7 +502,7 @@ fn memory(vmi: &mut VirtualMachineInstance) {
     if guest == 0 || vmi.status.node_name.as_deref().unwrap_or_default().is_empty() {
         return;
     }
-    let overhead = launcher_pod::overhead(i128::from(guest), launcher_pod::vcpus(&vmi.spec));
+    let overhead = launcher_pod::overhead(&vmi.spec);
     let state = vmi.status.migration_state.as_ref();
     let arrived = state.filter(|state| {
         state.completed == Some(true) && state.failed != Some(true) && state.target_node == vmi.status.node_name

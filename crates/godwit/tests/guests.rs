@@ -3,6 +3,8 @@
 #![allow(clippy::expect_used, clippy::unwrap_used)]
 
 mod common;
+#[path = "guests/view.rs"]
+mod view;
 
 use common::{Cluster, rom_vmi, status, text};
 use godwit_guest_rom::{Line, Parameters};
@@ -18,12 +20,12 @@ use std::time::{Duration, Instant};
 const PORTS: [u16; 3] = [80, 49152, 49153];
 
 /// What the demo guest says of itself on a port.
-fn ask(namespace: &Namespace, address: IpAddr, port: u16) -> Result<Value, String> {
+fn ask(namespace: &Namespace, address: IpAddr, port: u16, path: &str) -> Result<Value, String> {
     let mut stream = namespace
         .connect(SocketAddr::from((address, port)), Duration::from_secs(2))
         .map_err(|error| error.to_string())?;
     stream.set_read_timeout(Some(Duration::from_secs(5))).map_err(|error| error.to_string())?;
-    stream.write_all(b"GET / HTTP/1.0\r\n\r\n").map_err(|error| error.to_string())?;
+    stream.write_all(format!("GET {path} HTTP/1.0\r\n\r\n").as_bytes()).map_err(|error| error.to_string())?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer).map_err(|error| error.to_string())?;
     let body = answer.split("\r\n\r\n").nth(1).unwrap_or_default();
@@ -38,16 +40,18 @@ async fn facts(cluster: &Cluster, node: &str, vmi: &str) -> (IpAddr, Value) {
     facts_at(cluster, node, vmi, PORTS[0]).await
 }
 
-/// A minute is more than enough for a guest to boot.
+/// More than enough for a guest to boot, also one of eight virtual CPUs on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(120);
+
 async fn facts_at(cluster: &Cluster, node: &str, vmi: &str, port: u16) -> (IpAddr, Value) {
     let namespace = Namespace::open(&cluster.namespace(node)).expect("the node's namespace");
-    let deadline = Instant::now() + Duration::from_secs(60);
+    let deadline = Instant::now() + PATIENCE;
     let mut last = String::new();
     while Instant::now() < deadline {
         let object = cluster.vmis().get(vmi).await.expect("VMI");
         if let Ok(address) = status(&object, "interfaces/0/ipAddress").parse() {
             let namespace = namespace.clone();
-            match tokio::task::spawn_blocking(move || ask(&namespace, address, port)).await.expect("ask") {
+            match tokio::task::spawn_blocking(move || ask(&namespace, address, port, "/")).await.expect("ask") {
                 Ok(facts) => return (address, facts),
                 Err(error) => last = error,
             }
@@ -64,7 +68,9 @@ fn build_demo_image(cluster: &Cluster) {
     let folder = std::env::var_os("GODWIT_GUEST")
         .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/demo-guest"), PathBuf::from);
     let pair = |file: &str| format!("{}:/boot/{file}", folder.join(file).display());
-    let built = cluster.godwit(&["image", "build", DEMO_IMAGE, &pair("vmlinuz"), &pair("initrd")]);
+    let files = ["vmlinuz", "initrd", "initrd-agent"].map(pair);
+    let arguments = ["image", "build", DEMO_IMAGE].into_iter().chain(files.iter().map(String::as_str));
+    let built = cluster.godwit(&arguments.collect::<Vec<_>>());
     assert!(built.status.success(), "run `make guest` first: {}", text(&built.stderr));
 }
 

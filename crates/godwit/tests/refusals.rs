@@ -47,11 +47,11 @@ async fn unsupported_fields_are_answered_by_name() {
     assert_eq!((code, warnings), (201, Vec::new()), "{body}");
 
     let mut other = rom_vmi("other");
-    other["spec"]["domain"]["devices"]["tpm"] = json!({});
+    other["spec"]["domain"]["devices"]["sound"] = json!({});
     other["spec"]["domain"]["cpu"] = json!({"features": [{"name": "apic"}]});
     let (code, _, body) = create(&cluster, "virtualmachineinstances", &other).await;
     assert_eq!(code, 422, "{body}");
-    for field in ["spec.domain.devices.tpm", "spec.domain.cpu.features"] {
+    for field in ["spec.domain.devices.sound", "spec.domain.cpu.features"] {
         assert!(body["message"].as_str().is_some_and(|message| message.contains(field)), "{field}: {body}");
         let causes = body["details"]["causes"].as_array().expect("causes");
         assert!(causes.iter().any(|cause| cause["field"] == field), "{field}: {body}");
@@ -62,7 +62,7 @@ async fn unsupported_fields_are_answered_by_name() {
         "spec": {"runStrategy": "Halted", "template": template}});
     let (code, _, body) = create(&cluster, "virtualmachines", &vm).await;
     assert_eq!(code, 422, "{body}");
-    assert!(body["message"].as_str().is_some_and(|m| m.contains("spec.template.spec.domain.devices.tpm")), "{body}");
+    assert!(body["message"].as_str().is_some_and(|m| m.contains("spec.template.spec.domain.devices.sound")), "{body}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

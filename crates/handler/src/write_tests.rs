@@ -121,6 +121,7 @@ fn what_the_agent_says_is_taken_and_kept() {
             mac: Some("02:00:00:00:00:22".to_uppercase()),
             addresses: vec!["fe80::22".into(), "192.168.5.2".into()],
         }],
+        ..GuestAgentFacts::default()
     };
     let report = [Change::Report { pod: "p".into() }];
     let new = applied(&old, &made(&old, &report, state.clone()).unwrap());

@@ -10,6 +10,8 @@ use tokio::net::UnixStream;
 
 /// How long the agent may take for one answer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(3);
+/// How long it may take to set the clock: `qemu-ga` waits for `hwclock`, which waits for a full second of the hardware's.
+const CLOCK_LIMIT: Duration = Duration::from_secs(20);
 /// Most bytes of one answer: what a guest says is not trusted to be short.
 const LONGEST_ANSWER: u64 = 1 << 20;
 
@@ -25,26 +27,46 @@ pub enum Error {
     /// It said something else.
     #[error("the guest agent's answer cannot be read: {0}")]
     Unreadable(String),
+    /// It does not do what it was asked for.
+    #[error("the guest agent refuses {command}: {text}")]
+    Refused {
+        /// What it was asked for.
+        command: &'static str,
+        /// Its words.
+        text: String,
+        /// It does not know the command: asking again is for nothing.
+        unknown: bool,
+    },
 }
 
 /// Asks once for everything. What the agent of a guest does not know stays empty.
 pub async fn ask(socket: &Path) -> Result<GuestAgentFacts, Error> {
     let mut agent = Agent::connect(socket).await?;
     let mut facts = GuestAgentFacts { connected: true, ..GuestAgentFacts::default() };
-    if let Some(answer) = agent.call("guest-get-host-name").await? {
+    if let Some(answer) = agent.ask("guest-get-host-name").await? {
         facts.hostname = answer.get("host-name").and_then(Value::as_str).map(str::to_owned);
     }
-    if let Some(answer) = agent.call("guest-get-osinfo").await? {
+    if let Some(answer) = agent.ask("guest-get-osinfo").await? {
         facts.os = serde_json::from_value::<OsInfo>(answer).ok().map(Into::into);
     }
-    if let Some(answer) = agent.call("guest-network-get-interfaces").await? {
+    if let Some(answer) = agent.ask("guest-network-get-interfaces").await? {
         let interfaces: Vec<Interface> = serde_json::from_value(answer).unwrap_or_default();
         facts.interfaces = interfaces.into_iter().filter(|i| i.name != "lo").map(Into::into).collect();
     }
     Ok(facts)
 }
 
+/// Sets the guest's clock to this host's, and `ahead_seconds` ahead of it.
+pub async fn set_clock(socket: &Path, ahead_seconds: i64) -> Result<(), Error> {
+    let mut agent = Agent::connect(socket).await?;
+    agent.limit = CLOCK_LIMIT;
+    let now = jiff::Timestamp::now().as_nanosecond() + i128::from(ahead_seconds) * 1_000_000_000;
+    let time = i64::try_from(now).map_err(|e| Error::Unreadable(e.to_string()))?;
+    agent.call("guest-set-time", json!({"time": time})).await.map(drop)
+}
+
 struct Agent {
+    limit: Duration,
     read: BufReader<tokio::net::unix::OwnedReadHalf>,
     write: tokio::net::unix::OwnedWriteHalf,
 }
@@ -53,7 +75,7 @@ impl Agent {
     /// Connects and throws away whatever an earlier conversation has left in the channel.
     async fn connect(socket: &Path) -> Result<Agent, Error> {
         let (read, write) = UnixStream::connect(socket).await?.into_split();
-        let mut agent = Agent { read: BufReader::new(read), write };
+        let mut agent = Agent { limit: ANSWER_LIMIT, read: BufReader::new(read), write };
         let id =
             u64::from(std::process::id()) << 16 | (jiff::Timestamp::now().as_microsecond().unsigned_abs() & 0xffff);
         let sync = json!({"execute": "guest-sync-delimited", "arguments": {"id": id}}).to_string();
@@ -69,10 +91,24 @@ impl Agent {
     }
 
     /// `None` when the agent does not know the command or fails at it.
-    async fn call(&mut self, command: &str) -> Result<Option<Value>, Error> {
-        let line = json!({"execute": command}).to_string();
+    async fn ask(&mut self, command: &'static str) -> Result<Option<Value>, Error> {
+        match self.call(command, json!({})).await {
+            Ok(answer) => Ok(Some(answer)),
+            Err(Error::Refused { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn call(&mut self, command: &'static str, arguments: Value) -> Result<Value, Error> {
+        let line = json!({"execute": command, "arguments": arguments}).to_string();
         self.write.write_all(&[line.as_bytes(), b"\n"].concat()).await?;
-        Ok(self.line().await?.get("return").cloned())
+        let mut answer = self.line().await?;
+        if let Some(answer) = answer.get_mut("return") {
+            return Ok(answer.take());
+        }
+        let word = |name| answer.pointer(name).and_then(Value::as_str).unwrap_or_default();
+        let unknown = word("/error/class") == "CommandNotFound";
+        Err(Error::Refused { command, text: word("/error/desc").into(), unknown })
     }
 
     async fn line(&mut self) -> Result<Value, Error> {
@@ -83,7 +119,7 @@ impl Agent {
 
     async fn until(&mut self, end: u8, into: &mut Vec<u8>) -> Result<(), Error> {
         let mut limited = (&mut self.read).take(LONGEST_ANSWER);
-        match tokio::time::timeout(ANSWER_LIMIT, limited.read_until(end, into)).await {
+        match tokio::time::timeout(self.limit, limited.read_until(end, into)).await {
             Err(_) => Err(Error::Silent),
             Ok(Err(error)) => Err(error.into()),
             Ok(Ok(_)) if into.last() != Some(&end) => Err(Error::Silent),
@@ -153,7 +189,7 @@ mod tests {
     use super::*;
     use tokio::net::UnixListener;
 
-    async fn agent(listener: UnixListener, answers: impl Fn(&str) -> String) {
+    async fn agent(listener: UnixListener, answers: impl Fn(&Value) -> String) {
         let (read, mut write) = listener.accept().await.unwrap().0.into_split();
         let mut read = BufReader::new(read);
         loop {
@@ -167,7 +203,7 @@ mod tests {
                     write.write_all(b"{\"return\": \"left over\"}\n\xff").await.unwrap();
                     json!({"return": asked["arguments"]["id"]}).to_string()
                 }
-                command => answers(command),
+                _ => answers(&asked),
             };
             write.write_all(format!("{answer}\n").as_bytes()).await.unwrap();
         }
@@ -178,7 +214,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let socket = folder.path().join("qga");
         let listener = UnixListener::bind(&socket).unwrap();
-        let answers = |command: &str| match command {
+        let answers = |asked: &Value| match asked["execute"].as_str().unwrap() {
             "guest-get-host-name" => r#"{"return": {"host-name": "flyer"}}"#.to_string(),
             "guest-network-get-interfaces" => r#"{"return": [
                 {"name": "lo", "ip-addresses": [{"ip-address": "127.0.0.1", "prefix": 8}]},
@@ -192,6 +228,32 @@ mod tests {
         assert!(facts.connected && facts.os.is_none());
         assert_eq!(facts.hostname.as_deref(), Some("flyer"));
         assert_eq!((facts.interfaces.len(), facts.interfaces[0].addresses[0].as_str()), (1, "10.0.2.2"));
+    }
+
+    #[tokio::test]
+    async fn a_clock_is_set_to_the_hosts_and_a_refusal_is_told() {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("qga");
+        let listener = UnixListener::bind(&socket).unwrap();
+        let heard = std::sync::Mutex::new(Value::Null);
+        let answers = |asked: &Value| {
+            *heard.lock().unwrap() = asked["arguments"]["time"].clone();
+            r#"{"return": {}}"#.to_string()
+        };
+        let before = jiff::Timestamp::now().as_nanosecond();
+        let (done, ()) = tokio::join!(set_clock(&socket, 7200), agent(listener, answers));
+        done.unwrap();
+        let heard = i128::from(heard.lock().unwrap().as_i64().unwrap());
+        let ahead = 7200 * 1_000_000_000;
+        assert!((before + ahead..=jiff::Timestamp::now().as_nanosecond() + ahead).contains(&heard), "{before} {heard}");
+
+        std::fs::remove_file(&socket).unwrap();
+        let listener = UnixListener::bind(&socket).unwrap();
+        let answers = |_: &Value| r#"{"error": {"class": "CommandNotFound", "desc": "not here"}}"#.to_string();
+        let (done, ()) = tokio::join!(set_clock(&socket, 0), agent(listener, answers));
+        let error = done.unwrap_err();
+        assert!(matches!(error, Error::Refused { unknown: true, .. }), "{error:?}");
+        assert_eq!(error.to_string(), "the guest agent refuses guest-set-time: not here");
     }
 
     #[tokio::test]

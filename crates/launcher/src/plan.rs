@@ -1,7 +1,11 @@
 //! From a VMI to the machine that QEMU is told to build. The same VMI gives the same machine at the source and at the target.
 
+mod clock;
+mod firmware;
+
 use crate::rpc::{InterfaceOrder, Paths, VolumeFacts, VolumeState};
 use crate::volumes::{self, Image, Preparer};
+pub use clock::wall_clock_offset;
 use godwit_api::VirtualMachineInstance;
 use godwit_api::vmi::Disk as DiskSpec;
 use godwit_qemu::accelerator::Accelerator;
@@ -13,6 +17,10 @@ use std::path::PathBuf;
 pub const MONITOR: &str = "qmp";
 /// Name of the socket on which QEMU offers the serial port to the launcher.
 pub const SERIAL: &str = "qemu-serial0";
+/// Name of the socket on which QEMU speaks to the trusted platform module.
+pub const TPM: &str = "tpm";
+/// Where the module keeps its state, among the guest's other files of this place.
+pub const TPM_STATE: &str = "tpm";
 /// Name of the guest agent's socket.
 pub const AGENT: &str = "qga";
 
@@ -99,6 +107,15 @@ pub async fn plan(inputs: &Inputs<'_>) -> Result<Plan, Error> {
     let own = Some(vmi.uid()).filter(|uid| is_uuid(uid)).map(str::to_owned);
     machine.uuid = firmware.and_then(|f| f.uuid.clone()).or(own);
     machine.serial_number = firmware.and_then(|f| f.serial.clone());
+    machine.efi = firmware::efi(inputs, &machine.boot)?;
+    machine.system_management = firmware::system_management(domain, machine.efi.as_ref());
+    if domain.devices.has_tpm() {
+        machine.tpm = Some(inputs.paths.sockets.join(TPM));
+    }
+    if let Some(spec) = &domain.clock {
+        machine.clock_offset_seconds = clock::hardware_offset(spec, jiff::Timestamp::now())?;
+        machine.timers = clock::timers(spec);
+    }
     let (writable, volumes) = disks(inputs, &mut machine).await?;
     machine.nics = nics(inputs)?;
     boot_order(&mut machine);
@@ -434,12 +451,30 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn clock_and_tpm_are_as_the_vmi_has_them() {
+        let mut vmi = vmi();
+        vmi["spec"]["domain"]["clock"] = json!({"utc": {"offsetSeconds": 90}, "timer": {"hpet": {"present": false}}});
+        vmi["spec"]["domain"]["devices"]["tpm"] = json!({});
+        let machine = try_plan(vmi.clone(), &wired(), false).await.unwrap().machine;
+        assert_eq!((machine.clock_offset_seconds, machine.timers.hpet), (90, false));
+        assert!(machine.tpm.unwrap().ends_with(TPM));
+        vmi["spec"]["domain"]["devices"]["tpm"] = json!({"enabled": false});
+        assert_eq!(try_plan(vmi, &wired(), false).await.unwrap().machine.tpm, None);
+    }
+
+    #[tokio::test]
     async fn what_does_not_fit_together_is_named() {
         let error = try_plan(vmi(), &[], false).await.unwrap_err();
         assert!(error.to_string().contains("interface default"), "{error}");
         let mut bad = vmi();
         bad["spec"]["volumes"] = json!([]);
         assert!(try_plan(bad, &wired(), false).await.unwrap_err().to_string().contains("disk seed"));
+        let mut bad = vmi();
+        bad["spec"]["domain"]["firmware"] = json!({
+            "bootloader": {"efi": {"secureBoot": false}},
+            "kernelBoot": {"container": {"image": "rom", "kernelPath": "/rom.bin"}},
+        });
+        assert!(try_plan(bad, &wired(), false).await.unwrap_err().to_string().contains("efi"));
         let mut bad = vmi();
         bad["spec"]["domain"]["memory"] = json!({});
         assert!(try_plan(bad, &wired(), false).await.unwrap_err().to_string().contains("memory"));

@@ -384,6 +384,9 @@ pub struct GuestAgentFacts {
     /// The guest's interfaces, the loopback left out.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub interfaces: Vec<GuestInterface>,
+    /// When its clock was last set to this host's, microseconds since the Unix epoch: after it arrived, or stood still.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub clock_set_us: Option<i64>,
 }
 
 /// The guest's operating system, as its agent names it.

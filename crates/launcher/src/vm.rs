@@ -1,18 +1,18 @@
 //! The VM: one task owns it, takes orders one after another, and publishes what is true.
 
 mod end;
+mod inside;
 mod measure;
 mod migration;
 
-use crate::agent;
 use crate::console::{self, Console};
-use crate::plan::{self, AGENT, Inputs, SERIAL, WritableDisk};
+use crate::plan::{self, Inputs, SERIAL, WritableDisk};
 use crate::record::{self, Record};
 use crate::rooms;
 use crate::rpc::{
-    Accelerator, Cause, DomainPhase, EventRecord, GoOrder, GuestAgentFacts, InterfaceOrder, LinkOrder,
-    MACHINE_REVISION, MigrationRef, MigrationRole, Paths, Refusal, ShutdownOrder, SourceOrder, State, TargetOrder,
-    TargetReady, Transport, TransportOrder, VmOrder, VolumeFacts, VolumeState,
+    Accelerator, Cause, DomainPhase, EventRecord, GoOrder, InterfaceOrder, LinkOrder, MACHINE_REVISION, MigrationRef,
+    MigrationRole, Paths, Refusal, ShutdownOrder, SourceOrder, State, TargetOrder, TargetReady, Transport,
+    TransportOrder, VmOrder, VolumeFacts, VolumeState,
 };
 use godwit_api::VirtualMachineInstance;
 use godwit_qemu::failure;
@@ -20,6 +20,7 @@ use godwit_qemu::instance::{self, Departed, Filling, Incoming, Outgoing, Prelaun
 use godwit_qemu::process::find_qemu;
 use godwit_qemu::qmp::commands::RunState;
 use godwit_qemu::qmp::{Event, Events};
+use godwit_qemu::tpm::Tpm;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -30,8 +31,6 @@ use tokio::time::Instant;
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 /// Between two looks at what moves slowly.
 const IDLE_EVERY: Duration = Duration::from_secs(1);
-/// Between two questions to the guest agent.
-const ASK_EVERY: Duration = Duration::from_secs(5);
 
 /// An order and who waits for its answer.
 pub struct Request {
@@ -172,9 +171,9 @@ pub struct Vm {
     ending: Option<Ending>,
     /// QEMU's reason for its shutdown, once it announced one.
     shutdown_reason: Option<String>,
-    agent_open: bool,
-    ask_at: Instant,
-    agent: (mpsc::Sender<Option<GuestAgentFacts>>, mpsc::Receiver<Option<GuestAgentFacts>>),
+    inside: inside::Inside,
+    /// Kept for its end: it goes with this.
+    tpm: Option<Tpm>,
     measuring: measure::Measuring,
     /// When everything was over.
     over: Option<Instant>,
@@ -215,9 +214,8 @@ impl Vm {
             grace: Duration::from_secs(30),
             ending: None,
             shutdown_reason: None,
-            agent_open: false,
-            ask_at: Instant::now(),
-            agent: mpsc::channel(1),
+            inside: inside::Inside::default(),
+            tpm: None,
             measuring: measure::Measuring::default(),
             over,
             dismissed: false,
@@ -253,7 +251,7 @@ impl Vm {
                 Some(event) = next_event(&mut self.events) => self.event(event).await,
                 ended = ended => self.ended(ended).await,
                 Some((volume, digest)) = self.digests.1.recv() => self.base_known(volume, digest),
-                Some(facts) = self.agent.1.recv() => self.now.guest_agent = facts.unwrap_or_default(),
+                said = self.inside.next() => self.said(said),
                 measured = self.measuring.next() => self.measured(measured),
                 Some(()) = terminate.recv() => self.terminate().await,
                 () = tokio::time::sleep_until(wake) => self.look().await,
@@ -314,10 +312,12 @@ impl Vm {
         let revision = machine_revision.min(MACHINE_REVISION);
         let (program, accelerator) = self.program(accelerator).await?;
         let plan = self.plan(&vmi, &interfaces, &volumes, accelerator, None, (revision, false)).await?;
+        self.start_tpm(&plan)?;
         let prelaunch = Prelaunch::launch(&program, &plan.machine).await?;
         self.attach(prelaunch.qemu(), accelerator, plan.machine.serial.is_some()).await?;
         let running = prelaunch.start().await?;
         self.grace = grace(&vmi);
+        self.inside.clock_ahead(plan::wall_clock_offset(&vmi));
         self.stage = Stage::Running(running);
         self.learn_bases(&plan.writable);
         self.know_disks(plan.writable, plan.volumes).await;
@@ -364,6 +364,7 @@ impl Vm {
         self.learn_bases(&plan.writable);
         // See `Outgoing::can_post_copy`.
         let post_copy = allow_post_copy && !plan.writable.iter().any(is_copied_here);
+        self.start_tpm(&plan)?;
         let mut incoming = Incoming::prepare(&program, &plan.machine, &path, post_copy).await?;
         if !transport_follows {
             incoming.listen(Transport::default()).await?;
@@ -372,6 +373,7 @@ impl Vm {
         let ready = TargetReady { awaits_transport: transport_follows, ..ready };
         self.attach(incoming.qemu(), accelerator, plan.machine.serial.is_some()).await?;
         self.grace = grace(&vmi);
+        self.inside.clock_ahead(plan::wall_clock_offset(&vmi));
         self.ready = Some(ready.clone());
         self.stage = Stage::Incoming(incoming);
         self.know_disks(plan.writable, plan.volumes).await;
@@ -415,6 +417,15 @@ impl Vm {
             let _ = stale.map(std::fs::remove_file);
         }
         Ok(plan)
+    }
+
+    /// The module that QEMU connects to when it starts; it ends with QEMU.
+    fn start_tpm(&mut self, plan: &plan::Plan) -> Result<(), Refused> {
+        let Some(socket) = &plan.machine.tpm else { return Ok(()) };
+        let folder = self.paths.ephemeral_disks.join(plan::TPM_STATE);
+        let tpm = Tpm::start(&folder, socket).map_err(|error| refused(Refusal::Failed, error.to_string()))?;
+        self.tpm = Some(tpm);
+        Ok(())
     }
 
     /// Listens to a QEMU that has not run its guest yet, so that nothing it says is lost.
@@ -478,6 +489,7 @@ impl Vm {
     fn detach(&mut self) {
         self.console = None;
         self.events = None;
+        self.tpm = None;
         self.now =
             State { vmi_uid: self.uid.clone(), launcher_rss_bytes: self.now.launcher_rss_bytes, ..State::default() };
     }
@@ -499,6 +511,9 @@ impl Vm {
         };
         let done = if pause { running.pause().await } else { running.unpause().await };
         done.map_err(|e| refused(Refusal::Failed, e.to_string()))?;
+        if !pause {
+            self.inside.stood_still();
+        }
         self.refresh().await;
         Ok(())
     }
@@ -512,11 +527,7 @@ impl Vm {
         match event.name.as_str() {
             "SHUTDOWN" => self.shutdown_reason = Some(event.text("reason").unwrap_or("unknown").to_string()),
             "VSERPORT_CHANGE" => {
-                self.agent_open = event.data.get("open").and_then(serde_json::Value::as_bool).unwrap_or(false);
-                self.ask_at = Instant::now();
-                if !self.agent_open {
-                    self.now.guest_agent.connected = false;
-                }
+                self.agent_opened(event.data.get("open").and_then(serde_json::Value::as_bool).unwrap_or(false));
             }
             _ => {}
         }
@@ -556,7 +567,8 @@ impl Vm {
 
     fn next_look(&self) -> Instant {
         let migrating = matches!(self.stage, Stage::Outgoing(_) | Stage::Serving(_));
-        let wait = if migrating || self.ending.is_some() { LOOK_EVERY } else { IDLE_EVERY };
+        let soon = migrating || self.ending.is_some() || self.inside.is_due();
+        let wait = if soon { LOOK_EVERY } else { IDLE_EVERY };
         Instant::now() + wait
     }
 
@@ -565,21 +577,7 @@ impl Vm {
         self.measure(false);
         self.look_at_ending().await;
         self.now.launcher_rss_bytes = own_rss();
-        if self.agent_open
-            && self.ask_at <= Instant::now()
-            && matches!(self.stage, Stage::Running(_) | Stage::Filling(_))
-        {
-            self.ask_at = Instant::now() + ASK_EVERY;
-            let (socket, tell) = (self.paths.sockets.join(AGENT), self.agent.0.clone());
-            // At most one question at a time: the channel holds one answer and the next is not asked before it is taken.
-            tokio::spawn(async move {
-                let facts = agent::ask(&socket).await;
-                if let Err(error) = &facts {
-                    tracing::debug!(%error, "asking the guest agent");
-                }
-                let _ = tell.try_send(facts.ok());
-            });
-        }
+        self.ask_inside();
     }
 }
 

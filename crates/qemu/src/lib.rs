@@ -13,4 +13,5 @@ pub mod machine;
 pub mod migration;
 pub mod process;
 pub mod qmp;
+pub mod tpm;
 pub mod transport;

@@ -4,7 +4,12 @@
 //! on its bus that follow from its role and its number alone, and the arguments come in one fixed order. Where a machine
 //! is built (paths, taps, sockets) never changes what the guest sees.
 
+mod clock;
+mod firmware;
+
 use crate::accelerator::Accelerator;
+pub use clock::{MissedTicks, Timers};
+pub use firmware::Efi;
 use std::path::{Path, PathBuf};
 
 /// Everything QEMU is told.
@@ -22,6 +27,12 @@ pub struct Machine {
     pub memory_mib: u64,
     /// What boots.
     pub boot: Boot,
+    /// EFI firmware in the place of SeaBIOS.
+    pub efi: Option<Efi>,
+    /// System management mode; none leaves it to QEMU. Secure boot needs it.
+    pub system_management: Option<bool>,
+    /// A trusted platform module: the control socket of [`crate::tpm::Tpm`].
+    pub tpm: Option<PathBuf>,
     /// Disks in the order of their definition.
     pub disks: Vec<Disk>,
     /// Network interfaces in the order of their definition.
@@ -45,6 +56,8 @@ pub struct Machine {
     pub acpi: bool,
     /// Seconds by which the guest's clock differs from UTC.
     pub clock_offset_seconds: i64,
+    /// Its timers.
+    pub timers: Timers,
     /// The unix socket of the monitor.
     pub monitor: PathBuf,
     /// Wait for a migration instead of booting.
@@ -250,6 +263,9 @@ impl Machine {
             cpu: Cpu::default(),
             memory_mib,
             boot,
+            efi: None,
+            system_management: None,
+            tpm: None,
             disks: Vec::new(),
             nics: Vec::new(),
             serial: None,
@@ -261,6 +277,7 @@ impl Machine {
             serial_number: None,
             acpi: true,
             clock_offset_seconds: 0,
+            timers: Timers::default(),
             monitor: monitor.into(),
             incoming: false,
         }
@@ -276,9 +293,19 @@ impl Machine {
         out.pair("-vga", "none");
 
         let acpi = if self.acpi { "" } else { ",acpi=off" };
+        let smm = match self.system_management {
+            Some(true) => ",smm=on",
+            Some(false) => ",smm=off",
+            None => "",
+        };
+        let efi = self.efi.as_ref().map(Efi::machine_options).unwrap_or_default();
         out.pair(
             "-machine",
-            format!("{},usb=off,vmport=off,dump-guest-core=off{acpi}", plain("machine type", &self.machine_type)?),
+            format!(
+                "{},usb=off,vmport=off,dump-guest-core=off{acpi}{smm}{}{efi}",
+                plain("machine type", &self.machine_type)?,
+                self.timers.machine_options()
+            ),
         );
         out.pair("-accel", self.accelerator_option());
         out.pair("-cpu", self.cpu_option()?);
@@ -298,7 +325,10 @@ impl Machine {
         if let Some(serial) = &self.serial_number {
             out.pair("-smbios", format!("type=1,serial={}", value("system serial number", serial)?));
         }
-        out.pair("-rtc", self.clock_option(now_seconds));
+        out.pair("-rtc", self.timers.clock_option(self.clock_offset_seconds, now_seconds));
+        if let Some(policy) = self.timers.pit_policy(self.accelerator) {
+            out.pair("-global", format!("kvm-pit.lost_tick_policy={policy}"));
+        }
         match &self.boot {
             Boot::Firmware => out.pair("-boot", "strict=on"),
             Boot::Rom(path) => out.pair("-bios", path_text(path)?),
@@ -312,6 +342,13 @@ impl Machine {
                     out.pair("-append", arguments.clone());
                 }
             }
+        }
+
+        if let Some(efi) = &self.efi {
+            efi.arguments(&mut out)?;
+        }
+        if let Some(socket) = &self.tpm {
+            firmware::tpm_arguments(socket, &mut out)?;
         }
 
         out.pair("-chardev", format!("socket,id=monitor,path={},server=on,wait=off", path_value(&self.monitor)?));
@@ -364,21 +401,13 @@ impl Machine {
             (Some("host-passthrough" | "host-model") | None, Accelerator::Tcg) => "max,la57=off".into(),
             (Some(model), _) => plain("CPU model", model)?,
         };
+        if self.accelerator == Accelerator::Kvm && !self.timers.kvm_clock {
+            option += ",kvmclock=off";
+        }
         for (feature, on) in &self.cpu.features {
             option += &format!(",{}={}", plain("CPU feature", feature)?, if *on { "on" } else { "off" });
         }
         Ok(option)
-    }
-
-    fn clock_option(&self, now_seconds: i64) -> String {
-        if self.clock_offset_seconds == 0 {
-            return "base=utc,driftfix=slew".into();
-        }
-        let at = now_seconds.saturating_add(self.clock_offset_seconds);
-        match jiff::Timestamp::from_second(at) {
-            Ok(at) => format!("base={},driftfix=slew", at.strftime("%Y-%m-%dT%H:%M:%S")),
-            Err(_) => "base=utc,driftfix=slew".into(),
-        }
     }
 
     fn disk_arguments(&self, bus: &str, out: &mut Arguments) -> Result<(), Error> {
@@ -684,6 +713,28 @@ mod tests {
         machine.free_page_hint = false;
         let without = joined(&machine);
         assert!(without.contains("virtio-balloon-pci") && !without.contains("hint"), "{without}");
+    }
+
+    #[test]
+    fn efi_firmware_and_a_tpm_are_told() {
+        let mut machine = full();
+        let efi = Efi { code: "/ovmf/code".into(), variables: "/my/variables".into(), secure: false };
+        machine.efi = Some(efi.clone());
+        machine.tpm = Some("/run/tpm".into());
+        let line = joined(&machine);
+        for part in [
+            ",pflash0=firmware-code,pflash1=firmware-variables",
+            "node-name=firmware-code,read-only=on,file.driver=file,file.filename=/ovmf/code,file.locking=off",
+            "node-name=firmware-variables,read-only=off,file.driver=file,file.filename=/my/variables",
+            "socket,id=tpm-control,path=/run/tpm -tpmdev emulator,id=tpm-backend,chardev=tpm-control -device tpm-crb",
+        ] {
+            assert!(line.contains(part), "{part} is not in {line}");
+        }
+        assert!(!line.contains("smm") && !line.contains("cfi.pflash01"), "{line}");
+        machine.efi = Some(Efi { secure: true, ..efi });
+        machine.system_management = Some(true);
+        let line = joined(&machine);
+        assert!(line.contains(",smm=on") && line.contains("driver=cfi.pflash01,property=secure,value=on"), "{line}");
     }
 
     #[test]

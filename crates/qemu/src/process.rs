@@ -19,7 +19,7 @@ pub fn find_qemu_img() -> Option<PathBuf> {
     find("GODWIT_QEMU_IMG", &["qemu-img"])
 }
 
-fn find(variable: &str, names: &[&str]) -> Option<PathBuf> {
+pub(crate) fn find(variable: &str, names: &[&str]) -> Option<PathBuf> {
     if let Some(path) = std::env::var_os(variable) {
         return Some(path.into());
     }
@@ -92,8 +92,13 @@ impl std::fmt::Display for Ended {
 impl Process {
     /// Starts QEMU with these arguments. What it writes goes to the log, and its last lines are kept.
     pub fn spawn(qemu: &Path, arguments: &[String]) -> std::io::Result<Process> {
-        let mut command = Command::new(qemu);
-        command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
+        Process::spawn_with(qemu, arguments, Stdio::null())
+    }
+
+    /// The same for a program that reads something.
+    pub(crate) fn spawn_with(program: &Path, arguments: &[String], stdin: Stdio) -> std::io::Result<Process> {
+        let mut command = Command::new(program);
+        command.args(arguments).stdin(stdin).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
         die_with_parent(&mut command);
         let mut child = command.spawn()?;
         let pid = child.id().unwrap_or_default();

@@ -2,6 +2,8 @@
 //! (https://qemu.readthedocs.io/en/latest/interop/qemu-ga-ref.html)
 
 use nix::ifaddrs::getifaddrs;
+use nix::sys::time::TimeSpec;
+use nix::time::{ClockId, clock_settime};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::fs::OpenOptions;
@@ -28,6 +30,20 @@ pub fn serve(hostname: &str) {
             let line: Vec<u8> = pending.drain(..=end).collect();
             answer(&line, hostname, &mut port);
         }
+    }
+}
+
+/// Runs QEMU's guest agent, and again when it ends.
+pub fn run_qemus() {
+    let Some(path) = find_port() else { return };
+    loop {
+        let started = std::process::Command::new("/bin/qemu-ga")
+            .args(["--method=virtio-serial", "--path", &path, "--statedir=/tmp", "--pidfile=/tmp/qemu-ga.pid"])
+            .spawn();
+        // The reaper of process 1 may collect it first: any end is an end.
+        let ended = started.and_then(|mut child| child.wait());
+        println!("qemu-ga: {ended:?}");
+        std::thread::sleep(Duration::from_secs(1));
     }
 }
 
@@ -58,6 +74,7 @@ fn answer(line: &[u8], hostname: &str, out: &mut impl Write) {
         "guest-get-osinfo" => json!({"return": os_info()}),
         "guest-get-timezone" => json!({"return": {"zone": "UTC", "offset": 0}}),
         "guest-get-users" | "guest-get-fsinfo" => json!({"return": []}),
+        "guest-set-time" => set_time(&request["arguments"]["time"]),
         "guest-shutdown" => {
             crate::boot::power_off();
             return;
@@ -74,6 +91,18 @@ fn answer(line: &[u8], hostname: &str, out: &mut impl Write) {
     let _ = out.write_all(&bytes);
 }
 
+/// Nanoseconds since the epoch, as the host has them.
+fn set_time(nanoseconds: &Value) -> Value {
+    let Some(time) = nanoseconds.as_i64() else {
+        return json!({"error": {"class": "GenericError", "desc": "time is missing"}});
+    };
+    let time = TimeSpec::new(time.div_euclid(1_000_000_000), time.rem_euclid(1_000_000_000));
+    match clock_settime(ClockId::CLOCK_REALTIME, time) {
+        Ok(()) => json!({"return": {}}),
+        Err(error) => json!({"error": {"class": "GenericError", "desc": error.to_string()}}),
+    }
+}
+
 fn supported() -> Value {
     [
         "guest-sync",
@@ -86,6 +115,7 @@ fn supported() -> Value {
         "guest-get-timezone",
         "guest-get-users",
         "guest-get-fsinfo",
+        "guest-set-time",
         "guest-shutdown",
     ]
     .iter()

@@ -1,6 +1,7 @@
 //! The guest's sign of life: one line a second on the console and the same facts as JSON on port 80.
 
 use crate::disk::Disk;
+use crate::hardware;
 use crate::memory::Memory;
 use nix::time::{ClockId, clock_gettime};
 use std::io::{Read, Write};
@@ -8,6 +9,9 @@ use std::net::{Ipv4Addr, TcpListener};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
+
+/// By how much `/lag` puts the clock back.
+const LAG_SECONDS: i64 = 3600;
 
 /// What the guest says of itself.
 #[derive(Clone)]
@@ -73,7 +77,8 @@ pub fn forever(facts: &Facts) -> ! {
     }
 }
 
-/// Answers every HTTP request with the facts; one for `/verify` after all blocks of the disks were read back.
+/// Answers every HTTP request with the facts; one for `/verify` after all blocks of the disks were read back, one for
+/// `/hardware` with what the guest is made of, and one for `/lag` with the same after its clock was put back by an hour.
 pub fn serve(facts: &Facts, port: u16) {
     let listener = loop {
         match TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)) {
@@ -86,7 +91,18 @@ pub fn serve(facts: &Facts, port: u16) {
         let mut request = [0_u8; 2048];
         let length = stream.read(&mut request).unwrap_or(0);
         let asked = request.get(..length).unwrap_or_default();
-        let body = if asked.starts_with(b"GET /verify") { facts.verified() } else { facts.json() }.to_string();
+        let body = match asked.split(|byte| *byte == b' ').nth(1) {
+            Some(b"/verify") => facts.verified(),
+            Some(b"/hardware") => hardware::json(),
+            Some(b"/lag") => {
+                if let Err(error) = hardware::lag(LAG_SECONDS) {
+                    println!("clock: {error}");
+                }
+                hardware::json()
+            }
+            _ => facts.json(),
+        }
+        .to_string();
         let _ = write!(
             stream,
             "HTTP/1.0 200 OK\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",

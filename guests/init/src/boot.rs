@@ -29,6 +29,8 @@ pub struct Options {
     pub witness: Option<std::net::SocketAddrV4>,
     /// How often it is told that the guest runs.
     pub witness_every: Duration,
+    /// QEMU's guest agent instead of our own.
+    pub qemu_agent: bool,
 }
 
 impl Options {
@@ -55,6 +57,7 @@ impl Options {
                 .collect(),
             witness: value("godwit.witness").and_then(|v| v.parse().ok()),
             witness_every: Duration::from_micros(number("godwit.witness-us", 2000).max(100) as u64),
+            qemu_agent: value("godwit.agent") == Some("qemu"),
         }
     }
 }

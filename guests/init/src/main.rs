@@ -6,13 +6,16 @@
 //! and verified, default 16), `godwit.dirty=MiB/s` (rate of rewriting it, default 1), `godwit.witness=ADDR:PORT` (send a
 //! numbered datagram there every `godwit.witness-us` microseconds, default 2000), `godwit.disks=NAME,…` (write to the first
 //! 4 MiB of these disks all the time, and verify them; `GET /verify` reads all of it back), `godwit.ports=PORT,…` (where it
-//! answers HTTP, default 80).
+//! answers HTTP, default 80), `godwit.agent=qemu` (QEMU's own guest agent in the place of ours, where it is on board).
+//!
+//! `GET /hardware` says what the guest is made of, `GET /lag` puts its clock back by an hour first.
 
 mod agent;
 mod beat;
 mod boot;
 mod disk;
 mod echo;
+mod hardware;
 mod memory;
 mod net;
 mod witness;
@@ -30,6 +33,7 @@ fn main() {
     let memory = memory::start(options.working_set_mib, options.dirty_mib_per_second);
     let mut facts = beat::Facts::new(options.hostname.clone(), memory);
     facts.write_to(&options.disks);
+    hardware::mark(facts.token());
     for port in options.ports {
         let served = facts.clone();
         thread::spawn(move || beat::serve(&served, port));
@@ -39,8 +43,8 @@ fn main() {
         let token = facts.token().to_owned();
         thread::spawn(move || witness::beat(to, options.witness_every, &token));
     }
-    let hostname = options.hostname.clone();
-    thread::spawn(move || agent::serve(&hostname));
+    let (hostname, theirs) = (options.hostname.clone(), options.qemu_agent);
+    thread::spawn(move || if theirs { agent::run_qemus() } else { agent::serve(&hostname) });
     thread::spawn(boot::power_button);
     thread::spawn(boot::reap);
     beat::forever(&facts);

@@ -4,6 +4,7 @@
 //! calls them directly; a webhook server in a cluster would call them with the same request. Texts that clients compare are
 //! KubeVirt's, the webhooks' names included.
 
+mod clock;
 pub mod eviction;
 mod kubevirt;
 mod migration;

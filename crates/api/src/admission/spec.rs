@@ -9,7 +9,7 @@ use serde_json::Value;
 use super::Cause;
 use crate::Quantity;
 use crate::unimplemented::{Effect, VMI_FIELDS, uses};
-use crate::vmi::{CloudInitNoCloudSource, Devices, Disk, DomainSpec, Firmware, Interface, Network, Volume};
+use crate::vmi::{CloudInitNoCloudSource, Devices, Disk, DomainSpec, Efi, Firmware, Interface, Network, Volume};
 use crate::vmi::{EvictionStrategy, VirtualMachineInstanceSpec};
 
 const DISK_BUSES: [&str; 3] = ["virtio", "sata", "scsi"];
@@ -110,8 +110,20 @@ fn domain(domain: &DomainSpec, at: &str, causes: &mut Vec<Cause>) {
         let text = format!("{field}: a guest without it is not implemented by godwit; remove it");
         causes.push(Cause::unsupported(&field, text));
     }
+    if let Some(clock) = &domain.clock {
+        super::clock::check(clock, &format!("{at}.clock"), causes);
+    }
     if let Some(firmware) = &domain.firmware {
         check_firmware(firmware, &format!("{at}.firmware"), causes);
+        let bootloader = firmware.bootloader.as_ref();
+        let secure = bootloader.and_then(|bootloader| bootloader.efi.as_ref()).is_some_and(Efi::is_secure);
+        let smm = domain.features.as_ref().and_then(|features| features.smm.as_ref());
+        if secure && !smm.is_some_and(|smm| smm.enabled.unwrap_or(true)) {
+            // KubeVirt's words, and its field
+            let text =
+                format!("{at} has EFI SecureBoot enabled. SecureBoot requires SMM, which is currently disabled.");
+            causes.push(Cause::invalid(at, text));
+        }
     }
 }
 
@@ -178,6 +190,10 @@ fn check_firmware(firmware: &Firmware, at: &str, causes: &mut Vec<Cause>) {
     if let Some(serial) = &firmware.serial {
         check_serial(serial, &format!("{at}.serial"), causes);
     }
+    if firmware.bootloader.as_ref().is_some_and(|bootloader| bootloader.bios.is_some() && bootloader.efi.is_some()) {
+        let field = format!("{at}.bootloader");
+        causes.push(Cause::invalid(&field, format!("{field} can only have one of bios and efi")));
+    }
     let Some(boot) = &firmware.kernel_boot else { return };
     let at = format!("{at}.kernelBoot");
     let Some(container) = &boot.container else {
@@ -225,7 +241,7 @@ fn pull_policy(policy: Option<&str>, field: &str, causes: &mut Vec<Cause>) {
 }
 
 /// A word out of a few; an empty one says nothing.
-fn one_of(word: &str, words: &[&str], field: &str, causes: &mut Vec<Cause>) {
+pub(super) fn one_of(word: &str, words: &[&str], field: &str, causes: &mut Vec<Cause>) {
     if !word.is_empty() && !words.contains(&word) {
         let text = format!("{field} is set with an unrecognized option: {word} (supported: {})", words.join(", "));
         causes.push(Cause::unsupported(field, text));

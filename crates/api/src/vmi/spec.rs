@@ -155,12 +155,29 @@ api_struct! {
     Bootloader {
         /// SeaBIOS, the default.
         bios: Option<Bios>,
+        /// EFI firmware (OVMF).
+        efi: Option<Efi>,
     }
 }
 
 api_struct! {
     /// SeaBIOS.
     Bios {}
+}
+
+api_struct! {
+    /// EFI firmware.
+    Efi {
+        /// It boots only what is signed; true when unset. Needs system management mode.
+        secure_boot: Option<bool>,
+    }
+}
+
+impl Efi {
+    /// Whether it boots only what is signed.
+    pub fn is_secure(&self) -> bool {
+        self.secure_boot.unwrap_or(true)
+    }
 }
 
 api_struct! {
@@ -188,10 +205,48 @@ api_struct! {
 }
 
 api_struct! {
-    /// The guest's clock.
+    /// The guest's clock. What the hardware's clock begins with follows the host's; a move keeps it.
     Clock {
-        /// The clock is in UTC, which it always is.
-        utc: Option<Empty>,
+        /// The hardware's clock is in UTC, the default.
+        utc: Option<ClockUtc>,
+        /// The hardware's clock is in the local time of this zone (`Europe/Berlin`), as some systems want it.
+        timezone: Option<String>,
+        /// Timers of the machine.
+        timer: Option<Timer>,
+    }
+}
+
+api_struct! {
+    /// A clock in UTC.
+    ClockUtc {
+        /// By how many seconds it differs from UTC on purpose.
+        offset_seconds: Option<i64>,
+    }
+}
+
+api_struct! {
+    /// Timers of the machine.
+    Timer {
+        /// The high precision event timer.
+        hpet: Option<TimerState>,
+        /// KVM's clock.
+        kvm: Option<TimerState>,
+        /// The programmable interval timer.
+        pit: Option<TimerState>,
+        /// The real-time clock.
+        rtc: Option<TimerState>,
+    }
+}
+
+api_struct! {
+    /// One timer.
+    TimerState {
+        /// `delay`, `catchup`, `merge` or `discard`: what becomes of ticks that the guest has missed.
+        tick_policy: Option<String>,
+        /// Whether there is one; true when unset.
+        present: Option<bool>,
+        /// `guest` or `wall` (real-time clock only): whether it stands still with the guest.
+        track: Option<String>,
     }
 }
 
@@ -202,6 +257,8 @@ api_struct! {
         acpi: Option<FeatureState>,
         /// The local APIC, always on.
         apic: Option<FeatureState>,
+        /// System management mode.
+        smm: Option<FeatureState>,
         /// Hyper-V enlightenments. Refused on their way in; read where KubeVirt's VMIs are looked at.
         #[schemars(skip)]
         hyperv: Option<Value>,
@@ -228,6 +285,8 @@ api_struct! {
         interfaces: Vec<Interface>,
         /// A random number generator.
         rng: Option<Empty>,
+        /// A trusted platform module.
+        tpm: Option<Tpm>,
         /// GPUs of the host. Refused on their way in; read where KubeVirt's VMIs are looked at.
         #[schemars(skip)]
         gpus: Vec<Value>,
@@ -242,6 +301,21 @@ api_struct! {
         autoattach_graphics_device: Option<bool>,
         /// A memory balloon; true when unset.
         autoattach_mem_balloon: Option<bool>,
+    }
+}
+
+impl Devices {
+    /// Whether there is a trusted platform module.
+    pub fn has_tpm(&self) -> bool {
+        self.tpm.as_ref().is_some_and(|tpm| tpm.enabled.unwrap_or(true))
+    }
+}
+
+api_struct! {
+    /// A trusted platform module (TPM 2.0) for the life of the VMI.
+    Tpm {
+        /// Whether there is one; true when unset.
+        enabled: Option<bool>,
     }
 }
 

@@ -94,7 +94,7 @@ fn hand_over(situation: &Situation<'_>, plan: &mut Plan) {
     let target_node = pod.spec.as_ref().and_then(|spec| spec.node_name.clone());
     let target_pod = Some(pod.name().to_owned());
     let (domain_name, domain_namespace) = (Some(Stored::name(vmi.as_ref()).to_owned()), vmi.metadata.namespace.clone());
-    let overhead = launcher_pod::overhead(launcher_pod::guest_memory(&vmi.spec), launcher_pod::vcpus(&vmi.spec));
+    let overhead = launcher_pod::overhead(&vmi.spec);
     let mut told = vmi.as_ref().clone();
     told.status.migration_state = Some(State {
         migration_uid: uid.clone(),

@@ -3,9 +3,11 @@
 // Every test file uses another part of it.
 #![allow(dead_code, clippy::expect_used, clippy::unwrap_used)]
 
+use godwit_launcher::client as launcher;
 use kube::api::{ApiResource, DynamicObject, GroupVersionKind, Patch, PatchParams};
 use kube::{Api, Client};
 use serde_json::{Value, json};
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -186,6 +188,17 @@ impl Cluster {
                 (pod.metadata.name.clone().unwrap_or_default(), node.to_owned())
             })
             .collect()
+    }
+
+    /// Does something with a pod's launcher, as its node would. (A socket's path must be short: it is reached through the
+    /// open folder.)
+    pub async fn with_launcher<T>(&self, pod: &str, what: impl AsyncFnOnce(launcher::Client) -> T) -> T {
+        let pod = self.pods().get(pod).await.expect("pod");
+        let node = pod.data["spec"]["nodeName"].as_str().expect("a node");
+        let uid = pod.metadata.uid.as_deref().expect("uid");
+        let sockets = self.data_dir().join("nodes").join(node).join("pods").join(uid);
+        let folder = std::fs::File::open(sockets.join("volumes/kubernetes.io~empty-dir/sockets")).expect("the sockets");
+        what(launcher::Client::new(format!("/proc/self/fd/{}/launcher.sock", folder.as_raw_fd()))).await
     }
 
     /// What the guest said on its console in this pod so far.

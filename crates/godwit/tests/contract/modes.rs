@@ -3,23 +3,8 @@
 use crate::common::{Cluster, status};
 use crate::stage::{NARROW, condition, phase};
 use godwit_guest_rom::Line;
-use godwit_launcher::client::Client;
 use kube::api::DynamicObject;
 use serde_json::json;
-use std::os::fd::AsRawFd;
-
-impl Cluster {
-    /// Does something with a pod's launcher, as its node would. (A socket's path must be short: it is reached through the
-    /// open folder.)
-    async fn with_launcher<T>(&self, pod: &str, what: impl AsyncFnOnce(Client) -> T) -> T {
-        let pod = self.pods().get(pod).await.expect("pod");
-        let node = pod.data["spec"]["nodeName"].as_str().expect("a node");
-        let uid = pod.metadata.uid.as_deref().expect("uid");
-        let sockets = self.data_dir().join("nodes").join(node).join("pods").join(uid);
-        let folder = std::fs::File::open(sockets.join("volumes/kubernetes.io~empty-dir/sockets")).expect("the sockets");
-        what(Client::new(format!("/proc/self/fd/{}/launcher.sock", folder.as_raw_fd()))).await
-    }
-}
 
 fn paused_by(vmi: &DynamicObject) -> &str {
     condition(vmi, "Paused").filter(|c| c["status"] == "True").and_then(|c| c["reason"].as_str()).unwrap_or_default()

@@ -314,9 +314,10 @@ impl Vm {
             m.loaded = true;
             m.gone = true;
         }
-        // The RESUME came before the answer to `cont`.
+        self.inside.stood_still();
+        // The RESUME came before the answer to `cont`, and perhaps that the guest's agent holds its channel open.
         while let Some(event) = self.events.as_mut().and_then(|e| e.try_next()) {
-            self.migration_event(&event).await;
+            self.event(event).await;
         }
         self.refresh().await;
     }
@@ -534,6 +535,9 @@ impl Vm {
             }
             Settled::Stays(running, facts) => {
                 self.stage = Stage::Running(running);
+                if facts.stop_us.is_some() {
+                    self.inside.stood_still();
+                }
                 if let Some(m) = &mut self.now.migration {
                     fill(m, &facts);
                     m.paused_by_migration = false;
