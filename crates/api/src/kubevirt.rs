@@ -26,6 +26,21 @@ api_struct! {
     KubeVirtSpec {
         /// The configuration.
         configuration: KubeVirtConfiguration,
+        /// What is done with guests whose launcher is older than the installation.
+        workload_update_strategy: Option<WorkloadUpdateStrategy>,
+    }
+}
+
+api_struct! {
+    /// How guests get a new launcher after an update.
+    WorkloadUpdateStrategy {
+        /// `LiveMigrate`: those that can be are moved, on their node where possible. `Evict`: the others' pods are evicted. None:
+        /// nothing is done.
+        workload_update_methods: Vec<String>,
+        /// How many pods are evicted at once; 10 when unset.
+        batch_eviction_size: Option<i32>,
+        /// How long the next batch waits; `1m` when unset.
+        batch_eviction_interval: Option<String>,
     }
 }
 

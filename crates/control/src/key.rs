@@ -11,7 +11,7 @@ use crate::names;
 use crate::object::{Kind, Name, Object, Stored};
 use crate::plan::{Plan, View};
 use crate::world::{Change, World, claims_of, vmi_of_pod};
-use crate::{confirm, evacuation, history, kubevirt, migration, node, placement, turns, vm, vmi, volumes};
+use crate::{confirm, evacuation, history, kubevirt, migration, node, placement, turns, vm, vmi, volumes, workloads};
 
 /// A group of decisions that can be switched on and off: cluster mode leaves placement, volumes and nodes to Kubernetes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -170,6 +170,10 @@ impl Key {
                     if !migration.is_final() {
                         keys.push(Key::Turns);
                     }
+                }
+                let outdated = |object: &Option<Object>| matches!(object, Some(Object::VirtualMachineInstance(vmi)) if workloads::is_labelled(vmi));
+                if outdated(&change.before) || outdated(&change.after) {
+                    keys.extend(world.kubevirts.names().cloned().map(Key::KubeVirt));
                 }
                 keys.push(Key::Vm(name.clone()));
                 keys.push(Key::Vmi(name));

@@ -10,10 +10,10 @@ use godwit_api::policy::{Resolved, resolve};
 use godwit_api::{Condition, KubeVirt, MigrationConfiguration, VirtualMachineInstance};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
-use crate::names;
 use crate::object::Name;
 use crate::plan::{Plan, View};
 use crate::world::World;
+use crate::{names, workloads};
 
 /// Decides about the KubeVirt object.
 pub fn decide(name: &Name, view: &View<'_>) -> Plan {
@@ -44,7 +44,11 @@ pub fn decide(name: &Name, view: &View<'_>) -> Plan {
         false => applied.because("SettingsIgnored", ignored.join("; ")),
     };
     condition::set(&mut status.conditions, applied, &now);
+    let mut then = Plan::nothing();
+    workloads::update(kubevirt, &mut after, view, &mut then);
     plan.update(kubevirt.as_ref(), &after);
+    plan.effects.append(&mut then.effects);
+    plan.wake_at = then.wake_at;
     plan
 }
 

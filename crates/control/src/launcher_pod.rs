@@ -6,19 +6,21 @@ use godwit_api::vmi::{CloudInitNoCloudSource, ResourceList, VirtualMachineInstan
 use godwit_api::{VirtualMachineInstance, VirtualMachineInstanceMigration};
 use k8s_openapi::api::core::v1::{
     Affinity, Capabilities, ConfigMapVolumeSource, Container, EmptyDirVolumeSource, EnvVar, ImageVolumeSource,
-    PersistentVolumeClaimVolumeSource, Pod, PodAffinityTerm, PodAntiAffinity, PodReadinessGate, PodSpec,
-    ProjectedVolumeSource, ResourceRequirements, SecretProjection, SecretVolumeSource, SecurityContext, Volume,
-    VolumeMount, VolumeProjection,
+    NodeSelectorRequirement, NodeSelectorTerm, PersistentVolumeClaimVolumeSource, Pod, PodAffinityTerm,
+    PodAntiAffinity, PodReadinessGate, PodSpec, PreferredSchedulingTerm, ProjectedVolumeSource, ResourceRequirements,
+    SecretProjection, SecretVolumeSource, SecurityContext, Volume, VolumeMount, VolumeProjection,
 };
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta, OwnerReference};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{
+    LabelSelector, LabelSelectorRequirement, ObjectMeta, OwnerReference,
+};
 use serde_json::json;
 
 use crate::kubevirt;
 use crate::names;
 use crate::object::{Stored, labels};
 use crate::plan::View;
-use crate::quantity;
+use crate::{quantity, vmi, workloads};
 
 const MEBI: i128 = 1 << 20;
 /// Seconds between the power button and the kill when the VMI does not say (KubeVirt's default).
@@ -97,7 +99,7 @@ pub fn build(vmi: &VirtualMachineInstance, role: Role<'_>, view: &View<'_>) -> P
     };
     let grace = spec.termination_grace_period_seconds.unwrap_or(DEFAULT_GRACE_SECONDS).max(0);
     Pod {
-        metadata: metadata(vmi, role),
+        metadata: metadata(vmi, role, view),
         spec: Some(PodSpec {
             containers: vec![compute],
             volumes: Some(volumes.volumes),
@@ -105,7 +107,7 @@ pub fn build(vmi: &VirtualMachineInstance, role: Role<'_>, view: &View<'_>) -> P
             restart_policy: Some("Never".to_owned()),
             termination_grace_period_seconds: Some(grace.saturating_add(GRACE_MARGIN_SECONDS)),
             node_selector: Some(node_selector(spec, role)),
-            affinity: affinity(vmi, role),
+            affinity: affinity(vmi, role, view),
             tolerations: (!spec.tolerations.is_empty()).then(|| spec.tolerations.clone()),
             topology_spread_constraints: (!spec.topology_spread_constraints.is_empty())
                 .then(|| spec.topology_spread_constraints.clone()),
@@ -141,10 +143,11 @@ fn launcher_image(role: Role<'_>) -> Option<&str> {
     }
 }
 
-fn metadata(vmi: &VirtualMachineInstance, role: Role<'_>) -> ObjectMeta {
+fn metadata(vmi: &VirtualMachineInstance, role: Role<'_>, view: &View<'_>) -> ObjectMeta {
     let own = |key: &str, value: &str| (key.to_owned(), value.to_owned());
     // Labels of the VMI are the pod's too, as selectors of services expect; but for those that speak of the VMI itself.
-    let reserved = [names::LABEL_NODE_NAME, names::LABEL_MIGRATION_TARGET_NODE_NAME];
+    let reserved =
+        [names::LABEL_NODE_NAME, names::LABEL_MIGRATION_TARGET_NODE_NAME, names::LABEL_OUTDATED_LAUNCHER_IMAGE];
     let mut labels: BTreeMap<String, String> = labels(&vmi.metadata)
         .iter()
         .filter(|(key, _)| !reserved.contains(&key.as_str()))
@@ -162,7 +165,11 @@ fn metadata(vmi: &VirtualMachineInstance, role: Role<'_>) -> ObjectMeta {
         own(names::ANNOTATION_MIGRATION_TRANSPORT_UNIX, "true"),
         // The descheduler asks for an eviction, which moves the guest; it never deletes the pod.
         own(names::ANNOTATION_DESCHEDULER_EVICT_ONLY, ""),
+        own(names::ANNOTATION_LAUNCHER_VERSION, &view.settings.version),
     ]);
+    if workloads::wants_shareable_memory(vmi, view.world) {
+        annotations.extend([own(names::ANNOTATION_GUEST_MEMORY, names::GUEST_MEMORY_SHAREABLE)]);
+    }
     // The pod network reads it on the pod: the guest takes its address along.
     if let Some(value) = vmi.annotation(names::ANNOTATION_ALLOW_POD_BRIDGE_MIGRATION) {
         annotations.extend([own(names::ANNOTATION_ALLOW_POD_BRIDGE_MIGRATION, value)]);
@@ -224,21 +231,69 @@ fn node_selector(spec: &VirtualMachineInstanceSpec, role: Role<'_>) -> BTreeMap<
     selector
 }
 
-fn affinity(vmi: &VirtualMachineInstance, role: Role<'_>) -> Option<Affinity> {
+/// Whether a migration leaves the guest on its node.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Stay {
+    /// It asks for that node by name.
+    Must,
+    /// Only its launcher is to be another: best there, where memory need not be copied.
+    May,
+    /// It leaves.
+    Never,
+}
+
+fn stay(vmi: &VirtualMachineInstance, migration: &VirtualMachineInstanceMigration) -> Stay {
+    let asked = migration.spec.added_node_selector.get(names::HOSTNAME);
+    match asked {
+        Some(node) if vmi.status.node_name.as_ref() == Some(node) => Stay::Must,
+        None if migration.annotation(names::ANNOTATION_WORKLOAD_UPDATE_MIGRATION).is_some() => Stay::May,
+        _ => Stay::Never,
+    }
+}
+
+fn affinity(vmi: &VirtualMachineInstance, role: Role<'_>, view: &View<'_>) -> Option<Affinity> {
     let mut affinity = vmi.spec.affinity.clone();
-    if let Role::Receive(_) = role {
-        // Never where another pod of this VMI is: the source node among them.
-        let anti: &mut PodAntiAffinity = affinity.get_or_insert_default().pod_anti_affinity.get_or_insert_default();
-        anti.required_during_scheduling_ignored_during_execution.get_or_insert_default().push(PodAffinityTerm {
-            label_selector: Some(LabelSelector {
-                match_labels: Some(BTreeMap::from([(names::LABEL_CREATED_BY.to_owned(), vmi.uid().to_owned())])),
-                match_expressions: None,
-            }),
-            topology_key: names::HOSTNAME.to_owned(),
-            ..PodAffinityTerm::default()
-        });
+    let Role::Receive(migration) = role else { return affinity };
+    match (stay(vmi, migration), &vmi.status.node_name) {
+        (Stay::Must, _) => {}
+        (Stay::May, Some(node)) => {
+            let here = NodeSelectorRequirement {
+                key: names::HOSTNAME.to_owned(),
+                operator: "In".to_owned(),
+                values: Some(vec![node.clone()]),
+            };
+            let preference = NodeSelectorTerm { match_expressions: Some(vec![here]), match_fields: None };
+            let node_affinity = affinity.get_or_insert_default().node_affinity.get_or_insert_default();
+            let preferred = node_affinity.preferred_during_scheduling_ignored_during_execution.get_or_insert_default();
+            preferred.push(PreferredSchedulingTerm { preference, weight: 100 });
+        }
+        _ => keep_away(vmi, affinity.get_or_insert_default(), view),
     }
     affinity
+}
+
+/// Never where the guest is now. Only its pod of now is meant: a pod that comes later to the same node for its sake, with
+/// another launcher, must not be kept away by this one.
+fn keep_away(vmi: &VirtualMachineInstance, affinity: &mut Affinity, view: &View<'_>) {
+    let current = vmi::current_pod(vmi, view.world);
+    let made_for = current.map(|pod| match pod.label(names::LABEL_MIGRATION_JOB_UID) {
+        Some(uid) => ("In", Some(vec![uid.to_owned()])),
+        None => ("DoesNotExist", None),
+    });
+    let made_for = made_for.map(|(operator, values)| LabelSelectorRequirement {
+        key: names::LABEL_MIGRATION_JOB_UID.to_owned(),
+        operator: operator.to_owned(),
+        values,
+    });
+    let anti: &mut PodAntiAffinity = affinity.pod_anti_affinity.get_or_insert_default();
+    anti.required_during_scheduling_ignored_during_execution.get_or_insert_default().push(PodAffinityTerm {
+        label_selector: Some(LabelSelector {
+            match_labels: Some(BTreeMap::from([(names::LABEL_CREATED_BY.to_owned(), vmi.uid().to_owned())])),
+            match_expressions: made_for.map(|term| vec![term]),
+        }),
+        topology_key: names::HOSTNAME.to_owned(),
+        ..PodAffinityTerm::default()
+    });
 }
 
 fn resources(spec: &VirtualMachineInstanceSpec) -> ResourceRequirements {

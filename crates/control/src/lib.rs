@@ -37,6 +37,9 @@ pub mod volume_update;
 #[cfg(test)]
 mod volume_update_tests;
 pub mod volumes;
+pub mod workloads;
+#[cfg(test)]
+mod workloads_tests;
 mod world;
 
 pub use key::{Key, Lane, Noun, kinds_for};

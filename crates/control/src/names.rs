@@ -45,6 +45,11 @@ pub fn evacuation(seed: &str) -> String {
     format!("{EVACUATION_GENERATE_NAME}{}", letters(seed, 10))
 }
 
+/// The name of a migration that a workload update makes.
+pub fn workload_update(seed: &str) -> String {
+    format!("{WORKLOAD_UPDATE_GENERATE_NAME}{}", letters(seed, 10))
+}
+
 /// The name of the record of a migration: its own with the start of its UID, so that a later one of the same name has
 /// another.
 pub fn record(migration: &str, uid: &str) -> String {

@@ -23,6 +23,7 @@ use crate::object::{Name, Stored};
 use crate::placement;
 use crate::plan::{EventType, Plan, VM_CONTROLLER, View};
 use crate::quota;
+use crate::workloads;
 use crate::world::World;
 
 /// When the source pod of a handed-over migration ends, its guest may already run at the target: the handlers have this
@@ -42,9 +43,9 @@ const GATES_SHUT: &str = "ReadinessGatesNotReady";
 /// lives on the target node, else the pod it came from, else the pod that it started in.
 pub fn current_pod_name(vmi: &VirtualMachineInstance) -> String {
     let node = vmi.status.node_name.as_deref().filter(|node| !node.is_empty());
-    if let (Some(state), Some(node)) = (&vmi.status.migration_state, node) {
-        // The target's handler alone writes the target's name here, and only when the guest runs there.
-        let known = if state.target_node.as_deref() == Some(node) { &state.target_pod } else { &state.source_pod };
+    if let (Some(state), Some(_)) = (&vmi.status.migration_state, node) {
+        // The target's handler alone writes that it is there, and only when the guest runs there.
+        let known = if vmi.has_arrived() { &state.target_pod } else { &state.source_pod };
         if let Some(name) = known {
             return name.clone();
         }
@@ -77,6 +78,10 @@ pub fn decide(name: &Name, view: &View<'_>) -> Plan {
         mark_pods(vmi, view, &mut plan);
     }
     unlabel(&mut after, view.world);
+    let outdated = workloads::is_outdated(&after, view);
+    if outdated != workloads::is_labelled(vmi) {
+        workloads::label(&mut after, outdated);
+    }
     mirror(&mut after, view);
     if after.status.phase != vmi.status.phase {
         note_phase(&mut after, view.now);
@@ -247,8 +252,7 @@ enum AtTarget {
 }
 
 fn at_target(vmi: &VirtualMachineInstance, view: &View<'_>) -> AtTarget {
-    let Some(state) = vmi.status.migration_state.as_ref().filter(|state| state.target_node != vmi.status.node_name)
-    else {
+    let Some(state) = vmi.status.migration_state.as_ref().filter(|_| !vmi.has_arrived()) else {
         return AtTarget::No;
     };
     let arrives = state.completed == Some(true) && state.failed != Some(true);
@@ -319,7 +323,7 @@ fn sweep(vmi: &VirtualMachineInstance, view: &View<'_>, plan: &mut Plan) {
     let Some(state) = &vmi.status.migration_state else { return };
     let succeeded = state.failed != Some(true);
     // As long as it is not plain where the guest lives, nothing is removed.
-    if migration::is_unresolved(state) || (succeeded && vmi.status.node_name != state.target_node) {
+    if migration::is_unresolved(state) || (succeeded && !vmi.has_arrived()) {
         return;
     }
     let Some(current) = current_pod(vmi, view.world).map(|pod| pod.uid().to_owned()) else { return };
@@ -411,7 +415,7 @@ fn unlabel(vmi: &mut VirtualMachineInstance, world: &World) {
     }
     let uid = vmi.status.migration_state.as_ref().and_then(|state| state.migration_uid.as_deref());
     let settled = vmi.status.migration_state.as_ref().is_none_or(|state| {
-        let arrived = state.failed == Some(true) || vmi.status.node_name == state.target_node;
+        let arrived = state.failed == Some(true) || vmi.has_arrived();
         uid.is_none_or(str::is_empty) || state.completed == Some(true) && arrived
     });
     let cared_for =
@@ -504,9 +508,8 @@ fn memory(vmi: &mut VirtualMachineInstance) {
     }
     let overhead = launcher_pod::overhead(&vmi.spec);
     let state = vmi.status.migration_state.as_ref();
-    let arrived = state.filter(|state| {
-        state.completed == Some(true) && state.failed != Some(true) && state.target_node == vmi.status.node_name
-    });
+    let arrived =
+        state.filter(|state| state.completed == Some(true) && state.failed != Some(true) && vmi.has_arrived());
     let arrived = arrived.and_then(|state| state.target_memory_overhead.clone());
     let memory = vmi.status.memory.get_or_insert_with(|| {
         let guest = Some(Quantity::from_bytes(guest));

@@ -235,9 +235,10 @@ fn is_busy(vmi: &VirtualMachineInstance, view: &View<'_>) -> bool {
 
 /// Whether the last migration was a success that the target's handler has not written down yet.
 fn is_arriving(vmi: &VirtualMachineInstance) -> bool {
-    vmi.status.migration_state.as_ref().is_some_and(|state| {
-        state.completed == Some(true) && state.failed != Some(true) && state.target_node != vmi.status.node_name
-    })
+    vmi.status
+        .migration_state
+        .as_ref()
+        .is_some_and(|state| state.completed == Some(true) && state.failed != Some(true) && !vmi.has_arrived())
 }
 
 /// Takes the change back: first the migration, and when that is over the volumes.

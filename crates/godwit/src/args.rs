@@ -186,6 +186,8 @@ pub enum Bench {
     Streams(BenchStreams),
     /// Move a guest that writes to its disks all the time, and look for acknowledged writes that are lost
     Storage(BenchStorage),
+    /// Gives guests new launchers on their node, by reference and by copy
+    Local(BenchLocal),
 }
 
 /// `godwit bench migrate`
@@ -278,6 +280,26 @@ pub struct BenchStorage {
     /// Cap of a move, for memory and disks: unlimited, or MiB a second such as 64Mi
     #[arg(long, default_value = "unlimited")]
     pub bandwidth: Bandwidth,
+    /// Folder with the demo guest's vmlinuz and initrd (made by `make guest`)
+    #[arg(long, default_value = "target/demo-guest")]
+    pub guest: PathBuf,
+    /// Seconds after which a move is given up
+    #[arg(long, default_value_t = 60)]
+    pub limit: u64,
+    /// Text for people or JSON for programs, on standard output
+    #[arg(long, short, value_enum, default_value_t = Output::Text)]
+    pub output: Output,
+}
+
+/// `godwit bench local`
+#[derive(clap::Args)]
+pub struct BenchLocal {
+    /// Memory of the guests
+    #[arg(long, value_delimiter = ',', default_value = "512Mi,1Gi,4Gi")]
+    pub memory: Vec<Mebibytes>,
+    /// How many moves of each guest
+    #[arg(long, default_value_t = 3)]
+    pub moves: usize,
     /// Folder with the demo guest's vmlinuz and initrd (made by `make guest`)
     #[arg(long, default_value = "target/demo-guest")]
     pub guest: PathBuf,

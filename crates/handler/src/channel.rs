@@ -199,6 +199,9 @@ pub enum Answer {
     Offered {
         /// In post-copy.
         post_copy: bool,
+        /// It has the source's own memory, and takes no pages.
+        #[serde(default)]
+        by_reference: bool,
         /// Over several connections, and compressed. A handler that does not know of that says nothing.
         #[serde(default)]
         ability: Ability,

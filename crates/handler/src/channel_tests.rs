@@ -19,9 +19,12 @@ impl TargetControl for Echo {
         Box::pin(async move {
             match request {
                 Request::Clock => Answer::Time { now_us: jiff::Timestamp::now().as_microsecond() + 5_000_000 },
-                Request::Offer => {
-                    Answer::Offered { post_copy: true, ability: Ability::default(), rooms: Default::default() }
-                }
+                Request::Offer => Answer::Offered {
+                    post_copy: true,
+                    by_reference: false,
+                    ability: Ability::default(),
+                    rooms: Default::default(),
+                },
                 Request::Carry(_) => Answer::Carries(self.0),
                 Request::Go { .. } => Answer::Running { resume_us: 42 },
                 Request::Recover => Answer::NotYet { reason: "not here".into() },

@@ -273,10 +273,11 @@ pub fn decide(facts: &Facts) -> Plan {
     let mut plan = Plan::default();
     let migration = facts.vmi.migration.as_ref();
     let role = role(facts);
-    let mut used: Option<&str> = None;
+    let mut used: Vec<&str> = Vec::new();
+    let mut receives = role == Role::Target;
     match &role {
         Role::Owner { pod } => {
-            used = *pod;
+            used.extend(*pod);
             if let Some(m) = migration.filter(|m| m.completed && !m.failed) {
                 run::arrived(facts, m, &mut plan);
             }
@@ -298,25 +299,40 @@ pub fn decide(facts: &Facts) -> Plan {
             if let (true, Some(pod)) = (goes_on, pod.and_then(|name| facts.pods.get(name))) {
                 run::decide(facts, pod, &mut plan);
             }
+            // A guest that does not leave its node: this is the other end as well.
+            if let Some(m) = migration.filter(|m| m.is_local()) {
+                if !m.completed {
+                    receives = true;
+                    if let Some(pod) = facts.pods.get(&m.target_pod) {
+                        used.push(&m.target_pod);
+                        target::decide(facts, m, pod, &mut plan);
+                    }
+                } else if !m.failed
+                    && let Some(pod) = facts.pods.get(&m.source_pod)
+                {
+                    used.push(&m.source_pod);
+                    departed(facts, m, pod, &mut plan);
+                }
+            }
         }
         Role::Target => {
             if let Some((m, pod)) = migration.and_then(|m| Some((m, facts.pods.get(&m.target_pod)?))) {
-                used = Some(&m.target_pod);
+                used.push(&m.target_pod);
                 target::decide(facts, m, pod, &mut plan);
             }
         }
         Role::Departed => {
             if let Some((m, pod)) = migration.and_then(|m| Some((m, facts.pods.get(&m.source_pod)?))) {
-                used = Some(&m.source_pod);
+                used.push(&m.source_pod);
                 departed(facts, m, pod, &mut plan);
             }
         }
         Role::Nobody => {}
     }
-    if facts.target.is_some() && role != Role::Target {
+    if facts.target.is_some() && !receives {
         plan.act(Action::CloseTarget);
     }
-    for pod in facts.pods.values().filter(|p| Some(p.name.as_str()) != used && !p.terminal) {
+    for pod in facts.pods.values().filter(|p| !used.contains(&p.name.as_str()) && !p.terminal) {
         stray(pod, migration, &mut plan);
     }
     plan

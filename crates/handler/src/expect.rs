@@ -65,6 +65,10 @@ pub fn is_hopeless(state: &State, f: &MigrationFacts, m: &MigrationView, link_ra
 type Question = (Guest, Link, Terms, Option<Underway>);
 
 fn question(state: &State, f: &MigrationFacts, m: &MigrationView, link_rate: Option<u64>) -> Option<Question> {
+    // What the guest writes need not be sent.
+    if f.by_reference {
+        return None;
+    }
     let link = link(f.bandwidth_limit.unwrap_or(m.bandwidth), link_rate, f.transport.zstd).corrected(&f.written);
     let mut terms = terms(state, m, f.throttle_percent.unwrap_or(0));
     let underway = match f.status.as_str() {

@@ -111,6 +111,12 @@ pub struct MigrationView {
 }
 
 impl MigrationView {
+    /// Whether it does not leave the node: both ends are this handler's.
+    #[must_use]
+    pub fn is_local(&self) -> bool {
+        !self.source_node.is_empty() && self.source_node == self.target_node
+    }
+
     /// The published TCP port of inner port `inner`.
     #[must_use]
     pub fn port(&self, inner: i32) -> Option<u16> {

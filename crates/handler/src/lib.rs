@@ -19,6 +19,7 @@ pub mod facts;
 mod follow;
 pub mod frames;
 pub mod heartbeat;
+mod lend;
 mod links;
 pub mod networks;
 mod pace;

@@ -35,6 +35,7 @@ pub fn report(f: &MigrationFacts, rest: Option<Forecast>, before: &MigrationProg
         "bytesRemaining": f.remaining_bytes,
         "bytesPerSecond": f.bytes_per_second,
         "dirtyBytesPerSecond": f.dirty_bytes_per_second,
+        "memory": f.by_reference.then_some("ByReference"),
         "connections": f.transport.connections(),
         "compression": f.transport.zstd.then_some("zstd"),
         "throttlePercent": f.throttle_percent.filter(|percent| !over && *percent > 0),

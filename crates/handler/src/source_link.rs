@@ -76,6 +76,8 @@ pub struct LinkState {
     pub error: Option<String>,
     /// The target can receive in post-copy.
     pub post_copy_offered: bool,
+    /// The target has the source's own memory.
+    pub by_reference: bool,
     /// How memory is carried, as agreed with the target.
     pub transport: Transport,
     /// Why over one connection, where that was a choice.
@@ -354,13 +356,16 @@ impl Run {
 
     /// Agrees with the target on how memory is carried.
     async fn agree(&self, control: &mut Control, disks: bool) -> Result<Transport, ChannelError> {
-        if self.ability == Ability::default() && !self.wish.post_copy && !disks {
+        if self.ability == Ability::default() && !self.wish.post_copy && !self.wish.by_reference && !disks {
             return Ok(Transport::default());
         }
-        let Answer::Offered { post_copy, ability, rooms } = control.ask(Request::Offer, DIAL_LIMIT).await? else {
+        let Answer::Offered { post_copy, by_reference, ability, rooms } =
+            control.ask(Request::Offer, DIAL_LIMIT).await?
+        else {
             return Ok(Transport::default());
         };
-        let wish = Wish { post_copy: self.wish.post_copy && post_copy, ..self.wish };
+        let post_copy = self.wish.post_copy && post_copy && !by_reference;
+        let wish = Wish { post_copy, by_reference, ..self.wish };
         let (mut transport, mut single) = transport::choose(self.ability, ability, &wish);
         // A target that does not know of this says so by being able to nothing, and is not asked.
         if ability != Ability::default() {
@@ -376,11 +381,13 @@ impl Run {
             channels = transport.channels,
             zstd = transport.zstd,
             single = single.map(Single::as_str),
+            by_reference,
             "how memory is carried is agreed"
         );
         self.set(|s| {
             // What has channels has no post-copy, whatever was agreed before this process.
             s.post_copy_offered = wish.post_copy && transport.channels == 0;
+            s.by_reference = by_reference;
             s.transport = transport;
             s.single = single;
             s.rooms = rooms;

@@ -28,6 +28,8 @@ pub struct TargetAnswers {
     pub client: Client,
     /// Its QEMU can receive in post-copy.
     pub post_copy: bool,
+    /// It has the source's own memory.
+    pub by_reference: bool,
     /// How it could receive memory, within what this node can.
     pub ability: Ability,
     /// What there is for the disks that are copied, by volume.
@@ -49,9 +51,12 @@ impl TargetControl for TargetAnswers {
         Box::pin(async move {
             match request {
                 Request::Clock => Answer::Time { now_us: jiff::Timestamp::now().as_microsecond() },
-                Request::Offer => {
-                    Answer::Offered { post_copy: self.post_copy, ability: self.ability, rooms: self.rooms.clone() }
-                }
+                Request::Offer => Answer::Offered {
+                    post_copy: self.post_copy,
+                    by_reference: self.by_reference,
+                    ability: self.ability,
+                    rooms: self.rooms.clone(),
+                },
                 Request::Carry(wish) => match self.receive_by(wish).await {
                     Ok(stands) => Answer::Carries(stands),
                     Err(reason) => Answer::NotYet { reason },

@@ -39,7 +39,9 @@ fn migration(vmi: &VirtualMachineInstance) -> Option<MigrationView> {
     // 0 is no limit.
     let progress_limit = config.progress_timeout.and_then(|s| u64::try_from(s).ok()).filter(|s| *s > 0);
     let completion_limit = config::completion_timeout_seconds(&config, config::bytes_to_copy(vmi));
-    let allow_post_copy = config.allow_post_copy.unwrap_or(false);
+    // Within a node nothing is won by it, and each end's pod would be the other's peer.
+    let local = state.source_node.is_some() && state.source_node == state.target_node;
+    let allow_post_copy = config.allow_post_copy.unwrap_or(false) && !local;
     Some(MigrationView {
         uid,
         source_node: text(&state.source_node),
@@ -98,6 +100,8 @@ pub struct LauncherPod {
     pub addresses: Vec<String>,
     /// Phase Succeeded or Failed.
     pub terminal: bool,
+    /// The guest's memory is to be such that a target on this node can map it.
+    pub shareable_memory: bool,
 }
 
 /// Reduces a pod; `None` when it is no launcher's.
@@ -126,6 +130,7 @@ pub fn pod(pod: &Pod) -> Option<LauncherPod> {
         migration_uid: label(n::LABEL_MIGRATION_JOB_UID),
         addresses,
         terminal: status.and_then(|s| s.phase.as_deref()).is_some_and(is_terminal),
+        shareable_memory: annotation(n::ANNOTATION_GUEST_MEMORY).as_deref() == Some(n::GUEST_MEMORY_SHAREABLE),
     })
 }
 

@@ -20,9 +20,10 @@ use crate::worker::{Input, Worker};
 
 /// Something that a watch shows.
 enum Seen {
-    Vmi(Box<VirtualMachineInstance>),
-    /// Not shown any more, by UID.
-    VmiUnseen(String),
+    /// By the watch of this label.
+    Vmi(&'static str, Box<VirtualMachineInstance>),
+    /// Not shown any more by this watch, by UID.
+    VmiUnseen(&'static str, String),
     Pod(view::LauncherPod),
     PodGone(view::LauncherPod),
 }
@@ -34,7 +35,7 @@ pub async fn run(context: Arc<Context>) {
     let node = &context.node;
     for label in [names::LABEL_NODE_NAME, names::LABEL_MIGRATION_TARGET_NODE_NAME] {
         let config = watcher::Config::default().labels(&format!("{label}={node}"));
-        tasks.spawn(vmis(Api::all(context.client.clone()), config, sender.clone()));
+        tasks.spawn(vmis(Api::all(context.client.clone()), label, config, sender.clone()));
     }
     let config = watcher::Config::default().fields(&format!("spec.nodeName={node}")).labels(&format!(
         "{}={}",
@@ -44,14 +45,19 @@ pub async fn run(context: Arc<Context>) {
     tasks.spawn(pods(Api::all(context.client.clone()), config, sender));
 
     let mut workers: BTreeMap<String, UnboundedSender<Input>> = BTreeMap::new();
+    // A guest that changes its launcher on this node is shown by both.
+    let mut shown: BTreeSet<(String, &str)> = BTreeSet::new();
     while let Some(seen) = seen.recv().await {
         let (uid, namespace, name, input) = match seen {
-            Seen::Vmi(vmi) => {
+            Seen::Vmi(by, vmi) => {
+                shown.insert((vmi.uid().to_owned(), by));
                 let (namespace, name) = vmi.namespaced_name();
                 (vmi.uid().to_owned(), namespace.to_owned(), name.to_owned(), Input::Vmi(Arc::new(*vmi)))
             }
-            Seen::VmiUnseen(uid) => {
-                if let Some(worker) = workers.get(&uid) {
+            Seen::VmiUnseen(by, uid) => {
+                shown.remove(&(uid.clone(), by));
+                let still = shown.range((uid.clone(), "")..).next().is_some_and(|(other, _)| *other == uid);
+                if let Some(worker) = workers.get(&uid).filter(|_| !still) {
                     let _ = worker.send(Input::VmiUnseen);
                 }
                 continue;
@@ -96,7 +102,12 @@ fn interrupted(what: &str, error: &watcher::Error, began: Instant) {
     }
 }
 
-async fn vmis(api: Api<VirtualMachineInstance>, config: watcher::Config, seen: UnboundedSender<Seen>) {
+async fn vmis(
+    api: Api<VirtualMachineInstance>,
+    by: &'static str,
+    config: watcher::Config,
+    seen: UnboundedSender<Seen>,
+) {
     let mut known: BTreeSet<String> = BTreeSet::new();
     let mut listed: BTreeSet<String> = BTreeSet::new();
     let mut stream = pin!(watcher(api, config).default_backoff());
@@ -106,21 +117,21 @@ async fn vmis(api: Api<VirtualMachineInstance>, config: watcher::Config, seen: U
             Ok(Event::Init) => listed.clear(),
             Ok(Event::InitApply(vmi)) => {
                 listed.insert(vmi.uid().to_owned());
-                let _ = seen.send(Seen::Vmi(Box::new(vmi)));
+                let _ = seen.send(Seen::Vmi(by, Box::new(vmi)));
             }
             Ok(Event::InitDone) => {
                 for uid in known.difference(&listed) {
-                    let _ = seen.send(Seen::VmiUnseen(uid.clone()));
+                    let _ = seen.send(Seen::VmiUnseen(by, uid.clone()));
                 }
                 known = std::mem::take(&mut listed);
             }
             Ok(Event::Apply(vmi)) => {
                 known.insert(vmi.uid().to_owned());
-                let _ = seen.send(Seen::Vmi(Box::new(vmi)));
+                let _ = seen.send(Seen::Vmi(by, Box::new(vmi)));
             }
             Ok(Event::Delete(vmi)) => {
                 known.remove(vmi.uid());
-                let _ = seen.send(Seen::VmiUnseen(vmi.uid().to_owned()));
+                let _ = seen.send(Seen::VmiUnseen(by, vmi.uid().to_owned()));
             }
             Err(error) => interrupted("VMIs", &error, began),
         }

@@ -461,7 +461,8 @@ impl Worker {
             None => true,
             Some(f) => source.prediction.is_none() && f.iteration <= 1 && !f.is_final(),
         };
-        if open && source.link.uid == m.uid {
+        // Nothing of its memory is sent where both ends have it.
+        if open && source.link.uid == m.uid && !source.link.now().by_reference {
             source.prediction =
                 expect::before(state, m, source.known_rate, source.link.now().transport.zstd, Timestamp::now());
         }

@@ -100,7 +100,8 @@ pub fn patch(vmi: &VirtualMachineInstance, changes: &[Change], from: &Sources<'_
                 if !vmi.status.migrated_volumes.is_empty() {
                     status.insert("migratedVolumes".into(), Value::Null);
                 }
-                if vmi.status.evacuation_node_name.is_some() {
+                // One that has only changed its launcher is still to leave.
+                if vmi.status.evacuation_node_name.as_deref().is_some_and(|node| node != from.node) {
                     status.insert("evacuationNodeName".into(), Value::Null);
                 }
                 migration.insert("targetNodeDomainDetected".into(), json!(true));

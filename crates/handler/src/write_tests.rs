@@ -180,6 +180,14 @@ fn an_arrival_moves_the_vmi() {
 }
 
 #[test]
+fn a_guest_that_only_changes_its_launcher_is_still_to_leave() {
+    let old =
+        vmi(json!({ "nodeName": "node2", "evacuationNodeName": "node2", "migrationState": { "migrationUid": "m" } }));
+    let patch = made(&old, &[Change::Arrived { resume_us: 0 }], State::default()).unwrap();
+    assert_eq!(applied(&old, &patch).status.evacuation_node_name.as_deref(), Some("node2"));
+}
+
+#[test]
 fn an_end_carries_progress_and_the_measured_standstill() {
     let mut state = running();
     let mut facts = MigrationFacts::new("m", MigrationRole::Source);

@@ -133,6 +133,12 @@ impl Client {
         self.call(Method::PUT, rpc::VM, Some(order)).await
     }
 
+    /// Hand the guest's memory over on this socket.
+    pub async fn lend_memory(&self, uid: &str, socket: &str) -> Result<rpc::State, Error> {
+        let order = rpc::LendOrder { migration_uid: uid.into(), socket: socket.into() };
+        self.call(Method::POST, rpc::MIGRATION_LEND, Some(&order)).await
+    }
+
     /// Prepare to receive.
     pub async fn prepare_target(&self, order: &rpc::TargetOrder) -> Result<rpc::TargetReady, Error> {
         self.call(Method::PUT, rpc::MIGRATION_TARGET, Some(order)).await

@@ -24,6 +24,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
 pub use godwit_qemu::accelerator::{Accelerator, Probe};
+pub use godwit_qemu::memory;
 pub use godwit_qemu::qmp::commands::VersionTriple;
 
 /// What a launcher is started with.

@@ -22,6 +22,8 @@ pub const EVENTS: &str = "/v1/events";
 pub const VM: &str = "/v1/vm";
 /// Path of [`TargetOrder`].
 pub const MIGRATION_TARGET: &str = "/v1/migration/target";
+/// Path of [`LendOrder`]. An older launcher does not know it.
+pub const MIGRATION_LEND: &str = "/v1/migration/lend";
 /// Path of [`TransportOrder`].
 pub const MIGRATION_TRANSPORT: &str = "/v1/migration/transport";
 /// Path of [`SourceOrder`].
@@ -92,6 +94,9 @@ pub struct VmOrder {
     /// The accelerator to use; none lets the launcher find out what this machine can do.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub accelerator: Option<Accelerator>,
+    /// Make the guest's memory such that another QEMU on this node can map it ([`State::shareable_memory`]).
+    #[serde(default)]
+    pub shareable_memory: bool,
     /// The newest [`MACHINE_REVISION`] that the handler wants, and will keep for the guest's targets. An older one knows none.
     #[serde(default)]
     pub machine_revision: u32,
@@ -126,6 +131,25 @@ pub struct TargetOrder {
     /// is expected at once.
     #[serde(default)]
     pub transport_follows: bool,
+    /// As in [`VmOrder::shareable_memory`], for memory that is copied.
+    #[serde(default)]
+    pub shareable_memory: bool,
+    /// Name, within the directory of `launcher.sock`, of the unix socket on which the handler hands over the source's own
+    /// memory, which is on this node. A launcher that cannot take it, or is older, has it copied
+    /// ([`TargetReady::by_reference`]).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_socket: Option<String>,
+}
+
+/// Source: hand the guest's memory over on a unix socket (`POST /v1/migration/lend`), for a target on this node to map it too.
+/// Refused where it is QEMU's own.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct LendOrder {
+    /// UID of the VirtualMachineInstanceMigration.
+    pub migration_uid: String,
+    /// Name, within the directory of `launcher.sock`, of the unix socket on which the handler takes it.
+    pub socket: String,
 }
 
 /// Where a target receives.
@@ -144,6 +168,10 @@ pub struct TargetReady {
     /// It waits for [`MIGRATION_TRANSPORT`], as it was told to ([`TargetOrder::transport_follows`]).
     #[serde(default)]
     pub awaits_transport: bool,
+    /// It has the source's own memory ([`TargetOrder::memory_socket`]). The source must be told the same
+    /// ([`SourceOrder::by_reference`]); pages that are sent are refused.
+    #[serde(default)]
+    pub by_reference: bool,
     /// How its QEMU could receive memory.
     #[serde(default)]
     pub ability: Ability,
@@ -190,6 +218,9 @@ pub struct SourceOrder {
     /// It may be switched to post-copy ([`MIGRATION_POST_COPY`]). Only where the target said [`TargetReady::post_copy`].
     #[serde(default)]
     pub allow_post_copy: bool,
+    /// The target has the guest's memory already ([`TargetReady::by_reference`]): it is not sent.
+    #[serde(default)]
+    pub by_reference: bool,
     /// How memory is carried, as the target was told.
     #[serde(default)]
     pub transport: Transport,
@@ -294,6 +325,8 @@ pub struct State {
     /// How its machine was built ([`MACHINE_REVISION`]).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub machine_revision: Option<u32>,
+    /// Another QEMU on this node could map the guest's memory ([`MIGRATION_LEND`]).
+    pub shareable_memory: bool,
     /// How its QEMU could carry memory.
     pub ability: Ability,
     /// Process id of QEMU, as this launcher's process namespace numbers it.
@@ -475,6 +508,9 @@ pub struct MigrationFacts {
     /// Source: [`MIGRATION_POST_COPY`] would be obeyed now.
     #[serde(default)]
     pub post_copy_possible: bool,
+    /// Memory stays where it is, both ends map it: what is sent is the rest of the machine.
+    #[serde(default)]
+    pub by_reference: bool,
     /// How memory is carried.
     #[serde(default)]
     pub transport: Transport,
@@ -565,6 +601,7 @@ impl MigrationFacts {
             guest_paused: false,
             paused_by_migration: false,
             post_copy_possible: false,
+            by_reference: false,
             transport: Transport::default(),
             recoverable: false,
             broken_us: None,

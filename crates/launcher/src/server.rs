@@ -38,6 +38,7 @@ pub fn router(orders: mpsc::Sender<Request>, state: watch::Receiver<State>) -> R
         .route(rpc::MIGRATION_SOURCE, put(|door, body| with(door, body, Order::Source)))
         .route(rpc::MIGRATION_CANCEL, post(|door, body| with(door, body, Order::Cancel)))
         .route(rpc::MIGRATION_TRANSPORT, put(|door, body| with(door, body, Order::Transport)))
+        .route(rpc::MIGRATION_LEND, post(|door, body| with(door, body, Order::Lend)))
         .route(rpc::MIGRATION_POST_COPY, post(|door, body| with(door, body, Order::PostCopy)))
         .route(rpc::MIGRATION_PAUSE, post(|door, body| with(door, body, Order::PauseToMigrate)))
         .route(rpc::MIGRATION_GO, post(|door, body| with(door, body, Order::Go)))

@@ -3,6 +3,7 @@
 mod end;
 mod inside;
 mod measure;
+mod memory;
 mod migration;
 
 use crate::console::{self, Console};
@@ -10,9 +11,9 @@ use crate::plan::{self, Inputs, SERIAL, WritableDisk};
 use crate::record::{self, Record};
 use crate::rooms;
 use crate::rpc::{
-    Accelerator, Cause, DomainPhase, EventRecord, GoOrder, InterfaceOrder, LinkOrder, MACHINE_REVISION, MigrationRef,
-    MigrationRole, Paths, Refusal, ShutdownOrder, SourceOrder, State, TargetOrder, TargetReady, Transport,
-    TransportOrder, VmOrder, VolumeFacts, VolumeState,
+    Accelerator, Cause, DomainPhase, EventRecord, GoOrder, InterfaceOrder, LendOrder, LinkOrder, MACHINE_REVISION,
+    MigrationRef, MigrationRole, Paths, Refusal, ShutdownOrder, SourceOrder, State, TargetOrder, TargetReady,
+    Transport, TransportOrder, VmOrder, VolumeFacts, VolumeState,
 };
 use godwit_api::VirtualMachineInstance;
 use godwit_qemu::failure;
@@ -46,6 +47,7 @@ pub enum Order {
     Start(Box<VmOrder>),
     Target(Box<TargetOrder>),
     Transport(TransportOrder),
+    Lend(LendOrder),
     Source(SourceOrder),
     Cancel(MigrationRef),
     PostCopy(MigrationRef),
@@ -274,6 +276,7 @@ impl Vm {
             Order::Start(order) => self.start(*order).await?,
             Order::Target(order) => return self.prepare_target(*order).await.map(Answer::Ready),
             Order::Transport(order) => self.receive_by(&order).await?,
+            Order::Lend(order) => self.lend(&order).await?,
             Order::Source(order) => self.migrate(order).await?,
             Order::Cancel(order) => self.cancel(&order.migration_uid).await?,
             Order::PostCopy(order) => self.switch_to_post_copy(&order.migration_uid).await?,
@@ -308,10 +311,11 @@ impl Vm {
             // Started already, here or elsewhere, or ended.
             _ => return Ok(()),
         }
-        let VmOrder { vmi, interfaces, volumes, accelerator, machine_revision } = order;
+        let VmOrder { vmi, interfaces, volumes, accelerator, machine_revision, shareable_memory } = order;
         let revision = machine_revision.min(MACHINE_REVISION);
         let (program, accelerator) = self.program(accelerator).await?;
-        let plan = self.plan(&vmi, &interfaces, &volumes, accelerator, None, (revision, false)).await?;
+        let mut plan = self.plan(&vmi, &interfaces, &volumes, accelerator, None, (revision, false)).await?;
+        plan.machine.shared_memory = memory::shareable(shareable_memory, &plan.machine);
         self.start_tpm(&plan)?;
         let prelaunch = Prelaunch::launch(&program, &plan.machine).await?;
         self.attach(prelaunch.qemu(), accelerator, plan.machine.serial.is_some()).await?;
@@ -343,6 +347,8 @@ impl Vm {
             machine_type,
             allow_post_copy,
             transport_follows,
+            shareable_memory,
+            memory_socket,
         } = order;
         let told = vmi.status.accelerator.as_deref().and_then(accelerator_named);
         let (program, accelerator) = self.program(accelerator.or(told)).await?;
@@ -356,7 +362,10 @@ impl Vm {
             return Err(refused(Refusal::Invalid, message));
         }
         let machine_type = machine_type.as_deref();
-        let plan = self.plan(&vmi, &interfaces, &volumes, accelerator, machine_type, (revision, true)).await?;
+        let mut plan = self.plan(&vmi, &interfaces, &volumes, accelerator, machine_type, (revision, true)).await?;
+        let borrowed = self.borrow_memory(memory_socket.as_deref(), &plan.machine).await;
+        let by_reference = borrowed.is_some();
+        plan.machine.shared_memory = borrowed.or_else(|| memory::shareable(shareable_memory, &plan.machine));
         let socket = format!("incoming-{}.sock", short(&migration_uid));
         let path = self.paths.sockets.join(&socket);
         let _ = std::fs::remove_file(&path);
@@ -365,7 +374,10 @@ impl Vm {
         // See `Outgoing::can_post_copy`.
         let post_copy = allow_post_copy && !plan.writable.iter().any(is_copied_here);
         self.start_tpm(&plan)?;
-        let mut incoming = Incoming::prepare(&program, &plan.machine, &path, post_copy).await?;
+        let mut incoming = match by_reference {
+            true => Incoming::prepare_by_reference(&program, &plan.machine, &path).await?,
+            false => Incoming::prepare(&program, &plan.machine, &path, post_copy).await?,
+        };
         if !transport_follows {
             incoming.listen(Transport::default()).await?;
         }
@@ -377,7 +389,7 @@ impl Vm {
         self.ready = Some(ready.clone());
         self.stage = Stage::Incoming(incoming);
         self.know_disks(plan.writable, plan.volumes).await;
-        self.arriving(migration_uid);
+        self.arriving(migration_uid, by_reference);
         self.refresh().await;
         Ok(ready)
     }
@@ -441,6 +453,7 @@ impl Vm {
         self.now.accelerator = Some(accelerator);
         self.now.qemu_version = Some(qemu.version().to_string());
         self.now.machine_type = Some(qemu.machine_type().to_string());
+        self.now.shareable_memory = qemu.shared_memory().is_some();
         self.now.ability = qemu.ability();
         self.now.qemu_pid = Some(qemu.process().pid());
         Ok(())

@@ -6,14 +6,16 @@ mod pod;
 
 use godwit_guest_rom::Story;
 use godwit_launcher::client::Error;
+use godwit_launcher::memory::GuestMemory;
 use godwit_launcher::record::{Record, read_departed};
 use godwit_launcher::rpc::*;
 use godwit_launcher::serve;
 use pod::*;
 use serde_json::json;
 use std::time::Duration;
-use tokio::net::UnixStream;
+use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
 
 #[tokio::test]
 async fn a_guest_moves_and_the_source_ends() {
@@ -417,4 +419,70 @@ async fn what_a_guest_writes_is_measured_and_told() {
     pod.client.pause().await.unwrap();
     let state = pod.client.measure().await.unwrap();
     assert_eq!(state.memory.written.len(), state.memory.written.len().max(3));
+}
+
+/// What the handler does between two launchers of one node.
+async fn hand_on(source: &Pod, target: &Pod) -> (GuestMemory, JoinHandle<std::io::Result<()>>) {
+    let listen = |pod: &Pod| UnixListener::bind(Pod::paths(pod.folder.path()).sockets.join("memory.sock")).unwrap();
+    let (from, to) = (listen(source), listen(target));
+    let came = async {
+        let (stream, _) = from.accept().await.unwrap();
+        let stream = stream.into_std().unwrap();
+        stream.set_nonblocking(false).unwrap();
+        tokio::task::spawn_blocking(move || GuestMemory::receive(&stream)).await.unwrap().unwrap()
+    };
+    let (lent, memory) = tokio::join!(source.client.lend_memory(MIGRATION, "memory.sock"), came);
+    lent.unwrap();
+    let handed = memory.clone();
+    let waiting = tokio::spawn(async move {
+        let (stream, _) = to.accept().await?;
+        let stream = stream.into_std()?;
+        stream.set_nonblocking(false)?;
+        handed.send(&stream)
+    });
+    (memory, waiting)
+}
+
+#[tokio::test]
+async fn a_guest_changes_launchers_of_one_node_and_its_memory_stays() {
+    let (source, target) = (Pod::start().await, Pod::start().await);
+    let order = VmOrder { shareable_memory: true, ..vm_order() };
+    let state = source.client.start(&order).await.unwrap();
+    assert!(state.shareable_memory);
+    let mut here = source.console().await;
+    let mut story = Story::default();
+    here.hear(&mut story, 5).await;
+    let (memory, waiting) = hand_on(&source, &target).await;
+    assert_eq!(memory.bytes(), 16 << 20);
+    drop(memory);
+    let order = TargetOrder { memory_socket: Some("memory.sock".into()), ..target_order() };
+    let ready = target.client.prepare_target(&order).await.unwrap();
+    waiting.await.unwrap().unwrap();
+    assert!(ready.by_reference);
+    let mut there = target.console().await;
+    let _carrier = carry_memory(&source, "outgoing.sock", &target, &ready.socket);
+    source.client.migrate(&SourceOrder { by_reference: true, ..source_order(None) }).await.unwrap();
+    let state = source.until("completed", |s| status(s) == "completed").await;
+    let facts = state.migration.unwrap();
+    assert!(facts.by_reference && facts.processed_bytes < 2 << 20, "{facts:?}");
+    let state = target.client.go(MIGRATION).await.unwrap();
+    assert!(state.shareable_memory && state.migration.unwrap().by_reference, "and on it goes");
+    source.client.shutdown(Duration::ZERO).await.unwrap();
+    source.end().await;
+    here.drain(&mut story).await;
+    there.hear(&mut story, 20).await;
+}
+
+#[tokio::test]
+async fn memory_that_cannot_be_handed_on_is_copied() {
+    let (source, target) = (Pod::start().await, Pod::start().await);
+    let state = source.client.start(&vm_order()).await.unwrap();
+    assert!(!state.shareable_memory);
+    assert_eq!(refusal(source.client.lend_memory(MIGRATION, "memory.sock").await), Refusal::Unsupported);
+    assert_eq!(refusal(source.client.lend_memory(MIGRATION, "../x").await), Refusal::BadRequest);
+    // Nobody waits there.
+    let order = TargetOrder { memory_socket: Some("nobody.sock".into()), shareable_memory: true, ..target_order() };
+    let ready = target.client.prepare_target(&order).await.unwrap();
+    assert!(!ready.by_reference);
+    assert!(target.client.state().await.unwrap().shareable_memory, "its own can be handed on later");
 }

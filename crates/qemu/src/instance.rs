@@ -25,6 +25,7 @@ use crate::accelerator::Accelerator;
 use crate::blocks::Blocks;
 use crate::failure::{self, Cause};
 use crate::machine::{self, Machine};
+use crate::memory::GuestMemory;
 use crate::migration::{self, Options, Tracker};
 use crate::process::{Ended, Process};
 use crate::qmp::commands::{self, CapabilityState, MigrationStatus, RunState, VersionTriple};
@@ -96,13 +97,16 @@ pub struct Qemu {
     ability: Ability,
     /// Bytes of the guest's memory.
     memory: u64,
+    /// That memory, if others can map it.
+    shared_memory: Option<GuestMemory>,
 }
 
 impl Qemu {
     async fn launch(program: &Path, machine: &Machine) -> Result<Qemu, Error> {
         let arguments = machine.arguments(jiff::Timestamp::now().as_second())?;
         tracing::debug!(?program, ?arguments, "starting QEMU");
-        let process = Process::spawn(program, &arguments)
+        let keeps = machine.shared_memory.as_ref().map(GuestMemory::descriptor);
+        let process = Process::spawn(program, &arguments, keeps)
             .map_err(|e| Error::Program { program: program.into(), message: e.to_string() })?;
         let connected = tokio::select! {
             connected = Qmp::connect(&machine.monitor, START_LIMIT) => connected,
@@ -136,7 +140,8 @@ impl Qemu {
         let machine_type = machine_type.strip_suffix("-machine").unwrap_or(machine_type).to_string();
         let accelerator = machine.accelerator;
         let memory = machine.memory_mib.saturating_mul(1 << 20);
-        Ok(Qemu { process, qmp, version, machine_type, capabilities, accelerator, ability, memory })
+        let shared_memory = machine.shared_memory.clone();
+        Ok(Qemu { process, qmp, version, machine_type, capabilities, accelerator, ability, memory, shared_memory })
     }
 
     /// QEMU's version.
@@ -158,6 +163,11 @@ impl Qemu {
     /// Whether this QEMU knows a migration capability.
     pub fn knows(&self, capability: &str) -> bool {
         self.capabilities.iter().any(|c| c == capability)
+    }
+
+    /// The guest's memory, if other QEMUs on this machine can map it.
+    pub fn shared_memory(&self) -> Option<&GuestMemory> {
+        self.shared_memory.as_ref()
     }
 
     /// How it can carry memory on this machine.
@@ -260,6 +270,9 @@ impl Qemu {
             ("pause-before-switchover", wanted.mirrors),
         ];
         let Transport { channels, zstd } = wanted.transport;
+        if wanted.by_reference || self.knows(IGNORE_SHARED) {
+            on.push((IGNORE_SHARED, wanted.by_reference));
+        }
         if channels > 0 || self.knows(MULTIFD) {
             on.push((MULTIFD, channels > 0));
         }
@@ -283,9 +296,13 @@ struct Capabilities {
     auto_converge: bool,
     mirrors: bool,
     post_copy: bool,
+    /// Both ends map the same memory, so that it is not sent.
+    by_reference: bool,
     transport: Transport,
 }
 
+/// QEMU's name for leaving memory that is shared where it is. A target that has it on refuses pages of such memory.
+const IGNORE_SHARED: &str = "x-ignore-shared";
 /// QEMU's name for several connections.
 const MULTIFD: &str = "multifd";
 /// QEMU's names of compressions.

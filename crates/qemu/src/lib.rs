@@ -10,6 +10,7 @@ pub mod failure;
 pub mod forecast;
 pub mod instance;
 pub mod machine;
+pub mod memory;
 pub mod migration;
 pub mod process;
 pub mod qmp;

@@ -8,6 +8,7 @@ mod clock;
 mod firmware;
 
 use crate::accelerator::Accelerator;
+use crate::memory::GuestMemory;
 pub use clock::{MissedTicks, Timers};
 pub use firmware::Efi;
 use std::path::{Path, PathBuf};
@@ -25,6 +26,8 @@ pub struct Machine {
     pub cpu: Cpu,
     /// Guest memory in MiB.
     pub memory_mib: u64,
+    /// Memory that other QEMUs can map as well; none is QEMU's own. Both can be migrated to each other.
+    pub shared_memory: Option<GuestMemory>,
     /// What boots.
     pub boot: Boot,
     /// EFI firmware in the place of SeaBIOS.
@@ -241,6 +244,9 @@ pub enum Error {
     },
 }
 
+/// What QEMU calls a PC's memory when it makes it itself; streams name it so.
+const RAM: &str = "pc.ram";
+
 const RNG_SLOT: usize = 0x3;
 const BALLOON_SLOT: usize = 0x4;
 const SERIAL_SLOT: usize = 0x5;
@@ -262,6 +268,7 @@ impl Machine {
             machine_type: "q35".into(),
             cpu: Cpu::default(),
             memory_mib,
+            shared_memory: None,
             boot,
             efi: None,
             system_management: None,
@@ -302,9 +309,10 @@ impl Machine {
         out.pair(
             "-machine",
             format!(
-                "{},usb=off,vmport=off,dump-guest-core=off{acpi}{smm}{}{efi}",
+                "{},usb=off,vmport=off,dump-guest-core=off{acpi}{smm}{}{efi}{}",
                 plain("machine type", &self.machine_type)?,
-                self.timers.machine_options()
+                self.timers.machine_options(),
+                if self.shared_memory.is_some() { format!(",memory-backend={RAM}") } else { String::new() }
             ),
         );
         out.pair("-accel", self.accelerator_option());
@@ -313,6 +321,23 @@ impl Machine {
             return Err(Error::Bad { what: "memory", value: "0".into(), why: "a guest needs some" });
         }
         out.pair("-m", format!("{}M", self.memory_mib));
+        if let Some(memory) = &self.shared_memory {
+            if memory.bytes() != self.memory_mib.saturating_mul(1 << 20) {
+                return Err(Error::Bad {
+                    what: "memory",
+                    value: format!("{} bytes", memory.bytes()),
+                    why: "it is not as large as the guest's",
+                });
+            }
+            out.pair(
+                "-object",
+                format!(
+                    "memory-backend-file,id={RAM},x-use-canonical-path-for-ramblock-id=off,size={}M,mem-path={},share=on",
+                    self.memory_mib,
+                    memory.path()
+                ),
+            );
+        }
         let Cpu { sockets, cores, threads, .. } = self.cpu;
         let count = self.cpu.count();
         if !(1..=255).contains(&count) {
@@ -735,6 +760,21 @@ mod tests {
         machine.system_management = Some(true);
         let line = joined(&machine);
         assert!(line.contains(",smm=on") && line.contains("driver=cfi.pflash01,property=secure,value=on"), "{line}");
+    }
+
+    #[test]
+    fn memory_that_others_can_map_bears_the_name_of_qemus_own() {
+        let mut machine = full();
+        assert!(!joined(&machine).contains("memory-backend"));
+        let memory = GuestMemory::new(512).unwrap();
+        machine.shared_memory = Some(memory.clone());
+        let line = joined(&machine);
+        assert!(line.contains(",memory-backend=pc.ram -accel"), "{line}");
+        let object =
+            "memory-backend-file,id=pc.ram,x-use-canonical-path-for-ramblock-id=off,size=512M,mem-path=/proc/self/fd/";
+        assert!(line.contains(object) && line.contains(",share=on"), "{line}");
+        machine.memory_mib = 256;
+        assert!(matches!(machine.arguments(0), Err(Error::Bad { what: "memory", .. })));
     }
 
     #[test]

@@ -30,6 +30,9 @@ pub struct Options {
     pub auto_converge: bool,
     /// It may go over to post-copy. The target has to be told the same.
     pub post_copy: bool,
+    /// Memory stays where it is, because the target maps it too ([`crate::instance::Incoming::prepare_by_reference`]); only the
+    /// rest of the machine is sent, over one connection and never in post-copy.
+    pub by_reference: bool,
     /// How memory is carried. The target has to be told the same.
     pub transport: Transport,
 }
@@ -41,6 +44,7 @@ impl Default for Options {
             max_downtime_ms: 300,
             auto_converge: false,
             post_copy: false,
+            by_reference: false,
             transport: Transport::default(),
         }
     }

@@ -1,6 +1,7 @@
 //! QEMU as a process: finding it, starting it, noticing its end.
 
 use std::collections::VecDeque;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
@@ -34,6 +35,20 @@ pub(crate) fn die_with_parent(command: &mut Command) {
     // SAFETY: between fork and exec only async-signal-safe calls are allowed; prctl(2) is a plain system call.
     unsafe {
         command.pre_exec(|| nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL).map_err(Into::into));
+    }
+}
+
+/// Has the child keep a descriptor, under the same number. Whoever calls sees to it that it is open until the child is started.
+fn inherit(command: &mut Command, file: BorrowedFd<'_>) {
+    let number = file.as_raw_fd();
+    // SAFETY: between fork and exec only async-signal-safe calls are allowed; fcntl(2) is a plain system call. The number is
+    // open in the child as it is in its parent, which holds it until then.
+    unsafe {
+        command.pre_exec(move || {
+            let file = BorrowedFd::borrow_raw(number);
+            nix::fcntl::fcntl(file, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty()))?;
+            Ok(())
+        });
     }
 }
 
@@ -90,16 +105,25 @@ impl std::fmt::Display for Ended {
 }
 
 impl Process {
-    /// Starts QEMU with these arguments. What it writes goes to the log, and its last lines are kept.
-    pub fn spawn(qemu: &Path, arguments: &[String]) -> std::io::Result<Process> {
-        Process::spawn_with(qemu, arguments, Stdio::null())
+    /// Starts QEMU with these arguments. What it writes goes to the log, and its last lines are kept. A descriptor that it
+    /// keeps has the same number there.
+    pub fn spawn(qemu: &Path, arguments: &[String], keeps: Option<BorrowedFd<'_>>) -> std::io::Result<Process> {
+        Process::spawn_with(qemu, arguments, Stdio::null(), keeps)
     }
 
     /// The same for a program that reads something.
-    pub(crate) fn spawn_with(program: &Path, arguments: &[String], stdin: Stdio) -> std::io::Result<Process> {
+    pub(crate) fn spawn_with(
+        program: &Path,
+        arguments: &[String],
+        stdin: Stdio,
+        keeps: Option<BorrowedFd<'_>>,
+    ) -> std::io::Result<Process> {
         let mut command = Command::new(program);
         command.args(arguments).stdin(stdin).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
         die_with_parent(&mut command);
+        if let Some(file) = keeps {
+            inherit(&mut command, file);
+        }
         let mut child = command.spawn()?;
         let pid = child.id().unwrap_or_default();
         let said = Said::default();
@@ -198,7 +222,7 @@ mod tests {
     #[tokio::test]
     async fn the_end_is_told_with_the_last_words() {
         let arguments = ["-c".to_string(), "echo first; echo cannot find disk >&2; exit 3".to_string()];
-        let process = Process::spawn(Path::new("/bin/sh"), &arguments).unwrap();
+        let process = Process::spawn(Path::new("/bin/sh"), &arguments, None).unwrap();
         let ended = process.wait().await;
         assert_eq!(ended.code, Some(3));
         assert!(ended.said.contains(&"cannot find disk".to_string()), "{ended:?}");
@@ -207,7 +231,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_killed_process_is_reaped_and_says_so() {
-        let process = Process::spawn(Path::new("/bin/sleep"), &["60".to_string()]).unwrap();
+        let process = Process::spawn(Path::new("/bin/sleep"), &["60".to_string()], None).unwrap();
         let ended = process.kill().await;
         assert_eq!(ended.signal, Some(9));
         assert!(ended.to_string().contains("killed"));

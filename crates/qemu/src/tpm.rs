@@ -56,7 +56,7 @@ impl Tpm {
             .chain(["--ctrl", "type=unixio,fd=0", "--terminate"])
             .map(str::to_owned)
             .collect::<Vec<_>>();
-        let process = Process::spawn_with(&swtpm, &arguments, Stdio::from(OwnedFd::from(listener)));
+        let process = Process::spawn_with(&swtpm, &arguments, Stdio::from(OwnedFd::from(listener)), None);
         Ok(Tpm { process: process.map_err(io(&swtpm))? })
     }
 

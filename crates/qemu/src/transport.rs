@@ -61,6 +61,8 @@ pub fn channels_for(cores: usize) -> u8 {
 /// What else the choice depends on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Wish {
+    /// The target has the source's own memory: nothing of it is carried.
+    pub by_reference: bool,
     /// Both ends are ready for post-copy, which was asked for.
     pub post_copy: bool,
     /// The cap in bytes a second; none is no cap.
@@ -92,7 +94,7 @@ impl Single {
 #[must_use]
 pub fn choose(ours: Ability, theirs: Ability, wish: &Wish) -> (Transport, Option<Single>) {
     let channels = ours.channels.min(theirs.channels);
-    if channels < 2 || !ours.tracks_writes {
+    if wish.by_reference || channels < 2 || !ours.tracks_writes {
         return (Transport::default(), None);
     }
     if wish.post_copy {
@@ -141,7 +143,7 @@ mod tests {
 
     #[test]
     fn post_copy_goes_before_channels_and_that_is_said() {
-        let wish = Wish { post_copy: true, bandwidth: Some(1 << 20), measured: None };
+        let wish = Wish { post_copy: true, bandwidth: Some(1 << 20), ..Wish::default() };
         assert_eq!(choose(TWO, TWO, &wish), (Transport::default(), Some(Single::PostCopy)));
         // Nothing is given up where nothing was to be had.
         assert_eq!(choose(TWO, Ability::default(), &wish), (Transport::default(), None));

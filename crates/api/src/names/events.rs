@@ -136,6 +136,16 @@ pub fn migration_failed_target_pod_down(migration_uid: &str) -> String {
     format!("VirtualMachineInstance migration uid {migration_uid} failed. reason: Target pod is down")
 }
 
+/// An update made a migration.
+pub fn created_workload_update(migration: &str) -> String {
+    format!("Created Migration {migration} for automated workload update")
+}
+
+/// An update evicted a guest's pod.
+pub fn evicted_for_update(vmi: &str) -> String {
+    format!("Initiated eviction of {vmi} for automated workload update: its launcher is outdated")
+}
+
 /// On the VMI by the evacuation controller, reason `SuccessfulCreate`.
 pub fn created_migration(name: &str) -> String {
     format!("Created Migration {name}")

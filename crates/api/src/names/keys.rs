@@ -55,6 +55,15 @@ pub const RESERVED_VMI_LABELS: [&str; 6] = [
 
 /// The VMI's name, on launcher pods.
 pub const ANNOTATION_DOMAIN: &str = "kubevirt.io/domain";
+/// How the guest's memory is made, on launcher pods, and on VMIs that want it otherwise than the cluster: `shareable` (another
+/// QEMU of the node can map it, so that the guest gets a new launcher without a copy) or `private`.
+pub const ANNOTATION_GUEST_MEMORY: &str = "godwit.io/guest-memory";
+/// Value of [`ANNOTATION_GUEST_MEMORY`].
+pub const GUEST_MEMORY_SHAREABLE: &str = "shareable";
+/// Value of [`ANNOTATION_GUEST_MEMORY`].
+pub const GUEST_MEMORY_PRIVATE: &str = "private";
+/// The version of the launcher that a launcher pod was made for.
+pub const ANNOTATION_LAUNCHER_VERSION: &str = "godwit.io/launcher-version";
 /// The VMIM's name, on target pods.
 pub const ANNOTATION_MIGRATION_JOB_NAME: &str = "kubevirt.io/migrationJobName";
 /// When the guest ran at the target, on target pods (for the CNI).

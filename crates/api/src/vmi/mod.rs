@@ -27,10 +27,27 @@ kind!(VirtualMachineInstance, "kubevirt.io", "v1", "virtualmachineinstances", [s
 /// Short for [`VirtualMachineInstance`].
 pub type Vmi = VirtualMachineInstance;
 
+impl VirtualMachineInstanceMigrationState {
+    /// Whether the guest stays on its node, and only its launcher changes.
+    pub fn is_local(&self) -> bool {
+        self.source_node.is_some() && self.source_node == self.target_node
+    }
+}
+
 impl VirtualMachineInstance {
     /// Whether the guest has ended for good.
     pub fn is_final(&self) -> bool {
         matches!(self.status.phase, VmiPhase::Succeeded | VmiPhase::Failed)
+    }
+
+    /// Whether the guest is at its last migration's target, as that node's handler has written down.
+    pub fn has_arrived(&self) -> bool {
+        let state = self.status.migration_state.as_ref();
+        state.is_none_or(|state| {
+            // Within a node its name does not tell.
+            let known = !state.is_local() || state.target_node_domain_ready_timestamp.is_some();
+            state.target_node == self.status.node_name && known
+        })
     }
 
     /// Whether a migration has started and not ended, as KubeVirt's VM status `Migrating` sees it.

@@ -322,6 +322,9 @@ api_struct! {
         bytes_per_second: Option<u64>,
         /// How fast the guest changes its memory.
         dirty_bytes_per_second: Option<u64>,
+        /// `ByReference`: memory stays where it is on the node, and what is sent is the rest of the machine; unset when it is
+        /// copied.
+        memory: Option<String>,
         /// Over how many connections memory goes.
         connections: Option<u32>,
         /// How memory is compressed on its way (`zstd`); unset when it is not.

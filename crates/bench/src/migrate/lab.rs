@@ -129,6 +129,8 @@ pub struct Workload {
     pub arguments: String,
     /// Its disks.
     pub disks: Vec<Attached>,
+    /// Its memory can be mapped by its next launcher on the same node.
+    pub shareable: bool,
 }
 
 /// A disk of a guest.
@@ -146,12 +148,17 @@ impl Workload {
     /// What a line is, where the link carries `link` bytes a second.
     pub fn of(line: &Line, link: u64) -> Self {
         let arguments = arguments(line.working_set_mib(), line.dirty_mib_per_second(link));
-        Self { memory: line.memory, bandwidth: line.bandwidth, arguments, disks: Vec::new() }
+        Self { memory: line.memory, bandwidth: line.bandwidth, arguments, disks: Vec::new(), shareable: false }
     }
 
     /// A guest of which only the network counts.
     pub fn quiet(memory: Mebibytes, bandwidth: Bandwidth) -> Self {
-        Self { memory, bandwidth, arguments: own_arguments(16, 1), disks: Vec::new() }
+        Self { memory, bandwidth, arguments: own_arguments(16, 1), disks: Vec::new(), shareable: false }
+    }
+
+    /// A guest that fills half of its memory and writes a little.
+    pub fn filled(memory: Mebibytes, bandwidth: Bandwidth, shareable: bool) -> Self {
+        Self { arguments: own_arguments(memory.0 / 2, 10), shareable, ..Self::quiet(memory, bandwidth) }
     }
 
     /// Much to send, nothing written to, no cap.
@@ -161,6 +168,7 @@ impl Workload {
             bandwidth: Bandwidth::Mebibytes(Mebibytes(1 << 20)),
             arguments: arguments(512, 0),
             disks: Vec::new(),
+            shareable: false,
         }
     }
 }

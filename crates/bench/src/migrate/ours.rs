@@ -108,13 +108,30 @@ impl Ours {
     async fn volumes(&self, node: &str) -> Result<PathBuf, Error> {
         let vmi = self.vmis().get(NAME).await?;
         let pods = vmi.data.pointer("/status/activePods").and_then(Value::as_object);
-        let uid = pods.into_iter().flatten().find(|(_, on)| on.as_str() == Some(node)).map(|(uid, _)| uid.clone());
+        let here = pods.into_iter().flatten().filter(|(_, on)| on.as_str() == Some(node)).map(|(uid, _)| uid.clone());
+        let mut here: Vec<String> = here.collect();
+        // After a move within the node the old pod is there for a moment.
+        let uid = if here.len() > 1 {
+            let pods: Api<DynamicObject> = Api::default_namespaced_with(self.client.clone(), &pod());
+            pods.get(&text(&vmi, "/status/migrationState/targetPod")).await?.metadata.uid
+        } else {
+            here.pop()
+        };
         let uid = uid.ok_or_else(|| Error::Guest(format!("has no pod on {node}")))?;
         Ok(self.layout.node(node).join("pods").join(uid).join("volumes/kubernetes.io~empty-dir"))
     }
 
     /// Moves the guest. An error is one of the instrument; a guest that does not move is a [`Moved::failure`].
     pub async fn migrate(&mut self, limit: Duration) -> Result<Moved, Error> {
+        self.go(limit, false).await
+    }
+
+    /// Gives the guest a new launcher on its node.
+    pub async fn renew(&mut self, limit: Duration) -> Result<Moved, Error> {
+        self.go(limit, true).await
+    }
+
+    async fn go(&mut self, limit: Duration, stays: bool) -> Result<Moved, Error> {
         self.moves += 1;
         let name = format!("move-{}", self.moves);
         let from = text(&self.vmis().get(NAME).await?, "/status/nodeName");
@@ -139,10 +156,13 @@ impl Ours {
             }
         }
         let mut moved = Moved { asked_us: now_us(), ..Moved::default() };
-        let migration = json!({
+        let mut migration = json!({
             "apiVersion": "kubevirt.io/v1", "kind": "VirtualMachineInstanceMigration",
             "metadata": {"name": name}, "spec": {"vmiName": NAME},
         });
+        if stays {
+            migration["spec"]["addedNodeSelector"] = json!({"kubernetes.io/hostname": from});
+        }
         let migration: DynamicObject = serde_json::from_value(migration)
             .map_err(|e| Error::Usage(format!("the benchmark's migration cannot be made: {e}")))?;
         let made = self.migrations().create(&PostParams::default(), &migration).await?;
@@ -256,8 +276,10 @@ fn vmi(work: &Workload) -> Value {
     };
     let disks: Vec<Value> = work.disks.iter().map(disk).collect();
     let volumes: Vec<Value> = work.disks.iter().map(volume).collect();
+    let memory = if work.shareable { "shareable" } else { "private" };
     json!({
-        "apiVersion": "kubevirt.io/v1", "kind": "VirtualMachineInstance", "metadata": {"name": NAME},
+        "apiVersion": "kubevirt.io/v1", "kind": "VirtualMachineInstance",
+        "metadata": {"name": NAME, "annotations": {"godwit.io/guest-memory": memory}},
         "spec": {
             "terminationGracePeriodSeconds": 0,
             "domain": {
@@ -276,6 +298,10 @@ fn vmi(work: &Workload) -> Value {
             "networks": [{"name": "lab", "multus": {"networkName": "lab"}}],
         },
     })
+}
+
+fn pod() -> ApiResource {
+    ApiResource::from_gvk(&GroupVersionKind::gvk("", "v1", "Pod"))
 }
 
 fn kind(kind: &str) -> ApiResource {

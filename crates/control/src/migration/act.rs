@@ -242,14 +242,16 @@ pub fn finish(situation: &Situation<'_>, plan: &mut Plan) {
 /// Whether the target pod of a failed migration surely does not run the guest.
 fn may_drop(situation: &Situation<'_>, pod_node: Option<&str>) -> bool {
     let Some(vmi) = situation.vmi else { return true };
-    let lives_there = pod_node.is_some() && vmi.status.node_name.as_deref() == pod_node;
+    // On its own node the name of the pod tells.
+    let current = situation.pod.is_none_or(|pod| vmi::current_pod_name(vmi) == pod.name());
+    let lives_there = pod_node.is_some() && vmi.status.node_name.as_deref() == pod_node && current;
     let unresolved = situation.own_state().is_some_and(|state| state.failed != Some(true));
     vmi.is_final() || !(lives_there || unresolved)
 }
 
 /// The VMI is not on its way any more.
 fn unlabel(vmi: &mut VirtualMachineInstance, state: &State) {
-    let arrived = state.failed == Some(true) || vmi.status.node_name == state.target_node;
+    let arrived = state.failed == Some(true) || vmi.has_arrived();
     if state.completed == Some(true)
         && arrived
         && let Some(labels) = &mut vmi.metadata.labels

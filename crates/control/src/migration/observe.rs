@@ -273,7 +273,7 @@ impl<'a> Situation<'a> {
         }
         // The end of the guest after a completed migration is the guest's own affair.
         if vmi.is_final() && state.completed != Some(true) {
-            let moved = self.migration.status.phase == Phase::Running && vmi.status.node_name == state.target_node;
+            let moved = self.migration.status.phase == Phase::Running && vmi.has_arrived();
             return Err(match end_of(vmi) {
                 Fact::GuestLost if moved => Fact::GuestLostAtTarget,
                 end => end,
@@ -325,7 +325,7 @@ impl<'a> Situation<'a> {
         if state.completed == Some(true) {
             let cancelled = self.migration.is_deleting() || state.abort_requested == Some(true);
             let completed = if cancelled { Fact::CompletedDespiteCancel } else { Fact::Completed };
-            let arrived = self.vmi.is_some_and(|vmi| vmi.status.node_name == state.target_node || vmi.is_final());
+            let arrived = self.vmi.is_some_and(|vmi| vmi.has_arrived() || vmi.is_final());
             if arrived {
                 return completed.into();
             }

@@ -111,7 +111,7 @@ impl<'a> Fit<'a> {
     ) -> Found<'a> {
         let nodes = &self.world.nodes;
         let mut found = Found { best: None, full: None, reasons: BTreeMap::new() };
-        if let Some(node) = prefer.and_then(|name| nodes.get(&Name::cluster(name)))
+        if let Some(node) = prefer.or_else(|| self.favourite()).and_then(|name| nodes.get(&Name::cluster(name)))
             && !is_full(node.name())
             && !self.breaks_promise(node)
             && self.objections(node).is_none()
@@ -151,6 +151,21 @@ impl<'a> Fit<'a> {
         }
         found.best = best.map(|(_, node)| node);
         found
+    }
+
+    /// The one node that the pod would like best, if it says so by name with the highest weight.
+    fn favourite(&self) -> Option<&'a str> {
+        let affinity = self.spec.affinity.as_ref()?.node_affinity.as_ref()?;
+        let terms = affinity.preferred_during_scheduling_ignored_during_execution.as_ref()?;
+        terms.iter().filter(|term| term.weight == 100).find_map(|term| {
+            match term.preference.match_expressions.as_deref()? {
+                [only] if only.key == names::HOSTNAME && only.operator == "In" => match only.values.as_deref()? {
+                    [node] => Some(node.as_str()),
+                    _ => None,
+                },
+                _ => None,
+            }
+        })
     }
 
     /// Where the search begins: anywhere, but for the same pod always at the same node.

@@ -370,7 +370,7 @@ pub fn is_on_its_way(vmi: &VirtualMachineInstance) -> bool {
         let arrives = state.completed == Some(true) && state.failed != Some(true);
         let unresolved =
             state.migration_uid.as_deref().is_some_and(|uid| !uid.is_empty()) && state.completed != Some(true);
-        unresolved || arrives && state.target_node != vmi.status.node_name
+        unresolved || arrives && !vmi.has_arrived()
     })
 }
 
@@ -378,10 +378,12 @@ pub fn is_on_its_way(vmi: &VirtualMachineInstance) -> bool {
 fn is_behind(vmi: &VirtualMachineInstance, world: &World) -> bool {
     let known = vmi.status.migration_state.as_ref().and_then(|state| state.migration_uid.as_deref());
     world.migrations_of(&vmi.key()).any(|migration| {
-        let target = migration.status.migration_state.as_ref().and_then(|state| state.target_node.as_ref());
+        let state = migration.status.migration_state.as_ref();
+        let target = state.and_then(|state| state.target_node.as_ref());
+        let stayed = state.is_some_and(|state| state.is_local());
         migration.status.phase == MigrationPhase::Succeeded
             && known != Some(migration.uid())
-            && target.is_some_and(|target| Some(target) != vmi.status.node_name.as_ref())
+            && target.is_some_and(|target| stayed || Some(target) != vmi.status.node_name.as_ref())
             && revision(&vmi.metadata) < revision(&migration.metadata)
     })
 }

@@ -13,4 +13,5 @@ mod limits;
 mod modes;
 mod policy;
 mod stage;
+mod updates;
 mod waiting;

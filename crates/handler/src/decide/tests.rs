@@ -10,6 +10,7 @@ mod ends;
 mod hand_over;
 mod life;
 mod limits;
+mod local;
 mod post_copy;
 mod source;
 mod target;

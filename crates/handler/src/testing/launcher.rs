@@ -178,6 +178,7 @@ async fn target(Shared(launcher): Shared<Launcher>, Json(order): Json<TargetOrde
         blocks_socket: None,
         post_copy: order.allow_post_copy,
         awaits_transport: false,
+        by_reference: false,
         ability: Ability::default(),
         rooms: Default::default(),
     };

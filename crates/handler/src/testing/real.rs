@@ -171,6 +171,7 @@ fn handlers_that_are_killed_in_post_copy_cost_the_guest_no_page() {
             max_downtime_ms: None,
             allow_auto_converge: false,
             allow_post_copy: true,
+            by_reference: false,
             transport: Transport::default(),
         };
         Client::new(source.sockets.join("launcher.sock")).migrate(&order).await.unwrap();

@@ -21,6 +21,7 @@ use crate::channel::{BLOCKS, CONTROL, MEMORY, TargetChannels, TargetOptions};
 use crate::decide::{Action, Change, Disruption, Failure, causes};
 use crate::facts::{Facts, MigrationView};
 use crate::frames::Relay;
+use crate::lend::{self, Offered};
 use crate::networks;
 use crate::recovery::Recoveries;
 use crate::sockets::SocketDir;
@@ -167,7 +168,14 @@ impl Worker {
         let accelerator = *self.context.accelerator.borrow();
         let pod = self.pod(name)?;
         let interfaces = pod.wired.as_ref().map(|w| w.interfaces.clone()).unwrap_or_default();
-        let order = VmOrder { vmi: ordered, interfaces, volumes, accelerator, machine_revision: NEW_GUESTS };
+        let order = VmOrder {
+            vmi: ordered,
+            interfaces,
+            volumes,
+            accelerator,
+            machine_revision: NEW_GUESTS,
+            shareable_memory: pod.pod.shareable_memory,
+        };
         match pod.follower.client.start(&order).await {
             Ok(state) => {
                 pod.follower.learn(state);
@@ -195,6 +203,10 @@ impl Worker {
             self.check_claims(vmi, name).await?;
         }
         let node_accelerator = *self.context.accelerator.borrow();
+        let lent = match m.filter(|m| m.is_local()) {
+            Some(m) => self.lend(name, &m.source_pod, uid).await,
+            None => None,
+        };
         let pod = self.pod(name)?;
         let order = TargetOrder {
             migration_uid: uid.to_owned(),
@@ -205,6 +217,8 @@ impl Worker {
             machine_type: None,
             allow_post_copy: m.is_some_and(|m| m.allow_post_copy && m.allow_workload_disruption),
             transport_follows: true,
+            shareable_memory: pod.pod.shareable_memory,
+            memory_socket: lent.as_ref().map(|lent| lent.socket.clone()),
         };
         match pod.follower.client.prepare_target(&order).await {
             Ok(ready) => {
@@ -235,6 +249,32 @@ impl Worker {
         }
     }
 
+    /// Offers the source's own memory to the target on the same node. Whatever is in the way, it can be copied.
+    async fn lend(&mut self, target: &str, source: &str, uid: &str) -> Option<Offered> {
+        let source = self.pods.get(source)?;
+        if !source.follower.now().state().is_some_and(|state| state.shareable_memory) {
+            tracing::info!(vmi = self.name, migration = uid, "the guest's memory is its QEMU's own, and is copied");
+            return None;
+        }
+        let open = |pod: &Pod| SocketDir::open(pod.follower.folder.clone()).map_err(|e| e.to_string());
+        let offered = async {
+            let memory = lend::borrow(&source.follower.client, &open(source)?, uid).await?;
+            let dir = Arc::new(open(self.pods.get(target).ok_or("the target's pod is gone")?)?);
+            lend::offer(memory, dir, uid).map_err(|e| e.to_string())
+        };
+        let offered: Result<Offered, String> = offered.await;
+        offered
+            .inspect_err(|error| {
+                tracing::warn!(
+                    vmi = self.name,
+                    migration = uid,
+                    error,
+                    "the guest's memory cannot be handed on; it is copied"
+                );
+            })
+            .ok()
+    }
+
     async fn open_channels(
         &mut self,
         vmi: &VirtualMachineInstance,
@@ -253,6 +293,7 @@ impl Worker {
             uid: uid.to_owned(),
             client: pod.follower.client.clone(),
             post_copy: ready.as_ref().is_some_and(|ready| ready.post_copy),
+            by_reference: ready.as_ref().is_some_and(|ready| ready.by_reference),
             ability: ability.unwrap_or_default(),
             rooms: ready.as_ref().map(|ready| ready.rooms.clone()).unwrap_or_default(),
             agreed: OnceCell::new_with((!awaits).then(Transport::default)),
@@ -314,6 +355,7 @@ impl Worker {
         let wake = self.wake.clone();
         let wish = Wish {
             post_copy: m.allow_post_copy && m.allow_workload_disruption,
+            by_reference: m.is_local(),
             bandwidth: Some(m.bandwidth).filter(|b| *b > 0),
             measured: context.links.to(&m.target_node),
         };
@@ -578,6 +620,7 @@ impl Source {
             allow_auto_converge: m.allow_auto_converge,
             // Both ends have to be able to.
             allow_post_copy: m.allow_post_copy && m.allow_workload_disruption && link.post_copy_offered,
+            by_reference: link.by_reference,
             transport: link.transport,
             rooms: link.rooms,
         })

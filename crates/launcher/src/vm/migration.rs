@@ -37,7 +37,16 @@ impl Vm {
     ) -> Result<TargetReady, Refused> {
         let (post_copy, ability) = (incoming.can_post_copy(), incoming.qemu().ability());
         let rooms = BTreeMap::new();
-        let ready = TargetReady { socket, blocks_socket: None, post_copy, awaits_transport: false, ability, rooms };
+        let by_reference = incoming.is_by_reference();
+        let ready = TargetReady {
+            socket,
+            blocks_socket: None,
+            post_copy,
+            awaits_transport: false,
+            by_reference,
+            ability,
+            rooms,
+        };
         let coming: Vec<WritableDisk> = plan.writable.iter().filter(|disk| is_copied_here(disk)).cloned().collect();
         if coming.is_empty() {
             return Ok(ready);
@@ -105,8 +114,9 @@ impl Vm {
         Ok(())
     }
 
-    pub(super) fn arriving(&mut self, migration_uid: String) {
-        self.now.migration = Some(MigrationFacts::new(migration_uid, MigrationRole::Target));
+    pub(super) fn arriving(&mut self, migration_uid: String, by_reference: bool) {
+        let facts = MigrationFacts::new(migration_uid, MigrationRole::Target);
+        self.now.migration = Some(MigrationFacts { by_reference, ..facts });
     }
 
     fn about(&self, uid: &str, role: MigrationRole) -> Result<&MigrationFacts, Refused> {
@@ -162,10 +172,12 @@ impl Vm {
             max_downtime_ms: order.max_downtime_ms.filter(|ms| *ms > 0).unwrap_or(MAX_DOWNTIME_MS),
             auto_converge: order.allow_auto_converge,
             post_copy: order.allow_post_copy,
+            by_reference: order.by_reference,
             transport: order.transport,
         };
         let mut facts = MigrationFacts::new(order.migration_uid, MigrationRole::Source);
         facts.transport = order.transport;
+        facts.by_reference = order.by_reference;
         let disks = exports(&copied);
         let blocks =
             order.blocks_socket.map(|socket| Blocks { socket: self.paths.sockets.join(socket), disks, above_base });
@@ -590,7 +602,7 @@ impl Vm {
     }
 }
 
-fn check_name(socket: &str) -> Result<(), Refused> {
+pub(super) fn check_name(socket: &str) -> Result<(), Refused> {
     if socket.is_empty() || socket.contains('/') || socket.starts_with('.') {
         let message = format!("{socket:?} is not a file name in the directory of launcher.sock");
         return Err(refused(Refusal::BadRequest, message));

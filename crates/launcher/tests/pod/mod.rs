@@ -138,6 +138,7 @@ pub fn vm_order() -> VmOrder {
         volumes: Default::default(),
         accelerator: Some(Accelerator::Tcg),
         machine_revision: MACHINE_REVISION,
+        shareable_memory: false,
     }
 }
 
@@ -151,6 +152,8 @@ pub fn target_order() -> TargetOrder {
         machine_type: None,
         allow_post_copy: false,
         transport_follows: false,
+        shareable_memory: false,
+        memory_socket: None,
     }
 }
 
@@ -163,6 +166,7 @@ pub fn source_order(bandwidth: Option<u64>) -> SourceOrder {
         max_downtime_ms: None,
         allow_auto_converge: false,
         allow_post_copy: false,
+        by_reference: false,
         transport: Transport::default(),
         rooms: Default::default(),
     }

@@ -24,6 +24,8 @@ pub struct Incoming {
     tracker: Tracker,
     offers_blocks: bool,
     post_copy: bool,
+    /// It has the source's own memory, and only the rest comes.
+    by_reference: bool,
     /// Where it will receive, as long as it does not yet.
     waits: Option<String>,
     transport: Transport,
@@ -49,10 +51,31 @@ impl Incoming {
 
     /// The same, but nobody can connect before [`Incoming::listen`]: how memory comes is not agreed yet.
     pub async fn prepare(program: &Path, machine: &Machine, socket: &Path, post_copy: bool) -> Result<Incoming, Error> {
+        Incoming::prepare_with(program, machine, socket, post_copy, false).await
+    }
+
+    /// The same, where the machine's memory is the source's own ([`Machine::shared_memory`]): it does not come, it is there.
+    /// QEMU maps it and touches nothing of it, and nothing of the guest runs, before the go. The source has to be told the
+    /// same ([`crate::migration::Options::by_reference`]); pages that come all the same are refused.
+    pub async fn prepare_by_reference(program: &Path, machine: &Machine, socket: &Path) -> Result<Incoming, Error> {
+        if machine.shared_memory.is_none() {
+            return Err(Error::Unsupported("memory comes by reference only where both QEMUs can map it"));
+        }
+        Incoming::prepare_with(program, machine, socket, false, true).await
+    }
+
+    async fn prepare_with(
+        program: &Path,
+        machine: &Machine,
+        socket: &Path,
+        post_copy: bool,
+        by_reference: bool,
+    ) -> Result<Incoming, Error> {
         let machine = Machine { incoming: true, ..machine.clone() };
         let qemu = Qemu::launch(program, &machine).await?;
         let mut can = post_copy;
-        if let Err(error) = qemu.set_capabilities(Capabilities { post_copy, ..Default::default() }).await {
+        if let Err(error) = qemu.set_capabilities(Capabilities { post_copy, by_reference, ..Default::default() }).await
+        {
             if !post_copy {
                 return Err(error.into());
             }
@@ -62,16 +85,20 @@ impl Incoming {
         }
         let waits = Some(format!("unix:{}", socket.display()));
         let tracker = Tracker::arriving();
-        Ok(Incoming { qemu, tracker, offers_blocks: false, post_copy: can, waits, transport: Transport::default() })
+        let transport = Transport::default();
+        Ok(Incoming { qemu, tracker, offers_blocks: false, post_copy: can, by_reference, waits, transport })
     }
 
     /// Listens for memory that comes in this way; the first that was said stands, and is what is answered. With several
-    /// channels it cannot receive in post-copy any more ([`crate::transport`]).
+    /// channels it cannot receive in post-copy any more ([`crate::transport`]). What comes by reference has no need of any.
     pub async fn listen(&mut self, transport: Transport) -> Result<Transport, Error> {
         let Some(uri) = self.waits.clone() else { return Ok(self.transport) };
+        let by_reference = self.by_reference;
+        let transport = if by_reference { Transport::default() } else { transport };
         let post_copy = self.post_copy && transport.channels == 0;
         // QEMU wants to know of channels before it listens.
-        self.qemu.set_capabilities(Capabilities { post_copy, transport, ..Default::default() }).await?;
+        let wanted = Capabilities { post_copy, by_reference, transport, ..Default::default() };
+        self.qemu.set_capabilities(wanted).await?;
         // Older ones exit when they cannot load; their last words are the reason then.
         let exit_on_error = (self.qemu.version >= VersionTriple { major: 9, minor: 1, micro: 0 }).then_some(false);
         self.qemu.qmp.execute(&commands::MigrateIncoming { uri, exit_on_error }).await?;
@@ -105,6 +132,11 @@ impl Incoming {
     /// Whether it can receive in post-copy, and was allowed to.
     pub fn can_post_copy(&self) -> bool {
         self.post_copy
+    }
+
+    /// Whether it has the source's own memory.
+    pub fn is_by_reference(&self) -> bool {
+        self.by_reference
     }
 
     /// Takes an event of QEMU's.

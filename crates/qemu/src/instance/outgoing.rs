@@ -5,6 +5,7 @@ use crate::blocks::{Blocks, Mirrors, left_for_memory};
 use crate::migration::{DowntimeRamp, Facts, Mode, Options, Tracker};
 use crate::qmp::commands::{self, MigrationStatus, RunState};
 use crate::qmp::{self, Event};
+use crate::transport::Transport;
 use std::path::Path;
 use std::time::Duration;
 
@@ -37,6 +38,8 @@ pub struct Outgoing {
     bandwidth: Option<u64>,
     /// Both ends were told that it may go over to post-copy.
     post_copy: bool,
+    /// The target has the same memory, so it is not sent.
+    by_reference: bool,
     /// QEMU was told to go over to post-copy.
     switching: bool,
     tracker: Tracker,
@@ -80,7 +83,13 @@ impl Outgoing {
         blocks: Option<&Blocks>,
     ) -> Result<Outgoing, (Running, Error)> {
         let blocks = blocks.filter(|b| !b.disks.is_empty());
-        let tracks_writes = running.qemu.tracks_writes();
+        let by_reference = options.by_reference;
+        if by_reference && running.qemu.shared_memory.is_none() {
+            let why = "this guest's memory is its QEMU's own, and cannot be handed on by reference";
+            return Err((running, Error::Unsupported(why)));
+        }
+        // Nothing is sent that could be written to meanwhile.
+        let tracks_writes = running.qemu.tracks_writes() || by_reference;
         let ramp = if tracks_writes { DowntimeRamp::new(options.max_downtime_ms) } else { DowntimeRamp::one_pass() };
         if let Err(error) = prepare(&running.qemu, options, &ramp, blocks.is_some()).await {
             return Err((running, error.into()));
@@ -99,7 +108,8 @@ impl Outgoing {
             paused: running.paused,
             held: false,
             bandwidth: options.bandwidth,
-            post_copy: options.post_copy,
+            post_copy: options.post_copy && !by_reference,
+            by_reference,
             switching: false,
             tracker,
             ramp,
@@ -187,7 +197,7 @@ impl Outgoing {
         let facts = self.tracker.facts();
         let second_pass = facts.passes > 1 && info.status == MigrationStatus::Active;
         if second_pass
-            && !(self.stands_still() || self.cancelled || self.qemu.tracks_writes())
+            && !(self.stands_still() || self.cancelled || self.by_reference || self.qemu.tracks_writes())
             && self.qemu.status().await? == RunState::Running
         {
             // It must not happen (see `DowntimeRamp::one_pass`), and what is at the target must not be used if it does.
@@ -209,7 +219,7 @@ impl Outgoing {
     async fn begin_memory(&mut self) -> Result<(), qmp::Error> {
         let Memory::Waits { uri } = std::mem::replace(&mut self.memory, Memory::Begun) else { return Ok(()) };
         self.tracker.memory_from(self.qemu.qmp.event_count());
-        let hold = !self.qemu.tracks_writes() && !self.stands_still();
+        let hold = !(self.qemu.tracks_writes() || self.by_reference || self.stands_still());
         if hold {
             // So slow that it cannot come to an end while the guest is held.
             self.set_bandwidth(HELD_BANDWIDTH).await?;
@@ -493,8 +503,10 @@ impl Outgoing {
 }
 
 async fn prepare(qemu: &Qemu, options: &Options, ramp: &DowntimeRamp, mirrors: bool) -> Result<(), qmp::Error> {
-    let &Options { auto_converge, post_copy, transport, .. } = options;
-    qemu.set_capabilities(Capabilities { auto_converge, mirrors, post_copy, transport }).await?;
+    let &Options { by_reference, .. } = options;
+    let (auto_converge, post_copy) = (options.auto_converge && !by_reference, options.post_copy && !by_reference);
+    let transport = if by_reference { Transport::default() } else { options.transport };
+    qemu.set_capabilities(Capabilities { auto_converge, mirrors, post_copy, by_reference, transport }).await?;
     limit_bandwidth(qemu, options.bandwidth, options.post_copy).await?;
     let parameters = commands::MigrateSetParameters { downtime_limit: Some(ramp.limit_ms()), ..Default::default() };
     qemu.qmp.execute(&parameters).await.map(drop)

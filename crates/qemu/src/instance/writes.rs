@@ -69,6 +69,10 @@ impl Qemu {
 
     /// How many bytes of the guest's memory are there; none where the system does not tell.
     pub fn memory_present(&self) -> Option<u64> {
+        // Another QEMU may have brought it here, so that this one has mapped little of it yet.
+        if let Some(memory) = &self.shared_memory {
+            return memory.present_bytes().ok().map(|bytes| bytes.min(self.memory));
+        }
         let maps = std::fs::read_to_string(format!("/proc/{}/smaps", self.process.pid())).ok()?;
         present(&maps, self.memory)
     }
