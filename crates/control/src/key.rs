@@ -163,7 +163,13 @@ impl Key {
         let Some(object) = change.latest() else { return keys };
         let name = object.name();
         match object {
-            Object::VirtualMachine(_) => keys.push(Key::Vm(name)),
+            Object::VirtualMachine(_) => {
+                // A VMI that has ended may wait for its note.
+                if change.after.is_none() {
+                    keys.push(Key::Vmi(name.clone()));
+                }
+                keys.push(Key::Vm(name));
+            }
             Object::VirtualMachineInstance(_) => {
                 for migration in world.migrations_of(&name) {
                     keys.push(Key::Migration(migration.key()));

@@ -8,7 +8,7 @@ use k8s_openapi::api::core::v1::{
     Affinity, Capabilities, ConfigMapVolumeSource, Container, EmptyDirVolumeSource, EnvVar, ImageVolumeSource,
     NodeSelectorRequirement, NodeSelectorTerm, PersistentVolumeClaimVolumeSource, Pod, PodAffinityTerm,
     PodAntiAffinity, PodReadinessGate, PodSpec, PreferredSchedulingTerm, ProjectedVolumeSource, ResourceRequirements,
-    SecretProjection, SecretVolumeSource, SecurityContext, Volume, VolumeMount, VolumeProjection,
+    SecretProjection, SecretVolumeSource, SecurityContext, Volume, VolumeDevice, VolumeMount, VolumeProjection,
 };
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{
@@ -18,9 +18,10 @@ use serde_json::json;
 
 use crate::kubevirt;
 use crate::names;
-use crate::object::{Stored, labels};
+use crate::object::{Name, Stored, labels};
 use crate::plan::View;
-use crate::{quantity, vmi, workloads};
+use crate::world::World;
+use crate::{quantity, vmi, volumes, workloads};
 
 const MEBI: i128 = 1 << 20;
 /// Seconds between the power button and the kill when the VMI does not say (KubeVirt's default).
@@ -74,7 +75,7 @@ pub fn build(vmi: &VirtualMachineInstance, role: Role<'_>, view: &View<'_>) -> P
     let mut volumes = Volumes::default();
     volumes.empty_dir("sockets", "/var/run/kubevirt/sockets");
     volumes.empty_dir("ephemeral-disks", "/var/run/kubevirt-ephemeral-disks");
-    volumes.add_all(spec);
+    volumes.add_all(vmi, view.world);
 
     let settings = view.settings;
     let mut command = settings.launcher_command.clone();
@@ -95,6 +96,7 @@ pub fn build(vmi: &VirtualMachineInstance, role: Role<'_>, view: &View<'_>) -> P
             ..SecurityContext::default()
         }),
         volume_mounts: Some(volumes.mounts),
+        volume_devices: (!volumes.devices.is_empty()).then_some(volumes.devices),
         ..Container::default()
     };
     let grace = spec.termination_grace_period_seconds.unwrap_or(DEFAULT_GRACE_SECONDS).max(0);
@@ -331,6 +333,7 @@ fn resources(spec: &VirtualMachineInstanceSpec) -> ResourceRequirements {
 struct Volumes {
     volumes: Vec<Volume>,
     mounts: Vec<VolumeMount>,
+    devices: Vec<VolumeDevice>,
 }
 
 /// Volume names of the pod that are not the VMI's to use.
@@ -363,18 +366,21 @@ impl Volumes {
         self.push(Volume { name, image: Some(source), ..Volume::default() }, path, true);
     }
 
-    fn add_all(&mut self, spec: &VirtualMachineInstanceSpec) {
+    fn add_all(&mut self, vmi: &VirtualMachineInstance, world: &World) {
+        let spec = &vmi.spec;
         let boot = spec.domain.firmware.as_ref().and_then(|firmware| firmware.kernel_boot.as_ref());
         if let Some(container) = boot.and_then(|boot| boot.container.as_ref()) {
             let path = "/var/run/kubevirt/kernel-boot".to_owned();
             self.image("kernel-boot".to_owned(), &container.image, container.image_pull_policy.clone(), path);
         }
         for volume in &spec.volumes {
-            self.add(volume);
+            let claim = volume.persistent_volume_claim.as_ref().map(|claim| claim.claim_name.as_str());
+            let claim = claim.and_then(|claim| world.claims.get(&Name::new(vmi.namespace(), claim)));
+            self.add(volume, claim.is_some_and(|claim| volumes::is_block(claim)));
         }
     }
 
-    fn add(&mut self, volume: &VmiVolume) {
+    fn add(&mut self, volume: &VmiVolume, is_block: bool) {
         let given = &volume.name;
         let name = volume_name(given);
         if let Some(disk) = &volume.container_disk {
@@ -383,9 +389,15 @@ impl Volumes {
         } else if let Some(claim) = &volume.persistent_volume_claim {
             let source =
                 PersistentVolumeClaimVolumeSource { claim_name: claim.claim_name.clone(), read_only: claim.read_only };
-            let path = format!("/var/run/kubevirt-private/vmi-disks/{given}");
             let volume = Volume { name, persistent_volume_claim: Some(source), ..Volume::default() };
-            self.push(volume, path, claim.read_only.unwrap_or(false));
+            if is_block {
+                let device_path = format!("/dev/vmi-disks/{given}");
+                self.devices.push(VolumeDevice { name: volume.name.clone(), device_path });
+                self.volumes.push(volume);
+            } else {
+                let path = format!("/var/run/kubevirt-private/vmi-disks/{given}");
+                self.push(volume, path, claim.read_only.unwrap_or(false));
+            }
         } else if let Some(config_map) = &volume.config_map {
             let source = ConfigMapVolumeSource {
                 name: config_map.name.clone(),

@@ -44,6 +44,9 @@ pub fn decide(name: &Name, view: &View<'_>) -> Plan {
 
     if vm.is_deleting() {
         let orphan = vm.has_finalizer("orphan");
+        if let Some(vmi) = vmi {
+            volume_update::conclude(&mut after, vmi, &mut events);
+        }
         match vmi.filter(|_| !orphan) {
             Some(vmi) if !vmi.is_deleting() => plan.delete(vmi.as_ref()),
             Some(_) => {}
@@ -99,7 +102,8 @@ pub fn decide(name: &Name, view: &View<'_>) -> Plan {
     plan
 }
 
-fn is_owned_by(vmi: &VirtualMachineInstance, vm: &VirtualMachine) -> bool {
+/// Whether the VMI is this VM's.
+pub(crate) fn is_owned_by(vmi: &VirtualMachineInstance, vm: &VirtualMachine) -> bool {
     let owners = vmi.metadata.owner_references.as_deref().unwrap_or_default();
     owners.iter().any(|owner| owner.kind == "VirtualMachine" && owner.uid == vm.uid())
 }

@@ -23,6 +23,7 @@ use crate::object::{Name, Stored};
 use crate::placement;
 use crate::plan::{EventType, Plan, VM_CONTROLLER, View};
 use crate::quota;
+use crate::volume_update;
 use crate::workloads;
 use crate::world::World;
 
@@ -302,6 +303,10 @@ fn take_down(vmi: &Arc<VirtualMachineInstance>, after: &mut VirtualMachineInstan
     }
     if !vmi.is_final() {
         after.status.phase = VmiPhase::Succeeded;
+    }
+    // What its VM has yet to learn of it goes first.
+    if volume_update::is_to_be_concluded(vmi, view) {
+        return;
     }
     if let Some(finalizers) = &mut after.metadata.finalizers {
         finalizers.retain(|finalizer| finalizer != names::FINALIZER_VMI);

@@ -598,3 +598,27 @@ fn a_local_claim_waits_for_its_first_pod_and_stays_on_its_node() {
     cluster.step(&Key::Claim(name("many")));
     assert!(cluster.has_event("ProvisioningFailed", "use storage class \"shared\""));
 }
+
+#[test]
+fn a_claim_of_a_block_device_is_a_device_of_the_launchers_pod() {
+    let mut cluster = cluster();
+    add_class(&mut cluster, "local", "godwit.local/local", "WaitForFirstConsumer");
+    // One for file systems that would do otherwise.
+    let spare = json!({
+        "capacity": {"storage": "1Gi"}, "accessModes": ["ReadWriteOnce"], "storageClassName": "local", "hostPath": {"path": "/x"},
+    });
+    cluster.put(Kind::PersistentVolume, json!({"metadata": {"name": "spare"}, "spec": spare}));
+    add_claim(&mut cluster, "disk", "local", "ReadWriteOnce");
+    cluster.patch(Kind::PersistentVolumeClaim, &name("disk"), json!({"spec": {"volumeMode": "Block"}}));
+    let mut with_claim = spec();
+    with_claim["volumes"] = json!([{"name": "root", "persistentVolumeClaim": {"claimName": "disk"}}]);
+    add_vmi(&mut cluster, "demo", with_claim);
+    cluster.settle();
+    let volume = cluster.get(Kind::PersistentVolume, &Name::cluster("pvc-uid-disk")).unwrap();
+    assert_eq!((&volume["spec"]["volumeMode"], &volume["status"]["phase"]), (&json!("Block"), &json!("Bound")));
+    let pod = cluster.get(Kind::Pod, &pod(&cluster, "demo")).unwrap();
+    let compute = &pod["spec"]["containers"][0];
+    assert_eq!(compute["volumeDevices"], json!([{"name": "root", "devicePath": "/dev/vmi-disks/root"}]));
+    let mounts = compute["volumeMounts"].as_array().unwrap();
+    assert!(mounts.iter().all(|mount| mount["name"] != "root"), "{compute:#}");
+}

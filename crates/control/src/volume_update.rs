@@ -13,7 +13,7 @@ use godwit_api::{
     Condition, VirtualMachine, VirtualMachineInstance, VirtualMachineInstanceMigration, VmiPhase, condition,
 };
 use jiff::{SignedDuration, Timestamp};
-use k8s_openapi::api::core::v1::PersistentVolumeClaim;
+use k8s_openapi::api::core::v1::{NodeSelector, PersistentVolumeClaim};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
@@ -22,6 +22,7 @@ use std::sync::Arc;
 use crate::names;
 use crate::object::{Name, Stored};
 use crate::plan::{Plan, View};
+use crate::{quantity, selector, vm, volumes};
 
 /// Label of the migrations that move volumes; its value is the VM's name (KubeVirt's).
 pub const LABEL_IN_PROGRESS: &str = "kubevirt.io/volume-update-in-progress";
@@ -29,13 +30,17 @@ pub const LABEL_IN_PROGRESS: &str = "kubevirt.io/volume-update-in-progress";
 const PREFIX: &str = "kubevirt-workload-update-";
 /// The longest pause after a migration that failed.
 const MAX_BACK_OFF_SECONDS: i64 = 300;
+/// What the condition `VolumesChange` says while they move (KubeVirt's).
+const MIGRATE_VOLUMES: &str = "migrate volumes";
+/// Its reason while the change is taken back (KubeVirt's).
+const CANCELLATION: &str = "VolumesChangeCancellation";
 /// Condition of a VM whose volumes may be half copied (KubeVirt's).
 pub const MANUAL_RECOVERY_REQUIRED: &str = "ManualRecoveryRequired";
 
 /// What a change of volumes makes necessary now. `after` is the VM as it will be written; `plan` is carried out after that.
 pub fn decide(after: &mut VirtualMachine, vmi: &VirtualMachineInstance, view: &View<'_>, plan: &mut Plan) {
     if vmi.is_final() || vmi.is_deleting() {
-        return;
+        return conclude(after, vmi, plan);
     }
     let moving = &vmi.status.migrated_volumes;
     let mut wanted = vmi.clone();
@@ -52,7 +57,7 @@ pub fn decide(after: &mut VirtualMachine, vmi: &VirtualMachineInstance, view: &V
                     after.status.volume_update_state = Some(state(&moves));
                     put(&mut wanted.spec.volumes, &moves, false);
                     wanted.status.migrated_volumes = moves;
-                    let told = Condition::new(conditions::VOLUMES_CHANGE, true).because("", "migrate volumes");
+                    let told = Condition::new(conditions::VOLUMES_CHANGE, true).because("", MIGRATE_VOLUMES);
                     condition::set(&mut wanted.status.conditions, told, &now);
                 }
                 Err(why) => restart = Some(why),
@@ -66,7 +71,8 @@ pub fn decide(after: &mut VirtualMachine, vmi: &VirtualMachineInstance, view: &V
             if differ(after, &vmi.spec.volumes) {
                 restart = Some("The volume can only be reverted to the previous version during the update".to_owned());
             }
-            migrate(after, vmi, view, plan);
+            let told = Condition::new(conditions::VOLUMES_CHANGE, true).because("", migrate(after, vmi, view, plan));
+            condition::set(&mut wanted.status.conditions, told, &now);
         }
     }
     plan.update(vmi, &wanted);
@@ -79,6 +85,27 @@ pub fn decide(after: &mut VirtualMachine, vmi: &VirtualMachineInstance, view: &V
             condition::remove(&mut after.status.conditions, conditions::RESTART_REQUIRED);
         }
     }
+}
+
+/// The guest ends, and soon the VMI with it: whether its data has arrived is noted in the VM, which lives on. The VMI waits for that
+/// ([`is_to_be_concluded`]).
+pub fn conclude(after: &mut VirtualMachine, vmi: &VirtualMachineInstance, plan: &mut Plan) {
+    // Until it has ended, its handlers may still say that it has arrived.
+    if !vmi.is_final() || vmi.condition(conditions::VOLUMES_CHANGE).is_none() {
+        return;
+    }
+    let moving = &vmi.status.migrated_volumes;
+    let arrived = moving.is_empty() || is_arriving(vmi);
+    after.status.volume_update_state = (!arrived).then(|| state(moving));
+    let mut wanted = vmi.clone();
+    condition::remove(&mut wanted.status.conditions, conditions::VOLUMES_CHANGE);
+    plan.update(vmi, &wanted);
+}
+
+/// Whether the VM of a VMI that has ended has yet to note where the guest's data is.
+pub fn is_to_be_concluded(vmi: &VirtualMachineInstance, view: &View<'_>) -> bool {
+    let owner = view.world.vms.get(&vmi.key());
+    vmi.condition(conditions::VOLUMES_CHANGE).is_some() && owner.is_some_and(|vm| vm::is_owned_by(vmi, vm))
 }
 
 /// Whether the VM must not be started: it names claims that its data has not come to.
@@ -200,13 +227,55 @@ fn prepare(
         if let Some(other) = view.world.vmis.iter().find(|other| other.namespace() == vmi.namespace() && uses(other)) {
             return Err(format!("claim {to} of volume {name} is used by VirtualMachineInstance {}", other.name()));
         }
+        check_destination(name, there, vmi, view)?;
         infos.push(StorageMigratedVolumeInfo {
             volume_name: name.to_owned(),
             source_pvc_info: Some(info(from, claim(from))),
             destination_pvc_info: Some(info(to, Some(there))),
+            receiving: None,
         });
     }
     Ok(infos)
+}
+
+/// What can be known of a bound claim before anything is done: that it is large enough, and that a pod at another node can have it.
+fn check_destination(
+    volume: &str,
+    claim: &PersistentVolumeClaim,
+    vmi: &VirtualMachineInstance,
+    view: &View<'_>,
+) -> Result<(), String> {
+    if !volumes::is_bound(claim) {
+        return Ok(());
+    }
+    let name = claim.name();
+    let capacity = claim.status.as_ref().and_then(|status| status.capacity.as_ref()).and_then(|all| all.get("storage"));
+    let size = vmi.status.volume_status.iter().find(|status| status.name == volume).and_then(|status| status.size);
+    if let (Some(capacity), Some(size)) = (capacity, size)
+        && quantity::whole(Some(capacity)) < i128::from(size)
+    {
+        // KubeVirt's words, up to the numbers.
+        return Err(format!(
+            "Volume migration cannot be performed because the destination volume is smaller than the source volume: claim \
+             {name} of volume {volume} has {} bytes, the guest's disk {size}",
+            quantity::whole(Some(capacity))
+        ));
+    }
+    let bound = claim.spec.as_ref().and_then(|spec| spec.volume_name.as_deref()).unwrap_or_default();
+    let here = vmi.status.node_name.as_deref().unwrap_or_default();
+    let affinity =
+        view.world.volumes.get(&Name::cluster(bound)).and_then(|volume| volume.spec.as_ref()?.node_affinity.as_ref());
+    let required = affinity.and_then(|affinity| affinity.required.as_ref());
+    let elsewhere = |required: &NodeSelector| {
+        view.world.nodes.iter().any(|node| node.name() != here && selector::node_matches(required, node))
+    };
+    if required.is_some_and(|required| !elsewhere(required)) {
+        return Err(format!(
+            "claim {name} of volume {volume} can be reached from node {here} only, where the guest runs; a volume moves \
+             with its guest to another node"
+        ));
+    }
+    Ok(())
 }
 
 fn modes(claim: &PersistentVolumeClaim) -> &[String] {
@@ -235,10 +304,8 @@ fn is_busy(vmi: &VirtualMachineInstance, view: &View<'_>) -> bool {
 
 /// Whether the last migration was a success that the target's handler has not written down yet.
 fn is_arriving(vmi: &VirtualMachineInstance) -> bool {
-    vmi.status
-        .migration_state
-        .as_ref()
-        .is_some_and(|state| state.completed == Some(true) && state.failed != Some(true) && !vmi.has_arrived())
+    let state = vmi.status.migration_state.as_ref();
+    state.is_some_and(|state| state.completed == Some(true) && state.failed != Some(true)) && !vmi.has_arrived()
 }
 
 /// Takes the change back: first the migration, and when that is over the volumes.
@@ -247,6 +314,8 @@ fn revert(vmi: &VirtualMachineInstance, view: &View<'_>, wanted: &mut VirtualMac
         for migration in under_way(vmi, view).into_iter().filter(|migration| !migration.is_deleting()) {
             plan.delete(migration.as_ref());
         }
+        let told = Condition::new(conditions::VOLUMES_CHANGE, false).because(CANCELLATION, "");
+        condition::set(&mut wanted.status.conditions, told, &Time(view.now));
         return;
     }
     put(&mut wanted.spec.volumes, &vmi.status.migrated_volumes, true);
@@ -254,28 +323,36 @@ fn revert(vmi: &VirtualMachineInstance, view: &View<'_>, wanted: &mut VirtualMac
     condition::remove(&mut wanted.status.conditions, conditions::VOLUMES_CHANGE);
 }
 
-/// Sees to it that there is a migration: the first at once, further ones after pauses that grow.
-fn migrate(vm: &VirtualMachine, vmi: &VirtualMachineInstance, view: &View<'_>, plan: &mut Plan) {
-    let migratable = vmi.status.conditions.iter().any(|c| c.type_ == conditions::LIVE_MIGRATABLE && c.is_true());
-    if is_busy(vmi, view) || !migratable {
-        return;
-    }
-    let since = condition::find(&vmi.status.conditions, conditions::VOLUMES_CHANGE)
-        .and_then(|condition| condition.last_transition_time.as_ref())
-        .map(|time| time.0);
+/// Sees to it that there is a migration: the first at once, further ones after pauses that grow. Says how it stands.
+fn migrate(vm: &VirtualMachine, vmi: &VirtualMachineInstance, view: &View<'_>, plan: &mut Plan) -> String {
+    let change = condition::find(&vmi.status.conditions, conditions::VOLUMES_CHANGE);
+    let since = change.and_then(|condition| condition.last_transition_time.as_ref()).map(|time| time.0);
+    let created =
+        |migration: &VirtualMachineInstanceMigration| migration.metadata.creation_timestamp.as_ref().map(|time| time.0);
     let ours = |migration: &&Arc<VirtualMachineInstanceMigration>| {
-        let created = migration.metadata.creation_timestamp.as_ref().map(|time| time.0);
-        migration.label(LABEL_IN_PROGRESS) == Some(vm.name()) && created >= since
+        migration.label(LABEL_IN_PROGRESS) == Some(vm.name()) && created(migration) >= since
     };
     let tries: Vec<_> = view.world.migrations_of(&vmi.key()).filter(ours).collect();
     let count = i64::try_from(tries.len()).unwrap_or(i64::MAX);
-    let last = tries.iter().filter_map(|m| m.metadata.creation_timestamp.as_ref()).map(|time| time.0).max();
-    if let Some(last) = last {
+    let last = tries.iter().max_by_key(|migration| created(migration));
+    let migratable = vmi.status.conditions.iter().any(|c| c.type_ == conditions::LIVE_MIGRATABLE && c.is_true());
+    if is_busy(vmi, view) || !migratable {
+        // What was said of the last try stays until the next has an end.
+        return change
+            .filter(|c| c.is_true())
+            .and_then(|c| c.message.clone())
+            .unwrap_or_else(|| MIGRATE_VOLUMES.into());
+    }
+    let mut told = MIGRATE_VOLUMES.to_owned();
+    if let Some((last, at)) = last.and_then(|last| Some((last, created(last)?))) {
         let pause = count.saturating_mul(count).saturating_mul(10).min(MAX_BACK_OFF_SECONDS);
-        let next = last + SignedDuration::from_secs(pause);
+        let next = at + SignedDuration::from_secs(pause);
+        let state = last.status.migration_state.as_ref();
+        let why = state.and_then(|state| state.failure_reason.as_deref()).unwrap_or("it gave no reason");
+        told = format!("{told}; the last migration failed, and the guest stays where it was: {why}");
         if next > view.now {
             plan.wake(next);
-            return;
+            return told;
         }
     }
     // The same for the same try, so that a decision that is taken twice makes one.
@@ -295,4 +372,5 @@ fn migrate(vm: &VirtualMachine, vmi: &VirtualMachineInstance, view: &View<'_>, p
     migration.spec.vmi_name = Some(vmi.name().to_owned());
     migration.spec.priority = Some(MigrationPriority::UserTriggered);
     plan.create(migration);
+    told
 }

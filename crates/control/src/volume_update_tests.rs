@@ -1,7 +1,7 @@
 use serde_json::{Value, json};
 
 use crate::testing::Cluster;
-use crate::{Kind, Name, names};
+use crate::{Key, Kind, Name, Ref, names};
 
 fn name(name: &str) -> Name {
     Name::new("default", name)
@@ -45,7 +45,10 @@ fn cluster() -> Cluster {
     cluster.put(
         Kind::VirtualMachineInstance,
         json!({
-            "metadata": {"name": "demo", "namespace": "default", "uid": "uid-demo", "ownerReferences": owner},
+            "metadata": {
+                "name": "demo", "namespace": "default", "uid": "uid-demo", "ownerReferences": owner,
+                "finalizers": [names::FINALIZER_VMI],
+            },
             "spec": spec("old"),
             "status": {
                 "phase": "Running", "nodeName": "node1", "runtimeUser": 0,
@@ -89,6 +92,15 @@ fn vm(cluster: &Cluster) -> Value {
 
 fn volume_of(vmi: &Value) -> &Value {
     &vmi["spec"]["volumes"][0]["persistentVolumeClaim"]["claimName"]
+}
+
+/// What a handler and a kubelet do to a VMI that is deleted: its guest ends, its pods go.
+fn end_guest(cluster: &mut Cluster) {
+    cluster.delete(&Ref::new(Kind::VirtualMachineInstance, name("demo")));
+    for _ in 0..3 {
+        cluster.settle();
+        cluster.run_kubelets();
+    }
 }
 
 fn condition<'a>(object: &'a Value, type_: &str) -> &'a Value {
@@ -159,15 +171,21 @@ fn a_migration_that_fails_is_tried_again_after_a_pause_and_one_that_has_arrived_
     becomes_migratable(&mut cluster);
     let fail = |cluster: &mut Cluster, at: usize| {
         let name = name(migrations(cluster)[at]["metadata"]["name"].as_str().unwrap());
-        let status = json!({"metadata": {"finalizers": null}, "status": {"phase": "Failed"}});
+        let state = json!({"failureReason": "the target's QEMU ended"});
+        let status = json!({"metadata": {"finalizers": null}, "status": {"phase": "Failed", "migrationState": state}});
         cluster.patch(Kind::Migration, &name, status);
         cluster.settle();
     };
+    let change = |cluster: &Cluster| condition(&vm(cluster), "VolumesChange")["message"].clone();
+    assert_eq!(change(&cluster), "migrate volumes");
     fail(&mut cluster, 0);
     assert_eq!(migrations(&cluster).len(), 1, "not at once");
+    let why = "migrate volumes; the last migration failed, and the guest stays where it was: the target's QEMU ended";
+    assert_eq!(change(&cluster), why);
     cluster.pass(11);
     cluster.settle();
     assert_eq!(migrations(&cluster).len(), 2);
+    assert_eq!(change(&cluster), why, "until the next one has an end");
     let open = migrations(&cluster).iter().position(|one| one["status"]["phase"] != "Failed").unwrap();
     // Well at its end, but who runs the guest has not said so yet.
     let state = json!({"completed": true, "targetNode": "node2"});
@@ -195,6 +213,13 @@ fn setting_the_claim_back_cancels() {
     for one in migrations(&cluster) {
         assert!(one["metadata"]["deletionTimestamp"].is_string() || one["status"]["phase"] == "Failed", "{one}");
     }
+    let cancelling = condition(&vmi(&cluster), "VolumesChange").clone();
+    if !cancelling.is_null() {
+        assert_eq!(
+            (&cancelling["status"], &cancelling["reason"]),
+            (&json!("False"), &json!("VolumesChangeCancellation"))
+        );
+    }
     cluster.settle();
     for name in cluster.world.names_of(Kind::Migration) {
         cluster.remove(Kind::Migration, &name);
@@ -211,17 +236,48 @@ fn setting_the_claim_back_cancels() {
 fn a_guest_that_ends_meanwhile_is_started_only_where_its_data_is() {
     let mut cluster = cluster();
     want(&mut cluster, "new");
-    for name in cluster.world.names_of(Kind::Pod) {
-        cluster.remove(Kind::Pod, &name);
-    }
-    cluster.remove(Kind::VirtualMachineInstance, &name("demo"));
-    cluster.settle();
+    end_guest(&mut cluster);
     let held = vm(&cluster);
     assert_eq!(condition(&held, "ManualRecoveryRequired")["status"], "True", "{held:#}");
     assert_eq!(cluster.get(Kind::VirtualMachineInstance, &name("demo")), None);
     want(&mut cluster, "old");
     assert_eq!(volume_of(&vmi(&cluster)), "old");
     assert_eq!(condition(&vm(&cluster), "ManualRecoveryRequired"), &Value::Null);
+}
+
+#[test]
+fn a_guest_that_ends_right_after_its_arrival_is_started_on_the_new_claim() {
+    let by_target = json!({"status": {"nodeName": "node2", "migratedVolumes": null}});
+    // Only the source's handler has spoken yet.
+    let by_source = json!({"status": {"migrationState": {"completed": true, "targetNode": "node2"}}});
+    for arrival in [by_target, by_source] {
+        let mut cluster = cluster();
+        want(&mut cluster, "new");
+        // Its VM's controller is slow: it learns of the arrival only when all else is over.
+        cluster.patch(Kind::VirtualMachineInstance, &name("demo"), arrival.clone());
+        cluster.delete(&Ref::new(Kind::VirtualMachineInstance, name("demo")));
+        for _ in 0..5 {
+            cluster.step(&Key::Vmi(name("demo")));
+            cluster.run_kubelets();
+        }
+        assert_eq!(vmi(&cluster)["status"]["phase"], "Succeeded", "it waits for its VM's note");
+        assert!(vm(&cluster)["status"]["volumeUpdateState"].is_object());
+        cluster.settle();
+        let again = vmi(&cluster);
+        assert_ne!(again["metadata"]["uid"], "uid-demo", "{arrival}");
+        assert_eq!(volume_of(&again), "new");
+        assert_eq!(condition(&vm(&cluster), "ManualRecoveryRequired"), &Value::Null);
+    }
+}
+
+#[test]
+fn a_vm_that_is_deleted_meanwhile_goes_with_its_guest() {
+    let mut cluster = cluster();
+    want(&mut cluster, "new");
+    cluster.delete(&Ref::new(Kind::VirtualMachine, name("demo")));
+    end_guest(&mut cluster);
+    assert_eq!(cluster.get(Kind::VirtualMachineInstance, &name("demo")), None);
+    assert_eq!(cluster.get(Kind::VirtualMachine, &name("demo")), None);
 }
 
 #[test]
@@ -255,6 +311,47 @@ fn what_cannot_move_waits_for_a_restart_and_says_why() {
         );
     });
     assert_eq!(used, "claim new of volume data is used by VirtualMachineInstance second");
+    let small = told(&|cluster| {
+        let status = json!({"status": {"capacity": {"storage": "1Mi"}}});
+        cluster.patch(Kind::PersistentVolumeClaim, &name("new"), status);
+        let sizes = json!([{"name": "data", "target": "vda", "size": 1 << 30}]);
+        cluster.patch(Kind::VirtualMachineInstance, &name("demo"), json!({"status": {"volumeStatus": sizes}}));
+    });
+    assert!(small.contains("smaller than the source volume"), "{small}");
+    let here = told(&|cluster| volume_of_node(cluster, "node1"));
+    assert!(here.contains("can be reached from node node1 only"), "{here}");
+}
+
+/// The volume of claim `new` is one that only this node has.
+fn volume_of_node(cluster: &mut Cluster, node: &str) {
+    let is_node = json!([{"key": "kubernetes.io/hostname", "operator": "In", "values": [node]}]);
+    cluster.put(
+        Kind::PersistentVolume,
+        json!({
+            "metadata": {"name": "new"},
+            "spec": {
+                "capacity": {"storage": "1Gi"}, "accessModes": ["ReadWriteOnce"], "local": {"path": "/x"},
+                "claimRef": {"namespace": "default", "name": "new"},
+                "nodeAffinity": {"required": {"nodeSelectorTerms": [{"matchExpressions": is_node}]}},
+            },
+        }),
+    );
+}
+
+#[test]
+fn a_claim_of_another_node_takes_the_guest_there() {
+    let mut cluster = cluster();
+    volume_of_node(&mut cluster, "node2");
+    want(&mut cluster, "new");
+    assert_eq!(volume_of(&vmi(&cluster)), "new");
+    becomes_migratable(&mut cluster);
+    cluster.run_kubelets();
+    cluster.settle();
+    let uid = migrations(&cluster)[0]["metadata"]["uid"].clone();
+    let pods: Vec<Value> =
+        cluster.world.names_of(Kind::Pod).iter().map(|pod| cluster.get(Kind::Pod, pod).unwrap()).collect();
+    let target = pods.iter().find(|pod| pod["metadata"]["labels"]["kubevirt.io/migrationJobUID"] == uid).unwrap();
+    assert_eq!(target["spec"]["nodeName"], "node2");
 }
 
 #[test]

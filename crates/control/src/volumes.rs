@@ -2,7 +2,7 @@
 //!
 //! `shared` gives a folder that all nodes see, bound at once; `local` gives a folder of one node, bound when the first pod that
 //! uses the claim has been placed (`WaitForFirstConsumer`). The folder is made by the kubelet, the disk image in it by
-//! the launcher.
+//! the launcher. In place of the folder a claim of mode `Block` has a file, which the kubelet makes a block device of.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -30,6 +30,10 @@ const BOUND_BY_CONTROLLER: &str = "pv.kubernetes.io/bound-by-controller";
 const PROVISIONED_BY: &str = "pv.kubernetes.io/provisioned-by";
 const IS_DEFAULT_CLASS: &str = "storageclass.kubernetes.io/is-default-class";
 
+/// Volume modes of Kubernetes.
+const BLOCK: &str = "Block";
+const FILESYSTEM: &str = "Filesystem";
+
 /// Where the folder of a volume is.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Reach {
@@ -50,6 +54,16 @@ pub fn is_bound(claim: &PersistentVolumeClaim) -> bool {
     let phase = claim.status.as_ref().and_then(|status| status.phase.as_deref());
     let volume = claim.spec.as_ref().and_then(|spec| spec.volume_name.as_deref()).unwrap_or_default();
     phase == Some("Bound") && !volume.is_empty()
+}
+
+/// Whether the claim is for a block device, and not for a file system.
+pub fn is_block(claim: &PersistentVolumeClaim) -> bool {
+    mode(claim.spec.as_ref().and_then(|spec| spec.volume_mode.as_deref())) == BLOCK
+}
+
+/// A volume mode; what names none is a file system.
+fn mode(given: Option<&str>) -> &str {
+    given.unwrap_or(FILESYSTEM)
 }
 
 /// Whether the claim is to be bound only when a pod that uses it has been placed.
@@ -140,6 +154,7 @@ fn find_volume<'a>(
             let modes = have.access_modes.as_deref().unwrap_or_default();
             have.storage_class_name.as_deref().unwrap_or_default() == class
                 && size_of(volume) >= wanted
+                && mode(have.volume_mode.as_deref()) == mode(spec.volume_mode.as_deref())
                 && spec.access_modes.iter().flatten().all(|mode| modes.contains(mode))
                 // A volume of one node is matched only when somebody reserved it for this claim.
                 && (have.node_affinity.is_none() || have.claim_ref.is_some())
@@ -187,7 +202,7 @@ fn provision(
         claim_ref: Some(reference_to(claim)),
         persistent_volume_reclaim_policy: Some(class.reclaim_policy.clone().unwrap_or_else(|| "Delete".to_owned())),
         storage_class_name: class.metadata.name.clone(),
-        volume_mode: Some(spec.volume_mode.clone().unwrap_or_else(|| "Filesystem".to_owned())),
+        volume_mode: Some(spec.volume_mode.clone().unwrap_or_else(|| FILESYSTEM.to_owned())),
         ..PersistentVolumeSpec::default()
     };
     match node {
@@ -198,7 +213,9 @@ fn provision(
         }
         None => {
             let path = view.settings.shared_path(&name);
-            volume.host_path = Some(HostPathVolumeSource { path, type_: Some("DirectoryOrCreate".to_owned()) });
+            // Of a block volume it is the file behind the device.
+            let type_ = if is_block(claim) { "" } else { "DirectoryOrCreate" };
+            volume.host_path = Some(HostPathVolumeSource { path, type_: Some(type_.to_owned()) });
         }
     }
     PersistentVolume {

@@ -6,7 +6,7 @@ mod common;
 #[path = "guests/view.rs"]
 mod view;
 
-use common::{Cluster, rom_vmi, status, text};
+use common::{Cluster, qemus, rom_vmi, status, text};
 use godwit_guest_rom::{Line, Parameters};
 use godwit_network::Namespace;
 use kube::api::{DynamicObject, Patch};
@@ -206,23 +206,6 @@ async fn bridged_to_the_pod_network_a_guest_takes_its_address_along_where_that_i
             assert_eq!((now, &after["token"]), (address, &before["token"]), "{name}");
         }
     }
-}
-
-/// Process and command line of every QEMU in the VMI's active pods. (The guest's name and UUID are in the command line, but
-/// follow from the VMI's name: another test's guest may have the same.)
-fn qemus(vmi: &DynamicObject) -> Vec<(i32, String)> {
-    let pods = vmi.data.pointer("/status/activePods").and_then(Value::as_object).expect("activePods");
-    let mut found = Vec::new();
-    for entry in std::fs::read_dir("/proc").expect("/proc").flatten() {
-        let Ok(pid) = entry.file_name().to_string_lossy().parse::<i32>() else { continue };
-        let arguments = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
-        let arguments = text(&arguments).replace('\0', " ");
-        let groups = std::fs::read_to_string(entry.path().join("cgroup")).unwrap_or_default();
-        if arguments.contains("qemu-system") && pods.keys().any(|uid| groups.contains(uid.as_str())) {
-            found.push((pid, arguments));
-        }
-    }
-    found
 }
 
 fn claim(name: &str, class: &str, mode: &str) -> Value {

@@ -118,6 +118,12 @@ pub fn patch(vmi: &VirtualMachineInstance, changes: &[Change], from: &Sources<'_
                 for (port, inner) in &target.ports {
                     ports.insert(port.clone(), json!(inner));
                 }
+                // From now on copies may come; another try must not take them for somebody's data.
+                if vmi.status.migrated_volumes.iter().any(|moved| moved.receiving != Some(true)) {
+                    let mut moved = vmi.status.migrated_volumes.clone();
+                    moved.iter_mut().for_each(|moved| moved.receiving = Some(true));
+                    status.insert("migratedVolumes".into(), json!(moved));
+                }
                 migration.insert("targetNodeAddress".into(), json!(target.address));
                 migration.insert("targetDirectMigrationNodePorts".into(), Value::Object(ports.clone()));
                 migration.insert("migrationNetworkType".into(), json!(names::MIGRATION_NETWORK_POD));

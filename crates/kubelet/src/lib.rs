@@ -9,6 +9,7 @@ mod container;
 mod env;
 mod error;
 mod events;
+mod loops;
 mod network;
 mod node;
 mod plan;

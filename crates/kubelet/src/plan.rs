@@ -9,9 +9,10 @@ use kube::ResourceExt;
 
 use crate::cgroup::Limits;
 use crate::env;
+use crate::loops::Device;
 use crate::network::PodNetwork;
 use crate::quantity;
-use crate::spec::{ContainerSpec, Mount, Root};
+use crate::spec::{ContainerSpec, Loop, Mount, Root};
 use crate::volumes::Volumes;
 
 /// The image that is the node's own system.
@@ -165,6 +166,7 @@ pub(crate) fn make(parts: Parts<'_>) -> Result<ContainerSpec, String> {
         group,
         groups,
         mounts: mounts(&parts)?,
+        loops: loops(&parts)?,
         cgroups: parts.cgroups,
         capabilities: (!privileged).then(|| capabilities(security)),
         no_new_privileges: security.allow_privilege_escalation == Some(false),
@@ -208,8 +210,11 @@ fn mounts(parts: &Parts<'_>) -> Result<Vec<Mount>, String> {
         mounts.push(Mount { source: "/etc/resolv.conf".into(), target: "/etc/resolv.conf".into(), read_only: true });
     }
     for wanted in parts.container.volume_mounts.iter().flatten() {
-        let (source, read_only) =
-            parts.volumes.get(&wanted.name).ok_or_else(|| format!("volume {:?} is not in the pod", wanted.name))?;
+        let (source, read_only) = parts
+            .volumes
+            .places
+            .get(&wanted.name)
+            .ok_or_else(|| format!("volume {:?} is not in the pod", wanted.name))?;
         let mut source = source.clone();
         let sub_path = match (&wanted.sub_path, &wanted.sub_path_expr) {
             (_, Some(expression)) if !expression.is_empty() => Some(env::expand(expression, &parts.env)),
@@ -228,9 +233,31 @@ fn mounts(parts: &Parts<'_>) -> Result<Vec<Mount>, String> {
             read_only: *read_only || wanted.read_only == Some(true),
         });
     }
+    for wanted in parts.container.volume_devices.iter().flatten() {
+        let (device, read_only) = held(parts, &wanted.name)?;
+        let (source, target) = (device.path.clone(), wanted.device_path.clone());
+        mounts.push(Mount { source, target, read_only: *read_only });
+    }
     // Outer ones first, so that none hides another.
     mounts.sort_by_key(|mount| Path::new(&mount.target).components().count());
     Ok(mounts)
+}
+
+/// The block device of a volume.
+fn held<'a>(parts: &'a Parts<'_>, volume: &str) -> Result<&'a (Device, bool), String> {
+    parts.volumes.devices.get(volume).ok_or_else(|| format!("volume {volume:?} of mode Block is not in the pod"))
+}
+
+/// What its shim has to hold so that the container's block devices stay what they are.
+fn loops(parts: &Parts<'_>) -> Result<Vec<Loop>, String> {
+    let mut loops = Vec::new();
+    for wanted in parts.container.volume_devices.iter().flatten() {
+        let (device, _) = held(parts, &wanted.name)?;
+        if let Some(file) = device.file.clone() {
+            loops.push(Loop { device: device.path.clone(), file });
+        }
+    }
+    Ok(loops)
 }
 
 /// A path inside a volume, made if it is not there. A link in the volume must not lead out of it.
@@ -293,10 +320,6 @@ pub(crate) fn unsupported(pod: &Pod) -> Vec<String> {
         note(
             container.tty == Some(true) || container.stdin == Some(true),
             format!("stdin and tty of container {name}"),
-        );
-        note(
-            container.volume_devices.as_ref().is_some_and(|d| !d.is_empty()),
-            format!("volumeDevices of container {name}"),
         );
         let propagated = |mount: &k8s_openapi::api::core::v1::VolumeMount| {
             mount.mount_propagation.as_deref().is_some_and(|kind| kind != "None")

@@ -50,6 +50,9 @@ pub struct ContainerSpec {
     pub groups: Vec<u32>,
     /// What is mounted, in this order.
     pub mounts: Vec<Mount>,
+    /// Loop devices among them, which the shim holds.
+    #[serde(default)]
+    pub loops: Vec<Loop>,
     /// Control group folders that it joins.
     pub cgroups: Vec<PathBuf>,
     /// Linux capabilities by number; `None` keeps all (privileged).
@@ -85,6 +88,15 @@ pub struct Mount {
     pub target: String,
     /// Whether it cannot be written there.
     pub read_only: bool,
+}
+
+/// A loop device, and the file that must be behind it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Loop {
+    /// The device.
+    pub device: PathBuf,
+    /// The file.
+    pub file: PathBuf,
 }
 
 /// A process, told apart from later ones with the same number by its start time.

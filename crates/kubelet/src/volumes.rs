@@ -13,10 +13,23 @@ use kube::{Api, ResourceExt};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use crate::env::{self, Facts};
+use crate::loops::{self, Device};
 use crate::{Context, quantity};
 
 /// Where the volumes of a pod are, by name; `true` if they can only be read.
-pub(crate) type Volumes = BTreeMap<String, (PathBuf, bool)>;
+#[derive(Default)]
+pub(crate) struct Volumes {
+    /// Folders and files.
+    pub(crate) places: BTreeMap<String, (PathBuf, bool)>,
+    /// Block devices.
+    pub(crate) devices: BTreeMap<String, (Device, bool)>,
+}
+
+/// What is behind a volume.
+enum Place {
+    Path(PathBuf, bool),
+    Device(Device, bool),
+}
 
 /// Why a volume is not there.
 pub(crate) enum Failure {
@@ -30,7 +43,7 @@ type Files = BTreeMap<PathBuf, (Vec<u8>, u32)>;
 
 /// Makes all volumes of a pod; those that are there already (after a restart of the kubelet) are left as they are.
 pub(crate) async fn prepare(context: &Context, pod: &Pod, folder: &Path, facts: &Facts) -> Result<Volumes, Failure> {
-    let mut volumes = Volumes::new();
+    let mut volumes = Volumes::default();
     let spec = pod.spec.as_ref();
     for volume in spec.iter().flat_map(|spec| spec.volumes.iter().flatten()) {
         let place = one(context, pod, folder, volume, facts).await.map_err(|failure| match failure {
@@ -39,7 +52,11 @@ pub(crate) async fn prepare(context: &Context, pod: &Pod, folder: &Path, facts: 
             }
             image => image,
         })?;
-        volumes.insert(volume.name.clone(), place);
+        let name = volume.name.clone();
+        match place {
+            Place::Path(path, read_only) => drop(volumes.places.insert(name, (path, read_only))),
+            Place::Device(device, read_only) => drop(volumes.devices.insert(name, (device, read_only))),
+        }
     }
     Ok(volumes)
 }
@@ -67,13 +84,7 @@ fn text(what: &str, path: &Path) -> impl Fn(std::io::Error) -> Failure {
     move |error| Failure::Mount(format!("{what}: {error}"))
 }
 
-async fn one(
-    context: &Context,
-    pod: &Pod,
-    folder: &Path,
-    volume: &Volume,
-    facts: &Facts,
-) -> Result<(PathBuf, bool), Failure> {
+async fn one(context: &Context, pod: &Pod, folder: &Path, volume: &Volume, facts: &Facts) -> Result<Place, Failure> {
     let namespace = pod.namespace().unwrap_or_default();
     let place = |kind: &str| folder.join("volumes").join(format!("kubernetes.io~{kind}")).join(&volume.name);
     let group = pod.spec.as_ref().and_then(|s| s.security_context.as_ref()?.fs_group);
@@ -85,7 +96,7 @@ async fn one(
         // What was in memory went with a restart of the machine.
         let in_memory = source.medium.as_deref() == Some("Memory");
         if path.is_dir() && (!in_memory || is_tmpfs(&path)) {
-            return Ok((path, false));
+            return Ok(Place::Path(path, false));
         }
         fs::create_dir_all(&path).map_err(text("make", &path))?;
         match source.medium.as_deref().unwrap_or_default() {
@@ -99,22 +110,24 @@ async fn one(
         let mode = if group.is_some() { 0o2777 } else { 0o777 };
         chown(&path, None, group).map_err(text("change the group of", &path))?;
         fs::set_permissions(&path, fs::Permissions::from_mode(mode)).map_err(text("set the mode of", &path))?;
-        return Ok((path, false));
+        return Ok(Place::Path(path, false));
     }
     if let Some(source) = &volume.host_path {
-        return host_path(source).map(|path| (path, false));
+        return host_path(source).map(|path| Place::Path(path, false));
     }
     if let Some(source) = &volume.persistent_volume_claim {
-        return claim(context, &namespace, &source.claim_name)
-            .await
-            .map(|(path, read_only)| (path, read_only || source.read_only.unwrap_or(false)));
+        let only_read = source.read_only.unwrap_or(false);
+        return claim(context, &namespace, &source.claim_name).await.map(|place| match place {
+            Place::Path(path, read_only) => Place::Path(path, read_only || only_read),
+            Place::Device(device, read_only) => Place::Device(device, read_only || only_read),
+        });
     }
     if let Some(source) = &volume.image {
         let reference = source.reference.clone().unwrap_or_default();
         let policy = PullPolicy::of(source.pull_policy.as_deref(), &reference);
         let unpacked = context.image(&reference, policy).await;
         return unpacked
-            .map(|unpacked| (unpacked.path, true))
+            .map(|unpacked| Place::Path(unpacked.path, true))
             .map_err(|error| Failure::Image { reference: reference.clone(), error });
     }
 
@@ -160,7 +173,7 @@ async fn one(
     }
     let path = place(kind);
     write_files(&path, &files, default_mode, kind == "secret" || kind == "projected", group)?;
-    Ok((path, true))
+    Ok(Place::Path(path, true))
 }
 
 fn is_tmpfs(path: &Path) -> bool {
@@ -301,8 +314,8 @@ fn host_path(source: &HostPathVolumeSource) -> Result<PathBuf, Failure> {
     }
 }
 
-/// The folder behind a claim: a volume of kind `hostPath` or `local`.
-async fn claim(context: &Context, namespace: &str, name: &str) -> Result<(PathBuf, bool), Failure> {
+/// The folder or the block device behind a claim: a volume of kind `hostPath` or `local`.
+async fn claim(context: &Context, namespace: &str, name: &str) -> Result<Place, Failure> {
     let failed = |error: kube::Error| Failure::Mount(format!("persistentvolumeclaim {name:?}: {error}"));
     let claims: Api<PersistentVolumeClaim> = Api::namespaced(context.client.clone(), namespace);
     let claim = claims.get_opt(name).await.map_err(failed)?;
@@ -314,26 +327,34 @@ async fn claim(context: &Context, namespace: &str, name: &str) -> Result<(PathBu
     let volume = volumes.get(&volume).await.map_err(failed)?;
     let name = volume.name_any();
     let spec = volume.spec.unwrap_or_default();
-    if spec.volume_mode.as_deref() == Some("Block") {
-        return Err(Failure::Mount(format!(
-            "persistentvolume {name:?}: block volumes are not supported by this kubelet"
-        )));
-    }
+    let modes = spec.access_modes.as_deref().unwrap_or_default();
+    let read_only = !modes.is_empty() && modes.iter().all(|mode| mode == "ReadOnlyMany");
     let path = match (&spec.host_path, &spec.local) {
-        (Some(source), _) => {
-            host_path(&HostPathVolumeSource { type_: Some("DirectoryOrCreate".into()), ..source.clone() })?
-        }
-        (None, Some(local)) => {
-            host_path(&HostPathVolumeSource { path: local.path.clone(), type_: Some("DirectoryOrCreate".into()) })?
-        }
+        (Some(source), _) => &source.path,
+        (None, Some(local)) => &local.path,
         (None, None) => {
             let text = "this kubelet knows persistent volumes of kind hostPath and local only";
             return Err(Failure::Mount(format!("persistentvolume {name:?}: {text}")));
         }
     };
-    let read_only =
-        spec.access_modes.is_some_and(|modes| !modes.is_empty() && modes.iter().all(|m| m == "ReadOnlyMany"));
-    Ok((path, read_only))
+    if spec.volume_mode.as_deref() == Some("Block") {
+        let size = spec.capacity.as_ref().and_then(|all| all.get("storage")).and_then(|size| quantity::bytes(&size.0));
+        return device(path, size.unwrap_or(0)).map(|device| Place::Device(device, read_only));
+    }
+    let source = HostPathVolumeSource { type_: Some("DirectoryOrCreate".into()), path: path.clone() };
+    Ok(Place::Path(host_path(&source)?, read_only))
+}
+
+/// The block device at `path`, or one of this size for a file that is made there.
+fn device(path: &str, size: u64) -> Result<Device, Failure> {
+    let path = Path::new(path);
+    if !path.is_absolute() || path.components().any(|part| part == Component::ParentDir) {
+        return Err(Failure::Mount(format!("path {path:?} of a block volume must be absolute, without '..'")));
+    }
+    if let Some(folder) = path.parent() {
+        fs::create_dir_all(folder).map_err(text("make", folder))?;
+    }
+    loops::attach(path, size).map_err(text("make a block device of", path))
 }
 
 #[cfg(test)]

@@ -53,6 +53,7 @@ impl Scratch {
             group: None,
             groups: Vec::new(),
             mounts: Vec::new(),
+            loops: Vec::new(),
             cgroups: Vec::new(),
             capabilities: Some(vec![0, 1, 3, 5, 6, 7]),
             no_new_privileges: true,

@@ -5,8 +5,10 @@
 //! could decide; what it does guard, alone, is that no guest is run twice (see [`rpc`] and docs/architecture.md, "Hand-over").
 
 pub mod agent;
+mod blank;
 pub mod client;
 pub mod console;
+mod copy_mark;
 pub mod iso;
 pub mod plan;
 pub mod record;

@@ -280,6 +280,7 @@ fn disk(spec: &DiskSpec, image: &Image) -> Result<Disk, Error> {
         name: spec.name.clone(),
         path: image.path.clone(),
         format: image.format,
+        size: image.size,
         bus,
         kind,
         // A hard disk on AHCI knows no write protection; its content is made anew at each place, so nothing is lost.

@@ -1,11 +1,12 @@
 //! Whether the target has room for the disks that are copied to it, and what of them it has already.
 
+use crate::blank;
 use crate::plan::WritableDisk;
 use crate::rpc::DiskRoom;
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::io::Read;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
 /// What the file system needs for itself beside a disk's content, and qcow2 for its tables.
@@ -15,7 +16,12 @@ const PIECE: usize = 1 << 20;
 
 /// What there is for the disk whose file is `path`.
 pub fn look(path: &Path, base: Option<String>) -> std::io::Result<DiskRoom> {
-    let filesystem = std::fs::metadata(path)?.dev();
+    let metadata = std::fs::metadata(path)?;
+    if metadata.file_type().is_block_device() {
+        // As large as it is; whether that is enough was looked at.
+        return Ok(DiskRoom { filesystem: metadata.rdev(), free_bytes: u64::MAX, base });
+    }
+    let filesystem = metadata.dev();
     let stat = nix::sys::statvfs::statvfs(path)?;
     let free_bytes = stat.blocks_available().saturating_mul(stat.fragment_size());
     Ok(DiskRoom { filesystem, free_bytes, base })
@@ -38,7 +44,11 @@ pub fn digest(path: &Path) -> std::io::Result<String> {
 /// How many bytes a copy of the disk takes at the target: holes stay holes.
 pub fn needed(disk: &WritableDisk, above_base: bool) -> std::io::Result<u64> {
     // `st_blocks` counts in 512 bytes, whatever the file system's block (stat(2)).
-    let allocated = |path: &Path| std::fs::metadata(path).map(|m| m.blocks().saturating_mul(512));
+    let allocated = |path: &Path| match std::fs::metadata(path)? {
+        // Which of its blocks were never written it does not tell.
+        device if device.file_type().is_block_device() => blank::size(path),
+        file => Ok(file.blocks().saturating_mul(512)),
+    };
     let mut bytes = allocated(&disk.path)?;
     if let Some(base) = disk.base.as_deref().filter(|_| !above_base) {
         bytes = bytes.saturating_add(allocated(base)?);

@@ -688,6 +688,8 @@ pub struct Paths {
     pub ephemeral_disks: PathBuf,
     /// One directory a persistentVolumeClaim volume.
     pub vmi_disks: PathBuf,
+    /// One block device a persistentVolumeClaim volume whose claim is of mode `Block`.
+    pub block_disks: PathBuf,
     /// One directory a containerDisk volume.
     pub container_disks: PathBuf,
     /// The unpacked image of `firmware.kernelBoot.container`.
@@ -706,6 +708,7 @@ impl Default for Paths {
             sockets: "/var/run/kubevirt/sockets".into(),
             ephemeral_disks: "/var/run/kubevirt-ephemeral-disks".into(),
             vmi_disks: "/var/run/kubevirt-private/vmi-disks".into(),
+            block_disks: "/dev/vmi-disks".into(),
             container_disks: "/var/run/kubevirt/container-disks".into(),
             kernel_boot: "/var/run/kubevirt/kernel-boot".into(),
             config_maps: "/var/run/kubevirt-private/config-map".into(),
@@ -724,6 +727,7 @@ impl Paths {
             sockets: below(&d.sockets),
             ephemeral_disks: below(&d.ephemeral_disks),
             vmi_disks: below(&d.vmi_disks),
+            block_disks: below(&d.block_disks),
             container_disks: below(&d.container_disks),
             kernel_boot: below(&d.kernel_boot),
             config_maps: below(&d.config_maps),

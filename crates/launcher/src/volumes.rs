@@ -1,9 +1,11 @@
 //! The files behind the disks: found in the pod, or made in it.
 
+use crate::blank::{self, Blank};
+use crate::copy_mark;
 use crate::iso;
 use crate::rpc::{Paths, VolumeFacts};
 use base64::Engine;
-use godwit_api::vmi::{CloudInitNoCloudSource, MigrationMethod, Volume};
+use godwit_api::vmi::{CloudInitNoCloudSource, MigrationMethod, StorageMigratedVolumeInfo, Volume};
 use godwit_api::{Quantity, VirtualMachineInstance};
 use godwit_qemu::machine::Format;
 use godwit_qemu::process::find_qemu_img;
@@ -57,11 +59,13 @@ pub struct Image {
     pub base: Option<PathBuf>,
     /// Its content is still on another claim, and is copied here.
     pub comes: bool,
+    /// The guest's disk is as large as this, and the image larger.
+    pub size: Option<u64>,
 }
 
 impl Image {
     fn new(path: PathBuf, format: Format, read_only: bool, same_everywhere: bool) -> Image {
-        Image { path, format, read_only, same_everywhere, base: None, comes: false }
+        Image { path, format, read_only, same_everywhere, base: None, comes: false, size: None }
     }
 
     /// Whether it can be read and written without the host's page cache (`O_DIRECT`), what it lies above as well.
@@ -72,6 +76,8 @@ impl Image {
         opens(&self.path) && self.base.as_deref().is_none_or(opens)
     }
 }
+
+const NOT_WRITTEN: &str = "a disk that the guest cannot write to is not moved to another claim";
 
 /// Prepares the file of one volume.
 pub struct Preparer<'a> {
@@ -102,15 +108,23 @@ impl Preparer<'_> {
             return Ok(Image { base: Some(file), ..Image::new(overlay, Format::Qcow2, false, false) });
         }
         if let Some(source) = &volume.persistent_volume_claim {
+            let device = self.paths.block_disks.join(name);
+            if device.exists() {
+                return self.device(name, device, disk_read_only || source.read_only == Some(true)).await;
+            }
             let path = self.paths.vmi_disks.join(name).join("disk.img");
             let shared = self.claim_is_shared(name);
             let read_only = source.read_only == Some(true);
             if self.arriving && self.comes_from_another_claim(name) {
                 if read_only || disk_read_only {
-                    return Err(invalid(name, "a disk that the guest cannot write to is not moved to another claim"));
+                    return Err(invalid(name, NOT_WRITTEN));
                 }
-                self.make_room_on_claim(name, &path, facts)?;
+                self.make_room_on_claim(name, &path, facts).await?;
                 return Ok(Image { comes: true, ..Image::new(path, Format::Raw, false, shared) });
+            }
+            if !self.arriving {
+                // Its user starts it from here, whatever this is.
+                copy_mark::remove(&path).map_err(|e| io(name, "removing the mark of", &path, e))?;
             }
             if !path.exists() {
                 // What the guest only reads is not copied.
@@ -175,17 +189,47 @@ impl Preparer<'_> {
 
     /// Whether the migration that this is the target of moves the volume to another claim.
     fn comes_from_another_claim(&self, volume: &str) -> bool {
-        self.vmi.status.migrated_volumes.iter().any(|moved| moved.volume_name == volume)
+        self.moved(volume).is_some()
     }
 
-    /// An empty image of the size of the guest's disk. What an earlier try has left goes.
-    fn make_room_on_claim(&self, volume: &str, path: &Path, facts: &VolumeFacts) -> Result<(), Error> {
-        let size = self.vmi.status.volume_status.iter().find(|s| s.name == volume).and_then(|s| s.size);
-        let Some(size) = size.and_then(|size| u64::try_from(size).ok()) else {
+    fn moved(&self, volume: &str) -> Option<&StorageMigratedVolumeInfo> {
+        self.vmi.status.migrated_volumes.iter().find(|moved| moved.volume_name == volume)
+    }
+
+    /// The block device of a claim.
+    async fn device(&self, volume: &str, path: PathBuf, read_only: bool) -> Result<Image, Error> {
+        let shared = self.claim_is_shared(volume);
+        let mut image = Image::new(path, Format::Raw, read_only, shared || read_only);
+        if !self.arriving {
+            return Ok(image);
+        }
+        let capacity = blank::size(&image.path).map_err(|e| io(volume, "asking for the size of", &image.path, e))?;
+        let moved = self.moved(volume);
+        if let Some(moved) = moved {
+            if read_only {
+                return Err(invalid(volume, NOT_WRITTEN));
+            }
+            self.check_size(volume, capacity)?;
+            if moved.receiving != Some(true) {
+                check_blank(volume, &image.path, "the block device that it moves to").await?;
+            }
+            image.comes = true;
+        }
+        // The guest's disk stays as large as it is, also on a larger device.
+        image.size = self.disk_size(volume).filter(|size| *size < capacity);
+        Ok(image)
+    }
+
+    /// How large the guest's disk is, where that is known.
+    fn disk_size(&self, volume: &str) -> Option<u64> {
+        let status = self.vmi.status.volume_status.iter().find(|status| status.name == volume)?;
+        u64::try_from(status.size?).ok()
+    }
+
+    /// Whether a claim of this many bytes is large enough for the guest's disk, and how large that is.
+    fn check_size(&self, volume: &str, capacity: u64) -> Result<u64, Error> {
+        let Some(size) = self.disk_size(volume) else {
             return Err(invalid(volume, "the size of the guest's disk is not known yet"));
-        };
-        let Some(capacity) = facts.capacity_bytes else {
-            return Err(invalid(volume, "the size of the claim that it moves to is not known"));
         };
         if capacity < size {
             // KubeVirt's words, up to the numbers.
@@ -195,6 +239,19 @@ impl Preparer<'_> {
             );
             return Err(invalid(volume, &message));
         }
+        Ok(size)
+    }
+
+    /// An empty image of the size of the guest's disk. What an earlier try has left goes; anybody else's data stays.
+    async fn make_room_on_claim(&self, volume: &str, path: &Path, facts: &VolumeFacts) -> Result<(), Error> {
+        let Some(capacity) = facts.capacity_bytes else {
+            return Err(invalid(volume, "the size of the claim that it moves to is not known"));
+        };
+        let size = self.check_size(volume, capacity)?;
+        if path.exists() && !copy_mark::is_set(path) {
+            check_blank(volume, path, "disk.img on the claim that it moves to").await?;
+        }
+        copy_mark::set(path).map_err(|e| io(volume, "marking", path, e))?;
         make_sparse(volume, path, size)
     }
 
@@ -268,6 +325,16 @@ impl Preparer<'_> {
         }
         files.sort();
         Ok(files)
+    }
+}
+
+/// What has data on it is not written over.
+async fn check_blank(volume: &str, path: &Path, what: &str) -> Result<(), Error> {
+    let image = path.to_owned();
+    let looked = tokio::task::spawn_blocking(move || blank::look(&image)).await;
+    match looked.map_err(std::io::Error::other).flatten().map_err(|e| io(volume, "reading", path, e))? {
+        Blank::Yes => Ok(()),
+        no => Err(invalid(volume, &no.refusal(what))),
     }
 }
 
@@ -430,6 +497,45 @@ mod tests {
         let image = place.prepare(volume, false, facts).await.unwrap();
         assert_eq!(std::fs::metadata(&image.path).unwrap().len(), 1 << 30);
         assert!(image.same_everywhere);
+    }
+
+    /// A place whose volume `d` has 1 MiB at the source and moves to a claim.
+    fn moving() -> Place {
+        let mut place = Place::new();
+        place.vmi.status = serde_json::from_value(json!({
+            "migratedVolumes": [{"volumeName": "d"}],
+            "volumeStatus": [{"name": "d", "target": "vda", "size": 1 << 20}],
+        }))
+        .unwrap();
+        place
+    }
+
+    #[tokio::test]
+    async fn a_claim_with_data_on_it_is_not_written_over_but_what_an_earlier_try_has_left_is() {
+        let place = moving();
+        let volume = json!({"name": "d", "persistentVolumeClaim": {"claimName": "c"}});
+        let facts = VolumeFacts { capacity_bytes: Some(2 << 20) };
+        let path = place.paths.vmi_disks.join("d/disk.img");
+        let mut data = vec![0; 1 << 20];
+        data[700_000] = 1;
+        place.put(&path, &data);
+        let error = place.prepare(volume.clone(), true, facts.clone()).await.unwrap_err();
+        assert!(error.is_invalid() && error.to_string().contains("not blank"), "{error}");
+        assert_eq!(std::fs::read(&path).unwrap(), data);
+        // As CDI leaves a blank volume, and larger than the disk.
+        place.put(&path, &vec![0; 2 << 20]);
+        let image = place.prepare(volume.clone(), true, facts.clone()).await.unwrap();
+        assert!(image.comes);
+        assert_eq!(std::fs::metadata(&path).unwrap().len(), 1 << 20);
+        // A try that broke off.
+        place.put(&path, &data);
+        place.prepare(volume.clone(), true, facts.clone()).await.unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), vec![0; 1 << 20]);
+        // A user starts from it: it is nobody's leftover any more.
+        place.put(&path, &data);
+        place.prepare(volume.clone(), false, facts.clone()).await.unwrap();
+        assert!(place.prepare(volume, true, facts).await.is_err());
+        assert_eq!(std::fs::read(&path).unwrap(), data);
     }
 
     #[tokio::test]

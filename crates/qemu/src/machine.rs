@@ -190,6 +190,8 @@ pub struct Disk {
     pub path: PathBuf,
     /// Its format.
     pub format: Format,
+    /// How many bytes of it the guest sees, of a raw one that is larger than the guest's disk; none is all.
+    pub size: Option<u64>,
     /// The bus.
     pub bus: Bus,
     /// Disk or CD-ROM.
@@ -546,8 +548,9 @@ impl Disk {
         let path = path_value(&self.path)?;
         // Over a file that is not there to be shared the lock is QEMU's; over a block device the driver is another.
         let driver = if is_block_device(&self.path) { "host_device" } else { "file" };
+        let size = self.size.map(|size| format!(",size={size}")).unwrap_or_default();
         Ok(format!(
-            "driver={},node-name={node},read-only={read_only},discard={discard},cache.direct={direct},file.driver={driver},\
+            "driver={}{size},node-name={node},read-only={read_only},discard={discard},cache.direct={direct},file.driver={driver},\
              file.filename={path},file.aio={aio},file.locking={locking},file.cache.direct={direct},file.discard={discard}",
             self.format.as_str()
         ))
@@ -622,6 +625,7 @@ mod tests {
             name: name.into(),
             path: format!("/disks/{name},1.img").into(),
             format: Format::Raw,
+            size: None,
             bus,
             kind: DiskKind::Disk,
             read_only: false,

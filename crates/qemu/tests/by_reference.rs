@@ -105,6 +105,7 @@ async fn neither_end_touches_memory_between_the_stop_and_the_go() {
                 name: format!("disk{number}"),
                 path,
                 format: Format::Raw,
+                size: None,
                 bus,
                 kind: DiskKind::Disk,
                 read_only: false,

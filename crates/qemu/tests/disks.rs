@@ -22,6 +22,7 @@ fn with_disk(place: &Place, end: &str, path: PathBuf, format: Format) -> Machine
         name: "work".into(),
         path,
         format,
+        size: None,
         bus: Bus::Virtio,
         kind: DiskKind::Disk,
         read_only: false,

@@ -21,6 +21,7 @@ fn disk(path: PathBuf) -> Disk {
         name: "work".into(),
         path,
         format: Format::Raw,
+        size: None,
         bus: Bus::Virtio,
         kind: DiskKind::Disk,
         read_only: false,

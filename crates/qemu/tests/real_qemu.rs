@@ -277,6 +277,7 @@ fn with_disk(place: &Place, end: &str, fill: impl FnOnce(&mut [u8])) -> Machine 
         name: "work".into(),
         path,
         format: Format::Raw,
+        size: None,
         bus: Bus::Virtio,
         kind: DiskKind::Disk,
         read_only: false,

@@ -432,6 +432,8 @@ api_struct! {
         /// Where it goes.
         #[serde(rename = "destinationPVCInfo")]
         destination_pvc_info: Option<PersistentVolumeClaimInfo>,
+        /// Godwit's own: it was blank, and a copy to it has begun. What is on it may be written over.
+        receiving: Option<bool>,
     }
 }
 

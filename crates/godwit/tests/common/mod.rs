@@ -273,6 +273,23 @@ pub fn godwit(data_dir: &Path, arguments: &[&str]) -> Output {
         .expect("godwit starts")
 }
 
+/// Process and command line of every QEMU in the VMI's active pods. (The guest's name and UUID are in the command line, but
+/// follow from the VMI's name: another test's guest may have the same.)
+pub fn qemus(vmi: &DynamicObject) -> Vec<(i32, String)> {
+    let pods = vmi.data.pointer("/status/activePods").and_then(Value::as_object).expect("activePods");
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir("/proc").expect("/proc").flatten() {
+        let Ok(pid) = entry.file_name().to_string_lossy().parse::<i32>() else { continue };
+        let arguments = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        let arguments = text(&arguments).replace('\0', " ");
+        let groups = std::fs::read_to_string(entry.path().join("cgroup")).unwrap_or_default();
+        if arguments.contains("qemu-system") && pods.keys().any(|uid| groups.contains(uid.as_str())) {
+            found.push((pid, arguments));
+        }
+    }
+    found
+}
+
 /// `kill -9`, and waits until nothing of it is left: its sockets stay open until its last thread has ended.
 pub fn kill_hard(pid: nix::unistd::Pid) {
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).expect("kill");

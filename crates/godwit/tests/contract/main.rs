@@ -14,4 +14,5 @@ mod modes;
 mod policy;
 mod stage;
 mod updates;
+mod volumes;
 mod waiting;

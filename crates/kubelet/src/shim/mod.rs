@@ -19,6 +19,7 @@ use nix::sys::signal::{SigHandler, Signal};
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Gid, Pid, Uid};
 
+use crate::loops;
 use crate::spec::{self, ContainerSpec, EXIT, Exit, Process, Running, SPEC, STATE, Started};
 
 /// What went wrong while a container was being started, for its status.
@@ -75,6 +76,9 @@ fn failed<E: std::fmt::Display>(what: impl std::fmt::Display) -> impl FnOnce(E) 
 
 fn supervise(spec: &ContainerSpec) -> Result<Exit, Failure> {
     let mut log = log::Log::open(&spec.folder).map_err(failed("open the log"))?;
+    // For as long as this process lives.
+    let held = |wanted: &spec::Loop| loops::hold(&wanted.device, &wanted.file);
+    let _loops: Vec<_> = spec.loops.iter().map(held).collect::<Result<_, _>>().map_err(failed("hold a loop device"))?;
     if let Some(network) = &spec.network {
         let file = File::open(network).map_err(failed(format!("open network namespace {}", network.display())))?;
         setns(file, CloneFlags::CLONE_NEWNET).map_err(failed("enter the pod's network namespace"))?;

@@ -1,6 +1,8 @@
 //! Leaving and arriving.
 
 use super::{Refused, Stage, Vm, is_copied_here, refused, short};
+use crate::blank;
+use crate::copy_mark;
 use crate::plan::{Plan, WritableDisk};
 use crate::record::Record;
 use crate::rooms;
@@ -23,6 +25,8 @@ const MAX_DOWNTIME_MS: u64 = 300;
 const CANCEL_LIMIT: Duration = Duration::from_secs(5);
 /// How long a target reads the images below its disks at most before it answers.
 const BASE_LIMIT: Duration = Duration::from_secs(5);
+/// How long block devices are wiped at most when a guest does not come.
+const WIPE_LIMIT: Duration = Duration::from_secs(5);
 /// Between two looks at it.
 const CANCEL_LOOK: Duration = Duration::from_millis(2);
 
@@ -284,6 +288,11 @@ impl Vm {
                 }
                 // From here on it may run here, whatever becomes of the answer.
                 self.set_gone(true);
+                for disk in self.disks.iter().filter(|disk| disk.comes) {
+                    if let Err(error) = copy_mark::remove(&disk.path) {
+                        tracing::warn!(%error, volume = disk.volume, "its copy is whole, and still marked as unfinished");
+                    }
+                }
                 match incoming.go(order.paused).await {
                     Ok(arrived) => {
                         self.arrived(arrived).await;
@@ -371,6 +380,7 @@ impl Vm {
                 let qemu = incoming.qemu().clone();
                 self.now.exit_reason = Some("the guest did not come here: its migration was given up".into());
                 qemu.process().kill().await;
+                self.wipe_devices().await;
                 if let Some(m) = &mut self.now.migration
                     && !m.is_final()
                 {
@@ -381,6 +391,19 @@ impl Vm {
             }
             Stage::Ended => Ok(()),
             _ => Err(refused(Refusal::Conflict, "the guest was told to run here; it cannot be abandoned")),
+        }
+    }
+
+    /// Takes off block devices what has come to them in vain, so that they can be taken again. Nobody waits for that for long, and
+    /// where it cannot be done the next one is told that there is data.
+    async fn wipe_devices(&self) {
+        for disk in self.disks.iter().filter(|disk| disk.comes && !disk.path.is_file()) {
+            let device = disk.path.clone();
+            let wiped = tokio::task::spawn_blocking(move || blank::wipe(&device));
+            match tokio::time::timeout(WIPE_LIMIT, wiped).await {
+                Ok(Ok(Ok(()))) => {}
+                other => tracing::warn!(volume = disk.volume, ?other, "an unfinished copy stays on its block device"),
+            }
         }
     }
 
