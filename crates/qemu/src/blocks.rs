@@ -8,6 +8,8 @@ use crate::qmp::{self, Event, Qmp};
 use serde_json::json;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
+use tokio::time::Instant;
 
 /// Which disks to copy and where to.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -18,6 +20,25 @@ pub struct Blocks {
     pub disks: Vec<(usize, String)>,
     /// Those whose backing image the target has too, byte for byte: only what was written above it is copied.
     pub above_base: BTreeSet<usize>,
+}
+
+/// What becomes of the guest's writes while its disks are copied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Writes {
+    /// They are copied afterwards: a guest that writes faster than that is never done.
+    Follow,
+    /// Each waits for its copy, so that a guest writes no faster than its disks are copied.
+    Wait,
+}
+
+impl Writes {
+    /// QEMU's word for it.
+    fn copy_mode(self) -> &'static str {
+        match self {
+            Writes::Follow => "background",
+            Writes::Wait => "write-blocking",
+        }
+    }
 }
 
 /// What a mirror keeps in flight without a cap (QEMU's default).
@@ -58,6 +79,23 @@ pub(crate) async fn stop(qmp: &Qmp) -> Result<(), qmp::Error> {
     qmp.execute(&commands::NbdServerStop {}).await.map(drop)
 }
 
+/// Takes away what an earlier try has left. A mirror that is given up ends when what it had in flight has ended, which over a slow
+/// link may be after its migration was over.
+async fn clear(qmp: &Qmp, id: &str) -> Result<(), qmp::Error> {
+    let end = Instant::now() + ABANDON_LIMIT;
+    loop {
+        let nodes = qmp.execute(&commands::QueryNamedBlockNodes { flat: true }).await?;
+        if !nodes.iter().any(|node| node.node_name == id) {
+            return Ok(());
+        }
+        match qmp.execute(&commands::BlockdevDel { node_name: id.into() }).await {
+            Ok(_) => return Ok(()),
+            Err(error) if Instant::now() > end => return Err(error),
+            Err(_) => tokio::time::sleep(LOOK_AGAIN).await,
+        }
+    }
+}
+
 /// Where one mirror stands.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Job {
@@ -76,18 +114,37 @@ pub(crate) struct Mirrors {
     from_event: u64,
     finishing: bool,
     progress: (u64, u64),
+    writes: Writes,
+    /// Bytes to copy when they began.
+    whole: u64,
     /// Bytes copied at a time in microseconds, and bytes a second up to then.
     rate: Option<(u64, i64, u64)>,
 }
 
+/// How long an abandoned mirror is waited for.
+const ABANDON_LIMIT: Duration = Duration::from_secs(2);
+/// Between two looks whether it has ended.
+const LOOK_AGAIN: Duration = Duration::from_millis(10);
 /// Between two measurements of the rate, in microseconds.
 const MEASURE_EVERY: i64 = 250_000;
 
 impl Mirrors {
     /// Starts to copy. On an error nothing is left behind.
-    pub(crate) async fn start(qmp: &Qmp, blocks: &Blocks, bandwidth: Option<u64>) -> Result<Mirrors, qmp::Error> {
-        let from_event = qmp.event_count();
-        let mut mirrors = Mirrors { jobs: BTreeMap::new(), from_event, finishing: false, progress: (0, 0), rate: None };
+    pub(crate) async fn start(
+        qmp: &Qmp,
+        blocks: &Blocks,
+        bandwidth: Option<u64>,
+        writes: Writes,
+    ) -> Result<Mirrors, qmp::Error> {
+        let mut mirrors = Mirrors {
+            jobs: BTreeMap::new(),
+            from_event: qmp.event_count(),
+            finishing: false,
+            progress: (0, 0),
+            writes,
+            whole: 0,
+            rate: None,
+        };
         for (number, export) in &blocks.disks {
             let sync = if blocks.above_base.contains(number) { "top" } else { "full" };
             if let Err(error) = mirrors.add(qmp, &blocks.socket, *number, export, sync, buffer(bandwidth)).await {
@@ -108,6 +165,7 @@ impl Mirrors {
         buf_size: u64,
     ) -> Result<(), qmp::Error> {
         let id = format!("mirror{number}");
+        clear(qmp, &id).await?;
         let server = json!({"type": "unix", "path": socket.to_string_lossy()});
         let add = commands::BlockdevAddNbd {
             driver: "nbd",
@@ -125,7 +183,7 @@ impl Mirrors {
             target: id,
             sync,
             buf_size,
-            copy_mode: "background",
+            copy_mode: self.writes.copy_mode(),
             auto_dismiss: true,
             auto_finalize: true,
         };
@@ -156,6 +214,7 @@ impl Mirrors {
         // A job that has ended is not listed any more; what it has copied stays copied.
         if ours.len() == self.jobs.len() {
             self.progress = (ours.iter().map(|j| j.len).sum(), ours.iter().map(|j| j.offset).sum());
+            self.whole = if self.whole == 0 { self.progress.0 } else { self.whole };
         }
         Ok(self.progress)
     }
@@ -180,6 +239,25 @@ impl Mirrors {
         let rate = u64::try_from(bytes / u128::from(elapsed.unsigned_abs())).unwrap_or(u64::MAX);
         self.rate = Some((copied, now_us, rate));
         Some(rate)
+    }
+
+    /// Whether all has been copied that there was at first, and they are not ready for what the guest has written since.
+    pub(crate) fn are_outrun(&self) -> bool {
+        self.whole > 0 && self.progress.1 >= self.whole && !self.are_ready()
+    }
+
+    /// Has the guest's writes wait for their copies from now on. QEMU from 8.2 on can change that.
+    pub(crate) async fn make_writes_wait(&mut self, qmp: &Qmp) -> Result<(), qmp::Error> {
+        if std::mem::replace(&mut self.writes, Writes::Wait) == Writes::Wait {
+            return Ok(());
+        }
+        tracing::info!("the guest's writes wait for their copies from now on");
+        for id in self.jobs.keys() {
+            let change =
+                commands::BlockJobChange { id: id.clone(), r#type: "mirror", copy_mode: Writes::Wait.copy_mode() };
+            qmp.execute(&change).await?;
+        }
+        Ok(())
     }
 
     /// Whether both sides are the same, and will be.
@@ -239,7 +317,7 @@ impl Mirrors {
                 self.event(&event);
             }
         };
-        let _ = tokio::time::timeout(std::time::Duration::from_secs(2), wait).await;
+        let _ = tokio::time::timeout(ABANDON_LIMIT, wait).await;
         self.close(qmp).await;
     }
 }
@@ -250,7 +328,8 @@ mod tests {
 
     fn mirrors() -> Mirrors {
         let jobs = ["mirror0", "mirror1"].map(|id| (id.to_string(), Job::Copying)).into();
-        Mirrors { jobs, from_event: 5, finishing: false, progress: (0, 0), rate: None }
+        let writes = Writes::Follow;
+        Mirrors { jobs, from_event: 5, finishing: false, progress: (0, 0), writes, whole: 0, rate: None }
     }
 
     fn event(number: u64, name: &str, data: serde_json::Value) -> Event {
@@ -281,6 +360,18 @@ mod tests {
         assert_eq!(m.measure(100_000), None, "too early to tell");
         assert_eq!(m.measure(500_000), Some(2 << 20));
         assert_eq!(m.measure(1_000_000), Some(0));
+    }
+
+    #[test]
+    fn a_guest_outruns_its_mirrors_when_a_whole_pass_was_not_enough() {
+        let mut m = mirrors();
+        assert!(!m.are_outrun(), "nothing is known yet");
+        (m.whole, m.progress) = (100, (150, 99));
+        assert!(!m.are_outrun(), "the first pass");
+        m.progress.1 = 100;
+        assert!(m.are_outrun());
+        m.jobs.values_mut().for_each(|job| *job = Job::Ready);
+        assert!(!m.are_outrun());
     }
 
     #[test]

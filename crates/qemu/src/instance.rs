@@ -144,6 +144,11 @@ impl Qemu {
         Ok(Qemu { process, qmp, version, machine_type, capabilities, accelerator, ability, memory, shared_memory })
     }
 
+    /// Whether a mirror that runs can be changed.
+    fn changes_mirrors(&self) -> bool {
+        self.version >= VersionTriple { major: 8, minor: 2, micro: 0 }
+    }
+
     /// QEMU's version.
     pub fn version(&self) -> VersionTriple {
         self.version

@@ -4,7 +4,7 @@
 
 mod place;
 
-use godwit_guest_rom::Story;
+use godwit_guest_rom::{Parameters, Story};
 use godwit_qemu::blocks::Blocks;
 use godwit_qemu::instance::{Error, Incoming, Prelaunch, Settled};
 use godwit_qemu::machine::{Bus, Cache, Disk, DiskKind, Format, Machine};
@@ -158,4 +158,116 @@ async fn with_disks_under_way_there_is_no_post_copy() {
     let Settled::Stays(source, _) = outgoing.settle().await else { panic!("it should have stayed") };
     source.qemu().quit().await;
     target.qemu().process().kill().await;
+}
+
+/// A link of a MiB or so a second between a mirror and its target, at the socket that this returns.
+fn narrow(place: &Place, target: &Path) -> PathBuf {
+    let (here, target) = (place.path("narrow"), target.to_owned());
+    let listener = tokio::net::UnixListener::bind(&here).unwrap();
+    tokio::spawn(async move {
+        while let Ok((near, _)) = listener.accept().await {
+            let far = tokio::net::UnixStream::connect(&target).await.unwrap();
+            let ((mut near_in, mut near_out), (mut far_in, mut far_out)) = (near.into_split(), far.into_split());
+            tokio::spawn(async move { tokio::io::copy(&mut far_in, &mut near_out).await });
+            tokio::spawn(async move {
+                let mut piece = vec![0; 16 << 10];
+                loop {
+                    let length = tokio::io::AsyncReadExt::read(&mut near_in, &mut piece).await.unwrap_or(0);
+                    if length == 0 {
+                        return;
+                    }
+                    tokio::time::sleep(std::time::Duration::from_millis(16)).await;
+                    if tokio::io::AsyncWriteExt::write_all(&mut far_out, &piece[..length]).await.is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+    });
+    here
+}
+
+/// It dirties 64 pieces of 64 KiB, the mirror's granularity, faster than these 4 MiB go over the link: it would never be done.
+#[tokio::test]
+async fn a_guest_that_writes_faster_than_its_disk_is_copied_waits_for_its_writes_with_auto_converge() {
+    let place = Place::new(Parameters { disk_blocks: 64, disk_stride: 16, ..Parameters::default() });
+    let (from, to) = (place.path("from"), place.path("to"));
+    for path in [&from, &to] {
+        std::fs::File::create(path).unwrap().set_len(8 * MIB).unwrap();
+    }
+    let prelaunch = Prelaunch::launch(&qemu(), &with_disk(&place, "source", from, Format::Raw)).await.unwrap();
+    let mut here = Console::open(&place.path("source-serial")).await;
+    let source = prelaunch.start().await.unwrap();
+    let mut story = Story::default();
+    here.hear(&mut story, 20).await;
+    let machine = with_disk(&place, "target", to, Format::Raw);
+    let mut target = Incoming::launch(&qemu(), &machine, &place.path("flight")).await.unwrap();
+    let mut there = Console::open(&place.path("target-serial")).await;
+    target.offer_blocks(&place.path("blocks"), &[(0, "work".into())]).await.unwrap();
+    let socket = narrow(&place, &place.path("blocks"));
+    let blocks = Blocks { socket, disks: vec![(0, "work".into())], ..Blocks::default() };
+    let options = Options { auto_converge: true, ..Options::default() };
+    let flight = source.migrate(&place.path("flight"), &options, Some(&blocks)).await;
+    let departed = leave(flight.map_err(|e| e.1).unwrap()).await;
+    let running = run(target).await;
+    departed.qemu().quit().await;
+    here.drain(&mut story).await;
+    there.hear(&mut story, 20).await;
+    assert_eq!(story.complaint(), None);
+    running.qemu().quit().await;
+}
+
+/// A link that takes what a mirror has in flight and never answers, until it is broken off.
+#[tokio::test]
+async fn a_copy_that_was_given_up_over_a_link_that_hangs_is_in_no_later_ones_way() {
+    let place = Place::new(Parameters { disk_blocks: 64, disk_stride: 16, ..Parameters::default() });
+    let (from, to) = (place.path("from"), place.path("to"));
+    for path in [&from, &to] {
+        std::fs::File::create(path).unwrap().set_len(8 * MIB).unwrap();
+    }
+    let prelaunch = Prelaunch::launch(&qemu(), &with_disk(&place, "source", from, Format::Raw)).await.unwrap();
+    let mut here = Console::open(&place.path("source-serial")).await;
+    let source = prelaunch.start().await.unwrap();
+    let mut story = Story::default();
+    here.hear(&mut story, 10).await;
+    let machine = with_disk(&place, "target", to, Format::Raw);
+    let mut target = Incoming::launch(&qemu(), &machine, &place.path("flight")).await.unwrap();
+    let mut there = Console::open(&place.path("target-serial")).await;
+    target.offer_blocks(&place.path("blocks"), &[(0, "work".into())]).await.unwrap();
+
+    let listener = tokio::net::UnixListener::bind(place.path("hangs")).unwrap();
+    let (far, hung) = (place.path("blocks"), std::sync::Arc::new(tokio::sync::Notify::new()));
+    let hangs = hung.clone();
+    let link = tokio::spawn(async move {
+        let (near, _) = listener.accept().await.unwrap();
+        let far = tokio::net::UnixStream::connect(far).await.unwrap();
+        let ((mut near_in, mut near_out), (mut far_in, mut far_out)) = (near.into_split(), far.into_split());
+        let answers = async move { tokio::io::copy(&mut far_in, &mut near_out).await };
+        let asks = async move {
+            // The greeting and a little of the disk.
+            let mut first = tokio::io::AsyncReadExt::take(&mut near_in, 100 << 10);
+            tokio::io::copy(&mut first, &mut far_out).await.unwrap();
+            hangs.notify_one();
+            std::future::pending::<()>().await;
+        };
+        tokio::join!(answers, asks)
+    });
+    let blocks =
+        |socket: &str| Blocks { socket: place.path(socket), disks: vec![(0, "work".into())], ..Blocks::default() };
+    let flight = source.migrate(&place.path("flight"), &Options::default(), Some(&blocks("hangs"))).await;
+    let mut outgoing = flight.map_err(|e| e.1).unwrap();
+    hung.notified().await;
+    outgoing.cancel().await.unwrap();
+    let Settled::Stays(source, _) = outgoing.settle().await else { panic!("it has not begun") };
+    link.abort();
+    here.hear(&mut story, 3).await;
+
+    let flight = source.migrate(&place.path("flight"), &Options::default(), Some(&blocks("blocks"))).await;
+    let departed = leave(flight.map_err(|e| e.1).unwrap()).await;
+    let running = run(target).await;
+    departed.qemu().quit().await;
+    here.drain(&mut story).await;
+    there.hear(&mut story, 20).await;
+    assert_eq!(story.complaint(), None);
+    running.qemu().quit().await;
 }

@@ -1,7 +1,7 @@
 //! The sending end.
 
 use super::{Capabilities, Error, Qemu, Running, now_us};
-use crate::blocks::{Blocks, Mirrors, left_for_memory};
+use crate::blocks::{Blocks, Mirrors, Writes, left_for_memory};
 use crate::migration::{DowntimeRamp, Facts, Mode, Options, Tracker};
 use crate::qmp::commands::{self, MigrationStatus, RunState};
 use crate::qmp::{self, Event};
@@ -46,6 +46,8 @@ pub struct Outgoing {
     ramp: DowntimeRamp,
     memory: Memory,
     mirrors: Option<Mirrors>,
+    /// The guest's writes to its disks may be made to wait for their copies.
+    slows_writes: bool,
     cancelled: bool,
     /// When the mirrors must have ended, once the guest stands still for that.
     finish_by: Option<tokio::time::Instant>,
@@ -94,9 +96,12 @@ impl Outgoing {
         if let Err(error) = prepare(&running.qemu, options, &ramp, blocks.is_some()).await {
             return Err((running, error.into()));
         }
+        // Where it cannot be changed later it has to be so from the beginning.
+        let waits = options.auto_converge && !running.qemu.changes_mirrors();
+        let writes = if waits { Writes::Wait } else { Writes::Follow };
         let mirrors = match blocks {
             None => None,
-            Some(blocks) => match Mirrors::start(&running.qemu.qmp, blocks, options.bandwidth).await {
+            Some(blocks) => match Mirrors::start(&running.qemu.qmp, blocks, options.bandwidth, writes).await {
                 Ok(mirrors) => Some(mirrors),
                 Err(error) => return Err((running, error.into())),
             },
@@ -115,6 +120,7 @@ impl Outgoing {
             ramp,
             memory: Memory::Waits { uri: format!("unix:{}", socket.display()) },
             mirrors,
+            slows_writes: options.auto_converge,
             cancelled: false,
             finish_by: None,
         };
@@ -400,6 +406,10 @@ impl Outgoing {
                 return Ok(false);
             }
             (Memory::Waits { .. }, _) => {
+                // While memory follows what the guest writes must not pile up again: it stands still until that is copied.
+                if self.slows_writes && (mirrors.are_ready() || mirrors.are_outrun()) {
+                    mirrors.make_writes_wait(&qmp).await?;
+                }
                 if mirrors.are_ready()
                     && let Err(error) = self.begin_memory().await
                 {
@@ -420,7 +430,14 @@ impl Outgoing {
                     qmp.execute(&commands::MigrateContinue { state: "pre-switchover" }).await?;
                     mirrors.close(&qmp).await;
                 } else if now > finish_by {
-                    self.give_up("the copies of the disks could not be finished in time".into()).await?;
+                    let (total, copied) = mirrors.look(&qmp).await?;
+                    let why = format!(
+                        "the guest writes to its disks faster than they are copied beside its memory: after {} s of \
+                         standstill {} bytes were left; raise the bandwidth, or allow auto-converge, which has its writes wait",
+                        FINISH_LIMIT.as_secs(),
+                        total.saturating_sub(copied)
+                    );
+                    self.give_up(why).await?;
                 }
             }
             _ => {}

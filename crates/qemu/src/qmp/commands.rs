@@ -100,6 +100,8 @@ commands! {
         buf_size: u64,
         auto_dismiss: bool, auto_finalize: bool
     };
+    /// Changes a mirror that runs (QEMU 8.2 on).
+    BlockJobChange = "block-job-change" -> Nothing { id: String, r#type: &'static str, copy_mode: &'static str };
     /// Ends a mirror: at once and clean when it is ready, unless forced.
     BlockJobCancel = "block-job-cancel" -> Nothing { device: String, force: bool };
     /// The block nodes, without what is behind them.
