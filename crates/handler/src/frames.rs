@@ -1,9 +1,9 @@
 //! The last moments of a guest's network at the source: what comes in for it while it stands still is handed on to the target,
 //! where it waits in the tap's queue until the guest runs.
 //!
-//! Switches send a guest's frames where they last heard it, so until it has spoken at the target they come to the source's pod. From
-//! the start of the sending on the source's handler listens on the pod's interface beside the bridge, which goes on as ever,
-//! and keeps the last few. When the guest has stopped it asks the target's handler to let the guest's taps hear their segments, and then
+//! Switches send a guest's frames where they last heard it, so until it has spoken at the target they come to the source's pod. While
+//! the end of the sending may be near the source's handler listens on the pod's interface beside the bridge, which goes on as ever,
+//! and keeps the last few. As long as much is to be sent yet ([`Distance`]) the kernel passes its ears by: a busy guest would cost it a core. When the guest has stopped it asks the target's handler to let the guest's taps hear their segments, and then
 //! sends what it has kept, and whatever comes after, over a connection of its own with the same locks as the control channel. The
 //! target's handler puts each frame straight into the tap, beyond every bridge, so that nothing can go round in a loop.
 //!
@@ -16,9 +16,9 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
-use godwit_launcher::rpc::{MigrationFacts, MigrationRole};
+use godwit_launcher::rpc::{MigrationFacts, MigrationMode, MigrationRole};
 use godwit_network::Namespace;
 use godwit_network::frames::{Heard, LARGEST, Listener, Sender};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt, BufWriter};
@@ -58,6 +58,67 @@ impl Kept {
     fn take(&mut self) -> VecDeque<(u8, Heard)> {
         self.bytes = 0;
         std::mem::take(&mut self.frames)
+    }
+}
+
+/// With no more than this to send the end may be near, however slowly it goes: memory of zeros only is gone through at some GiB a second.
+const NEAR_BYTES: u64 = 1 << 30;
+/// With more it is near when it goes so fast that this is enough. Launchers tell of it ten times a second.
+const NEAR: Duration = Duration::from_secs(2);
+/// How long it is near for after an order that may hasten it.
+const HASTENED: Duration = Duration::from_secs(10);
+
+/// How far the end of the sending is.
+#[derive(Debug, Default)]
+struct Distance {
+    /// When what was left was last looked at, what it was, and by how much it became less, in bytes a second.
+    left: Option<(Instant, u64, u64)>,
+}
+
+/// Between two looks at how fast it becomes less.
+const LOOK: Duration = Duration::from_millis(50);
+
+impl Distance {
+    /// Whether the guest may leave soon.
+    fn is_near(&mut self, facts: Option<&MigrationFacts>, now: Instant) -> bool {
+        let Some(f) = facts else { return true };
+        let left = f.remaining_bytes;
+        let (at, before, gone) = *self.left.get_or_insert((now, left, 0));
+        let elapsed = now.saturating_duration_since(at);
+        let gone = if elapsed < LOOK {
+            gone
+        } else {
+            let gone = before.saturating_sub(left) as f64 / elapsed.as_secs_f64();
+            self.left = Some((now, left, gone as u64));
+            gone as u64
+        };
+        let rate = f.bytes_per_second.max(gone);
+        // Everything else is the end, or a beginning of which nothing is known yet.
+        let sending = f.status == "active" && f.mode == MigrationMode::PreCopy && !f.paused_by_migration;
+        !sending || left <= NEAR_BYTES || left <= rate.saturating_mul(NEAR.as_secs())
+    }
+}
+
+/// The listeners, and whether they hear.
+struct Ears {
+    listeners: Vec<Listener>,
+    /// Whether they hear, and until when at least.
+    now: Mutex<(bool, Option<Instant>)>,
+}
+
+impl Ears {
+    fn hear(&self, near: bool) {
+        let mut now = self.now.lock().unwrap_or_else(PoisonError::into_inner);
+        let wanted = near || now.1.is_some_and(|until| Instant::now() < until);
+        if wanted == now.0 {
+            return;
+        }
+        now.0 = wanted;
+        for listener in &self.listeners {
+            if let Err(error) = listener.hear(wanted) {
+                tracing::warn!(%error, wanted, "beginning or ceasing to listen for the guest's frames");
+            }
+        }
     }
 }
 
@@ -102,7 +163,7 @@ fn guest(facts: Option<&MigrationFacts>) -> Guest {
 /// The running half at the source. Dropping it ends it.
 pub struct Relay {
     task: JoinHandle<()>,
-    _listeners: Vec<Listener>,
+    ears: Arc<Ears>,
 }
 
 impl Drop for Relay {
@@ -133,14 +194,22 @@ impl Relay {
                 return None;
             }
         };
-        let run = Run { uid, tls: tls.clone(), endpoint, launcher, kept };
+        let ears = Arc::new(Ears { listeners, now: Mutex::new((true, None)) });
+        let run =
+            Run { uid, tls: tls.clone(), endpoint, launcher, kept, ears: ears.clone(), distance: Distance::default() };
         let task = tokio::spawn(async move {
             let uid = run.uid.clone();
             if let Err(error) = run.run().await {
                 tracing::info!(migration = %uid, %error, "the guest's frames are not handed on any more");
             }
         });
-        Some(Self { task, _listeners: listeners })
+        Some(Self { task, ears })
+    }
+
+    /// What is ordered next may bring the end about, whatever was left to send.
+    pub fn hasten(&self) {
+        self.ears.now.lock().unwrap_or_else(PoisonError::into_inner).1 = Some(Instant::now() + HASTENED);
+        self.ears.hear(true);
     }
 }
 
@@ -166,6 +235,8 @@ struct Run {
     endpoint: watch::Receiver<Endpoint>,
     launcher: watch::Receiver<Launcher>,
     kept: Shared,
+    ears: Arc<Ears>,
+    distance: Distance,
 }
 
 impl Run {
@@ -241,7 +312,9 @@ impl Run {
 
     fn guest(&mut self) -> Guest {
         let launcher = self.launcher.borrow_and_update();
-        guest(launcher.last().and_then(|state| facts::migration(state, &self.uid, MigrationRole::Source)))
+        let facts = launcher.last().and_then(|state| facts::migration(state, &self.uid, MigrationRole::Source));
+        self.ears.hear(self.distance.is_near(facts, Instant::now()));
+        guest(facts)
     }
 }
 

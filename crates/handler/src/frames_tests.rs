@@ -51,6 +51,35 @@ fn what_is_kept_is_bounded_and_the_newest_stays() {
 }
 
 #[test]
+fn the_end_is_near_unless_much_is_left_and_goes_slowly() {
+    const GIB: u64 = 1 << 30;
+    let facts = |left: u64, rate: u64| MigrationFacts {
+        status: "active".into(),
+        remaining_bytes: left,
+        bytes_per_second: rate,
+        ..MigrationFacts::new("u", MigrationRole::Source)
+    };
+    let start = Instant::now();
+    let at = |ms| start + Duration::from_millis(ms);
+    let first = |facts: &MigrationFacts| Distance::default().is_near(Some(facts), start);
+    assert!(Distance::default().is_near(None, start));
+    assert!(first(&facts(GIB, 0)), "it may be zeros");
+    assert!(!first(&facts(8 * GIB, GIB)));
+    assert!(first(&facts(8 * GIB, 4 * GIB)));
+    assert!(first(&MigrationFacts { status: "device".into(), ..facts(8 * GIB, 0) }));
+    assert!(first(&MigrationFacts { paused_by_migration: true, ..facts(8 * GIB, 0) }));
+    assert!(first(&MigrationFacts { mode: MigrationMode::PostCopy, ..facts(8 * GIB, 0) }));
+
+    // Little is sent, and yet much becomes less: what is left is zeros.
+    let mut distance = Distance::default();
+    assert!(!distance.is_near(Some(&facts(8 * GIB, 1 << 20)), at(0)));
+    assert!(!distance.is_near(Some(&facts(8 * GIB, 1 << 20)), at(100)));
+    assert!(distance.is_near(Some(&facts(7 * GIB, 1 << 20)), at(200)));
+    assert!(distance.is_near(Some(&facts(7 * GIB, 1 << 20)), at(210)), "too early to tell anew");
+    assert!(!distance.is_near(Some(&facts(7 * GIB, 1 << 20)), at(400)));
+}
+
+#[test]
 fn the_guest_leaves_when_it_stands_still_for_the_switchover_only() {
     let facts = |status: &str, stop_us| MigrationFacts {
         status: status.into(),
@@ -138,9 +167,22 @@ async fn frames_go_from_a_pods_interface_into_a_tap_and_nowhere_else() {
     assert_eq!(links.get("tap1").await.unwrap().unwrap().master, Some(bridge.index));
 
     let kept = Shared::default();
-    let _listeners = listen(source.child.id(), &[port(3)], &kept).await.unwrap();
+    // The kernel serves the last that came first: what this one has heard the others have been offered.
+    let (hears, heard) = std::sync::mpsc::channel();
+    let _always = Listener::start(&ours, "pod1", port(3).mac, move |f| {
+        let _ = hears.send(f.bytes.get(24).copied());
+    })
+    .await
+    .unwrap();
+    let listeners = listen(source.child.id(), &[port(3)], &kept).await.unwrap();
+    let ears = Ears { listeners, now: Mutex::new((true, None)) };
     let wire = Sender::open(&ours, "wire1").await.unwrap();
     let guest = port(3).mac;
+    // While it does not listen nothing is heard.
+    ears.hear(false);
+    wire.send(&[vec![0; 10], frame(guest, 77)].concat()).unwrap();
+    while heard.recv().unwrap() != Some(77) {}
+    ears.hear(true);
     let sent = [(guest, 1), (Mac([2, 0, 0x5e, 0, 0x53, 2]), 2), (Mac([0xff; 6]), 3), (guest, 4)];
     for (to, number) in sent {
         let mut bytes = vec![0; 10];

@@ -36,6 +36,8 @@ pub struct Heard {
 #[derive(Debug)]
 pub struct Listener {
     stop: Arc<AtomicBool>,
+    socket: Arc<OwnedFd>,
+    station: Mac,
 }
 
 impl Listener {
@@ -54,6 +56,8 @@ impl Listener {
         let opened = namespace.run(|| hear(index, station))?;
         let socket =
             opened.map_err(|e| Error::io(format!("listen on link {link} in namespace {}", namespace.label()), e))?;
+        let socket = Arc::new(socket);
+        let kept = socket.clone();
         let stop = Arc::new(AtomicBool::new(false));
         let flag = stop.clone();
         let work = move || {
@@ -71,7 +75,19 @@ impl Listener {
         };
         let thread = std::thread::Builder::new().name("frames".into()).spawn(work);
         thread.map_err(|e| Error::io("start a thread", e))?;
-        Ok(Self { stop })
+        Ok(Self { stop, socket: kept, station })
+    }
+
+    /// Hears from now on (as it does from its start on), or nothing until it is told again. The kernel drops what is not heard before it is
+    /// copied, so that a busy link costs next to nothing; the change itself is one call.
+    ///
+    /// # Errors
+    /// As the system says; then it stays as it was.
+    pub fn hear(&self, on: bool) -> io::Result<()> {
+        match on {
+            true => capture::pick(&self.socket, &mut for_station(self.station)),
+            false => capture::pick(&self.socket, &mut [capture::step(libc::BPF_RET | libc::BPF_K, 0, 0, 0)]),
+        }
     }
 }
 
@@ -119,10 +135,11 @@ async fn index(namespace: &Namespace, link: &str) -> Result<u32> {
     found.map(|link| link.index).ok_or_else(|| Error::NoLink { link: link.into(), namespace: namespace.label().into() })
 }
 
-fn hear(link: u32, station: Mac) -> io::Result<OwnedFd> {
+/// Frames for the station or for a group.
+fn for_station(station: Mac) -> [libc::sock_filter; 8] {
     use libc::{BPF_ABS, BPF_B, BPF_H, BPF_JEQ, BPF_JMP, BPF_JSET, BPF_K, BPF_LD, BPF_RET, BPF_W};
     let [a, b, c, d, e, f] = station.0;
-    let mut steps = [
+    [
         capture::step(BPF_LD | BPF_H | BPF_ABS, 0, 0, 4),
         capture::step(BPF_JMP | BPF_JEQ | BPF_K, 0, 2, u32::from_be_bytes([0, 0, e, f])),
         capture::step(BPF_LD | BPF_W | BPF_ABS, 0, 0, 0),
@@ -131,10 +148,13 @@ fn hear(link: u32, station: Mac) -> io::Result<OwnedFd> {
         capture::step(BPF_JMP | BPF_JSET | BPF_K, 0, 1, 1),
         capture::step(BPF_RET | BPF_K, 0, 0, LARGEST as u32),
         capture::step(BPF_RET | BPF_K, 0, 0, 0),
-    ];
+    ]
+}
+
+fn hear(link: u32, station: Mac) -> io::Result<OwnedFd> {
     let socket = capture::packet_socket()?;
     with_header(&socket)?;
-    capture::pick(&socket, &mut steps)?;
+    capture::pick(&socket, &mut for_station(station))?;
     capture::listen(&socket, link)?;
     Ok(socket)
 }

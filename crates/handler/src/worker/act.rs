@@ -454,6 +454,9 @@ impl Worker {
     async fn limit(&mut self, name: &str, m: Option<&MigrationView>) -> Result<(), Stop> {
         let (Some(m), Some(source)) = (m, &self.source) else { return Ok(()) };
         let Some(order) = source.order(m) else { return Ok(()) };
+        if let Some(relay) = &source.relay {
+            relay.hasten();
+        }
         let pod = self.pods.get_mut(name).ok_or_else(|| Stop::Failed(format!("pod {name} is gone")))?;
         let state = pod.follower.client.migrate(&order).await;
         pod.follower.learn(state.map_err(|e| failed("change the migration's bandwidth", &e))?);
@@ -464,6 +467,9 @@ impl Worker {
     /// Orders once what makes a migration end; a launcher that cannot is not asked again.
     async fn disrupt(&mut self, name: &str, uid: &str, how: Disruption) -> Result<(), Stop> {
         let client = self.pod(name)?.follower.client.clone();
+        if let Some(relay) = self.source.as_ref().and_then(|source| source.relay.as_ref()) {
+            relay.hasten();
+        }
         let answer = match how {
             Disruption::PostCopy => client.post_copy(uid).await,
             Disruption::Pause => client.pause_to_migrate(uid).await,
