@@ -7,7 +7,7 @@ use serde_json::json;
 
 impl Cluster {
     /// Whether it was said of this VMI that it goes in the clear.
-    async fn went_in_the_clear(&self, vmi: &str) -> bool {
+    pub async fn went_in_the_clear(&self, vmi: &str) -> bool {
         let said = self.events("VirtualMachineInstance", vmi).await;
         said.iter()
             .any(|event| event.reason == "Migrating" && event.message.contains("in the clear: disableTLS is set"))

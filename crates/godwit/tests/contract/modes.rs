@@ -83,8 +83,18 @@ async fn a_guest_that_may_go_ahead_of_its_memory_does() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_link_that_is_cut_in_post_copy_costs_time_and_nothing_else() {
+    cut_in_post_copy(false).await;
+}
+
+/// The other link proves the migration's secret anew.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_link_in_the_clear_that_is_cut_in_post_copy_costs_no_more() {
+    cut_in_post_copy(true).await;
+}
+
+async fn cut_in_post_copy(disable_tls: bool) {
     let cluster = Cluster::with_rom(2, 64).await;
-    cluster.configure(json!({"completionTimeoutPerGiB": 3, "allowPostCopy": true})).await;
+    cluster.configure(json!({"completionTimeoutPerGiB": 3, "allowPostCopy": true, "disableTLS": disable_tls})).await;
     cluster.start_rom_guest_on("parted", "node1").await;
     cluster.narrow("node1", NARROW);
     cluster.migrate("parted", "move").await;
@@ -110,4 +120,5 @@ async fn a_link_that_is_cut_in_post_copy_costs_time_and_nothing_else() {
     for words in ["The link to node node1 broke in post-copy", "The link is back"] {
         assert!(said.iter().any(|event| event.message.starts_with(words)), "{said:?}");
     }
+    assert_eq!(cluster.went_in_the_clear("parted").await, disable_tls);
 }
