@@ -5,6 +5,7 @@ mod inside;
 mod measure;
 mod memory;
 mod migration;
+mod tpm;
 
 use crate::console::{self, Console};
 use crate::plan::{self, Inputs, SERIAL, WritableDisk};
@@ -431,15 +432,6 @@ impl Vm {
         Ok(plan)
     }
 
-    /// The module that QEMU connects to when it starts; it ends with QEMU.
-    fn start_tpm(&mut self, plan: &plan::Plan) -> Result<(), Refused> {
-        let Some(socket) = &plan.machine.tpm else { return Ok(()) };
-        let folder = self.paths.ephemeral_disks.join(plan::TPM_STATE);
-        let tpm = Tpm::start(&folder, socket).map_err(|error| refused(Refusal::Failed, error.to_string()))?;
-        self.tpm = Some(tpm);
-        Ok(())
-    }
-
     /// Listens to a QEMU that has not run its guest yet, so that nothing it says is lost.
     async fn attach(&mut self, qemu: &Qemu, accelerator: Accelerator, serial: bool) -> Result<(), Refused> {
         if serial {
@@ -589,6 +581,7 @@ impl Vm {
         self.look_at_migration().await;
         self.measure(false);
         self.look_at_ending().await;
+        self.look_at_tpm();
         self.now.launcher_rss_bytes = own_rss();
         self.ask_inside();
     }
