@@ -24,6 +24,8 @@ pub struct Summary {
     pub injections: u64,
     /// Guests that died of an injected fault.
     pub guests_killed: u64,
+    /// Guests that were handed over in post-copy.
+    pub post_copies: u64,
     /// Runs that violated something, by seed.
     pub violations: Vec<Report>,
 }
@@ -37,6 +39,7 @@ impl Summary {
         self.failed += report.failed;
         self.injections += report.injections;
         self.guests_killed += report.guests_killed;
+        self.post_copies += report.post_copies;
         if report.violation.is_some() {
             self.violations.push(report);
         }
@@ -47,12 +50,13 @@ impl fmt::Display for Summary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "{} seeds: {} events, {:.1} hours of virtual time, {} migrations succeeded and {} failed, {} faults that killed {} \
-             guests; {} seeds violated something",
+            "{} seeds: {} events, {:.1} hours of virtual time, {} migrations succeeded ({} guests in post-copy) and {} failed, {} \
+             faults that killed {} guests; {} seeds violated something",
             self.seeds,
             self.events,
             self.virtual_time.as_secs_f64() / 3600.0,
             self.succeeded,
+            self.post_copies,
             self.failed,
             self.injections,
             self.guests_killed,

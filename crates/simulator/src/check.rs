@@ -4,12 +4,14 @@ use std::fmt;
 use std::time::Duration;
 
 use godwit_api::MigrationPhase as Phase;
+use godwit_api::vmi::{AbortStatus, VirtualMachineInstanceMigrationState};
 use godwit_api::{VirtualMachineInstanceMigration as Migration, VmiPhase};
 use godwit_control::migration::table::rank;
 use godwit_control::{Key, Kind, Name, Object, Ref, Stored, World, names, placement};
 
 use crate::backwards;
 use crate::event::Event;
+use crate::machine::{Domain, Launcher};
 use crate::sim::{MS, SECOND, Sim};
 use crate::store::Commit;
 
@@ -57,14 +59,30 @@ pub fn needs_wake(key: &Key, world: &World) -> bool {
     }
 }
 
+/// Whether a cancellation has its answer.
+fn answered(state: &VirtualMachineInstanceMigrationState) -> bool {
+    matches!(state.abort_status, Some(AbortStatus::Succeeded | AbortStatus::Failed))
+}
+
 impl Sim {
-    /// Never two: no guest is executed by two launchers. Asked whenever one begins to execute it.
+    /// Never two: no guest is executed by two launchers, or by one while another may still go on with it, or by one that has written
+    /// down that it has left. Asked whenever one begins to execute it.
     pub fn check_guest(&mut self, vmi: &Name) {
-        let mut running = self.launchers.living_of(vmi).filter(|(_, launcher)| launcher.runs());
-        let (Some((_, one)), Some((_, other))) = (running.next(), running.next()) else { return };
-        let two = format!("{vmi} is executed twice: in {} and in {}", one.pod, other.pod);
-        drop(running);
-        self.violate(Rule::NeverTwo, two);
+        let may = |launcher: &&Launcher| launcher.runs() || launcher.domain == Domain::Stopped;
+        let mut holders = self.launchers.living_of(vmi).map(|(_, launcher)| launcher).filter(may);
+        let two = match (holders.next(), holders.next()) {
+            (Some(one), Some(other)) => {
+                Some(format!("{vmi} is executed twice, or may be: in {} and in {}", one.pod, other.pod))
+            }
+            (Some(one), None) if one.runs() && one.has_left() => {
+                Some(format!("{vmi} is executed in {}, where it is written down that it has left", one.pod))
+            }
+            _ => None,
+        };
+        drop(holders);
+        if let Some(two) = two {
+            self.violate(Rule::NeverTwo, two);
+        }
     }
 
     /// What a write makes of the rules for migrations.
@@ -147,6 +165,10 @@ impl Sim {
                 }
                 _ => return Some(format!("VMI {} is Running and no launcher executes it", vmi.key())),
             }
+            let state = vmi.status.migration_state.as_ref();
+            if state.is_some_and(|m| m.abort_requested == Some(true) && m.completed == Some(true) && !answered(m)) {
+                return Some(format!("VMI {} does not say what came of the cancellation", vmi.key()));
+            }
             if vmi.label(names::LABEL_MIGRATION_TARGET_NODE_NAME).is_some() {
                 return Some(format!("VMI {} still has the label of a target", vmi.key()));
             }
@@ -171,7 +193,7 @@ mod tests {
 
     use super::*;
     use crate::Options;
-    use crate::machine::{Domain, Launcher, Why};
+    use crate::machine::Why;
 
     fn sim() -> Sim {
         Sim::new(Options::default())
@@ -194,6 +216,10 @@ mod tests {
             ordered: false,
             forgotten: false,
             orphaned: false,
+            fills: false,
+            stalled_until: 0,
+            frozen_until: 0,
+            seen: None,
         }
     }
 

@@ -71,6 +71,10 @@ pub enum Event {
     GoAnswered { uid: String, node: usize, epoch: u64, from: usize, answer: Answer },
     /// A launcher that was told to has ended.
     Ended { launcher: u64 },
+    /// An order reaches a launcher that stood still.
+    Order { launcher: u64, order: Order },
+    /// Something that stood still goes on: a node's agent (by the node's number) or a launcher or its QEMU (by the launcher's).
+    GoesOn { still: Still, id: u64 },
     /// A node says that it lives.
     Heartbeat { node: usize, boot: u64 },
     /// Owned objects of what is gone are deleted.
@@ -97,6 +101,28 @@ pub enum Event {
     Calm,
     /// Whether everything is at rest.
     AtRest,
+}
+
+/// What a handler orders a launcher to do.
+#[derive(Clone, Debug)]
+pub enum Order {
+    /// Send the guest of this migration to that launcher.
+    Send { uid: String, target: u64 },
+    /// Do not.
+    Cancel { uid: String, why: Option<&'static str> },
+    /// Switch to post-copy.
+    PostCopy { uid: String },
+}
+
+/// What can stand still.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Still {
+    /// A node's agent: its handler and kubelet.
+    Agent,
+    /// A launcher's process.
+    Launcher,
+    /// A launcher's QEMU.
+    Qemu,
 }
 
 /// What the target says to the go.
@@ -133,11 +159,17 @@ pub enum Fault {
     LinkCut,
     /// A node is cordoned for a while.
     Cordon,
+    /// A node's agent stands still for a while.
+    AgentStall,
+    /// A launcher stands still for a while.
+    LauncherStall,
+    /// A QEMU stands still for a while.
+    QemuStall,
 }
 
 impl Fault {
     /// All of them.
-    pub const ALL: [Fault; 11] = [
+    pub const ALL: [Fault; 14] = [
         Fault::WatchBreak,
         Fault::ControllerRestart,
         Fault::ControllerStall,
@@ -149,5 +181,8 @@ impl Fault {
         Fault::NodeCut,
         Fault::LinkCut,
         Fault::Cordon,
+        Fault::AgentStall,
+        Fault::LauncherStall,
+        Fault::QemuStall,
     ];
 }

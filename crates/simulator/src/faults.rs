@@ -2,11 +2,11 @@
 
 use godwit_control::{Kind, Name, Object, Ref};
 
-use crate::Blow;
 use crate::control_loop::Controllers;
-use crate::event::{Event, Fault};
+use crate::event::{Event, Fault, Still};
 use crate::machine::Why;
 use crate::sim::{MS, SECOND, Sim};
+use crate::{Blow, Step};
 
 impl Sim {
     /// A fault strikes somewhere, and will again.
@@ -49,12 +49,43 @@ impl Sim {
             Fault::NodeDeath => self.kill_node(node),
             Fault::NodeCut => self.cut_node(node),
             Fault::Cordon => self.cordon(node, true),
+            Fault::AgentStall => {
+                let duration = self.standstill();
+                self.stand_still(Still::Agent, node as u64, duration);
+            }
+            Fault::LauncherStall | Fault::QemuStall => {
+                let living = self.launchers.living();
+                let still = if fault == Fault::QemuStall { Still::Qemu } else { Still::Launcher };
+                if let Some(launcher) = self.random.pick(&living).copied() {
+                    let duration = self.standstill();
+                    self.stand_still(still, launcher, duration);
+                }
+            }
             Fault::LinkCut => {
                 if let Some(other) = self.random.pick(&nodes).copied() {
                     let seconds = self.random.between(1, 60);
                     self.cut_link(node, other, seconds * SECOND);
                 }
             }
+        }
+    }
+
+    /// How long something stands still: mostly shorter than anybody waits, or longer.
+    fn standstill(&mut self) -> u64 {
+        let longest = if self.random.chance(700) { 3 * SECOND } else { 60 * SECOND };
+        self.random.between(5 * MS, longest)
+    }
+
+    /// A migration has come to a step of its hand-over.
+    pub fn reached(&mut self, uid: &str, vmi: &Name, step: Step) {
+        if let Some((at, blow)) = self.options.blow_at_step
+            && at == step
+            && !self.struck
+        {
+            self.struck = true;
+            let longest = if step == Step::Sends { SECOND } else { 20 * MS };
+            let after = self.random.between(0, longest);
+            self.at(after, Event::Strike { uid: uid.to_owned(), vmi: vmi.clone(), blow });
         }
     }
 
@@ -167,6 +198,18 @@ impl Sim {
             (Blow::RestartSourceAgent, Some((_, node)), _) | (Blow::RestartTargetAgent, _, Some((_, node))) => {
                 self.restart_agent(node);
             }
+            (Blow::StallSourceAgent, Some((_, node)), _) | (Blow::StallTargetAgent, _, Some((_, node))) => {
+                let duration = self.standstill();
+                self.stand_still(Still::Agent, node as u64, duration);
+            }
+            (Blow::StallSourceLauncher, Some((id, _)), _) | (Blow::StallTargetLauncher, _, Some((id, _))) => {
+                let duration = self.standstill();
+                self.stand_still(Still::Launcher, id, duration);
+            }
+            (Blow::StallSourceQemu, Some((id, _)), _) | (Blow::StallTargetQemu, _, Some((id, _))) => {
+                let duration = self.standstill();
+                self.stand_still(Still::Qemu, id, duration);
+            }
             _ => {}
         }
     }
@@ -193,6 +236,9 @@ impl Sim {
             })
             .collect();
         self.fail_transfers(|_, source| broken.contains(&source));
+        for source in broken {
+            self.never_follows(source);
+        }
     }
 
     /// A node dies with all that runs on it.

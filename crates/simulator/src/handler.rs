@@ -3,12 +3,15 @@
 use std::sync::Arc;
 
 use godwit_api::VmiPhase;
-use godwit_api::vmi::{AbortStatus, VirtualMachineInstance, VirtualMachineInstanceMigrationState as State};
+use godwit_api::vmi::{
+    AbortStatus, MigrationMode, VirtualMachineInstance, VirtualMachineInstanceMigrationState as State,
+};
 use godwit_control::{Kind, Name, Object, Ref, Stored, names};
 use serde_json::{Map, Value, json};
 
-use crate::event::{Answer, Event, NodeWrite};
+use crate::event::{Answer, Event, NodeWrite, Order};
 use crate::machine::{Domain, Launcher, Status, Transfer};
+use crate::mutation::Mutation;
 use crate::sim::{MS, SECOND, Sim};
 use crate::store::seconds;
 
@@ -82,7 +85,10 @@ impl Sim {
         if !changes.migration.is_empty() {
             status.insert("migrationState".to_owned(), Value::Object(changes.migration));
         }
-        let mut metadata = json!({"resourceVersion": sight.vmi.metadata.resource_version});
+        let mut metadata = match self.wrong(Mutation::HandlersWithoutRevisions) {
+            true => json!({}),
+            false => json!({"resourceVersion": sight.vmi.metadata.resource_version}),
+        };
         if let (false, Some(metadata)) = (changes.labels.is_empty(), metadata.as_object_mut()) {
             metadata.insert("labels".to_owned(), Value::Object(changes.labels));
         }
@@ -100,7 +106,12 @@ impl Sim {
             return None;
         }
         let found = self.launchers.of_pod(pod.uid()).filter(|(_, launcher)| !launcher.forgotten);
-        found.map(|(id, launcher)| (id, launcher.clone()))
+        // One that stands still tells nothing new; its end is seen by the kubelet.
+        let known = |launcher: &Launcher| match (&launcher.seen, launcher.ended) {
+            (Some(seen), None) => seen.as_ref().clone(),
+            _ => launcher.clone(),
+        };
+        found.map(|(id, launcher)| (id, known(launcher)))
     }
 
     fn act(&mut self, sight: &Sight, changes: &mut Changes) {
@@ -183,7 +194,11 @@ impl Sim {
         let Some(uid) = m.migration_uid.as_deref() else { return true };
         let Some((id, launcher)) = self.pod_here(sight, m.source_pod.as_deref()) else { return true };
         let sent = launcher.sends.clone().filter(|transfer| transfer.uid == uid);
-        if let Some(transfer) = sent.as_ref().filter(|transfer| transfer.status == Status::Completed) {
+        let left = |one: &&Transfer| {
+            // In post-copy whatever comes after it: a link that breaks takes nothing back.
+            one.status == Status::Completed || one.status == Status::HandedOver || one.post_copy && one.sent
+        };
+        if let Some(transfer) = sent.as_ref().filter(left) {
             self.hand_over(sight, m, id, transfer, changes);
             return false;
         }
@@ -233,7 +248,7 @@ impl Sim {
         let Some(node) = self.nodes.get_mut(sight.index) else { return };
         let (since, reached) = *node.dialled.entry(uid.to_owned()).or_insert((now, None));
         match target {
-            Some((_, target)) if reached == Some(port) => self.send(id, uid, target),
+            Some((_, target)) if reached == Some(port) => self.order(id, Order::Send { uid: uid.to_owned(), target }),
             Some(_) => {
                 node.dialled.insert(uid.to_owned(), (since, Some(port)));
                 let after = self.random.between(MS, 10 * MS);
@@ -256,7 +271,7 @@ impl Sim {
             return;
         }
         if m.abort_requested == Some(true) && m.abort_status.is_none() {
-            self.cancel_transfer(id, None);
+            self.order(id, Order::Cancel { uid: transfer.uid.clone(), why: None });
             changes.state("abortStatus", json!("Aborting"));
             return;
         }
@@ -265,14 +280,22 @@ impl Sim {
         let budget = godwit_api::config::completion_timeout_seconds(&configuration, memory).unwrap_or(0) * SECOND;
         let patience = u64::try_from(configuration.progress_timeout.unwrap_or(0)).unwrap_or(0) * SECOND;
         let elapsed = self.now - transfer.started;
+        let cancel = |why| Order::Cancel { uid: transfer.uid.clone(), why: Some(why) };
         if sight.vmi.deleting() {
-            return self.cancel_transfer(id, Some("the VMI is being deleted"));
+            return self.order(id, cancel("the VMI is being deleted"));
         }
-        if budget > 0 && elapsed > budget {
-            return self.cancel_transfer(id, Some("not completed in time"));
+        let spent = budget > 0 && elapsed > budget;
+        let stuck = transfer.endless && patience > 0 && elapsed > patience;
+        let aborting = m.abort_requested == Some(true) || m.abort_status.is_some();
+        if (spent || stuck) && configuration.allow_post_copy == Some(true) && !transfer.post_copy && !aborting {
+            self.order(id, Order::PostCopy { uid: transfer.uid.clone() });
+            return self.look_after(sight.index, &name, REDIAL_AFTER);
         }
-        if transfer.endless && patience > 0 && elapsed > patience {
-            return self.cancel_transfer(id, Some("the guest writes faster than the link carries"));
+        if spent && !transfer.post_copy {
+            return self.order(id, cancel("not completed in time"));
+        }
+        if stuck {
+            return self.order(id, cancel("the guest writes faster than the link carries"));
         }
         let now = self.now;
         let Some(node) = self.nodes.get_mut(sight.index) else { return };
@@ -306,7 +329,36 @@ impl Sim {
     fn hand_over(&mut self, sight: &Sight, m: &State, id: u64, transfer: &Transfer, changes: &mut Changes) {
         let answer = self.nodes.get(sight.index).and_then(|node| node.answers.get(&transfer.uid)).copied();
         let aborted = m.abort_requested == Some(true);
+        let follows = transfer.status != Status::Completed;
+        if aborted && follows && self.wrong(Mutation::CancelsWhatHasLeft) {
+            self.order(id, Order::Cancel { uid: transfer.uid.clone(), why: None });
+        }
         match answer {
+            Some(Answer::Running) if follows && !sight.vmi.is_final() && self.target_ended_unseen(sight, m) => {
+                changes.phase("Failed");
+                self.failed(sight, m, "the guest was handed over and is lost with the target's pod", changes);
+                if aborted {
+                    changes.state("abortStatus", json!("Failed"));
+                }
+            }
+            // A part of its memory is still to follow, and whoever has it knows when all is there, or never will be.
+            Some(Answer::Running) if follows && !self.wrong(Mutation::EndsBeforeAllFollowed) => {
+                if m.start_timestamp.is_none() {
+                    let started = seconds(self.moment(transfer.started));
+                    changes.state("startTimestamp", started);
+                }
+                if aborted && m.abort_status != Some(AbortStatus::Failed) {
+                    changes.state("abortStatus", json!("Failed"));
+                }
+                if transfer.post_copy && m.mode != Some(MigrationMode::PostCopy) {
+                    changes.state("mode", json!("PostCopy"));
+                }
+                if sight.vmi.is_final() {
+                    self.failed(sight, m, "the guest was handed over and is lost", changes);
+                } else {
+                    self.look_after(sight.index, &sight.vmi.key(), SECOND);
+                }
+            }
             Some(Answer::Running) => {
                 if m.start_timestamp.is_none() {
                     let started = seconds(self.moment(transfer.started));
@@ -360,7 +412,15 @@ impl Sim {
     fn target(&mut self, sight: &Sight, m: &State, changes: &mut Changes) {
         let Some(uid) = m.migration_uid.as_deref() else { return };
         let Some((id, launcher)) = self.pod_here(sight, m.target_pod.as_deref()) else { return };
-        if launcher.ended.is_some() || launcher.receives.as_deref() != Some(uid) {
+        if launcher.receives.as_deref() != Some(uid) {
+            return;
+        }
+        if launcher.ended.is_some() {
+            // In post-copy the guest has ended with it: a part of it was still elsewhere.
+            if launcher.fills && !sight.vmi.is_final() {
+                changes.phase("Failed");
+                self.failed(sight, m, "VMI is irrecoverable due to failed post-copy migration", changes);
+            }
             return;
         }
         let open = self.nodes.get(sight.index).and_then(|node| node.listening.get(uid)).copied();
@@ -372,7 +432,12 @@ impl Sim {
             let waited = self.now - resumed;
             if m.target_node_domain_ready_timestamp.is_none() || !sight.own_node() {
                 self.arrived(sight, changes);
+            } else if launcher.fills {
+                self.look_after(sight.index, &sight.vmi.key(), SECOND);
             } else if waited >= SOURCE_REPORTS_WITHIN {
+                if m.abort_requested == Some(true) {
+                    changes.state("abortStatus", json!("Failed"));
+                }
                 changes.state("completed", json!(true));
                 let ended = seconds(self.node_time(sight.index));
                 changes.state("endTimestamp", ended);
@@ -388,6 +453,9 @@ impl Sim {
             return;
         }
         match launcher.domain {
+            // Whoever says that the guest is lost must know that it does not run.
+            Domain::Broken => self.stop_launcher(id, MS),
+            Domain::Incoming if launcher.loaded && self.wrong(Mutation::GivesUpLoaded) => self.stop_launcher(id, MS),
             Domain::Undefined if !launcher.ordered => {
                 if let Some(launcher) = self.launchers.get_mut(id) {
                     launcher.ordered = true;

@@ -324,6 +324,10 @@ impl Sim {
             ordered: false,
             forgotten: false,
             orphaned: false,
+            fills: false,
+            stalled_until: 0,
+            frozen_until: 0,
+            seen: None,
         });
         self.note(format!("launcher {name} starts on {}", self.name_of(index)));
         self.at(MS, Event::Sync { node: index, epoch, pod: name });

@@ -84,7 +84,7 @@ impl Launchers {
     /// A launcher begins to send, or has stopped.
     pub fn note_sending(&mut self, id: u64) {
         let sends = self.all.get(&id).and_then(|launcher| launcher.sends.as_ref());
-        if sends.is_some_and(|transfer| transfer.status == Status::Active) {
+        if sends.is_some_and(|transfer| matches!(transfer.status, Status::Active | Status::HandedOver)) {
             self.sending.insert(id);
         } else {
             self.sending.remove(&id);

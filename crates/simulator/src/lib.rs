@@ -16,12 +16,14 @@ mod launchers;
 mod limits;
 mod machine;
 mod mutation;
+mod post_copy;
 mod quick;
 mod random;
 mod rates;
 mod shrink;
 mod sim;
 mod standing;
+mod standstill;
 mod store;
 mod trace;
 mod users;
@@ -59,6 +61,8 @@ pub struct Options {
     pub at_once: bool,
     /// Something that is done when a migration comes to a phase, the first time only.
     pub blow: Option<(MigrationPhase, Blow)>,
+    /// Something that is done when a migration comes to a step of its hand-over, the first time only.
+    pub blow_at_step: Option<(Step, Blow)>,
     /// Keep the whole trace, not only its end.
     pub full_trace: bool,
     /// Controller processes, all of them at work at the same time (as when a leader has lost its lease and does not know yet).
@@ -91,6 +95,7 @@ impl Default for Options {
             migrations: 1,
             at_once: false,
             blow: None,
+            blow_at_step: None,
             full_trace: false,
             controllers: 1,
             limits: None,
@@ -131,11 +136,41 @@ pub enum Blow {
     RestartSourceAgent,
     /// Handler and kubelet of the target node restart.
     RestartTargetAgent,
+    /// Handler and kubelet of the source node stand still for some time.
+    StallSourceAgent,
+    /// Handler and kubelet of the target node stand still for some time.
+    StallTargetAgent,
+    /// The source's launcher stands still for some time, its QEMU does not.
+    StallSourceLauncher,
+    /// The target's launcher stands still for some time, its QEMU does not.
+    StallTargetLauncher,
+    /// The source's QEMU stands still for some time.
+    StallSourceQemu,
+    /// The target's QEMU stands still for some time.
+    StallTargetQemu,
+}
+
+/// The steps of a hand-over (docs/hand-over.md).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// The source begins to send.
+    Sends,
+    /// The guest stands still at the source, which may still run it.
+    Stands,
+    /// It is written down that the guest has left.
+    Left,
+    /// The guest runs at the target; in post-copy some of its memory is still to follow.
+    Runs,
+}
+
+impl Step {
+    /// All of them.
+    pub const ALL: [Step; 4] = [Step::Sends, Step::Stands, Step::Left, Step::Runs];
 }
 
 impl Blow {
     /// All of them.
-    pub const ALL: [Blow; 12] = [
+    pub const ALL: [Blow; 18] = [
         Blow::Cancel,
         Blow::DeleteTargetPod,
         Blow::KillTarget,
@@ -148,6 +183,12 @@ impl Blow {
         Blow::CutTargetNode,
         Blow::RestartSourceAgent,
         Blow::RestartTargetAgent,
+        Blow::StallSourceAgent,
+        Blow::StallTargetAgent,
+        Blow::StallSourceLauncher,
+        Blow::StallTargetLauncher,
+        Blow::StallSourceQemu,
+        Blow::StallTargetQemu,
     ];
 }
 
@@ -186,6 +227,8 @@ pub struct Report {
     pub guests_killed: u64,
     /// Faults that were injected, those left out included.
     pub injections: u64,
+    /// Guests that were handed over in post-copy.
+    pub post_copies: u64,
 }
 
 impl Report {

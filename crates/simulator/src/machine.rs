@@ -4,8 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use godwit_control::{Name, Object, Ref};
 
+use crate::Step;
 use crate::check::Rule;
 use crate::event::{Answer, Event};
+use crate::mutation::Mutation;
 use crate::sim::{MS, SECOND, Sim};
 
 /// A pre-copy ends when what remains can be sent in this many seconds.
@@ -47,6 +49,8 @@ pub struct Node {
     pub pulling: BTreeSet<String>,
     /// When progress was last reported.
     pub reported: BTreeMap<String, u64>,
+    /// Until when the agent stands still.
+    pub stalled_until: u64,
 }
 
 impl Node {
@@ -69,6 +73,7 @@ impl Node {
             looks: BTreeMap::new(),
             pulling: BTreeSet::new(),
             reported: BTreeMap::new(),
+            stalled_until: 0,
         }
     }
 
@@ -76,6 +81,7 @@ impl Node {
     pub fn forget(&mut self) {
         self.epoch += 1;
         self.up = false;
+        self.stalled_until = 0;
         self.cache.clear();
         self.listening.clear();
         self.dialled.clear();
@@ -99,6 +105,10 @@ pub enum Domain {
     Incoming,
     /// Has sent its guest away; never runs it again.
     MigratedAway,
+    /// The same, in post-copy: a part of its memory is still here.
+    Serving,
+    /// Has the guest in post-copy, and a part of its memory never comes.
+    Broken,
     /// The guest has ended by itself or as asked.
     Shutdown,
     /// QEMU has died.
@@ -110,6 +120,8 @@ pub enum Domain {
 pub enum Status {
     /// Memory is being sent.
     Active,
+    /// Post-copy: the target has what it needs to run the guest, which is written down; the rest follows.
+    HandedOver,
     /// The target has everything; written down.
     Completed,
     /// Did not work out.
@@ -131,6 +143,14 @@ pub struct Transfer {
     pub started: u64,
     /// Why the handler cancelled it, if it did.
     pub why: Option<&'static str>,
+    /// QEMU has sent what the target needs to run the guest; what was `Active` is not any more when that is written down.
+    pub sent: bool,
+    /// It goes in post-copy.
+    pub post_copy: bool,
+    /// How long the rest follows then.
+    pub follows: u64,
+    /// The guest stands still for the switchover: what was to be sent before has been.
+    pub stands: bool,
     /// Marks the step that is awaited.
     token: u64,
     /// When the step is due; `None` while the link is cut, or when the guest writes faster than the link carries.
@@ -138,7 +158,7 @@ pub struct Transfer {
     /// What is left of the step while the link is cut.
     left: u64,
     /// How long the copying takes on a link that is never cut.
-    copy: u64,
+    pub copy: u64,
     /// It will never converge.
     pub endless: bool,
     /// How long the switchover takes.
@@ -178,12 +198,25 @@ pub struct Launcher {
     pub forgotten: bool,
     /// The guest that is complete here is lost: the source died before it gave the go.
     pub orphaned: bool,
+    /// Some of the memory of the guest that came in is still at the source.
+    pub fills: bool,
+    /// Until when its process stands still.
+    pub stalled_until: u64,
+    /// Until when its QEMU stands still.
+    pub frozen_until: u64,
+    /// While it stands still: what it was then, which is all that its handler knows of it.
+    pub seen: Option<Box<Launcher>>,
 }
 
 impl Launcher {
     /// Whether it runs the guest, or would by itself.
     pub fn runs(&self) -> bool {
         self.ended.is_none() && matches!(self.domain, Domain::Running)
+    }
+
+    /// Whether it has written down that its guest has left.
+    pub fn has_left(&self) -> bool {
+        self.sends.as_ref().is_some_and(|one| matches!(one.status, Status::Completed | Status::HandedOver) || one.sent)
     }
 }
 
@@ -218,9 +251,17 @@ pub struct Copied {
 }
 
 impl Transfer {
+    /// The next step is awaited, in `after` from now if bytes flow.
+    pub fn step(&mut self, token: u64, after: u64, now: u64, flows: bool) {
+        self.token = token;
+        self.left = after;
+        self.due = flows.then_some(now + after);
+    }
+
     /// How far it has come by now: rounds, each of which sends what was written during the one before.
     pub fn copied(&self, guest: &Guest, now: u64) -> Copied {
         let sent_for = match self.due {
+            _ if self.stands => self.copy,
             _ if self.endless => now.saturating_sub(self.started),
             Some(due) => self.copy.saturating_sub(due.saturating_sub(now)),
             None => self.copy.saturating_sub(self.left),
@@ -279,12 +320,12 @@ impl Sim {
         }
         let domain = match (why, launcher.domain) {
             (_, Domain::MigratedAway) => Domain::MigratedAway,
-            (Why::Fault, _) => Domain::Crashed,
+            (Why::Fault, _) | (_, Domain::Broken) => Domain::Crashed,
             (Why::Order, _) => Domain::Shutdown,
         };
         self.launchers.end(id, why == Why::Order, domain);
         // A guest whose source dies before the go is lost, and nobody's doing but the fault's (docs/hand-over.md).
-        if let Some(transfer) = launcher.sends.as_ref().filter(|sent| sent.status == Status::Completed)
+        if let Some(transfer) = launcher.sends.as_ref().filter(|one| one.status == Status::Completed || one.sent)
             && let Some(target) = self.launchers.get_mut(transfer.target)
             && target.domain == Domain::Incoming
             && why == Why::Fault
@@ -293,6 +334,17 @@ impl Sim {
             self.stats.guests_killed += 1;
         }
         self.fail_transfers(|transfer, source| transfer.target == id || source == id);
+        let serving = |one: &Launcher| one.sends.as_ref().is_some_and(|sent| sent.status == Status::HandedOver);
+        let hit = |source: u64, one: &Launcher| source == id || one.sends.as_ref().is_some_and(|t| t.target == id);
+        let lost: Vec<u64> = self
+            .launchers
+            .all_of(&launcher.vmi)
+            .filter(|(source, one)| serving(one) && hit(*source, one))
+            .map(|(source, _)| source)
+            .collect();
+        for source in lost {
+            self.never_follows(source);
+        }
         self.tell_agent(&launcher);
     }
 
@@ -300,6 +352,7 @@ impl Sim {
     fn holds_guest(&self, launcher: &Launcher) -> bool {
         match launcher.domain {
             Domain::Running | Domain::Stopped => true,
+            Domain::Serving => launcher.sends.as_ref().is_some_and(|sent| sent.status == Status::HandedOver),
             Domain::Incoming => launcher.loaded && !launcher.orphaned,
             _ => false,
         }
@@ -315,14 +368,18 @@ impl Sim {
 
     /// Active transfers break; their guests go on at the source.
     pub fn fail_transfers(&mut self, hit: impl Fn(&Transfer, u64) -> bool) {
-        let mut told = Vec::new();
+        let (now, mut told) = (self.now, Vec::new());
         let sending: Vec<u64> = self.launchers.sending().collect();
         for id in sending {
             let Some(launcher) = self.launchers.get_mut(id) else { continue };
-            let Some(transfer) = launcher.sends.as_mut().filter(|transfer| hit(transfer, id)) else { continue };
+            // A QEMU that has sent everything never goes back.
+            let breaks = |one: &&mut Transfer| one.status == Status::Active && !one.sent && hit(one, id);
+            let Some(transfer) = launcher.sends.as_mut().filter(breaks) else { continue };
             transfer.status = Status::Failed;
             transfer.token += 1;
-            if launcher.ended.is_none() && launcher.domain == Domain::Stopped {
+            // What QEMU stopped it continues; what the launcher stopped only the launcher does.
+            let by_itself = !transfer.post_copy || launcher.stalled_until <= now;
+            if launcher.ended.is_none() && launcher.domain == Domain::Stopped && by_itself {
                 launcher.domain = Domain::Running;
             }
             let launcher = launcher.clone();
@@ -372,7 +429,12 @@ impl Sim {
 
     /// The source's QEMU begins to send.
     pub fn send(&mut self, id: u64, uid: &str, target: u64) {
-        let Some(launcher) = self.launchers.get(id).cloned() else { return };
+        // Once for a migration, whatever a handler that knows no better says.
+        let fit = |one: &&Launcher| {
+            let known = one.sends.as_ref().is_some_and(|transfer| transfer.uid == uid);
+            one.ended.is_none() && one.domain == Domain::Running && !known
+        };
+        let Some(launcher) = self.launchers.get(id).filter(fit).cloned() else { return };
         let Some(guest) = self.guests.get(&launcher.vmi).copied() else { return };
         let bandwidth = guest.bandwidth as f64;
         let (mut bytes, mut seconds) = (guest.memory as f64, 0.0);
@@ -400,6 +462,10 @@ impl Sim {
             status: Status::Active,
             started: now,
             why: None,
+            sent: false,
+            post_copy: false,
+            follows: 0,
+            stands: false,
             token,
             due: (!endless).then_some(now + copy),
             left: copy,
@@ -414,25 +480,39 @@ impl Sim {
         if !endless {
             self.at(copy, Event::Transfer { launcher: id, token });
         }
+        if !self.flows(id) {
+            self.links_changed();
+        }
+        self.reached(uid, &launcher.vmi, Step::Sends);
         self.tell_agent(&launcher);
     }
 
-    /// The awaited step of an outgoing migration: first the switchover begins, then the target has everything.
+    /// The awaited step of an outgoing migration: first the switchover begins, then the target has what it needs, and in post-copy
+    /// the rest at last.
     pub fn step_transfer(&mut self, id: u64, token: u64) {
         let now = self.now;
         let Some(launcher) = self.launchers.living_mut(id) else { return };
-        let (domain, node) = (launcher.domain, launcher.node);
+        let (domain, vmi) = (launcher.domain, launcher.vmi.clone());
         let Some(transfer) = launcher.sends.as_mut() else { return };
-        if transfer.token != token || transfer.status != Status::Active || transfer.due.is_none() {
+        if transfer.token != token || transfer.due.is_none() {
             return;
         }
+        if transfer.status == Status::HandedOver {
+            return self.is_whole(id);
+        }
+        if transfer.status != Status::Active || transfer.sent {
+            return;
+        }
+        let uid = transfer.uid.clone();
         if domain == Domain::Running {
             launcher.domain = Domain::Stopped;
+            transfer.stands = true;
             transfer.due = Some(now + transfer.switch);
             let after = transfer.switch;
+            self.reached(&uid, &vmi, Step::Stands);
             return self.at(after, Event::Transfer { launcher: id, token });
         }
-        let (target, uid) = (transfer.target, transfer.uid.clone());
+        let (target, post_copy) = (transfer.target, transfer.post_copy);
         let receives = self
             .launchers
             .get(target)
@@ -442,17 +522,47 @@ impl Sim {
         }
         if let Some(target) = self.launchers.get_mut(target) {
             target.loaded = true;
+            target.fills = post_copy;
+            let target = target.clone();
+            self.tell_agent(&target);
         }
         let Some(launcher) = self.launchers.get_mut(id) else { return };
-        launcher.domain = Domain::MigratedAway;
-        if let Some(transfer) = &mut launcher.sends {
-            transfer.status = Status::Completed;
+        if let Some(transfer) = launcher.sends.as_mut() {
+            transfer.sent = true;
+            transfer.due = None;
         }
-        let launcher = launcher.clone();
+        // A launcher that stands still writes it down when it goes on; until then nobody may know.
+        if launcher.stalled_until <= now {
+            self.write_down(id);
+        } else if self.wrong(Mutation::GoesUnwritten) {
+            self.give_go(id, &uid);
+        }
+    }
+
+    /// The source's launcher has seen what its QEMU has sent, and writes down that the guest has left. The point of no return.
+    pub fn write_down(&mut self, id: u64) {
+        let Some(launcher) = self.launchers.living_mut(id) else { return };
+        let (node, vmi) = (launcher.node, launcher.vmi.clone());
+        let Some(transfer) = launcher.sends.as_mut().filter(|one| one.sent && one.status == Status::Active) else {
+            return;
+        };
+        let (uid, post_copy) = (transfer.uid.clone(), transfer.post_copy);
+        if post_copy {
+            self.begin_to_follow(id);
+        } else {
+            transfer.status = Status::Completed;
+            launcher.domain = Domain::MigratedAway;
+        }
+        let Some(launcher) = self.launchers.get(id).cloned() else { return };
         self.launchers.note_sending(id);
-        self.strike_hand_over(&uid, &launcher.vmi);
-        self.note(format!("{} is over from {}: completed", launcher.vmi, self.name_of(node)));
-        if self.nodes.get(node).is_some_and(|node| node.up) {
+        self.note(format!(
+            "{vmi} has left {}: {}",
+            self.name_of(node),
+            if post_copy { "post-copy" } else { "completed" }
+        ));
+        self.strike_hand_over(&uid, &vmi);
+        self.reached(&uid, &vmi, Step::Left);
+        if self.nodes.get(node).is_some_and(|node| node.up && node.stalled_until <= self.now) {
             self.give_go(id, &uid);
         }
         self.tell_agent(&launcher);
@@ -461,14 +571,21 @@ impl Sim {
     /// A cut link has lasted for too long.
     pub fn break_transfer(&mut self, id: u64, token: u64) {
         self.fail_transfers(|transfer, source| source == id && transfer.token == token);
+        let sends = self.launchers.get(id).and_then(|launcher| launcher.sends.as_ref());
+        if sends.is_some_and(|transfer| transfer.status == Status::HandedOver && transfer.token == token) {
+            self.never_follows(id);
+        }
     }
 
     /// The handler cancels. Returns whether it came in time.
-    pub fn cancel_transfer(&mut self, id: u64, why: Option<&'static str>) {
+    pub fn cancel_transfer(&mut self, id: u64, uid: &str, why: Option<&'static str>) {
+        let blind = self.wrong(Mutation::CancelsWhatHasLeft);
         let Some(launcher) = self.launchers.living_mut(id) else { return };
-        let Some(transfer) = launcher.sends.as_mut().filter(|transfer| transfer.status == Status::Active) else {
-            return;
+        // What has been sent is too late to be cancelled: the answer says so.
+        let open = |one: &&mut Transfer| {
+            one.uid == uid && (one.status == Status::Active && !one.sent || blind && one.status == Status::HandedOver)
         };
+        let Some(transfer) = launcher.sends.as_mut().filter(open) else { return };
         transfer.status = Status::Cancelled;
         transfer.why = why;
         transfer.token += 1;
@@ -487,11 +604,10 @@ impl Sim {
         let ids: Vec<u64> = self.launchers.sending().collect();
         for id in ids {
             let Some(launcher) = self.launchers.get(id).filter(|launcher| launcher.ended.is_none()) else { continue };
-            let Some(transfer) = launcher.sends.as_ref().filter(|transfer| transfer.status == Status::Active) else {
+            if launcher.sends.as_ref().is_none_or(|one| one.sent && one.status == Status::Active) {
                 continue;
-            };
-            let target = self.launchers.get(transfer.target).map_or(launcher.node, |target| target.node);
-            let open = self.reaches(launcher.node, target);
+            }
+            let open = self.flows(id);
             let Some(transfer) = self.launchers.get_mut(id).and_then(|launcher| launcher.sends.as_mut()) else {
                 continue;
             };
@@ -549,6 +665,7 @@ impl Sim {
                 launcher.domain = Domain::Running;
                 launcher.resumed = Some(now);
                 let launcher = launcher.clone();
+                self.reached(uid, &launcher.vmi, Step::Runs);
                 self.note(format!("{} goes on in {} on {}", launcher.vmi, launcher.pod, self.name_of(target_node)));
                 self.check_guest(&launcher.vmi);
                 self.tell_agent(&launcher);

@@ -1,9 +1,9 @@
-//! Faults of the controllers themselves, put in on purpose: what the checks are worth shows in whether they see them.
+//! Faults of the controllers, handlers and launchers themselves, put in on purpose: what the checks are worth shows in whether they see them.
 
 use godwit_api::MigrationPhase as Phase;
 use godwit_control::{Effect, Key, Kind, Name, Object, Plan, Source, Stored, View, World, names, vmi};
 
-/// Something that is wrong with the controllers.
+/// Something that is wrong with the controllers, or with the agents and launchers of all nodes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mutation {
     /// Their writes carry no revision.
@@ -20,11 +20,23 @@ pub enum Mutation {
     NeverWakes,
     /// A failed migration is tried again under the same name.
     FailedBeginsAgain,
+    /// A source's handler gives the go before its launcher has written down that the guest has left.
+    GoesUnwritten,
+    /// A launcher that stood still goes on with the guest that its QEMU has sent meanwhile.
+    RunsWhatHasLeft,
+    /// A cancellation in post-copy after the hand-over is passed on, and the launcher obeys and runs the guest.
+    CancelsWhatHasLeft,
+    /// A target's handler gives a loaded guest up when no go comes within seconds.
+    GivesUpLoaded,
+    /// A source's handler writes the end of a post-copy when the guest runs, though its memory is still to follow.
+    EndsBeforeAllFollowed,
+    /// Handlers write on no revision: what one decided before it stood still is carried out when it goes on.
+    HandlersWithoutRevisions,
 }
 
 impl Mutation {
     /// All of them.
-    pub const ALL: [Mutation; 7] = [
+    pub const ALL: [Mutation; 13] = [
         Mutation::NoRevisions,
         Mutation::DropsUnresolvedTarget,
         Mutation::StartsBesideOthers,
@@ -32,6 +44,12 @@ impl Mutation {
         Mutation::LimitOffByOne,
         Mutation::NeverWakes,
         Mutation::FailedBeginsAgain,
+        Mutation::GoesUnwritten,
+        Mutation::RunsWhatHasLeft,
+        Mutation::CancelsWhatHasLeft,
+        Mutation::GivesUpLoaded,
+        Mutation::EndsBeforeAllFollowed,
+        Mutation::HandlersWithoutRevisions,
     ];
 
     /// What controllers that are wrong in this way decide.

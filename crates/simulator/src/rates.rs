@@ -60,6 +60,14 @@ faults! {
     node_cuts_per_hour "node-cuts" 20,
     /// The link between two nodes is cut for a while.
     link_cuts_per_hour "link-cuts" 60,
+    /// A node's handler and kubelet stand still (SIGSTOP) and go on up to a minute later, as if nothing had been.
+    handler_stalls_per_hour "handler-stalls" 40,
+    /// A launcher does, without its QEMU.
+    launcher_stalls_per_hour "launcher-stalls" 40,
+    /// A QEMU does, without its launcher.
+    qemu_stalls_per_hour "qemu-stalls" 40,
+    /// Clusters that allow post-copy, after a second or two.
+    post_copy_per_mille "post-copy" 300,
     /// Migrations at whose hand-over, within milliseconds around the go, something breaks.
     hand_over_per_mille "hand-over" 150,
     /// Nodes that are cordoned for some minutes.

@@ -14,6 +14,7 @@ use crate::event::{Event, Fault};
 use crate::launchers::Launchers;
 use crate::limits::Count;
 use crate::machine::{Guest, Node, Why};
+use crate::mutation::Mutation;
 use crate::random::Random;
 use crate::store::Store;
 use crate::trace::Trace;
@@ -48,6 +49,8 @@ pub struct Stats {
     pub most_to_one_node: u32,
     /// See [`Report`].
     pub guests_killed: u64,
+    /// See [`Report`].
+    pub post_copies: u64,
 }
 
 /// When an event happens; of two at the same time the one that was asked for first comes first. The event itself lies in
@@ -196,6 +199,11 @@ impl Sim {
         !self.options.without.contains(&self.injections)
     }
 
+    /// Whether the nodes are wrong in this way, on purpose.
+    pub fn wrong(&self, mutation: Mutation) -> bool {
+        self.options.mutation == Some(mutation)
+    }
+
     /// Something that must always hold does not; only the first counts.
     pub fn violate(&mut self, rule: Rule, what: String) {
         if self.options.unchecked.contains(&rule) {
@@ -279,6 +287,7 @@ impl Sim {
             most_to_one_node: self.stats.most_to_one_node,
             injections: self.injections,
             guests_killed: self.stats.guests_killed,
+            post_copies: self.stats.post_copies,
             trace: self.trace.into_lines(),
         }
     }
@@ -286,6 +295,9 @@ impl Sim {
     fn handle(&mut self, event: Event) {
         // What comes for a process that stands still is dealt with when it goes on, in the same order.
         if let Some(wait) = life_of(&event).and_then(|life| self.stalled(life)) {
+            return self.at(wait, event);
+        }
+        if let Some(wait) = self.waits(&event) {
             return self.at(wait, event);
         }
         match event {
@@ -310,6 +322,8 @@ impl Sim {
             Event::Go { uid, source, epoch, target_node } => self.take_go(&uid, source, epoch, target_node),
             Event::GoAnswered { uid, node, epoch, from, answer } => self.take_answer(uid, node, epoch, from, answer),
             Event::Ended { launcher } => self.end_launcher(launcher, Why::Order),
+            Event::Order { launcher, order } => self.obey(launcher, order),
+            Event::GoesOn { still, id } => self.goes_on(still, id),
             Event::Heartbeat { node, boot } => self.heartbeat(node, boot),
             Event::Collect { owner } => self.collect(&owner),
             Event::AskMigration { vmi } => self.ask_migration(&vmi),
@@ -351,6 +365,9 @@ impl Sim {
             Fault::NodeCut => faults.node_cuts_per_hour,
             Fault::LinkCut => faults.link_cuts_per_hour,
             Fault::Cordon => faults.cordons_per_hour,
+            Fault::AgentStall => faults.handler_stalls_per_hour,
+            Fault::LauncherStall => faults.launcher_stalls_per_hour,
+            Fault::QemuStall => faults.qemu_stalls_per_hour,
         };
         let mean = (3600 * SECOND).checked_div(u64::from(per_hour))?;
         (!self.calm).then(|| self.random.between(0, 2 * mean))

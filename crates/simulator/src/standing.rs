@@ -175,6 +175,10 @@ impl Sim {
             ordered: true,
             forgotten: false,
             orphaned: false,
+            fills: false,
+            stalled_until: 0,
+            frozen_until: 0,
+            seen: None,
         };
         self.launchers.insert(launcher);
         self.guests.insert(name, shape.guest);

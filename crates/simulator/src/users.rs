@@ -50,7 +50,13 @@ impl Sim {
 
     /// Nodes, classes, VMs; and when things will happen.
     pub fn found(&mut self) {
-        let migrations = self.options.limits.map_or_else(|| json!({}), wording);
+        let mut migrations = self.options.limits.map_or_else(|| json!({}), wording);
+        if self.faulty(|faults| faults.post_copy_per_mille)
+            && let Some(migrations) = migrations.as_object_mut()
+        {
+            migrations.insert("allowPostCopy".to_owned(), json!(true));
+            migrations.insert("completionTimeoutPerGiB".to_owned(), json!(1));
+        }
         self.create(
             Kind::KubeVirt,
             json!({"metadata": {"namespace": names::KUBEVIRT_NAMESPACE, "name": names::KUBEVIRT_NAME},

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use godwit_simulator::{Blow, Faults, MigrationPhase as Phase, Options, Report, simulate};
+use godwit_simulator::{Blow, Faults, MigrationPhase as Phase, Options, Report, Step, simulate};
 
 const PHASES: [Phase; 6] =
     [Phase::Pending, Phase::Scheduling, Phase::Scheduled, Phase::PreparingTarget, Phase::TargetReady, Phase::Running];
@@ -101,6 +101,61 @@ fn sources_node_is_cut_off_at_each_phase() {
 #[test]
 fn targets_node_is_cut_off_at_each_phase() {
     hit_at_each_phase(Blow::CutTargetNode, |_, report| assert_eq!(report.guests_killed, 0));
+}
+
+#[test]
+fn whoever_stands_still_at_a_phase_goes_on_and_no_guest_is_lost() {
+    let all = [
+        Blow::StallSourceAgent,
+        Blow::StallTargetAgent,
+        Blow::StallSourceLauncher,
+        Blow::StallTargetLauncher,
+        Blow::StallSourceQemu,
+        Blow::StallTargetQemu,
+    ];
+    for blow in all {
+        hit_at_each_phase(blow, |_, report| assert_eq!(report.guests_killed, 0));
+    }
+}
+
+/// One migration of a guest that goes in post-copy, or not.
+fn hit_at_each_step(blow: Blow, post_copy: bool, mut expect: impl FnMut(Step, &Report)) {
+    let often = if post_copy { 1000 } else { 0 };
+    let faults = Faults { post_copy_per_mille: often, busy_guests_per_mille: often, ..Faults::NONE };
+    for step in Step::ALL {
+        for seed in 0..2 {
+            let report = simulate(Options { blow_at_step: Some((step, blow)), faults, ..one_vm(seed) });
+            report.expect_sound();
+            assert_eq!(report.succeeded + report.failed, 1, "{blow:?} at {step:?}");
+            expect(step, &report);
+        }
+    }
+}
+
+#[test]
+fn everything_at_each_step_of_the_hand_over() {
+    for blow in Blow::ALL {
+        let deadly = matches!(blow, Blow::KillSource | Blow::KillSourceNode | Blow::KillTarget | Blow::KillTargetNode);
+        hit_at_each_step(blow, false, |step, report| {
+            assert!(deadly || report.guests_killed == 0, "{blow:?} at {step:?}: {report:?}");
+        });
+    }
+}
+
+#[test]
+fn everything_at_each_step_of_a_post_copy() {
+    let (mut gone, mut runs) = (0, 0);
+    for blow in Blow::ALL {
+        // Before the hand-over nothing but the source's death takes the guest; after it both ends and the link are needed.
+        let takes_source = matches!(blow, Blow::KillSource | Blow::KillSourceNode);
+        hit_at_each_step(blow, true, |step, report| {
+            let handed_over = report.post_copies > 0;
+            assert!(handed_over || takes_source || report.guests_killed == 0, "{blow:?} at {step:?}: {report:?}");
+            (gone, runs) = (gone + report.post_copies, runs + 1);
+        });
+    }
+    // A scenario of which nothing comes shows nothing.
+    assert!(gone * 2 > runs, "{gone} of {runs} went in post-copy");
 }
 
 #[test]
