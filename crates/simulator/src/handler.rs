@@ -138,7 +138,18 @@ impl Sim {
                 self.own_life(sight, m.target_pod.as_deref(), changes);
             }
             (true, false) if source => self.departed(sight, &m),
-            (true, true) if source => self.own_life(sight, m.source_pod.as_deref(), changes),
+            (true, true) if source => {
+                // It left, and is lost: what remains of it here is of no use.
+                let uid = m.migration_uid.as_deref().unwrap_or_default();
+                if let Some((id, launcher)) = self.pod_here(sight, m.source_pod.as_deref())
+                    && launcher.ended.is_none()
+                    && launcher.sends.as_ref().is_some_and(|sent| sent.uid == uid)
+                    && matches!(launcher.domain, Domain::MigratedAway | Domain::Serving)
+                {
+                    self.stop_launcher(id, MS);
+                }
+                self.own_life(sight, m.source_pod.as_deref(), changes);
+            }
             (false, _) if source => {
                 let goes_on = self.source(sight, &m, changes);
                 if goes_on {

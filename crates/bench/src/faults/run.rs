@@ -67,7 +67,7 @@ pub async fn run(stage: &Arc<Stage>, guest: &Guest, number: u32, strike: Strike,
             Ok::<_, Error>((uid, cancelled))
         };
         // It may be the API that cannot be asked before it is mended.
-        let (asked, mended) = tokio::join!(ask_and_cancel, heal(stage, &strike, number, blow));
+        let (asked, mended) = tokio::join!(ask_and_cancel, heal(stage, &strike, blow));
         mended?;
         let (uid, also) = asked?;
         cancelled = also;
@@ -84,7 +84,7 @@ pub async fn run(stage: &Arc<Stage>, guest: &Guest, number: u32, strike: Strike,
             let (then, blow) = hit(stage, &strike, number, &sight, &source, &name).await?;
             struck = Some((then, blow.landed));
             left_then = record(&uid);
-            heal(stage, &strike, number, blow).await
+            heal(stage, &strike, blow).await
         };
         let (struck, also) = tokio::join!(strike_and_heal, cancel_later(stage, &strike, &name));
         struck?;
@@ -100,8 +100,9 @@ pub async fn run(stage: &Arc<Stage>, guest: &Guest, number: u32, strike: Strike,
     // A migration cannot succeed otherwise; its source's pod, and the record in it, may have gone before it was looked at.
     let left = left_then || view.handed_over || view.phase == "Succeeded" || record(&uid);
     let follows = view.post_copy && !then.whole && !then.is_over();
-    let elsewhere = stage.broken_since(number, began);
-    let mut evidence = Evidence { landed, left, follows, elsewhere, over, ..Evidence::default() };
+    let breaks = stage.broken_since(began);
+    let early = breaks.iter().any(|at| view.gone_at.is_none_or(|gone| *at <= gone));
+    let mut evidence = Evidence { landed, left, follows, breaks: breaks.len(), early, over, ..Evidence::default() };
     let ended = SystemTime::now().max(mended);
     listen(stage, guest, &source, uid.as_deref(), ended, &mut evidence).await;
     let beats = stage.witness.beats(guest.station);
@@ -163,20 +164,18 @@ async fn hit(
     tokio::time::sleep(strike.delay).await;
     let view = sight.now();
     if breaks_link(strike) {
-        stage.breaks(number);
+        stage.breaks();
     }
     let blow = land(stage, strike, number, &view, &source.node, request).await?;
     Ok((view, blow))
 }
 
 /// Lets the fault last, and mends it.
-async fn heal(stage: &Arc<Stage>, strike: &Strike, number: u32, blow: Blow) -> Result<(), Error> {
+async fn heal(stage: &Arc<Stage>, strike: &Strike, blow: Blow) -> Result<(), Error> {
     if blow.landed {
         tokio::time::sleep(strike.lasts).await;
     }
-    mend(stage, blow.wound).await?;
-    stage.mended(number);
-    Ok(())
+    mend(stage, blow.wound).await
 }
 
 /// Asks for the migration; none if it is refused, because the guest is dead already, say.

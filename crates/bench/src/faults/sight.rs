@@ -18,6 +18,7 @@ use std::time::Duration;
 use tokio::net::UnixStream;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 
 /// Between two attempts to reach a launcher.
 const REACH_EVERY: Duration = Duration::from_millis(5);
@@ -55,6 +56,8 @@ pub struct View {
     pub handed_over: bool,
     /// The target's launcher has said that it has taken the go.
     pub gone: bool,
+    /// When that was first seen.
+    pub gone_at: Option<Instant>,
     /// The guest went in post-copy.
     pub post_copy: bool,
     /// The source's QEMU has nothing more to send.
@@ -86,6 +89,9 @@ impl View {
         self.post_copy |= self.sent().is_some_and(|facts| facts.mode == MigrationMode::PostCopy);
         self.whole |= self.sent().is_some_and(|facts| facts.status == "completed");
         self.gone |= self.facts(&self.target, MigrationRole::Target).is_some_and(|facts| facts.gone);
+        if self.gone {
+            self.gone_at.get_or_insert_with(Instant::now);
+        }
     }
 
     /// How far it has come.

@@ -40,15 +40,12 @@ pub struct Stage {
     client: kube::Client,
     /// Only one at a time starts what is missing.
     starting: tokio::sync::Mutex<()>,
-    /// When which run broke what carries memory, whosever it is, and when that was mended.
-    broken: Mutex<Vec<Broken>>,
+    /// When what carries memory was broken, whosever it is.
+    broken: Mutex<Vec<Instant>>,
 }
 
-/// What carries memory was broken by a run.
-struct Broken {
-    by: u32,
-    mended: Option<Instant>,
-}
+/// How long after a link was cut the connections over it may break.
+const BREAKS_WITHIN: Duration = Duration::from_secs(20);
 
 /// What is asked for of the API.
 #[derive(Clone, Copy, Debug)]
@@ -178,25 +175,16 @@ impl Stage {
         matches!(asked, Ok(Ok(_)))
     }
 
-    /// Run `by` breaks what carries memory.
-    pub fn breaks(&self, by: u32) {
-        self.broken.lock().unwrap_or_else(PoisonError::into_inner).push(Broken { by, mended: None });
+    /// A run breaks what carries memory.
+    pub fn breaks(&self) {
+        self.broken.lock().unwrap_or_else(PoisonError::into_inner).push(Instant::now());
     }
 
-    /// What run `by` has broken is mended.
-    pub fn mended(&self, by: u32) {
-        let now = Instant::now();
-        for broken in self.broken.lock().unwrap_or_else(PoisonError::into_inner).iter_mut() {
-            if broken.by == by {
-                broken.mended.get_or_insert(now);
-            }
-        }
-    }
-
-    /// Whether another run than `own` has broken what carries memory at some time since `began`.
-    pub fn broken_since(&self, own: u32, began: Instant) -> bool {
+    /// When any run broke what carries memory since `began`. A cut takes its time until it breaks a connection, so those of shortly
+    /// before count.
+    pub fn broken_since(&self, began: Instant) -> Vec<Instant> {
         let all = self.broken.lock().unwrap_or_else(PoisonError::into_inner);
-        all.iter().any(|broken| broken.by != own && broken.mended.is_none_or(|mended| mended >= began))
+        all.iter().copied().filter(|at| *at + BREAKS_WITHIN >= began).collect()
     }
 
     /// The namespace of a node.
