@@ -318,18 +318,19 @@ impl Sim {
             node.reported.insert(transfer.uid.clone(), now);
             let copied = transfer.copied(guest, now);
             let done = copied.processed * 100 / (copied.processed + copied.remaining).max(1);
-            let percent = m.progress.as_ref().and_then(|before| before.percent).unwrap_or(0);
+            // As the real one: what was told once is not taken back, whatever a launcher says that has stood still.
+            let before = m.progress.clone().unwrap_or_default();
             changes.state(
                 "progress",
                 json!({
-                    "percent": u64::from(percent).max(done),
+                    "percent": u64::from(before.percent.unwrap_or(0)).max(done),
                     "bytesTotal": guest.memory,
-                    "bytesProcessed": copied.processed,
+                    "bytesProcessed": copied.processed.max(before.bytes_processed.unwrap_or(0)),
                     "bytesRemaining": copied.remaining,
                     "bytesPerSecond": guest.bandwidth,
                     "dirtyBytesPerSecond": guest.dirty,
-                    "iteration": copied.iteration,
-                    "totalMilliseconds": elapsed / 1000,
+                    "iteration": copied.iteration.max(before.iteration.unwrap_or(0)),
+                    "totalMilliseconds": (elapsed / 1000).max(before.total_milliseconds.unwrap_or(0)),
                 }),
             );
         }
