@@ -38,10 +38,11 @@ pub struct Evidence {
     pub left: bool,
     /// It left in post-copy, and when the fault came not all of its memory had followed.
     pub follows: bool,
-    /// So often the link over which its memory came was broken meanwhile, by this run or by another one beside it.
-    pub breaks: usize,
-    /// One of those came before the target had taken the go.
+    /// The link over which its memory came was broken, by this run or by another one beside it, before the target's QEMU had read
+    /// the devices' state.
     pub early: bool,
+    /// It was broken once more before memory had gone on over another one, and this QEMU does not get over that.
+    pub again: bool,
     /// The witness heard it again after everything was mended.
     pub beats: bool,
     /// Where it has a disk: it has not been through all of it since.
@@ -79,11 +80,8 @@ pub fn breaks_link(strike: &Strike) -> bool {
 pub fn is_excused(strike: &Strike, evidence: &Evidence) -> bool {
     let killed = evidence.landed && strike.deed == Deed::Kill;
     if evidence.follows && evidence.left {
-        // QEMU gets over a broken link, but not over one that breaks before the target's has read the devices' state, and 7.2 not over
-        // a second one while both ends compare what is there.
-        let broken = evidence.breaks > 1 || evidence.breaks == 1 && evidence.early;
         let needed = [Victim::SourceQemu, Victim::TargetQemu, Victim::SourceLauncher, Victim::TargetLauncher];
-        return broken || killed && needed.contains(&strike.victim);
+        return evidence.early || evidence.again || killed && needed.contains(&strike.victim);
     }
     match strike.victim {
         Victim::SourceQemu | Victim::SourceLauncher => killed && !evidence.left,
@@ -197,15 +195,14 @@ mod tests {
             assert!(broken(victim, Deed::Kill, lost(false)), "all had followed");
             assert!(broken(victim, Deed::Stop, lost(true)));
         }
-        let breaks = |breaks, early| Evidence { breaks, early, ..lost(true) };
         for (victim, deed) in
             [(Victim::SourceHandler, Deed::Kill), (Victim::Link, Deed::Cut), (Victim::Migration, Deed::Cancel)]
         {
-            assert!(broken(victim, deed, breaks(0, false)));
-            assert!(broken(victim, deed, breaks(1, false)), "it goes on over another link");
-            assert!(!broken(victim, deed, breaks(1, true)), "the target may not have read the devices' state");
-            assert!(!broken(victim, deed, breaks(2, false)), "the second may have come while they compared");
-            assert!(broken(victim, deed, Evidence { follows: false, ..breaks(2, true) }));
+            assert!(broken(victim, deed, lost(true)), "it goes on over another link");
+            let (early, again) = (Evidence { early: true, ..lost(true) }, Evidence { again: true, ..lost(true) });
+            assert!(!broken(victim, deed, early.clone()), "the target may not have read the devices' state");
+            assert!(!broken(victim, deed, again), "this QEMU may have been comparing");
+            assert!(broken(victim, deed, Evidence { follows: false, ..early }));
         }
     }
 

@@ -3,9 +3,9 @@
 use super::error::Error;
 use super::guest::{ALIVE, DISK_BLOCKS, Guest, LOOK_EVERY, Place};
 use super::judge::{Evidence, Outcome, answers, breaks_link, judge};
-use super::plan::{Manner, Moment, Strike};
+use super::plan::{Manner, Moment, Strike, Victim};
 use super::sight::{Sight, View, departed};
-use super::stage::{Kind, Stage, text};
+use super::stage::{Carrier, Kind, Stage, text};
 use super::strike::{Blow, cancel, land, mend};
 use crate::witness::{Beat, complaint, longest_gap};
 use kube::api::{DynamicObject, PostParams};
@@ -100,9 +100,12 @@ pub async fn run(stage: &Arc<Stage>, guest: &Guest, number: u32, strike: Strike,
     // A migration cannot succeed otherwise; its source's pod, and the record in it, may have gone before it was looked at.
     let left = left_then || view.handed_over || view.phase == "Succeeded" || record(&uid);
     let follows = view.post_copy && !then.whole && !then.is_over();
-    let breaks = stage.broken_since(began);
-    let early = breaks.iter().any(|at| view.gone_at.is_none_or(|gone| *at <= gone));
-    let mut evidence = Evidence { landed, left, follows, breaks: breaks.len(), early, over, ..Evidence::default() };
+    let target = view.target.place.as_ref().map(|place| place.node.as_str()).unwrap_or_default();
+    let breaks = stage.broken_since(began, &source.node, target);
+    let early = breaks.iter().any(|at| view.loaded_at.is_none_or(|loaded| *at <= loaded));
+    let again =
+        is_broken_again(&breaks, &view.recovered) && !survives_a_break_in_recovery(view.qemu_version.as_deref());
+    let mut evidence = Evidence { landed, left, follows, early, again, over, ..Evidence::default() };
     let ended = SystemTime::now().max(mended);
     listen(stage, guest, &source, uid.as_deref(), ended, &mut evidence).await;
     let beats = stage.witness.beats(guest.station);
@@ -163,11 +166,36 @@ async fn hit(
 ) -> Result<(View, Blow), Error> {
     tokio::time::sleep(strike.delay).await;
     let view = sight.now();
-    if breaks_link(strike) {
-        stage.breaks();
+    if breaks_link(strike)
+        && let Some(hit) = carrier(strike, &view, source)
+    {
+        stage.breaks(hit);
     }
     let blow = land(stage, strike, number, &view, &source.node, request).await?;
     Ok((view, blow))
+}
+
+/// What of that which carries memory a strike hits.
+fn carrier(strike: &Strike, view: &View, source: &Place) -> Option<Carrier> {
+    let target = view.target.place.as_ref().map(|place| place.node.clone());
+    Some(match strike.victim {
+        Victim::SourceHandler | Victim::SourceUplink => Carrier::Node(source.node.clone()),
+        Victim::TargetHandler | Victim::TargetUplink => Carrier::Node(target?),
+        Victim::Link => Carrier::Link(source.node.clone(), target?),
+        _ => return None,
+    })
+}
+
+/// Whether what carries memory was broken once more before it had gone on over another link.
+fn is_broken_again(breaks: &[Instant], recovered: &[Instant]) -> bool {
+    let goes_on_between = |first: &Instant, next: &Instant| recovered.iter().any(|at| first < at && at < next);
+    breaks.windows(2).any(|pair| matches!(pair, [first, next] if !goes_on_between(first, next)))
+}
+
+/// QEMU since 8.2 (docs/hand-over.md, *When the link breaks in post-copy*).
+fn survives_a_break_in_recovery(version: Option<&str>) -> bool {
+    let mut numbers = version.unwrap_or_default().split('.').map_while(|number| number.parse::<u32>().ok());
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)) >= (8, 2)
 }
 
 /// Lets the fault last, and mends it.
@@ -273,3 +301,29 @@ fn answer_to_cancellation(vmi: &DynamicObject, migration: Option<&str>) -> Optio
 
 /// No guest that runs is silent for so long.
 const SILENCE: Duration = Duration::from_secs(2);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_second_break_counts_only_before_memory_goes_on() {
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        assert!(!is_broken_again(&[], &[]));
+        assert!(!is_broken_again(&[at(1)], &[]));
+        assert!(is_broken_again(&[at(1), at(2)], &[]));
+        assert!(is_broken_again(&[at(1), at(2)], &[at(3)]));
+        assert!(!is_broken_again(&[at(1), at(4)], &[at(3), at(5)]));
+        assert!(is_broken_again(&[at(1), at(4), at(5)], &[at(3)]));
+    }
+
+    #[test]
+    fn which_qemu_survives_a_break_in_its_recovery() {
+        for (version, survives) in [("7.2.22", false), ("8.1.5", false), ("8.2.0", true), ("10.0.2", true), ("", false)]
+        {
+            assert_eq!(survives_a_break_in_recovery(Some(version)), survives, "{version}");
+        }
+        assert!(!survives_a_break_in_recovery(None));
+    }
+}

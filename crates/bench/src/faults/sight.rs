@@ -56,8 +56,14 @@ pub struct View {
     pub handed_over: bool,
     /// The target's launcher has said that it has taken the go.
     pub gone: bool,
-    /// When that was first seen.
-    pub gone_at: Option<Instant>,
+    /// When its launcher first said that its QEMU has read the devices' state.
+    pub loaded_at: Option<Instant>,
+    /// The source's QEMU has said in post-copy that nothing is left to be sent, and not yet that all has arrived.
+    pub spent: bool,
+    /// When its QEMU was seen to go on over another link.
+    pub recovered: Vec<Instant>,
+    /// QEMU's version at the target, in words.
+    pub qemu_version: Option<String>,
     /// The guest went in post-copy.
     pub post_copy: bool,
     /// The source's QEMU has nothing more to send.
@@ -87,10 +93,21 @@ impl View {
     fn learn(&mut self) {
         self.handed_over |= self.sent().is_some_and(|facts| facts.handed_over);
         self.post_copy |= self.sent().is_some_and(|facts| facts.mode == MigrationMode::PostCopy);
+        self.spent |= self.sent().is_some_and(|facts| facts.status == "postcopy-active" && facts.remaining_bytes == 0);
         self.whole |= self.sent().is_some_and(|facts| facts.status == "completed");
         self.gone |= self.facts(&self.target, MigrationRole::Target).is_some_and(|facts| facts.gone);
-        if self.gone {
-            self.gone_at.get_or_insert_with(Instant::now);
+        if let Some(facts) = self.facts(&self.target, MigrationRole::Target) {
+            let (loaded, recoveries) = (facts.loaded, facts.recoveries);
+            if loaded {
+                self.loaded_at.get_or_insert_with(Instant::now);
+            }
+            while (self.recovered.len() as u64) < recoveries {
+                self.recovered.push(Instant::now());
+            }
+        }
+        let version = self.target.state.as_ref().and_then(|state| state.qemu_version.as_ref());
+        if version.is_some() && version != self.qemu_version.as_ref() {
+            self.qemu_version = version.cloned();
         }
     }
 

@@ -40,8 +40,35 @@ pub struct Stage {
     client: kube::Client,
     /// Only one at a time starts what is missing.
     starting: tokio::sync::Mutex<()>,
-    /// When what carries memory was broken, whosever it is.
-    broken: Mutex<Vec<Instant>>,
+    /// What of that which carries memory was broken, by any run.
+    broken: Mutex<Vec<Break>>,
+}
+
+/// Something that carries memory was broken.
+#[derive(Clone, Debug)]
+struct Break {
+    at: Instant,
+    hit: Carrier,
+}
+
+/// What carries memory from node to node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Carrier {
+    /// A node's handler, or its uplink.
+    Node(String),
+    /// What is between two nodes.
+    Link(String, String),
+}
+
+impl Carrier {
+    /// Whether memory on its way from one node to the other goes through it.
+    #[must_use]
+    pub fn is_between(&self, source: &str, target: &str) -> bool {
+        match self {
+            Carrier::Node(node) => node == source || node == target,
+            Carrier::Link(one, other) => (one == source && other == target) || (one == target && other == source),
+        }
+    }
 }
 
 /// How long after a link was cut the connections over it may break.
@@ -176,15 +203,16 @@ impl Stage {
     }
 
     /// A run breaks what carries memory.
-    pub fn breaks(&self) {
-        self.broken.lock().unwrap_or_else(PoisonError::into_inner).push(Instant::now());
+    pub fn breaks(&self, hit: Carrier) {
+        self.broken.lock().unwrap_or_else(PoisonError::into_inner).push(Break { at: Instant::now(), hit });
     }
 
-    /// When any run broke what carries memory since `began`. A cut takes its time until it breaks a connection, so those of shortly
-    /// before count.
-    pub fn broken_since(&self, began: Instant) -> Vec<Instant> {
+    /// When any run broke what carries memory between these nodes since `began`, the first one first. A cut takes its time until
+    /// it breaks a connection, so those of shortly before count.
+    pub fn broken_since(&self, began: Instant, source: &str, target: &str) -> Vec<Instant> {
         let all = self.broken.lock().unwrap_or_else(PoisonError::into_inner);
-        all.iter().copied().filter(|at| *at + BREAKS_WITHIN >= began).collect()
+        let ours = all.iter().filter(|one| one.hit.is_between(source, target) && one.at + BREAKS_WITHIN >= began);
+        ours.map(|one| one.at).collect()
     }
 
     /// The namespace of a node.
