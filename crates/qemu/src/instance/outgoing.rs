@@ -3,7 +3,7 @@
 use super::{Capabilities, Error, Qemu, Running, now_us};
 use crate::blocks::{Blocks, Mirrors, Writes, left_for_memory};
 use crate::migration::{DowntimeRamp, Facts, Mode, Options, Tracker};
-use crate::qmp::commands::{self, MigrationStatus, RunState};
+use crate::qmp::commands::{self, MigrationStatus, RunState, VersionTriple};
 use crate::qmp::{self, Event};
 use crate::transport::Transport;
 use std::path::Path;
@@ -353,7 +353,7 @@ impl Outgoing {
         for event in self.qemu.qmp.events() {
             self.event(&event);
         }
-        Ok(Serving { qemu: self.qemu, tracker: self.tracker, bandwidth: self.bandwidth, paused: self.paused })
+        Ok(Serving { qemu: self.qemu, tracker: self.tracker, bandwidth: self.bandwidth, paused: self.paused, deaf: 0 })
     }
 
     /// Whether QEMU was told to go over to post-copy.
@@ -581,7 +581,13 @@ pub struct Serving {
     tracker: Tracker,
     bandwidth: Option<u64>,
     paused: bool,
+    /// So often in a row it was told that its link is broken, answered, and did not act on it.
+    deaf: u32,
 }
+
+/// QEMU before 8.2 that has sent everything only waits for the target's last word and does not hear of a link that breaks then. So
+/// often it is told.
+const DEAF_AFTER: u32 = 3;
 
 impl Serving {
     /// The QEMU.
@@ -597,11 +603,35 @@ impl Serving {
     /// Goes on over another link, by way of the unix socket `socket`, where the target must be waited for
     /// ([`super::Filling::take_up`]). A link that QEMU still holds for whole is broken.
     pub async fn take_up(&mut self, socket: &Path) -> Result<(), Error> {
-        self.qemu.break_link(&mut self.tracker).await?;
+        if let Err(error) = self.qemu.break_link(&mut self.tracker).await {
+            self.listen(&error).await;
+            return Err(error);
+        }
+        self.deaf = 0;
         self.explain();
         let uri = format!("unix:{}", socket.display());
         self.qemu.qmp.execute(&commands::MigrateResume { uri, resume: true }).await?;
         Ok(())
+    }
+
+    /// Whether it is one that will never go on over another link.
+    async fn listen(&mut self, error: &Error) {
+        let answered = matches!(error, Error::State { .. }) && self.look().await.is_ok();
+        let (status, remaining) = (self.facts().status, self.facts().remaining_bytes);
+        let hears = self.qemu.version() >= VersionTriple { major: 8, minor: 2, micro: 0 };
+        self.deaf = match answered && !hears && status == MigrationStatus::PostcopyActive && remaining == 0 {
+            true => self.deaf + 1,
+            false => 0,
+        };
+        if self.deaf >= DEAF_AFTER {
+            let text = format!(
+                "the link broke when all of the guest's memory had been sent and not all had arrived, and QEMU {} does not go on \
+                 over another one then (8.2 does)",
+                self.qemu.version()
+            );
+            self.tracker.link_lost(&text);
+            self.tracker.end(MigrationStatus::Failed, Some(text), now_us());
+        }
     }
 
     /// Whether its user had paused the guest before.
