@@ -20,6 +20,8 @@ use crate::world::Change;
 const GRACE: SignedDuration = SignedDuration::from_secs(40);
 /// How long a handler may be silent (KubeVirt's virt-handler timeout).
 const HANDLER_GRACE: SignedDuration = SignedDuration::from_mins(5);
+/// Between two looks at a node that cannot be reached, where something waits for it.
+pub const LOOK_AGAIN: SignedDuration = SignedDuration::from_secs(10);
 /// Namespace of the nodes' leases.
 pub const LEASES: &str = "kube-node-lease";
 

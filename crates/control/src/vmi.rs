@@ -30,8 +30,6 @@ use crate::world::World;
 /// When the source pod of a handed-over migration ends, its guest may already run at the target: the handlers have this
 /// long to say so before the VMI counts as lost. It counts only while the target's node can be reached.
 const HAND_OVER_GRACE: SignedDuration = SignedDuration::from_secs(60);
-/// Between two looks at a target's node that cannot be reached.
-const LOOK_AGAIN: SignedDuration = SignedDuration::from_secs(10);
 /// The target's handler has this long to end a target that is not needed any more.
 const ABANDON_LIMIT: SignedDuration = SignedDuration::from_secs(15);
 /// `Ready` is `False` with this reason when the launcher pod has ended.
@@ -215,7 +213,7 @@ fn lose(
         // It has left the pod that ended well; what happened to the pod where it went is what happened to it.
         AtTarget::Ended => phase = VmiPhase::Failed,
         AtTarget::Yes => return,
-        AtTarget::OutOfReach => return plan.wake(view.now + LOOK_AGAIN),
+        AtTarget::OutOfReach => return plan.wake(view.now + crate::node::LOOK_AGAIN),
         AtTarget::Perhaps { reachable_since } => {
             let end = since.max(reachable_since) + HAND_OVER_GRACE;
             if view.now < end {
@@ -323,13 +321,16 @@ fn end_pods(vmi: &VirtualMachineInstance, world: &World, plan: &mut Plan) {
     }
 }
 
-/// Removes the pods that finished migrations have left behind: where the guest came from, where it never went.
+/// Removes the pods that finished migrations have left behind: where the guest came from, where it never went. A controller that
+/// is behind may have made one for a migration that is over.
 fn sweep(vmi: &VirtualMachineInstance, view: &View<'_>, plan: &mut Plan) {
-    let Some(state) = &vmi.status.migration_state else { return };
-    let succeeded = state.failed != Some(true);
-    // As long as it is not plain where the guest lives, nothing is removed.
-    if migration::is_unresolved(state) || (succeeded && !vmi.has_arrived()) {
-        return;
+    let state = vmi.status.migration_state.as_ref();
+    // As long as it is not plain where the guest lives, nothing is removed. Without a hand-over it is.
+    if let Some(state) = state.filter(|state| state.migration_uid.as_deref().is_some_and(|uid| !uid.is_empty())) {
+        let succeeded = state.failed != Some(true);
+        if migration::is_unresolved(state) || (succeeded && !vmi.has_arrived()) {
+            return;
+        }
     }
     let Some(current) = current_pod(vmi, view.world).map(|pod| pod.uid().to_owned()) else { return };
     let name = vmi.key();

@@ -361,6 +361,22 @@ fn the_label_of_a_target_does_not_outlive_its_migration() {
 }
 
 #[test]
+fn a_target_pod_without_its_migration_is_removed_though_nothing_was_ever_handed_over() {
+    let mut cluster = cluster();
+    add_vmi(&mut cluster, "demo", spec());
+    run(&mut cluster, "demo");
+    let of_guest = crate::vmi::current_pod_name(cluster.world.vmis.get(&name("demo")).unwrap());
+    let mut target = cluster.get(Kind::Pod, &name(&of_guest)).unwrap();
+    target["metadata"]["name"] = json!("virt-launcher-demo-late");
+    target["metadata"]["uid"] = json!("uid-late");
+    target["metadata"]["labels"][names::LABEL_MIGRATION_JOB_UID] = json!("uid-over");
+    cluster.put(Kind::Pod, target);
+    live(&mut cluster);
+    assert!(cluster.get(Kind::Pod, &name("virt-launcher-demo-late")).is_none());
+    assert!(cluster.get(Kind::Pod, &name(&of_guest)).is_some(), "the guest's own stays");
+}
+
+#[test]
 fn pods_without_their_vmi_are_removed() {
     let mut cluster = cluster();
     add_vmi(&mut cluster, "demo", spec());

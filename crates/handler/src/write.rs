@@ -173,6 +173,8 @@ pub fn patch(vmi: &VirtualMachineInstance, changes: &[Change], from: &Sources<'_
                     migration.insert("failureCause".into(), Value::Null);
                 }
                 merge(&mut migration, "progress", progress::end());
+                // All of it is there; the source's last numbers may be from before, or never have come.
+                merge(&mut migration, "progress", json!({ "percent": 100, "bytesRemaining": 0 }));
                 if let Some(us) = downtime_us {
                     let ms = u64::try_from(us.saturating_add(500) / 1000).unwrap_or(0);
                     merge(&mut migration, "progress", json!({ "downtimeMilliseconds": ms }));

@@ -196,6 +196,7 @@ fn an_end_carries_progress_and_the_measured_standstill() {
     facts.processed_bytes = 900;
     facts.start_us = Some(1_000_000);
     facts.end_us = Some(1_250_000);
+    facts.remaining_bytes = 70;
     facts.qemu_downtime_ms = Some(2);
     state.migration = Some(facts);
     let changes = [Change::Progress { pod: "p".into() }, Change::Completed { downtime_us: Some(3_600) }];
@@ -203,10 +204,18 @@ fn an_end_carries_progress_and_the_measured_standstill() {
     let m = &patch["status"]["migrationState"];
     assert_eq!(m["completed"], true);
     assert_eq!(m["endTimestamp"], "2026-11-20T20:00:00Z");
-    assert_eq!(m["progress"]["percent"], 100);
+    assert_eq!((&m["progress"]["percent"], &m["progress"]["bytesRemaining"]), (&json!(100), &json!(0)));
     assert_eq!(m["progress"]["totalMilliseconds"], 250);
     assert_eq!(m["progress"]["downtimeMilliseconds"], 4);
     assert_eq!(m["progress"]["qemuDowntimeMilliseconds"], 2);
+}
+
+#[test]
+fn an_end_that_the_target_reports_leaves_nothing_to_be_sent() {
+    let old = vmi(json!({ "migrationState": { "progress": { "percent": 61, "bytesRemaining": 5000 } } }));
+    let patch = made(&old, &[Change::Completed { downtime_us: None }], State::default()).unwrap();
+    let progress = applied(&old, &patch).status.migration_state.unwrap().progress.unwrap();
+    assert_eq!((progress.percent, progress.bytes_remaining), (Some(100), Some(0)));
 }
 
 #[test]

@@ -240,6 +240,10 @@ impl Tracker {
         if is_final(status) {
             self.facts.end_us = Some(at_us);
         }
+        // QEMU's last numbers may be from before.
+        if status == MigrationStatus::Completed {
+            self.facts.remaining_bytes = 0;
+        }
     }
 
     /// Takes the numbers that QEMU answers at this time.
@@ -255,7 +259,8 @@ impl Tracker {
             let (blocks, copied) = self.blocks;
             let sent = copied.saturating_add(ram.transferred);
             self.facts.total_bytes = blocks.saturating_add(ram.total);
-            self.facts.remaining_bytes = blocks.saturating_sub(copied).saturating_add(ram.remaining);
+            let remaining = blocks.saturating_sub(copied).saturating_add(ram.remaining);
+            self.facts.remaining_bytes = if self.facts.status == MigrationStatus::Completed { 0 } else { remaining };
             self.facts.passes = self.facts.passes.max(ram.dirty_sync_count);
             self.pass(ram.dirty_sync_count, ram.remaining, info.status, now_us);
             self.facts.dirty_bytes_per_second = ram.dirty_pages_rate.saturating_mul(ram.page_size);
@@ -483,6 +488,18 @@ mod tests {
         tracker.event(&event(3, 2_600_000, "STOP", serde_json::Value::Null));
         tracker.look(&begins(5, 1 << 20, MigrationStatus::Active), 2_601_000);
         assert_eq!(tracker.facts().written.len(), 2);
+    }
+
+    #[test]
+    fn nothing_remains_of_what_is_completed() {
+        let mut tracker = Tracker::new(0);
+        tracker.event(&event(0, 10, "MIGRATION", "active"));
+        tracker.look(&begins(1, 1 << 20, MigrationStatus::Active), 20);
+        tracker.event(&event(1, 30, "MIGRATION", "postcopy-active"));
+        tracker.event(&event(2, 40, "MIGRATION", "completed"));
+        assert_eq!(tracker.facts().remaining_bytes, 0, "the last look was before");
+        tracker.look(&begins(1, 1 << 12, MigrationStatus::PostcopyActive), 41);
+        assert_eq!(tracker.facts().remaining_bytes, 0, "an answer may be late");
     }
 
     #[test]

@@ -79,6 +79,8 @@ pub fn rows() -> Vec<[String; 4]> {
     let row =
         |phase: &str, what: &str, limit: String, set: &str| [phase.to_owned(), what.to_owned(), limit, set.to_owned()];
     let annotation = |key: &str| format!("annotation `{key}` of the migration; 0 switches it off");
+    let given_up =
+        "fixed; the handlers give up earlier; it counts while the source's node is in reach, and anew when it is back";
     vec![
         row("Pending", "wait for its turn, for the guest, for quota", seconds(QUEUE), "fixed"),
         row(
@@ -100,8 +102,8 @@ pub fn rows() -> Vec<[String; 4]> {
             &annotation(names::ANNOTATION_PENDING_POD_TIMEOUT),
         ),
         row("Scheduled", "telling the VMI", seconds(HAND_OVER), "fixed"),
-        row("PreparingTarget", "handler of the target node", seconds(PREPARE), "fixed; the handlers give up earlier"),
-        row("TargetReady", "handler of the source node", seconds(PREPARE), "fixed; the handlers give up earlier"),
+        row("PreparingTarget", "handler of the target node", seconds(PREPARE), given_up),
+        row("TargetReady", "handler of the source node", seconds(PREPARE), given_up),
         row(
             "Running",
             "no progress, measured against the best so far (kept by the source's handler)",

@@ -2,7 +2,7 @@
 
 use godwit_api::failure::FailureCause;
 use godwit_api::migration::NodeVerdict;
-use godwit_api::vmi::AbortStatus;
+use godwit_api::vmi::{AbortStatus, MigrationMode};
 use godwit_api::{Condition, MigrationPhase as Phase, VirtualMachineInstanceMigration, condition};
 use jiff::SignedDuration;
 use k8s_openapi::api::core::v1::Pod;
@@ -342,6 +342,17 @@ pub fn sentence(fact: Fact, situation: &Situation<'_>) -> String {
             "The handler of the source node {source} did not start to send within {} s; the guest stays there.",
             secs(deadlines::PREPARE)
         ),
+        Fact::InFlight if state.is_some_and(|state| state.mode == Some(MigrationMode::PostCopy)) => {
+            format!("The guest runs on node {target}; the rest of its memory follows from node {source} (post-copy).")
+        }
+        Fact::PostCopyLinkBroken => {
+            let broken = state.and_then(|state| state.progress.as_ref()).and_then(|told| told.link_broken_timestamp.as_ref());
+            let since = broken.map(|at| format!(" since {}", at.0)).unwrap_or_default();
+            format!(
+                "The link between nodes {source} and {target} is broken{since}, and a part of the guest's memory has yet to \
+                 follow it (post-copy). The guest stands still when it needs what is missing, and goes on when the link is back."
+            )
+        }
         Fact::Started | Fact::InFlight => {
             let limit = deadlines::completion(configuration, vmi.map(AsRef::as_ref));
             let limit =

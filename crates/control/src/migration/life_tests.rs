@@ -153,6 +153,36 @@ fn a_label_without_a_migration_goes() {
 }
 
 #[test]
+fn a_link_that_is_broken_in_post_copy_is_said_of_the_migration_too() {
+    let mut cluster = cluster(&[("demo", "node1")]);
+    run(&mut cluster, "job", "demo");
+    tell(&mut cluster, "demo", json!({"mode": "PostCopy"}));
+    cluster.settle();
+    let message = |cluster: &Cluster| status(cluster, "job")["message"].as_str().unwrap_or_default().to_owned();
+    assert!(message(&cluster).contains("memory follows from node node1"), "{}", message(&cluster));
+    let conditions = |broken| match broken {
+        true => json!([{"type": "Synchronized", "status": "False", "reason": "PostCopyLinkBroken"}]),
+        false => json!([]),
+    };
+    let link = |cluster: &mut Cluster, broken| {
+        let status = json!({"status": {"conditions": conditions(broken)}});
+        cluster.patch(Kind::VirtualMachineInstance, &name("demo"), status);
+        cluster.settle();
+    };
+    for cancelled_too_late in [false, true] {
+        if cancelled_too_late {
+            tell(&mut cluster, "demo", json!({"abortRequested": true, "abortStatus": "Failed"}));
+        }
+        link(&mut cluster, true);
+        assert_eq!(status(&cluster, "job")["reason"], "PostCopyLinkBroken");
+        assert!(message(&cluster).contains("goes on when the link is back"), "{}", message(&cluster));
+        link(&mut cluster, false);
+        let then = if cancelled_too_late { "AbortTooLate" } else { "InFlight" };
+        assert_eq!(status(&cluster, "job")["reason"], then);
+    }
+}
+
+#[test]
 fn a_cancel_that_loses_the_race_says_so() {
     // The handler may have noticed the request or not.
     for noticed in [true, false] {

@@ -15,7 +15,7 @@ use crate::object::{Name, Stored};
 use crate::plan::View;
 use crate::turns::{Setting, Turn};
 use crate::world::Refusal;
-use crate::{kubevirt, names, placement, quota, turns};
+use crate::{kubevirt, names, node, placement, quota, turns};
 
 /// What counts about a migration, gathered once.
 pub struct Situation<'a> {
@@ -291,10 +291,13 @@ impl<'a> Situation<'a> {
         if preparing && state.target_node_address.as_deref().is_some_and(|address| !address.is_empty()) {
             return Fact::TargetListening.into();
         }
-        if state.start_timestamp.is_some() || state.completed == Some(true) {
+        // Where the guest is known to have arrived, its source could not say that it started.
+        let arrived = state.target_node_domain_ready_timestamp.is_some();
+        if arrived || state.start_timestamp.is_some() || state.completed == Some(true) {
             return if preparing { Fact::TargetListening } else { Fact::Started }.into();
         }
-        if self.pod.is_none_or(|pod| pod.deleting() || placement::is_finished(pod)) {
+        // One that is only being deleted may run the guest: its source may be cut off, and have handed it over.
+        if self.pod.is_none_or(|pod| placement::is_finished(pod)) {
             return Fact::TargetPodDown.into();
         }
         if let Some(observation) = self.abort(state, self.since(), Fact::AbortBeforeStartUnanswered) {
@@ -302,7 +305,28 @@ impl<'a> Situation<'a> {
         }
         let (waiting, late) =
             if preparing { (Fact::Preparing, Fact::PreparingTooLong) } else { (Fact::Starting, Fact::StartTooLong) };
-        self.within(self.since(), deadlines::PREPARE, waiting, late)
+        self.unless_cut_off(state, self.since(), deadlines::PREPARE, waiting, late)
+    }
+
+    /// As [`Self::within`], for what only the source knows: the time counts while its node is in reach, and anew when it is back.
+    fn unless_cut_off(
+        &self,
+        state: &State,
+        from: Timestamp,
+        limit: SignedDuration,
+        otherwise: Fact,
+        late: Fact,
+    ) -> Observation {
+        let source = state.source_node.as_deref().and_then(|node| self.view.world.nodes.get(&Name::cluster(node)));
+        match source {
+            Some(source) if node::is_silent(source) => {
+                Observation { fact: otherwise, until: Some(self.view.now + node::LOOK_AGAIN) }
+            }
+            _ => {
+                let reachable = source.and_then(|source| node::reachable_since(source)).unwrap_or(Timestamp::MIN);
+                self.within(from.max(reachable), limit, otherwise, late)
+            }
+        }
     }
 
     /// What an abort that was asked for, or is to be, makes of the migration. `latest` is when it was asked for if nobody
@@ -312,7 +336,12 @@ impl<'a> Situation<'a> {
             let asked = self.migration.condition(names::conditions::MIGRATION_ABORT_REQUESTED);
             let asked = asked.and_then(|condition| condition.last_transition_time.as_ref());
             let asked = asked.map_or(latest, |time| time.0);
-            return Some(self.within(asked, deadlines::ABORT, Fact::Aborting, unanswered));
+            return Some(match unanswered {
+                Fact::AbortBeforeStartUnanswered => {
+                    self.unless_cut_off(state, asked, deadlines::ABORT, Fact::Aborting, unanswered)
+                }
+                _ => self.within(asked, deadlines::ABORT, Fact::Aborting, unanswered),
+            });
         }
         self.migration.is_deleting().then(|| Fact::Cancelled.into())
     }
@@ -339,7 +368,11 @@ impl<'a> Situation<'a> {
         if !too_late && let Some(observation) = self.abort(state, end.unwrap_or(self.view.now), Fact::AbortUnanswered) {
             return observation;
         }
-        let fact = if too_late { Fact::AbortTooLate } else { Fact::InFlight };
+        let fact = match too_late {
+            _ if vmi.is_some_and(is_link_broken) => Fact::PostCopyLinkBroken,
+            true => Fact::AbortTooLate,
+            false => Fact::InFlight,
+        };
         match end {
             Some(end) if self.view.now < end => Observation { fact, until: Some(end) },
             Some(_) if too_late => Fact::AbortUnanswered.into(),
@@ -348,6 +381,14 @@ impl<'a> Situation<'a> {
             None => fact.into(),
         }
     }
+}
+
+/// Whether one of its handlers says that post-copy has no link: the source's tells it with the progress.
+fn is_link_broken(vmi: &VirtualMachineInstance) -> bool {
+    let told = vmi.condition(names::conditions::SYNCHRONIZED);
+    let progress = vmi.status.migration_state.as_ref().and_then(|state| state.progress.as_ref());
+    told.is_some_and(|told| told.reason.as_deref() == Some(names::conditions::POST_COPY_LINK_BROKEN))
+        || progress.is_some_and(|told| told.link_broken_timestamp.is_some())
 }
 
 /// How a VMI has ended, for its migration.

@@ -97,6 +97,8 @@ pub enum Fact {
     Started,
     /// The migration is running.
     InFlight,
+    /// The guest runs at the target, and the link over which its memory follows is broken.
+    PostCopyLinkBroken,
     /// The migration runs far beyond its time limit.
     RunningTooLong,
     /// The source is done, the target has not reported the guest yet.
@@ -328,6 +330,7 @@ pub static TABLE: &[Row] = &[
         &[failed("Migration failed because nobody answered the request to abort it.")],
     ),
     row(Phase::Running, Fact::InFlight, Phase::Running, &[]),
+    row(Phase::Running, Fact::PostCopyLinkBroken, Phase::Running, &[]),
     // Final phases stay.
     row(Phase::Succeeded, Fact::Over, Phase::Succeeded, &[]),
     row(Phase::Failed, Fact::Over, Phase::Failed, &[]),

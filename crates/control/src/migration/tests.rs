@@ -388,6 +388,66 @@ fn silent_handlers_are_not_waited_for_for_ever() {
     assert_eq!(state(&cluster, "demo")["failed"], true);
 }
 
+/// What a node says of itself, from now on.
+fn ready(cluster: &mut Cluster, node: &str, status: &str) {
+    let condition = json!([{"type": "Ready", "status": status, "lastTransitionTime": cluster.now.to_string()}]);
+    cluster.patch(Kind::Node, &Name::cluster(node), json!({"status": {"conditions": condition}}));
+    cluster.settle();
+}
+
+#[test]
+fn a_source_that_is_cut_off_may_have_started_and_is_waited_for() {
+    for cancelled in [false, true] {
+        let mut cluster = cluster(&[("demo", "node1")]);
+        hand_over(&mut cluster, "job", "demo");
+        if cancelled {
+            cluster.delete(&Ref::new(Kind::Migration, name("job")));
+            cluster.settle();
+        }
+        ready(&mut cluster, "node1", "Unknown");
+        cluster.pass(3600);
+        cluster.settle();
+        assert_eq!(phase(&cluster, "job"), "PreparingTarget");
+        assert!(cluster.decide(&Key::Migration(name("job"))).wake_at.is_some(), "it is looked at again");
+        ready(&mut cluster, "node1", "True");
+        let limit = if cancelled { 120 } else { 300 };
+        cluster.pass(limit - 1);
+        cluster.settle();
+        assert_ne!(state(&cluster, "demo")["failed"], true, "its handler gets the same time as any other");
+        cluster.pass(1);
+        cluster.settle();
+        assert_eq!(state(&cluster, "demo")["failed"], true);
+    }
+}
+
+#[test]
+fn a_target_pod_that_is_being_deleted_may_run_the_guest_until_it_has_ended() {
+    let mut cluster = cluster(&[("demo", "node1")]);
+    hand_over(&mut cluster, "job", "demo");
+    let pod = target_pod(&cluster, "job").unwrap();
+    cluster.delete(&Ref::new(Kind::Pod, pod));
+    cluster.settle();
+    assert_ne!(state(&cluster, "demo")["failed"], true, "its source has not been heard, and may have handed over");
+    cluster.run_kubelets();
+    cluster.settle();
+    assert_eq!(state(&cluster, "demo")["failureReason"], "Target pod is down");
+}
+
+#[test]
+fn a_guest_that_has_arrived_has_started_whatever_its_source_could_say() {
+    let mut cluster = cluster(&[("demo", "node1")]);
+    hand_over(&mut cluster, "job", "demo");
+    let target = state(&cluster, "demo")["targetNode"].clone();
+    let now = cluster.now.to_string();
+    tell(&mut cluster, "demo", json!({"targetNodeDomainReadyTimestamp": now}));
+    cluster.patch(Kind::VirtualMachineInstance, &name("demo"), json!({"status": {"nodeName": target}}));
+    cluster.settle();
+    assert_eq!(phase(&cluster, "job"), "Running");
+    cluster.pass(3600);
+    cluster.settle();
+    assert_ne!(state(&cluster, "demo")["failed"], true);
+}
+
 #[test]
 fn a_lost_source_never_frees_the_vmi_for_another_migration() {
     let mut cluster = cluster(&[("demo", "node1")]);

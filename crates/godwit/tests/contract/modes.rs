@@ -1,10 +1,28 @@
 //! What a guest was doing it goes on doing.
 
-use crate::common::{Cluster, status};
+use crate::common::{Cluster, kill_hard, status};
 use crate::stage::{NARROW, condition, phase};
 use godwit_guest_rom::Line;
 use kube::api::DynamicObject;
 use serde_json::json;
+
+impl Cluster {
+    /// Two nodes and a guest that lives at the second one already, while a part of its memory is still at the first.
+    async fn with_guest_in_post_copy(guest: &str, disable_tls: bool) -> (Self, DynamicObject) {
+        let cluster = Self::with_rom(2, 64).await;
+        cluster
+            .configure(json!({"completionTimeoutPerGiB": 3, "allowPostCopy": true, "disableTLS": disable_tls}))
+            .await;
+        cluster.start_rom_guest_on(guest, "node1").await;
+        cluster.narrow("node1", NARROW);
+        cluster.migrate(guest, "move").await;
+        let ahead = |vmi: &DynamicObject| {
+            status(vmi, "migrationState/mode") == "PostCopy" && status(vmi, "nodeName") == "node2"
+        };
+        let vmi = cluster.wait(&cluster.vmis(), guest, "it is in post-copy", ahead).await;
+        (cluster, vmi)
+    }
+}
 
 fn paused_by(vmi: &DynamicObject) -> &str {
     condition(vmi, "Paused").filter(|c| c["status"] == "True").and_then(|c| c["reason"].as_str()).unwrap_or_default()
@@ -65,15 +83,7 @@ async fn a_guest_that_may_be_disturbed_is_held_until_the_rest_is_over() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_guest_that_may_go_ahead_of_its_memory_does() {
-    let cluster = Cluster::with_rom(2, 64).await;
-    cluster.configure(json!({"completionTimeoutPerGiB": 3, "allowPostCopy": true})).await;
-    cluster.start_rom_guest_on("ahead", "node1").await;
-    cluster.narrow("node1", NARROW);
-    cluster.migrate("ahead", "move").await;
-    // It lives at the target, and a part of its memory is still at the source.
-    let ahead =
-        |vmi: &DynamicObject| status(vmi, "migrationState/mode") == "PostCopy" && status(vmi, "nodeName") == "node2";
-    let vmi = cluster.wait(&cluster.vmis(), "ahead", "it is in post-copy", ahead).await;
+    let (cluster, vmi) = Cluster::with_guest_in_post_copy("ahead", false).await;
     assert_eq!(status(&vmi, "migrationState/completed"), "", "{}", vmi.data["status"]["migrationState"]);
     cluster.widen("node1");
     cluster.has_moved("ahead", "move").await;
@@ -93,14 +103,7 @@ async fn a_link_in_the_clear_that_is_cut_in_post_copy_costs_no_more() {
 }
 
 async fn cut_in_post_copy(disable_tls: bool) {
-    let cluster = Cluster::with_rom(2, 64).await;
-    cluster.configure(json!({"completionTimeoutPerGiB": 3, "allowPostCopy": true, "disableTLS": disable_tls})).await;
-    cluster.start_rom_guest_on("parted", "node1").await;
-    cluster.narrow("node1", NARROW);
-    cluster.migrate("parted", "move").await;
-    let ahead =
-        |vmi: &DynamicObject| status(vmi, "migrationState/mode") == "PostCopy" && status(vmi, "nodeName") == "node2";
-    cluster.wait(&cluster.vmis(), "parted", "it is in post-copy", ahead).await;
+    let (cluster, _) = Cluster::with_guest_in_post_copy("parted", disable_tls).await;
     cluster.cut("node1", "node2");
     let link_broken = |vmi: &DynamicObject| {
         condition(vmi, "Synchronized").is_some_and(|c| c["status"] == "False" && c["reason"] == "PostCopyLinkBroken")
@@ -109,7 +112,10 @@ async fn cut_in_post_copy(disable_tls: bool) {
     assert_eq!((phase(&vmi).as_str(), status(&vmi, "migrationState/completed").as_str()), ("Running", ""));
     let since = |vmi: &DynamicObject| !status(vmi, "migrationState/progress/linkBrokenTimestamp").is_empty();
     cluster.wait(&cluster.vmis(), "parted", "it says since when", since).await;
-    assert_eq!(phase(&cluster.migration("move").await), "Running");
+    let said = |move_: &DynamicObject| status(move_, "reason") == "PostCopyLinkBroken";
+    let migration = cluster.wait(&cluster.migrations(), "move", "it says so too", said).await;
+    assert_eq!(phase(&migration), "Running");
+    assert!(status(&migration, "message").contains("goes on when the link is back"), "{}", migration.data);
     cluster.widen("node1");
     cluster.mend("node1", "node2");
     cluster.has_moved("parted", "move").await;
@@ -121,4 +127,28 @@ async fn cut_in_post_copy(disable_tls: bool) {
         assert!(said.iter().any(|event| event.message.starts_with(words)), "{said:?}");
     }
     assert_eq!(cluster.went_in_the_clear("parted").await, disable_tls);
+}
+
+/// The memory goes through the handlers of both nodes. Whoever kills one of them breaks the link, and the guest waits for the next.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_handler_that_is_killed_in_post_copy_costs_time_and_nothing_else() {
+    let (mut cluster, _) = Cluster::with_guest_in_post_copy("orphan", false).await;
+    for (node, times) in [("node1", "1"), ("node2", "2")] {
+        kill_hard(cluster.pid(node));
+        // The other one says so, and nothing can go on before there is a handler again.
+        let broken = |migration: &DynamicObject| status(migration, "reason") == "PostCopyLinkBroken";
+        cluster.wait(&cluster.migrations(), "move", "it says that the link is broken", broken).await;
+        cluster.up_again(2).await;
+        let goes_on = |vmi: &DynamicObject| {
+            let told = |field: &str| status(vmi, &format!("migrationState/progress/{field}"));
+            told("recoveries") == times && told("linkBrokenTimestamp").is_empty()
+        };
+        let vmi = cluster.wait(&cluster.vmis(), "orphan", &format!("it goes on, {times}"), goes_on).await;
+        assert_eq!((phase(&vmi).as_str(), status(&vmi, "migrationState/completed").as_str()), ("Running", ""));
+    }
+    cluster.widen("node1");
+    assert_eq!(cluster.has_moved("orphan", "move").await, "node2");
+    let vmi = cluster.vmis().get("orphan").await.expect("VMI");
+    let told = |field: &str| status(&vmi, &format!("migrationState/progress/{field}"));
+    assert_eq!((told("bytesRemaining").as_str(), told("recoveries").as_str()), ("0", "2"), "{}", vmi.data);
 }
