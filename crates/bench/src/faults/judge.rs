@@ -43,6 +43,8 @@ pub struct Evidence {
     pub early: bool,
     /// It was broken once more before memory had gone on over another one, and this QEMU does not get over that.
     pub again: bool,
+    /// It was broken when all had been sent and not all had arrived, and this QEMU does not get over that.
+    pub spent: bool,
     /// The witness heard it again after everything was mended.
     pub beats: bool,
     /// Where it has a disk: it has not been through all of it since.
@@ -81,7 +83,7 @@ pub fn is_excused(strike: &Strike, evidence: &Evidence) -> bool {
     let killed = evidence.landed && strike.deed == Deed::Kill;
     if evidence.follows && evidence.left {
         let needed = [Victim::SourceQemu, Victim::TargetQemu, Victim::SourceLauncher, Victim::TargetLauncher];
-        return evidence.early || evidence.again || killed && needed.contains(&strike.victim);
+        return evidence.early || evidence.again || evidence.spent || killed && needed.contains(&strike.victim);
     }
     match strike.victim {
         Victim::SourceQemu | Victim::SourceLauncher => killed && !evidence.left,
@@ -202,6 +204,8 @@ mod tests {
             let (early, again) = (Evidence { early: true, ..lost(true) }, Evidence { again: true, ..lost(true) });
             assert!(!broken(victim, deed, early.clone()), "the target may not have read the devices' state");
             assert!(!broken(victim, deed, again), "this QEMU may have been comparing");
+            let spent = Evidence { spent: true, ..lost(true) };
+            assert!(!broken(victim, deed, spent), "this QEMU does not hear of a break then");
             assert!(broken(victim, deed, Evidence { follows: false, ..early }));
         }
     }

@@ -103,9 +103,10 @@ pub async fn run(stage: &Arc<Stage>, guest: &Guest, number: u32, strike: Strike,
     let target = view.target.place.as_ref().map(|place| place.node.as_str()).unwrap_or_default();
     let breaks = stage.broken_since(began, &source.node, target);
     let early = breaks.iter().any(|at| view.loaded_at.is_none_or(|loaded| *at <= loaded));
-    let again =
-        is_broken_again(&breaks, &view.recovered) && !survives_a_break_in_recovery(view.qemu_version.as_deref());
-    let mut evidence = Evidence { landed, left, follows, early, again, over, ..Evidence::default() };
+    let outdated = !gets_over_any_break(view.qemu_version.as_deref());
+    let again = outdated && is_broken_again(&breaks, &view.recovered);
+    let spent = outdated && view.spent && !breaks.is_empty();
+    let mut evidence = Evidence { landed, left, follows, early, again, spent, over, ..Evidence::default() };
     let ended = SystemTime::now().max(mended);
     listen(stage, guest, &source, uid.as_deref(), ended, &mut evidence).await;
     let beats = stage.witness.beats(guest.station);
@@ -193,7 +194,7 @@ fn is_broken_again(breaks: &[Instant], recovered: &[Instant]) -> bool {
 }
 
 /// QEMU since 8.2 (docs/hand-over.md, *When the link breaks in post-copy*).
-fn survives_a_break_in_recovery(version: Option<&str>) -> bool {
+fn gets_over_any_break(version: Option<&str>) -> bool {
     let mut numbers = version.unwrap_or_default().split('.').map_while(|number| number.parse::<u32>().ok());
     (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)) >= (8, 2)
 }
@@ -319,11 +320,11 @@ mod tests {
     }
 
     #[test]
-    fn which_qemu_survives_a_break_in_its_recovery() {
+    fn which_qemu_gets_over_any_break() {
         for (version, survives) in [("7.2.22", false), ("8.1.5", false), ("8.2.0", true), ("10.0.2", true), ("", false)]
         {
-            assert_eq!(survives_a_break_in_recovery(Some(version)), survives, "{version}");
+            assert_eq!(gets_over_any_break(Some(version)), survives, "{version}");
         }
-        assert!(!survives_a_break_in_recovery(None));
+        assert!(!gets_over_any_break(None));
     }
 }
