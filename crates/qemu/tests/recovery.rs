@@ -287,13 +287,13 @@ async fn a_link_that_breaks_while_it_is_taken_up_loses_no_page() {
     assert_eq!((left.recoveries, arrived.recoveries), (1, 1));
 }
 
-/// All was sent and not all has arrived: QEMU waits for the target's last word only.
+/// All was sent and not all has arrived: QEMU waits for the target's last word only. 7.2 does not hear of a break then, 10.0 gives up.
 #[tokio::test]
-async fn a_link_that_breaks_when_all_was_sent_is_followed_by_another_or_is_said_to_be_the_end() {
+async fn a_link_that_breaks_when_all_was_sent_is_said_to_be_the_end_and_the_source_never_runs() {
     let (mut flight, mut filling) = Flight::start_and_go().await;
     flight.link.swallow();
     flight.serving.limit_bandwidth(None).await.unwrap();
-    let serving = &mut flight.serving;
+    let (near, serving) = (flight.link.near.clone(), &mut flight.serving);
     until(async || {
         serving.look().await.unwrap();
         serving.facts().remaining_bytes == 0
@@ -305,20 +305,13 @@ async fn a_link_that_breaks_when_all_was_sent_is_followed_by_another_or_is_said_
         filling.is_broken()
     })
     .await;
-    let version = filling.qemu().version();
-    if version >= (VersionTriple { major: 8, minor: 2, micro: 0 }) {
-        flight.take_up(&mut filling).await;
-        flight.land(filling).await;
-        return;
-    }
-    eprintln!("QEMU {version} does not hear of that: the guest is lost, and it has to say so");
-    let (near, serving) = (flight.link.near.clone(), &mut flight.serving);
     until(async || {
         assert!(serving.take_up(&near).await.is_err());
         serving.facts().is_final()
     })
     .await;
     assert_eq!(serving.facts().status, MigrationStatus::Failed);
-    assert!(serving.facts().error.as_ref().unwrap().contains("does not go on over another one"));
-    assert_eq!(serving.qemu().status().await.unwrap(), RunState::FinishMigrate, "the source never runs it");
+    assert!(serving.facts().error.is_some(), "it says why");
+    let state = serving.qemu().status().await.unwrap();
+    assert!(matches!(state, RunState::FinishMigrate | RunState::Paused | RunState::Postmigrate), "{state:?}");
 }

@@ -105,7 +105,7 @@ pub async fn run(stage: &Arc<Stage>, guest: &Guest, number: u32, strike: Strike,
     let early = breaks.iter().any(|at| view.loaded_at.is_none_or(|loaded| *at <= loaded));
     let outdated = !gets_over_any_break(view.qemu_version.as_deref());
     let again = outdated && is_broken_again(&breaks, &view.recovered);
-    let spent = outdated && view.spent && !breaks.is_empty();
+    let spent = view.spent && !breaks.is_empty();
     let mut evidence = Evidence { landed, left, follows, early, again, spent, over, ..Evidence::default() };
     let ended = SystemTime::now().max(mended);
     listen(stage, guest, &source, uid.as_deref(), ended, &mut evidence).await;

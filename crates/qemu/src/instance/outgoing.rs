@@ -585,8 +585,8 @@ pub struct Serving {
     deaf: u32,
 }
 
-/// QEMU before 8.2 that has sent everything only waits for the target's last word and does not hear of a link that breaks then. So
-/// often it is told.
+/// QEMU that has sent everything only waits for the target's last word. When the link breaks then, 10.0 says `failed`; before 8.2 it
+/// does not hear of it. So often it is told.
 const DEAF_AFTER: u32 = 3;
 
 impl Serving {
@@ -624,11 +624,9 @@ impl Serving {
             false => 0,
         };
         if self.deaf >= DEAF_AFTER {
-            let text = format!(
-                "the link broke when all of the guest's memory had been sent and not all had arrived, and QEMU {} does not go on \
-                 over another one then (8.2 does)",
-                self.qemu.version()
-            );
+            let text = "the link broke when all of the guest's memory had been sent and not all had arrived: QEMU does not go on over \
+                        another one then"
+                .to_owned();
             self.tracker.link_lost(&text);
             self.tracker.end(MigrationStatus::Failed, Some(text), now_us());
         }
