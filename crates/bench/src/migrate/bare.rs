@@ -1,5 +1,6 @@
 //! QEMU driven by hand: what a person with a monitor would type, and nothing of ours in between.
 
+use super::certificates::Authority;
 use super::figures::{Moved, Sample};
 use super::lab::{Lab, TAP, Workload};
 use super::monitor::{Event, Monitor};
@@ -36,6 +37,8 @@ pub enum Style {
     /// The best parameters known (reference A1): two multifd channels, a downtime limit of 20 ms, no cap but the line's, the
     /// return path; the target is started with `-S` and continued when the source says `completed`.
     Best,
+    /// The same, and QEMU encrypts each of its connections: TLS with certificates for both ends (`tls-creds-x509`).
+    Tls,
 }
 
 impl Style {
@@ -43,15 +46,37 @@ impl Style {
         match self {
             // Only events, without which nothing could be measured.
             Style::Defaults => &["events"],
-            Style::Best => &["events", "return-path", "multifd"],
+            Style::Best | Style::Tls => &["events", "return-path", "multifd"],
         }
+    }
+
+    /// The target waits for `cont`.
+    fn holds(self) -> bool {
+        self != Style::Defaults
+    }
+
+    /// What both ends have to be told before they connect. `end`: "server" (the target) or "client".
+    async fn prepare(self, monitor: &mut Monitor, certificates: &Path, end: &str) -> Result<(), Error> {
+        monitor.capabilities(self.capabilities()).await?;
+        if self.holds() {
+            monitor.execute("migrate-set-parameters", json!({"multifd-channels": CHANNELS})).await?;
+        }
+        if self == Style::Tls {
+            let id = format!("tls-{end}");
+            let object = json!({
+                "qom-type": "tls-creds-x509", "id": id, "endpoint": end, "dir": certificates, "verify-peer": true,
+            });
+            monitor.execute("object-add", object).await?;
+            monitor.execute("migrate-set-parameters", json!({"tls-creds": id})).await?;
+        }
+        Ok(())
     }
 
     fn parameters(self, bandwidth: Bandwidth) -> Option<Value> {
         match (self, bandwidth.bytes()) {
             (Style::Defaults, None) => None,
             (Style::Defaults, Some(cap)) => Some(json!({"max-bandwidth": cap})),
-            (Style::Best, cap) => {
+            (Style::Best | Style::Tls, cap) => {
                 Some(json!({"max-bandwidth": cap.unwrap_or(UNLIMITED), "downtime-limit": DOWNTIME_LIMIT}))
             }
         }
@@ -135,6 +160,12 @@ impl Bare {
     pub async fn boot(lab: &Lab, parts: Parts, style: Style, work: Workload) -> Result<Self, Error> {
         let hosts = [lab.host(0)?, lab.host(1)?];
         let folder = lab.folder().to_owned();
+        if style == Style::Tls {
+            let authority = Authority::new()?;
+            for host in 0..hosts.len() {
+                authority.equip(&certificates_of(&folder, host), Lab::address(host).into())?;
+            }
+        }
         let mut qemu = spawn(&parts, &machine(&parts, &work, &folder, 0), &hosts[0], "the source", true).await?;
         qemu.monitor.execute("cont", json!({})).await?;
         Ok(Self { parts, style, work, folder, hosts, at: 0, started: 1, qemu })
@@ -157,24 +188,17 @@ impl Bare {
         let mut machine = machine(&self.parts, &self.work, &self.folder, self.started);
         machine.incoming = true;
         self.started += 1;
-        let held = self.style == Style::Best;
-        let mut target = spawn(&self.parts, &machine, &self.hosts[to], "the target", held).await?;
-        target.monitor.capabilities(self.style.capabilities()).await?;
-        if self.style == Style::Best {
-            target.monitor.execute("migrate-set-parameters", json!({"multifd-channels": CHANNELS})).await?;
-        }
+        let mut target = spawn(&self.parts, &machine, &self.hosts[to], "the target", self.style.holds()).await?;
+        self.style.prepare(&mut target.monitor, &certificates_of(&self.folder, to), "server").await?;
         let uri = format!("tcp:{}:{PORT}", Lab::address(to));
         target.monitor.execute("migrate-incoming", json!({"uri": uri})).await?;
         moved.target_ready_ms = Some((now_us() - moved.asked_us) as f64 / 1e3);
 
         let source = &mut self.qemu.monitor;
         while source.try_event().is_some() {} // of the guest's life so far
-        source.capabilities(self.style.capabilities()).await?;
+        self.style.prepare(source, &certificates_of(&self.folder, self.at), "client").await?;
         if let Some(parameters) = self.style.parameters(self.work.bandwidth) {
             source.execute("migrate-set-parameters", parameters).await?;
-        }
-        if self.style == Style::Best {
-            source.execute("migrate-set-parameters", json!({"multifd-channels": CHANNELS})).await?;
         }
         moved.sending_us = Some(now_us());
         source.execute("migrate", json!({"uri": uri})).await?;
@@ -249,7 +273,7 @@ impl Bare {
                     return Err(Error::Guest("moves no more, and its migration cannot be cancelled".into()));
                 }
             }
-            if completed.is_some() && self.style == Style::Best && !continued {
+            if completed.is_some() && self.style.holds() && !continued {
                 target.monitor.execute("cont", json!({})).await?;
                 continued = true;
             }
@@ -303,6 +327,11 @@ fn sample(info: &Value, at_ms: f64) -> Option<Sample> {
         remaining_bytes: number(info, "/ram/remaining").unwrap_or_default(),
         dirty_bytes_per_second: number(info, "/ram/dirty-pages-rate").unwrap_or_default() * page,
     })
+}
+
+/// Where QEMU finds the certificates of a host.
+fn certificates_of(folder: &Path, host: usize) -> PathBuf {
+    folder.join(format!("tls-{host}"))
 }
 
 /// Starts a QEMU in a namespace. Unless `held`, it runs its guest by itself as soon as it has one, as is QEMU's default.

@@ -96,6 +96,8 @@ pub struct Figures {
     pub standstill_ms: Option<f64>,
     /// What the heartbeats say.
     pub witness: Testimony,
+    /// Bytes a second, by QEMU's count, from the order to send until the guest ran at the target: by then it was all there.
+    pub bytes_per_second: Option<f64>,
     /// QEMU's own `downtime`.
     pub qemu_downtime_ms: Option<u64>,
     /// The longest time between two answers to pings that are 10 ms apart.
@@ -147,11 +149,13 @@ impl Figures {
     pub fn of(moved: Moved) -> Self {
         let ms = |from: i64, to: i64| (to - from) as f64 / 1e3;
         let moves = moved.failure.is_none();
+        let sent_in = moved.sending_us.zip(moved.resume_us).map(|(from, to)| ms(from, to) / 1e3).filter(|s| *s > 0.0);
         Figures {
             total_ms: ms(moved.asked_us, moved.over_us),
             transfer_ms: moved.sending_us.filter(|_| moves).map(|from| ms(from, moved.over_us)),
             target_ready_ms: moved.target_ready_ms,
             standstill_ms: moved.stop_us.zip(moved.resume_us).filter(|_| moves).map(|(stop, run)| ms(stop, run)),
+            bytes_per_second: sent_in.filter(|_| moves).and_then(|s| Some(moved.qemu_bytes? as f64 / s)),
             qemu_downtime_ms: moved.qemu_downtime_ms.filter(|_| moves),
             qemu_bytes: moved.qemu_bytes,
             passes: moved.passes,
@@ -225,11 +229,13 @@ mod tests {
             stop_us: Some(5_000),
             resume_us: Some(8_500),
             over_us: 11_000,
+            qemu_bytes: Some(1100),
             qemu_downtime_ms: Some(1),
             ..Moved::default()
         };
         let figures = Figures::of(moved.clone());
         assert_eq!((figures.total_ms, figures.transfer_ms, figures.standstill_ms), (10.0, Some(8.0), Some(3.5)));
+        assert_eq!(figures.bytes_per_second, Some(200_000.0));
         let figures = Figures::of(Moved { failure: Some("no".into()), ..moved });
         assert_eq!((figures.transfer_ms, figures.standstill_ms, figures.qemu_downtime_ms), (None, None, None));
     }

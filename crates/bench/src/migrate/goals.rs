@@ -14,6 +14,12 @@ const IDLE_GAP_MS: f64 = 60.0;
 /// How long the target's QEMU may take to be ready.
 const READY_MS: f64 = 300.0;
 
+/// The least part of the throughput of QEMU's own encrypted channels that ours have.
+const THROUGHPUT: f64 = 0.9;
+/// A guest with less to send tells more of the beginning and the end than of the link.
+const MUCH_BYTES: f64 = 256.0 * MIB;
+const MIB: f64 = 1024.0 * 1024.0;
+
 /// A goal on one line.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -24,10 +30,12 @@ pub struct Judgement {
     pub goal: String,
     /// What was measured: the median over ours' moves, or a count.
     pub measured: f64,
-    /// What it may be at most.
+    /// What it may be at most, or at least.
     pub bound: f64,
     /// In which unit both are.
     pub unit: &'static str,
+    /// It is a least and not a most.
+    pub at_least: bool,
     /// Whether it is met.
     pub met: bool,
 }
@@ -36,9 +44,10 @@ impl fmt::Display for Judgement {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let by = (self.measured - self.bound).abs();
         let word = if self.met { "met   " } else { "MISSED" };
+        let most = if self.at_least { "least" } else { "most" };
         write!(
             f,
-            "{word} by {by:>7.1} {:<2}  {:<28} {}: {:.1} of at most {:.1} {}",
+            "{word} by {by:>7.1} {:<5}  {:<28} {}: {:.1} of at {most} {:.1} {}",
             self.unit, self.line, self.goal, self.measured, self.bound, self.unit
         )
     }
@@ -57,7 +66,15 @@ fn judge_line(ours: &Entry, entries: &[Entry]) -> Vec<Judgement> {
     let mut add = |goal: &str, measured: Option<f64>, bound: Option<f64>, unit: &'static str, below: bool| {
         let (Some(measured), Some(bound)) = (measured, bound) else { return };
         let met = if below { measured < bound } else { measured <= bound };
-        list.push(Judgement { line: line.to_string(), goal: goal.to_owned(), measured, bound, unit, met });
+        list.push(Judgement {
+            line: line.to_string(),
+            goal: goal.to_owned(),
+            measured,
+            bound,
+            unit,
+            met,
+            at_least: false,
+        });
     };
     if let Some(failure) = ours.failure() {
         add(&format!("ours moves the guest ({failure})"), Some(1.0), Some(0.0), "", false);
@@ -95,7 +112,27 @@ fn judge_line(ours: &Entry, entries: &[Entry]) -> Vec<Judgement> {
         add(&format!("standstill, ahead of {name}"), standstill, other(&|run| run.standstill_ms), "ms", true);
     }
     add("target QEMU ready", median(ours, &|run| run.target_ready_ms), Some(READY_MS), "ms", true);
+    list.extend(of(Way::BareTls).and_then(|tls| throughput(ours, tls)));
     list
+}
+
+/// Where there is much to send and no cap: the throughput beside that of QEMU's own encryption, in the same run.
+fn throughput(ours: &Entry, tls: &Entry) -> Option<Judgement> {
+    if ours.line.bandwidth.bytes().is_some() || ours.spread(|run| Some(run.qemu_bytes? as f64))?.median < MUCH_BYTES {
+        return None;
+    }
+    let rate = |entry: &Entry| Some(entry.spread(|run| run.bytes_per_second)?.median / MIB);
+    let (measured, theirs) = (rate(ours)?, rate(tls)?);
+    let bound = theirs * THROUGHPUT;
+    Some(Judgement {
+        line: ours.line.to_string(),
+        goal: format!("throughput, {THROUGHPUT} of QEMU's own TLS ({:.2} of {theirs:.1})", measured / theirs),
+        measured,
+        bound,
+        unit: "MiB/s",
+        met: measured >= bound,
+        at_least: true,
+    })
 }
 
 #[cfg(test)]
@@ -136,6 +173,7 @@ mod tests {
         let total = find(&list, "best bare run + 400");
         assert_eq!((total.measured, total.bound, total.met), (600.0, 550.0, false));
         assert!(total.to_string().starts_with("MISSED by    50.0 ms"), "{total}");
+        assert!(total.to_string().contains("of at most 550.0 ms"), "{total}");
         let standstill = find(&list, "standstill, best bare");
         assert_eq!((standstill.measured, standstill.bound, standstill.met), (9.0, 3.0, false));
         assert!(find(&list, "standstill of an idle").met);
@@ -157,6 +195,28 @@ mod tests {
         assert!(!judge(&[ours.clone(), bare]).iter().any(|one| one.goal.contains("bare")));
         ours.runs[0].damaged_pages = 3;
         assert!(!find(&judge(&[ours]), "lost or damaged").met);
+    }
+
+    #[test]
+    fn throughput_is_held_against_qemus_own_encryption_where_there_is_much_to_send_and_no_cap() {
+        let entries = |line: Line, bytes: u64, ours: f64| {
+            let mut list = [entry(Way::Ours, line, &[(1.0, 1.0, 1.0)]), entry(Way::BareTls, line, &[(1.0, 1.0, 1.0)])];
+            for (one, rate) in list.iter_mut().zip([ours, 1000.0]) {
+                one.runs[0].bytes_per_second = Some(rate * MIB);
+                one.runs[0].qemu_bytes = Some(bytes);
+            }
+            judge(&list)
+        };
+        let full = line("full");
+        let list = entries(full, 700 << 20, 890.0);
+        let seen = find(&list, "throughput");
+        assert_eq!((seen.measured, seen.bound, seen.met), (890.0, 900.0, false));
+        assert!(seen.goal.contains("0.89 of 1000.0") && seen.to_string().contains("at least"), "{seen}");
+        assert!(find(&entries(full, 700 << 20, 910.0), "throughput").met);
+        let none = |list: Vec<Judgement>| !list.iter().any(|one| one.goal.contains("throughput"));
+        assert!(none(entries(full, 100 << 20, 910.0)), "too little to tell");
+        let capped = Line { bandwidth: "64Mi".parse().unwrap(), ..full };
+        assert!(none(entries(capped, 700 << 20, 910.0)), "the cap is what is measured");
     }
 
     #[test]

@@ -6,6 +6,7 @@
 
 pub mod bare;
 pub mod beats;
+mod certificates;
 pub mod cost;
 pub mod figures;
 pub mod goals;

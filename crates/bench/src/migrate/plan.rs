@@ -15,13 +15,15 @@ pub enum Way {
     BareDefault,
     /// QEMU by hand over QMP, with the best parameters known.
     BareBest,
+    /// The same, encrypted by QEMU itself.
+    BareTls,
     /// `virsh migrate --live`.
     Virsh,
 }
 
 impl Way {
     /// All of them.
-    pub const ALL: [Way; 4] = [Way::Ours, Way::BareDefault, Way::BareBest, Way::Virsh];
+    pub const ALL: [Way; 5] = [Way::Ours, Way::BareDefault, Way::BareBest, Way::BareTls, Way::Virsh];
 
     /// As in options and reports.
     pub fn name(self) -> &'static str {
@@ -29,6 +31,7 @@ impl Way {
             Way::Ours => "ours",
             Way::BareDefault => "bare-default",
             Way::BareBest => "bare-best",
+            Way::BareTls => "bare-tls",
             Way::Virsh => "virsh",
         }
     }
@@ -54,6 +57,8 @@ pub enum Load {
     Idle,
     /// It writes to its memory at this many per cent of the link's rate.
     Percent(u32),
+    /// Two thirds of its memory hold what cannot be compressed, and nothing writes to it: there is much to send.
+    Full,
 }
 
 impl FromStr for Load {
@@ -63,9 +68,12 @@ impl FromStr for Load {
         if text == "idle" {
             return Ok(Load::Idle);
         }
+        if text == "full" {
+            return Ok(Load::Full);
+        }
         match text.trim_end_matches('%').parse() {
             Ok(percent @ 1..=400) => Ok(Load::Percent(percent)),
-            _ => Err(format!("{text:?} is no load: `idle`, or per cent of the link such as `50%`")),
+            _ => Err(format!("{text:?} is no load: `idle`, `full`, or per cent of the link such as `50%`")),
         }
     }
 }
@@ -75,6 +83,7 @@ impl std::fmt::Display for Load {
         match self {
             Load::Idle => f.pad("idle"),
             Load::Percent(percent) => f.pad(&format!("{percent}%")),
+            Load::Full => f.pad("full"),
         }
     }
 }
@@ -177,7 +186,7 @@ impl Line {
     pub fn dirty_mib_per_second(&self, link: u64) -> u64 {
         let carried = self.bandwidth.bytes().map_or(link, |cap| cap.min(link));
         match self.load {
-            Load::Idle => 0,
+            Load::Idle | Load::Full => 0,
             Load::Percent(percent) => (carried * u64::from(percent) / 100 / MIB).max(1),
         }
     }
@@ -188,6 +197,7 @@ impl Line {
             Load::Idle => 1,
             // A guest needs the rest for its system.
             Load::Percent(_) => WORKING_SET_MIB.min(self.memory.0 / 2),
+            Load::Full => self.memory.0 * 2 / 3,
         }
     }
 
@@ -246,7 +256,7 @@ mod tests {
         for text in ["unlimited", "64Mi"] {
             assert_eq!(text.parse::<Bandwidth>().unwrap().to_string().trim_end_matches("/s"), text);
         }
-        for text in ["idle", "10%"] {
+        for text in ["idle", "10%", "full"] {
             assert_eq!(text.parse::<Load>().unwrap().to_string(), text);
         }
         for way in Way::ALL {

@@ -64,6 +64,7 @@ fn colour(way: Way) -> &'static str {
         Way::Ours => "#0b6e4f",
         Way::BareDefault => "#c1440e",
         Way::BareBest => "#1f4e9e",
+        Way::BareTls => "#6b8fd6",
         Way::Virsh => "#7a5195",
     }
 }

@@ -216,7 +216,7 @@ impl fmt::Display for Report {
 }
 
 /// The columns' names and widths; cells are set off by two blanks.
-const COLUMNS: [(&str, usize); 15] = [
+const COLUMNS: [(&str, usize); 16] = [
     ("way", 13),
     ("total ms", 18),
     ("transfer ms", 18),
@@ -227,6 +227,7 @@ const COLUMNS: [(&str, usize); 15] = [
     ("ping gap ms", 11),
     ("lost", 4),
     ("wire MiB", 8),
+    ("MiB/s", 6),
     ("CPU s", 6),
     ("passes", 6),
     ("foretold ms", 11),
@@ -267,6 +268,7 @@ fn row(f: &mut fmt::Formatter<'_>, entry: &Entry) -> fmt::Result {
             median(&|run| Some(run.ping_gap_ms), 0),
             lost.map_or_else(|| "-".to_owned(), |lost| lost.to_string()),
             median(&|run| Some(run.wire_bytes as f64 / MIB), 1),
+            median(&|run| run.bytes_per_second.map(|rate| rate / MIB), 0),
             median(&|run| Some(run.cpu_seconds), 2),
             median(&|run| Some(run.passes as f64), 0),
             median(&|run| run.foretold.and_then(|foretold| foretold.total_ms), 0),

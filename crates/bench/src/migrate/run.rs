@@ -50,7 +50,7 @@ pub async fn run(options: &Options, tell: &mut dyn FnMut(&str)) -> Result<Report
     let lines = options.lines();
     let link = match options.link {
         Some(link) => link,
-        None if lines.iter().all(|line| line.load == Load::Idle) => 0,
+        None if lines.iter().all(|line| !matches!(line.load, Load::Percent(_))) => 0,
         None => {
             tell("measuring what the link carries: bare QEMU, one stream, no cap");
             measure_link(&parts, options.limit).await?
@@ -140,7 +140,11 @@ async fn measure(
     let others = if way == Way::Ours { Ours::processes(&lab) } else { Vec::new() };
     let members = Members { prefix: lab.cluster.namespace_prefix(), others };
     let work = Workload::of(&line, link);
-    let style = if way == Way::BareBest { Style::Best } else { Style::Defaults };
+    let style = match way {
+        Way::BareBest => Style::Best,
+        Way::BareTls => Style::Tls,
+        _ => Style::Defaults,
+    };
     let mut carrier = match way {
         Way::Ours => Carrier::Ours(Ours::boot(&lab, &work).await?),
         _ => Carrier::Bare(Box::new(Bare::boot(&lab, parts.clone(), style, work).await?)),
