@@ -339,7 +339,7 @@ fn follow(guest: &Guest, link: Link, terms: Terms, underway: Option<Underway>, c
 struct Curve {
     /// Milliseconds and bytes, both rising.
     points: Vec<(f64, f64)>,
-    /// No guest writes to more than it has.
+    /// No guest writes to more than it has; as is likely, to no more than is there by now.
     most: f64,
 }
 
@@ -350,16 +350,17 @@ impl Curve {
 
     /// None when nothing was measured.
     fn of(guest: &Guest, corner: Corner) -> Option<Curve> {
-        let before = Curve::through(&guest.written, guest.memory, corner, EVENLY);
+        let before = Curve::through(&guest.written, guest, corner, EVENLY);
         let passes = guest.passes.get(guest.passes.len().saturating_sub(RECENT)..).unwrap_or_default();
-        let seen = Curve::through(passes, guest.memory, corner, STEADILY);
+        let seen = Curve::through(passes, guest, corner, STEADILY);
         match (before, seen) {
             (Some(before), Some(seen)) => Some(before.corrected(seen)),
             (one, None) | (None, one) => one,
         }
     }
 
-    fn through(samples: &[Written], memory: u64, corner: Corner, evenly: [f64; 3]) -> Option<Curve> {
+    fn through(samples: &[Written], guest: &Guest, corner: Corner, evenly: [f64; 3]) -> Option<Curve> {
+        let memory = guest.memory;
         let mut sorted: Vec<(f64, f64)> = samples
             .iter()
             .filter(|sample| sample.within_ms > 0)
@@ -393,7 +394,12 @@ impl Curve {
                 (ms, high)
             })
             .collect();
-        (!points.is_empty()).then_some(Curve { points, most: memory as f64 })
+        let most = match corner {
+            Corner::Worst => memory as f64,
+            // What it was seen to write to is there as well, whatever the count of that says.
+            Corner::Likely | Corner::Best => (guest.present.min(memory) as f64).max(high),
+        };
+        (!points.is_empty()).then_some(Curve { points, most })
     }
 
     /// As what was seen later tells: the same form, raised or lowered.

@@ -55,6 +55,21 @@ fn who_writes_faster_than_the_link_carries_does_not_end_unless_its_working_set_f
     assert!(!forecast(&small, exactly(50 * MI), terms(100), None).unwrap().converges);
 }
 
+/// What was measured for a second is drawn out over the minute that a pass takes, but not beyond the memory that there is.
+#[test]
+fn a_small_guest_stands_still_for_no_more_than_what_is_there() {
+    let written = vec![Written { within_ms: 1000, bytes: 40 * MI, margin: 0 }];
+    let guest = Guest { memory: 512 * MI, present: 96 * MI, written, ..Guest::default() };
+    let told = forecast(&guest, exactly(30 * MI), terms(300), None).unwrap();
+    assert!(!told.converges);
+    assert_eq!(told.downtime.likely, Some(3200 + 12));
+    assert!(told.downtime.most.unwrap() > 17_000, "it may come to write to all that it has: {told:?}");
+    // What was seen counts, whatever is said to be there.
+    let written = vec![Written { within_ms: 1000, bytes: 120 * MI, margin: 0 }];
+    let told = forecast(&Guest { written, ..guest }, exactly(30 * MI), terms(300), None).unwrap();
+    assert_eq!(told.downtime.likely, Some(4000 + 12));
+}
+
 #[test]
 fn slowing_the_guest_down_helps() {
     let fast = writer(1 << 30, 200 * MI, 100 * MI, 90 * MI);
