@@ -582,7 +582,7 @@ async fn the_memory_stream_is_accepted_once() {
     drop(first);
 }
 
-const THREE: Transport = Transport { channels: 2, zstd: false };
+const THREE: Transport = Transport { channels: 2, zstd: false, preempt: false };
 
 impl Stage {
     /// Connection `number` of the memory stream, with a byte that says so.

@@ -148,7 +148,7 @@ mod tests {
     fn how_memory_goes_is_told() {
         let mut f = active();
         assert_eq!((shown(&f, &MigrationProgress::default())).connections, Some(1));
-        f.transport = Transport { channels: 2, zstd: true };
+        f.transport = Transport { channels: 2, zstd: true, preempt: false };
         let told = shown(&f, &MigrationProgress::default());
         assert_eq!((told.connections, told.compression.as_deref()), (Some(3), Some("zstd")));
     }

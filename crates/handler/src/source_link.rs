@@ -330,7 +330,7 @@ impl Run {
             None => Transport::default(),
         };
         let dialled = async {
-            let numbers = 0..=transport.channels;
+            let numbers = numbers(transport);
             match &memory {
                 Some((port, _)) => {
                     let dial = |number| target.dial_stream(&key, (channel::MEMORY, *port), number, DIAL_LIMIT);
@@ -572,13 +572,17 @@ impl Run {
         let dir = self.dir.clone().ok_or_else(|| not_yet(&"the launcher's sockets cannot be reached"))?;
         let key = control.as_ref().map(|control| control.key.clone());
         let key = key.ok_or_else(|| not_yet(&"the control channel is lost"))?;
-        let place = Place { stream: 0, recovery: Some(number) };
-        let dialled = endpoint.target().dial_stream(&key, (channel::MEMORY, port), place, DIAL_LIMIT).await;
-        let dialled = dialled.map_err(|e| not_yet(&e))?;
+        // As many as the first link had, which the launcher knows, also where another process has dialled that one.
+        let target = endpoint.target();
+        let dial = |stream| {
+            let place = Place { stream, recovery: Some(number) };
+            target.dial_stream(&key, (channel::MEMORY, port), place, DIAL_LIMIT)
+        };
+        let dialled = futures::future::try_join_all(self.connections().map(dial)).await.map_err(|e| not_yet(&e))?;
         let socket = format!("again-{number}.sock");
         let listener = dir.listen(&socket).map_err(|e| not_yet(&e))?;
         let before = self.recoveries();
-        self.carry(listener, vec![dialled]);
+        self.carry(listener, dialled);
         // QEMU may dial after it has answered.
         let _listens = Listens { dir, socket: socket.clone() };
         self.client.recover(&self.uid, &socket).await.map_err(|e| not_yet(&e))?;
@@ -597,6 +601,13 @@ impl Run {
             _ = flowing.wait_for(|flowing| !flowing) => Err(not_yet(&"the other link broke as well")),
             () = tokio::time::sleep(AGREE_LIMIT) => Err(not_yet(&"the QEMUs do not agree over the other link")),
         }
+    }
+
+    /// The connections of the memory stream, from 0.
+    fn connections(&self) -> std::ops::Range<u8> {
+        let launcher = self.launcher.borrow();
+        let f = launcher.last().and_then(|s| facts::migration(s, &self.uid, MigrationRole::Source));
+        numbers(f.map(|f| f.transport).unwrap_or_default())
     }
 
     fn recoveries(&self) -> u64 {
@@ -668,6 +679,11 @@ impl Run {
     }
 }
 
+/// The connections that QEMU opens, from 0.
+fn numbers(transport: Transport) -> std::ops::Range<u8> {
+    0..u8::try_from(transport.connections()).unwrap_or(u8::MAX)
+}
+
 /// A socket that goes with this.
 struct Listens {
     dir: Arc<SocketDir>,
@@ -710,15 +726,17 @@ fn unheard(error: &ChannelError) -> TargetSays {
 async fn carry_memory(uid: String, listener: UnixListener, channels: Vec<Dialled>, carried: Arc<Carried>) {
     let result = async {
         let mut listener = Some(listener);
+        let mut begun = false;
         let mut channels = channels.into_iter();
         // Ends the others with the first that breaks.
         let mut pumps = tokio::task::JoinSet::new();
         loop {
             if channels.len() == 0 {
                 listener = None;
-                if pumps.is_empty() {
-                    return Ok::<(), std::io::Error>(());
-                }
+            }
+            // One that QEMU has never opened is the one for pages that are waited for, where nobody did.
+            if pumps.is_empty() && (begun || listener.is_none()) {
+                return Ok::<(), std::io::Error>(());
             }
             let accepted = async {
                 match &listener {
@@ -729,6 +747,7 @@ async fn carry_memory(uid: String, listener: UnixListener, channels: Vec<Dialled
             tokio::select! {
                 accepted = accepted => {
                     if let (local, Some(channel)) = (accepted?.0, channels.next()) {
+                        begun = true;
                         pumps.spawn(pump::pump(local, channel, carried.clone()));
                     }
                 }

@@ -57,8 +57,12 @@ impl Stream {
                 result = async {
                     match admitted {
                         Admitted::Alone => self.carry_alone(guest).await,
-                        Admitted::OneOfSeveral => self.carry_one_of(memory, guest, place.stream).await,
-                        Admitted::Recovery(socket) => self.carry_on(guest, &socket).await,
+                        Admitted::OneOfSeveral(transport) => {
+                            self.carry_one_of(memory, guest, place.stream, transport).await
+                        }
+                        Admitted::Recovery { socket, connections } => {
+                            self.carry_on(memory, guest, &socket, connections).await
+                        }
                     }
                 } => result,
                 error = memory.recoveries.superseded(link) => Err(error),
@@ -74,24 +78,44 @@ impl Stream {
 
     async fn admit(&self, memory: &Memory, place: Place) -> Result<Admitted, String> {
         if let Some(number) = place.recovery {
-            return memory.recoveries.admit(number).map(Admitted::Recovery);
+            // A later link has as many connections as the first. A launcher that knows nothing of that had one.
+            let connections = memory.control.clone().transport().await.map_or(1, Transport::connections);
+            if usize::from(place.stream) >= connections {
+                let stream = place.stream;
+                return Err(format!("connection {stream} of a link for which {connections} were agreed (from 0)"));
+            }
+            let socket = memory.recoveries.admit(number, place.stream)?;
+            return Ok(Admitted::Recovery { socket, connections });
         }
         if self.socket.is_empty() {
             return Err("this memory stream began before this handler did; it can only be recovered".into());
         }
         let transport = memory.admit(place.stream).await?;
-        Ok(if transport.channels > 0 { Admitted::OneOfSeveral } else { Admitted::Alone })
+        Ok(if transport.connections() > 1 { Admitted::OneOfSeveral(transport) } else { Admitted::Alone })
     }
 
     /// The link that follows a broken one. QEMU takes part as soon as it is connected, and up to 8.1 does not get over a link
     /// that breaks then: so it is connected when the source's has begun.
-    async fn carry_on(&self, mut guest: Guest, socket: &str) -> io::Result<()> {
+    async fn carry_on(&self, memory: &Memory, mut guest: Guest, socket: &str, connections: usize) -> io::Result<()> {
+        let (stream, link) = (guest.place.stream, guest.place.recovery.unwrap_or(0));
+        let is_last = usize::from(stream) + 1 == connections;
+        // Whatever becomes of it; another link has another socket.
+        let _socket = is_last.then(|| Removed { dir: &self.dir, socket });
         guest.accept().await?;
-        if guest.stream.fill_buf().await?.is_empty() {
+        if stream > 0 {
+            // See `waits_for_a_byte`.
+            tokio::select! {
+                first = guest.stream.fill_buf() => if first?.is_empty() { return Ok(()) },
+                () = memory.recoveries.main_connection(link) => {}
+            }
+            memory.recoveries.main_connection(link).await;
+        } else if guest.stream.fill_buf().await?.is_empty() {
             return Ok(());
         }
         let local = self.dir.connect(socket).await?;
-        self.dir.remove(socket);
+        if stream == 0 {
+            memory.recoveries.main_is_connected(link);
+        }
         pump::pump(local, guest.stream, self.carried.clone()).await
     }
 
@@ -103,13 +127,26 @@ impl Stream {
 
     /// One connection of several. If one of them breaks the others end with it: a QEMU that waits for the page that it would
     /// have brought must not wait for ever.
-    async fn carry_one_of(&self, memory: &Memory, mut guest: Guest, number: u8) -> io::Result<()> {
+    async fn carry_one_of(
+        &self,
+        memory: &Memory,
+        mut guest: Guest,
+        number: u8,
+        transport: Transport,
+    ) -> io::Result<()> {
         let mut broken = memory.broken.subscribe();
+        let mut main = memory.main.subscribe();
         let work = async {
-            // QEMU reads a new connection's first bytes before it does anything else, so there have to be some.
             let begins = async {
                 guest.accept().await?;
-                guest.stream.fill_buf().await.map(|first| !first.is_empty())
+                let first = guest.stream.fill_buf();
+                if waits_for_a_byte(number, transport) {
+                    return first.await.map(|first| !first.is_empty());
+                }
+                tokio::select! {
+                    first = first => first.map(|first| !first.is_empty()),
+                    _ = main.wait_for(|connected| *connected) => Ok(true),
+                }
             };
             if !matches!(begins.await, Ok(true)) {
                 // Dialled ahead in vain; it may be dialled again.
@@ -118,7 +155,7 @@ impl Stream {
             }
             // Before 8.0 it takes its first connection for the main one.
             if number > 0 {
-                let _ = memory.main.subscribe().wait_for(|connected| *connected).await;
+                let _ = main.wait_for(|connected| *connected).await;
             }
             let local = self.dir.connect(&self.socket).await?;
             if number == 0 {
@@ -139,14 +176,33 @@ impl Stream {
     }
 }
 
+/// QEMU reads the first bytes of its main connection and of a channel before it does anything else, so there have to be some. The
+/// connection for missing pages has to be there before: a target that needs one while it loads devices does nothing else until
+/// the page has come over it.
+fn waits_for_a_byte(number: u8, transport: Transport) -> bool {
+    number == 0 || !transport.preempt
+}
+
+/// A socket that goes with this.
+struct Removed<'a> {
+    dir: &'a SocketDir,
+    socket: &'a str,
+}
+
+impl Drop for Removed<'_> {
+    fn drop(&mut self) {
+        self.dir.remove(self.socket);
+    }
+}
+
 /// As what a connection was let in.
 enum Admitted {
     /// QEMU's only one.
     Alone,
     /// QEMU's main one or a channel.
-    OneOfSeveral,
-    /// Another link, to this socket.
-    Recovery(String),
+    OneOfSeveral(Transport),
+    /// Another link, to this socket, of so many connections.
+    Recovery { socket: String, connections: usize },
 }
 
 /// What the connections of one memory stream know of each other.

@@ -12,7 +12,7 @@ use tokio::sync::{OnceCell, watch};
 use crate::channel::{Answer, Request, TargetControl};
 use crate::facts::{self, Launcher};
 use crate::frames::{self, Inlets};
-use crate::networks::{self, Port};
+use crate::networks::{self, NetworkError, Port};
 use crate::recovery::Recoveries;
 
 /// How long to wait for the time of the resume after the launcher has taken the go.
@@ -42,6 +42,8 @@ pub struct TargetAnswers {
     pub pid: u32,
     /// The guest's interfaces on segments.
     pub ports: Vec<Port>,
+    /// The guest's taps hear their segments.
+    pub joined: OnceCell<()>,
     /// Links that follow a broken one.
     pub recoveries: Arc<Recoveries>,
 }
@@ -76,7 +78,7 @@ impl TargetControl for TargetAnswers {
 
     fn join(self: Arc<Self>) -> BoxFuture<'static, Result<Inlets, String>> {
         Box::pin(async move {
-            networks::join(self.pid, &self.ports).await.map_err(|e| e.to_string())?;
+            self.join_segments().await.map_err(|e| e.to_string())?;
             frames::inlets(self.pid, &self.ports).await.map_err(|e| e.to_string())
         })
     }
@@ -99,9 +101,14 @@ impl TargetAnswers {
         self.agreed.get_or_try_init(|| order).await.copied()
     }
 
+    /// Once: the guest stands still when it is done again for the go.
+    async fn join_segments(&self) -> Result<(), NetworkError> {
+        self.joined.get_or_try_init(|| networks::join(self.pid, &self.ports)).await.copied()
+    }
+
     async fn go(&self, paused: bool) -> Answer {
         // Its announcement has to reach the segments. A guest without a network is better than none.
-        if let Err(error) = networks::join(self.pid, &self.ports).await {
+        if let Err(error) = self.join_segments().await {
             tracing::error!(migration = %self.uid, %error, "the guest's taps cannot be joined to their bridges");
         }
         let answer = if paused { self.client.go_paused(&self.uid).await } else { self.client.go(&self.uid).await };

@@ -537,7 +537,12 @@ impl Vm {
             _ => {}
         }
         self.migration_event(&event).await;
-        if matches!(event.name.as_str(), "STOP" | "RESUME" | "MIGRATION" | "SUSPEND" | "WAKEUP" | "BLOCK_IO_ERROR") {
+        // A guest that stands still for the switchover does not wait for answers that nothing depends on: what follows from them
+        // is the end, and is asked for then.
+        let turn = matches!(event.name.as_str(), "STOP" | "MIGRATION");
+        let switches = turn && matches!(&self.stage, Stage::Outgoing(o) if !o.is_held() && o.facts().stop_us.is_some());
+        let changes = matches!(event.name.as_str(), "RESUME" | "SUSPEND" | "WAKEUP" | "BLOCK_IO_ERROR");
+        if changes || (turn && !switches) {
             self.refresh().await;
         }
     }

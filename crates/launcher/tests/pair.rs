@@ -92,7 +92,7 @@ async fn memory_comes_as_it_was_agreed_and_not_before() {
     let mut there = target.console().await;
     let incoming = Pod::paths(target.folder.path()).sockets.join(&ready.socket);
     assert!(UnixStream::connect(&incoming).await.is_err());
-    let transport = Transport { channels: 2, zstd: true };
+    let transport = Transport { channels: 2, zstd: true, preempt: false };
     assert_eq!(refusal(target.client.receive_by("another", transport).await), Refusal::Conflict);
     for wish in [transport, Transport::default()] {
         let state = target.client.receive_by(MIGRATION, wish).await.unwrap();

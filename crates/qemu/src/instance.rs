@@ -130,9 +130,14 @@ impl Qemu {
                 // Seen: 7.2 does not, 10.0 does.
                 counts_compressed: version >= VersionTriple { major: 9, minor: 0, micro: 0 },
                 tracks_writes: migration::tracks_writes(machine.accelerator, version),
+                ..Ability::default()
             },
             false => Ability::default(),
         };
+        // Before 8.0 it is connected at the beginning already, and the target takes whichever connection comes first for the
+        // main one.
+        let preempt = version >= VersionTriple { major: 8, minor: 0, micro: 0 };
+        let ability = Ability { preempt: preempt && capabilities.iter().any(|c| c == PREEMPT), ..ability };
         // The versioned name behind an alias such as `q35`; both ends of a migration need the same.
         let get = commands::QomGet { path: "/machine".into(), property: "type".into() };
         let machine_type = qmp.execute(&get).await?;
@@ -274,7 +279,10 @@ impl Qemu {
             // The moment to end the mirrors of disks: the guest stands still and the disks are still the source's.
             ("pause-before-switchover", wanted.mirrors),
         ];
-        let Transport { channels, zstd } = wanted.transport;
+        let Transport { channels, zstd, preempt } = wanted.transport;
+        if self.knows(PREEMPT) {
+            on.push((PREEMPT, preempt && wanted.post_copy));
+        }
         if wanted.by_reference || self.knows(IGNORE_SHARED) {
             on.push((IGNORE_SHARED, wanted.by_reference));
         }
@@ -310,6 +318,8 @@ struct Capabilities {
 const IGNORE_SHARED: &str = "x-ignore-shared";
 /// QEMU's name for several connections.
 const MULTIFD: &str = "multifd";
+/// QEMU's name for a connection of their own for pages that are waited for.
+const PREEMPT: &str = "postcopy-preempt";
 /// QEMU's names of compressions.
 const ZSTD: &str = "zstd";
 const UNCOMPRESSED: &str = "none";

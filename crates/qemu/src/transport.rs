@@ -11,13 +11,16 @@ pub struct Transport {
     pub channels: u8,
     /// Pages are compressed (`multifd-compression=zstd`). Only with channels.
     pub zstd: bool,
+    /// In post-copy a further connection brings the pages that the target waits for, past what is under way on the main one
+    /// (`postcopy-preempt`). Only without channels.
+    pub preempt: bool,
 }
 
 impl Transport {
     /// How many connections QEMU opens.
     #[must_use]
     pub fn connections(self) -> usize {
-        1 + usize::from(self.channels)
+        1 + usize::from(self.channels) + usize::from(self.preempt)
     }
 }
 
@@ -33,6 +36,8 @@ pub struct Ability {
     pub counts_compressed: bool,
     /// Its QEMU sees every page that the guest writes to ([`crate::migration::tracks_writes`]); where not, the guest is sent in one pass.
     pub tracks_writes: bool,
+    /// Its QEMU can take pages that are waited for over a connection of their own.
+    pub preempt: bool,
 }
 
 impl Ability {
@@ -94,14 +99,21 @@ impl Single {
 #[must_use]
 pub fn choose(ours: Ability, theirs: Ability, wish: &Wish) -> (Transport, Option<Single>) {
     let channels = ours.channels.min(theirs.channels);
-    if wish.by_reference || channels < 2 || !ours.tracks_writes {
+    if wish.by_reference {
         return (Transport::default(), None);
     }
+    let several = channels >= 2 && ours.tracks_writes;
     if wish.post_copy {
-        return (Transport::default(), Some(Single::PostCopy));
+        // QEMU (10.0 too) sends a page that is waited for whatever the cap says, and a guest waits for every page in turn.
+        let uncapped = wish.bandwidth.unwrap_or(0) == 0;
+        let preempt = ours.preempt && theirs.preempt && uncapped;
+        return (Transport { preempt, ..Transport::default() }, several.then_some(Single::PostCopy));
+    }
+    if !several {
+        return (Transport::default(), None);
     }
     let zstd = ours.zstd && theirs.zstd && link_bound(channels, ours, wish);
-    (Transport { channels, zstd }, None)
+    (Transport { channels, zstd, preempt: false }, None)
 }
 
 /// Whether the link carries less than half of the memory that the channels compress meanwhile; of a measured one less than a
@@ -116,7 +128,8 @@ fn link_bound(channels: u8, ours: Ability, wish: &Wish) -> bool {
 mod tests {
     use super::*;
 
-    const TWO: Ability = Ability { channels: 2, zstd: true, counts_compressed: true, tracks_writes: true };
+    const TWO: Ability =
+        Ability { channels: 2, zstd: true, counts_compressed: true, tracks_writes: true, preempt: false };
     const EIGHT: Ability = Ability { channels: 8, ..TWO };
 
     #[test]
@@ -130,14 +143,15 @@ mod tests {
     #[test]
     fn the_lesser_end_counts_and_an_older_one_gets_the_plain_stream() {
         let wish = Wish::default();
-        assert_eq!(choose(EIGHT, TWO, &wish), (Transport { channels: 2, zstd: false }, None));
-        assert_eq!(choose(TWO, EIGHT, &wish), (Transport { channels: 2, zstd: false }, None));
+        let two = Transport { channels: 2, ..Transport::default() };
+        assert_eq!(choose(EIGHT, TWO, &wish), (two, None));
+        assert_eq!(choose(TWO, EIGHT, &wish), (two, None));
         assert_eq!(choose(EIGHT, Ability::default(), &wish), (Transport::default(), None));
         assert_eq!(choose(Ability::default(), EIGHT, &wish), (Transport::default(), None));
         let one_pass = Ability { tracks_writes: false, ..EIGHT };
         assert_eq!(choose(one_pass, EIGHT, &wish), (Transport::default(), None), "it is sent in one pass");
         assert_eq!(choose(EIGHT, one_pass, &wish).0.channels, 8, "the target does not send");
-        assert_eq!(Transport { channels: 2, zstd: false }.connections(), 3);
+        assert_eq!(two.connections(), 3);
         assert_eq!(Transport::default().connections(), 1);
     }
 
@@ -147,6 +161,23 @@ mod tests {
         assert_eq!(choose(TWO, TWO, &wish), (Transport::default(), Some(Single::PostCopy)));
         // Nothing is given up where nothing was to be had.
         assert_eq!(choose(TWO, Ability::default(), &wish), (Transport::default(), None));
+    }
+
+    #[test]
+    fn pages_that_are_waited_for_have_a_connection_of_their_own_where_both_ends_know_how_and_there_is_no_cap() {
+        let wish = Wish { post_copy: true, ..Wish::default() };
+        let both = Ability { preempt: true, ..TWO };
+        let preempt = Transport { preempt: true, ..Transport::default() };
+        assert_eq!(choose(both, both, &wish), (preempt, Some(Single::PostCopy)));
+        assert_eq!(preempt.connections(), 2);
+        assert_eq!(choose(both, TWO, &wish).0, Transport::default());
+        assert_eq!(choose(TWO, both, &wish).0, Transport::default());
+        let few = Ability { channels: 0, ..both };
+        assert_eq!(choose(few, both, &wish), (preempt, None), "also where nothing is given up for it");
+        assert!(!choose(both, both, &Wish::default()).0.preempt, "nobody waits for a page in pre-copy");
+        let capped = |bandwidth| choose(both, both, &Wish { bandwidth: Some(bandwidth), ..wish }).0.preempt;
+        assert!(capped(0) && !capped(64 << 20), "QEMU would exceed the cap for them");
+        assert!(!choose(both, both, &Wish { by_reference: true, ..wish }).0.preempt, "no page is sent");
     }
 
     #[test]

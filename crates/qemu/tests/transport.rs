@@ -19,8 +19,8 @@ use tokio::io::copy_bidirectional;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::task::JoinHandle;
 
-const PLAIN: Transport = Transport { channels: 2, zstd: false };
-const ZSTD: Transport = Transport { channels: 2, zstd: true };
+const PLAIN: Transport = Transport { channels: 2, zstd: false, preempt: false };
+const ZSTD: Transport = Transport { channels: 2, zstd: true, preempt: false };
 
 /// Carries the connections to `to` as handlers do, and counts them.
 fn carry(from: PathBuf, to: PathBuf, count: Arc<AtomicUsize>) -> JoinHandle<()> {

@@ -296,7 +296,9 @@ impl Worker {
             by_reference: ready.as_ref().is_some_and(|ready| ready.by_reference),
             ability: ability.unwrap_or_default(),
             rooms: ready.as_ref().map(|ready| ready.rooms.clone()).unwrap_or_default(),
-            agreed: OnceCell::new_with((!awaits).then(Transport::default)),
+            // A launcher that receives already knows how.
+            agreed: OnceCell::new_with((ready.is_some() && !awaits).then(Transport::default)),
+            joined: OnceCell::new(),
             launcher: pod.follower.subscribe(),
             pid: pod.follower.pid(),
             ports: networks::ports(vmi),

@@ -411,8 +411,10 @@ impl Vm {
         match &mut self.stage {
             Stage::Outgoing(outgoing) => {
                 outgoing.event(event);
-                // A pass can be over long before the next look; what it has left decides how the next one may end.
+                // A pass can be over long before the next look; what it has left decides how the next one may end. The last one
+                // is taken stock of while the guest stands still: nothing is left to decide.
                 if event.name == "MIGRATION_PASS"
+                    && outgoing.facts().stop_us.is_none()
                     && let Err(error) = outgoing.look().await
                 {
                     tracing::debug!(%error, "looking at a pass");

@@ -161,9 +161,12 @@ impl Incoming {
 
     /// Whether it has all that a go needs: everything, or in post-copy everything but a part of the memory.
     pub async fn is_loaded(&mut self) -> Result<bool, qmp::Error> {
-        self.look().await?;
+        let qemu = self.qemu.clone();
+        // The guest stands still meanwhile, so both are asked at once.
+        let (looked, state) = tokio::join!(self.look(), qemu.status());
+        looked?;
         let enough = matches!(self.facts().status, MigrationStatus::Completed | MigrationStatus::PostcopyActive);
-        Ok(enough && self.qemu.status().await? == RunState::Paused)
+        Ok(enough && state? == RunState::Paused)
     }
 
     /// Listens on the unix socket `socket` for another link of a post-copy whose link broke before the go.
