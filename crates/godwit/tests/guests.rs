@@ -372,7 +372,7 @@ async fn a_running_guest_moves_from_a_local_claim_to_a_shared_one() {
     // What it wrote at the source it finds at the target; and on again over the claim that both see.
     cluster.migrate("mover", "on").await;
     succeeds(&cluster, "on").await;
-    let (last, _) = cluster.launchers("mover").await.into_iter().find(|(pod, _)| *pod != source).expect("a launcher");
+    let last = status(&cluster.vmis().get("mover").await.expect("VMI"), "migrationState/targetPod");
     let deadline = Instant::now() + Duration::from_secs(60);
     while !wrote(&cluster.lines(&last).await) {
         assert!(Instant::now() < deadline, "no beats: {}\n{}", cluster.console(&last).await, cluster.words());
