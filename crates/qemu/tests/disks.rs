@@ -6,7 +6,7 @@ mod place;
 
 use godwit_guest_rom::{Parameters, Story};
 use godwit_qemu::blocks::Blocks;
-use godwit_qemu::instance::{Error, Incoming, Prelaunch, Settled};
+use godwit_qemu::instance::{Error, Incoming, Prelaunch, Running, Settled};
 use godwit_qemu::machine::{Bus, Cache, Disk, DiskKind, Format, Machine};
 use godwit_qemu::migration::Options;
 use godwit_qemu::process::find_qemu_img;
@@ -187,23 +187,41 @@ fn narrow(place: &Place, target: &Path) -> PathBuf {
     here
 }
 
+/// A guest that writes all over its disk, and a target that waits for it and its disk.
+struct Writing {
+    place: Place,
+    source: Running,
+    target: Incoming,
+    here: Console,
+    there: Console,
+    story: Story,
+}
+
+impl Writing {
+    /// After `beats` beats of the guest.
+    async fn start(beats: u32) -> Writing {
+        let place = Place::new(Parameters { disk_blocks: 64, disk_stride: 16, ..Parameters::default() });
+        let (from, to) = (place.path("from"), place.path("to"));
+        for path in [&from, &to] {
+            std::fs::File::create(path).unwrap().set_len(8 * MIB).unwrap();
+        }
+        let prelaunch = Prelaunch::launch(&qemu(), &with_disk(&place, "source", from, Format::Raw)).await.unwrap();
+        let mut here = Console::open(&place.path("source-serial")).await;
+        let source = prelaunch.start().await.unwrap();
+        let mut story = Story::default();
+        here.hear(&mut story, beats).await;
+        let machine = with_disk(&place, "target", to, Format::Raw);
+        let mut target = Incoming::launch(&qemu(), &machine, &place.path("flight")).await.unwrap();
+        let there = Console::open(&place.path("target-serial")).await;
+        target.offer_blocks(&place.path("blocks"), &[(0, "work".into())]).await.unwrap();
+        Writing { place, source, target, here, there, story }
+    }
+}
+
 /// It dirties 64 pieces of 64 KiB, the mirror's granularity, faster than these 4 MiB go over the link: it would never be done.
 #[tokio::test]
 async fn a_guest_that_writes_faster_than_its_disk_is_copied_waits_for_its_writes_with_auto_converge() {
-    let place = Place::new(Parameters { disk_blocks: 64, disk_stride: 16, ..Parameters::default() });
-    let (from, to) = (place.path("from"), place.path("to"));
-    for path in [&from, &to] {
-        std::fs::File::create(path).unwrap().set_len(8 * MIB).unwrap();
-    }
-    let prelaunch = Prelaunch::launch(&qemu(), &with_disk(&place, "source", from, Format::Raw)).await.unwrap();
-    let mut here = Console::open(&place.path("source-serial")).await;
-    let source = prelaunch.start().await.unwrap();
-    let mut story = Story::default();
-    here.hear(&mut story, 20).await;
-    let machine = with_disk(&place, "target", to, Format::Raw);
-    let mut target = Incoming::launch(&qemu(), &machine, &place.path("flight")).await.unwrap();
-    let mut there = Console::open(&place.path("target-serial")).await;
-    target.offer_blocks(&place.path("blocks"), &[(0, "work".into())]).await.unwrap();
+    let Writing { place, source, target, mut here, mut there, mut story } = Writing::start(20).await;
     let socket = narrow(&place, &place.path("blocks"));
     let blocks = Blocks { socket, disks: vec![(0, "work".into())], ..Blocks::default() };
     let options = Options { auto_converge: true, ..Options::default() };
@@ -220,20 +238,7 @@ async fn a_guest_that_writes_faster_than_its_disk_is_copied_waits_for_its_writes
 /// A link that takes what a mirror has in flight and never answers, until it is broken off.
 #[tokio::test]
 async fn a_copy_that_was_given_up_over_a_link_that_hangs_is_in_no_later_ones_way() {
-    let place = Place::new(Parameters { disk_blocks: 64, disk_stride: 16, ..Parameters::default() });
-    let (from, to) = (place.path("from"), place.path("to"));
-    for path in [&from, &to] {
-        std::fs::File::create(path).unwrap().set_len(8 * MIB).unwrap();
-    }
-    let prelaunch = Prelaunch::launch(&qemu(), &with_disk(&place, "source", from, Format::Raw)).await.unwrap();
-    let mut here = Console::open(&place.path("source-serial")).await;
-    let source = prelaunch.start().await.unwrap();
-    let mut story = Story::default();
-    here.hear(&mut story, 10).await;
-    let machine = with_disk(&place, "target", to, Format::Raw);
-    let mut target = Incoming::launch(&qemu(), &machine, &place.path("flight")).await.unwrap();
-    let mut there = Console::open(&place.path("target-serial")).await;
-    target.offer_blocks(&place.path("blocks"), &[(0, "work".into())]).await.unwrap();
+    let Writing { place, source, target, mut here, mut there, mut story } = Writing::start(10).await;
 
     let listener = tokio::net::UnixListener::bind(place.path("hangs")).unwrap();
     let (far, hung) = (place.path("blocks"), std::sync::Arc::new(tokio::sync::Notify::new()));
