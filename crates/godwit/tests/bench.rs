@@ -30,9 +30,16 @@ fn migrations_are_measured_in_every_way_by_the_same_instruments() {
     let report: Value = serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}\n{said}"));
     let entries = report["entries"].as_array().expect("entries");
     let ways: Vec<&str> = entries.iter().filter_map(|entry| entry["way"].as_str()).collect();
-    assert_eq!(ways, ["ours", "bare-default", "bare-best"], "{said}");
-    assert_eq!(report["leftOut"][0]["what"], "virsh", "{}", report["leftOut"]);
-    assert!(report["leftOut"][0]["why"].as_str().is_some_and(|why| why.contains("libvirt")));
+    if ways.contains(&"virsh") {
+        assert_eq!(ways, ["ours", "bare-default", "bare-best", "virsh"], "{said}");
+        assert!(report["machine"]["libvirt"].is_string() && report["leftOut"] == Value::Array(Vec::new()), "{report}");
+    } else {
+        println!("libvirt is not installed: `virsh migrate` is not measured here, only said to be left out");
+        assert_eq!(ways, ["ours", "bare-default", "bare-best"], "{said}");
+        assert_eq!(report["leftOut"][0]["what"], "virsh", "{}", report["leftOut"]);
+        let why = report["leftOut"][0]["why"].as_str();
+        assert!(why.is_some_and(|why| why.contains("libvirt is not installed")), "{}", report["leftOut"]);
+    }
     for entry in entries {
         let ours = entry["way"] == "ours";
         let runs = entry["runs"].as_array().expect("runs");

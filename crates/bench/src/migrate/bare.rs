@@ -1,19 +1,18 @@
 //! QEMU driven by hand: what a person with a monitor would type, and nothing of ours in between.
 
 use super::certificates::Authority;
-use super::figures::{Moved, Sample};
-use super::lab::{Lab, TAP, Workload};
-use super::monitor::{Event, Monitor};
+use super::figures::Moved;
+use super::lab::{GUEST_MAC, GUEST_UUID, Lab, TAP, Workload, command_in};
+use super::monitor::Monitor;
 use super::{Bandwidth, Error, now_us};
 use godwit_network::Namespace;
 use godwit_qemu::accelerator::Accelerator;
 use godwit_qemu::machine::{Boot, Machine, Nic};
-use nix::sched::{CloneFlags, setns};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
-use tokio::process::{Child, Command};
+use tokio::process::Child;
 
 /// Where a target listens.
 const PORT: u16 = 4444;
@@ -144,14 +143,9 @@ fn machine(parts: &Parts, work: &Workload, folder: &Path, number: usize) -> Mach
     machine.balloon = true;
     machine.serial = Some(socket("serial"));
     machine.guest_agent = Some(socket("agent"));
-    machine.uuid = Some("7a3e1f52-2c0b-4d0e-9d1c-0d8f5a7b6c43".into());
-    machine.nics = vec![Nic {
-        tap: TAP.into(),
-        mac: "02:00:5e:00:53:62".into(),
-        model: "virtio".into(),
-        mtu: Some(1500),
-        boot_index: None,
-    }];
+    machine.uuid = Some(GUEST_UUID.into());
+    machine.nics =
+        vec![Nic { tap: TAP.into(), mac: GUEST_MAC.into(), model: "virtio".into(), mtu: Some(1500), boot_index: None }];
     machine
 }
 
@@ -245,7 +239,7 @@ impl Bare {
                     let Some(event) = event else {
                         return Err(Error::Guest(format!("is lost, its QEMU ended: {}", self.qemu.last_words())));
                     };
-                    step(moved, "source", &event);
+                    moved.note("source", &event);
                     match (event.name.as_str(), event.status.as_str()) {
                         ("STOP", _) => moved.stop_us = Some(event.at_us),
                         ("MIGRATION", "completed") => completed = Some(event.at_us),
@@ -263,7 +257,7 @@ impl Bare {
                             None => Ok(Err(format!("the target ended: {said}"))),
                         };
                     };
-                    step(moved, "target", &event);
+                    moved.note("target", &event);
                     if event.name == "RESUME" {
                         moved.resume_us = Some(event.at_us);
                     }
@@ -289,44 +283,15 @@ impl Bare {
 
     async fn look(&mut self, moved: &mut Moved) -> Result<(), Error> {
         let info = self.qemu.monitor.execute("query-migrate", json!({})).await?;
-        let at_ms = (now_us() - moved.sending_us.unwrap_or(moved.asked_us)) as f64 / 1e3;
-        moved.samples.extend(sample(&info, at_ms));
-        moved.passes = number(&info, "/ram/dirty-sync-count").unwrap_or(moved.passes);
+        moved.look(&info, now_us());
         Ok(())
     }
 
     async fn numbers(&mut self, moved: &mut Moved) -> Result<(), Error> {
         let info = self.qemu.monitor.execute("query-migrate", json!({})).await?;
-        moved.qemu_downtime_ms = number(&info, "/downtime");
-        moved.qemu_bytes = number(&info, "/ram/transferred");
-        moved.passes = number(&info, "/ram/dirty-sync-count").unwrap_or(moved.passes);
-        let at_ms = (moved.over_us - moved.sending_us.unwrap_or(moved.asked_us)) as f64 / 1e3;
-        moved.samples.extend(sample(&info, at_ms));
+        moved.last_look(&info, moved.over_us);
         Ok(())
     }
-}
-
-fn step(moved: &mut Moved, who: &str, event: &Event) {
-    let name = match event.name.as_str() {
-        "MIGRATION" => event.status.as_str(),
-        "STOP" | "RESUME" => event.name.as_str(),
-        _ => return,
-    };
-    moved.steps.push((format!("{who} {name}"), (event.at_us - moved.asked_us) as f64 / 1e3));
-}
-
-fn number(info: &Value, pointer: &str) -> Option<u64> {
-    info.pointer(pointer).and_then(Value::as_u64)
-}
-
-fn sample(info: &Value, at_ms: f64) -> Option<Sample> {
-    let page = number(info, "/ram/page-size").unwrap_or(4096);
-    Some(Sample {
-        at_ms,
-        sent_bytes: number(info, "/ram/transferred")?,
-        remaining_bytes: number(info, "/ram/remaining").unwrap_or_default(),
-        dirty_bytes_per_second: number(info, "/ram/dirty-pages-rate").unwrap_or_default() * page,
-    })
 }
 
 /// Where QEMU finds the certificates of a host.
@@ -343,18 +308,8 @@ async fn spawn(parts: &Parts, machine: &Machine, host: &Namespace, who: &str, he
     let log = machine.monitor.with_extension("log");
     let output = std::fs::File::create(&log).map_err(|e| Error::io("make QEMU's log", e))?;
     let errors = output.try_clone().map_err(|e| Error::io("make QEMU's log", e))?;
-    let mut command = Command::new(&parts.program);
-    command.args(&arguments).stdin(Stdio::null()).stdout(output).stderr(errors).kill_on_drop(true);
-    let inside = host.clone();
-    // SAFETY: between fork and exec only async-signal-safe calls are allowed; setns(2) and prctl(2) are plain system calls, and
-    // nothing is allocated.
-    unsafe {
-        command.pre_exec(move || {
-            setns(&inside, CloneFlags::CLONE_NEWNET)?;
-            // Whatever becomes of the benchmark, no QEMU is left behind.
-            nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL).map_err(Into::into)
-        });
-    }
+    let mut command = command_in(host, &parts.program);
+    command.args(&arguments).stdin(Stdio::null()).stdout(output).stderr(errors);
     let mut child = command.spawn().map_err(|e| Error::io(format!("start {}", parts.program.display()), e))?;
     let connected = tokio::select! {
         connected = Monitor::connect(&machine.monitor, who) => connected,
@@ -379,13 +334,5 @@ mod tests {
         assert_eq!(Style::Defaults.parameters(cap), Some(json!({"max-bandwidth": 64 << 20})));
         assert_eq!(Style::Best.parameters(cap), Some(json!({"max-bandwidth": 64 << 20, "downtime-limit": 20})));
         assert!(!Style::Defaults.capabilities().contains(&"return-path"));
-    }
-
-    #[test]
-    fn a_look_before_the_numbers_are_there_is_none() {
-        assert_eq!(sample(&json!({"status": "setup"}), 1.0), None);
-        let info = json!({"ram": {"transferred": 5, "remaining": 7, "dirty-pages-rate": 2, "page-size": 4096}});
-        let seen = sample(&info, 1.0).unwrap();
-        assert_eq!((seen.sent_bytes, seen.remaining_bytes, seen.dirty_bytes_per_second), (5, 7, 8192));
     }
 }

@@ -7,9 +7,11 @@ use super::{Bandwidth, Error, Line};
 use godwit_network::{Namespace, TapOptions, segment};
 use godwit_standalone::demo::{Facts, Guest, build_image};
 use godwit_standalone::{Cluster, Layout, fabric};
+use nix::sched::{CloneFlags, setns};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::Path;
 use std::time::{Duration, Instant};
+use tokio::process::Command;
 
 /// The guest's address on the segment.
 pub const GUEST: Ipv4Addr = Ipv4Addr::new(192, 168, 123, 62);
@@ -21,6 +23,10 @@ const WITNESS_PORT: u16 = 4242;
 const BRIDGE: &str = "br-lab";
 /// The tap of a guest that no pod holds.
 pub const TAP: &str = "tap0";
+/// The guest's address on the wire, where no VMI says it.
+pub const GUEST_MAC: &str = "02:00:5e:00:53:62";
+/// Its UUID.
+pub const GUEST_UUID: &str = "7a3e1f52-2c0b-4d0e-9d1c-0d8f5a7b6c43";
 /// How long a guest may take to boot.
 const BOOT: Duration = Duration::from_secs(180);
 
@@ -182,6 +188,22 @@ fn own_arguments(working_set: u64, dirty: u64) -> String {
     format!(
         "console=ttyS0 quiet godwit.ip={GUEST}/24 godwit.hostname=bench godwit.wss={working_set} godwit.dirty={dirty}"
     )
+}
+
+/// A program that will run in a host's network namespace. Whatever becomes of the benchmark, it is not left behind.
+pub fn command_in(host: &Namespace, program: &Path) -> Command {
+    let mut command = Command::new(program);
+    command.kill_on_drop(true);
+    let inside = host.clone();
+    // SAFETY: between fork and exec only async-signal-safe calls are allowed; setns(2) and prctl(2) are plain system calls, and
+    // nothing is allocated.
+    unsafe {
+        command.pre_exec(move || {
+            setns(&inside, CloneFlags::CLONE_NEWNET)?;
+            nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL).map_err(Into::into)
+        });
+    }
+    command
 }
 
 /// Waits until the guest has booted.

@@ -11,6 +11,7 @@ pub mod cost;
 pub mod figures;
 pub mod goals;
 pub(crate) mod lab;
+mod libvirt;
 mod monitor;
 pub(crate) mod ours;
 pub mod plan;
@@ -57,6 +58,9 @@ pub enum Error {
         /// What it said, or that it said nothing.
         message: String,
     },
+    /// libvirt.
+    #[error("libvirt: {0}")]
+    Libvirt(String),
     /// The guest did not do its part.
     #[error("the guest {0}")]
     Guest(String),

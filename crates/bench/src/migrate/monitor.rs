@@ -12,6 +12,7 @@ use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{mpsc, oneshot};
 
 use super::Error;
+use super::figures::{Moved, Sample};
 
 /// How long QEMU may take from its start to its monitor's greeting, and for an answer.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -125,9 +126,57 @@ fn event(message: &Value) -> Option<Event> {
     Some(Event { at_us: number("seconds") * 1_000_000 + number("microseconds"), name, status })
 }
 
+impl Moved {
+    /// Notes a step that a QEMU tells of.
+    pub fn note(&mut self, who: &str, event: &Event) {
+        let name = match event.name.as_str() {
+            "MIGRATION" => event.status.as_str(),
+            "STOP" | "RESUME" => event.name.as_str(),
+            _ => return,
+        };
+        self.steps.push((format!("{who} {name}"), (event.at_us - self.asked_us) as f64 / 1e3));
+    }
+
+    /// Takes the source's answer to `query-migrate`, given at this moment.
+    pub fn look(&mut self, info: &Value, at_us: i64) {
+        let at_ms = (at_us - self.sending_us.unwrap_or(self.asked_us)) as f64 / 1e3;
+        self.samples.extend(sample(info, at_ms));
+        self.passes = number(info, "/ram/dirty-sync-count").unwrap_or(self.passes);
+    }
+
+    /// The same when all is sent.
+    pub fn last_look(&mut self, info: &Value, at_us: i64) {
+        self.look(info, at_us);
+        self.qemu_downtime_ms = number(info, "/downtime");
+        self.qemu_bytes = number(info, "/ram/transferred");
+    }
+}
+
+fn number(info: &Value, pointer: &str) -> Option<u64> {
+    info.pointer(pointer).and_then(Value::as_u64)
+}
+
+fn sample(info: &Value, at_ms: f64) -> Option<Sample> {
+    let page = number(info, "/ram/page-size").unwrap_or(4096);
+    Some(Sample {
+        at_ms,
+        sent_bytes: number(info, "/ram/transferred")?,
+        remaining_bytes: number(info, "/ram/remaining").unwrap_or_default(),
+        dirty_bytes_per_second: number(info, "/ram/dirty-pages-rate").unwrap_or_default() * page,
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_look_before_the_numbers_are_there_is_none() {
+        assert_eq!(sample(&json!({"status": "setup"}), 1.0), None);
+        let info = json!({"ram": {"transferred": 5, "remaining": 7, "dirty-pages-rate": 2, "page-size": 4096}});
+        let seen = sample(&info, 1.0).unwrap();
+        assert_eq!((seen.sent_bytes, seen.remaining_bytes, seen.dirty_bytes_per_second), (5, 7, 8192));
+    }
 
     #[test]
     fn events_are_told_from_answers() {

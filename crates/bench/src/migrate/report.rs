@@ -24,6 +24,8 @@ pub struct Machine {
     pub accelerator: String,
     /// QEMU, as it names itself.
     pub qemu: String,
+    /// libvirt's version, where it was measured.
+    pub libvirt: Option<String>,
     /// The load (1 minute) when the run began: other people's work on the same processors.
     pub load_at_start: f64,
 }
@@ -47,6 +49,7 @@ impl Machine {
             kernel: read("/proc/sys/kernel/osrelease").trim().to_owned(),
             accelerator: accelerator.to_string(),
             qemu: version.lines().next().unwrap_or_default().to_owned(),
+            libvirt: None,
             load_at_start: super::run::load(),
         }
     }
@@ -173,8 +176,15 @@ impl fmt::Display for Report {
         let m = &self.machine;
         writeln!(
             f,
-            "{} · {} × {} · {} MiB · Linux {} · {} · {}",
-            self.taken_at, m.cpus, m.cpu, m.memory_mib, m.kernel, m.qemu, m.accelerator
+            "{} · {} × {} · {} MiB · Linux {} · {} · {}{}",
+            self.taken_at,
+            m.cpus,
+            m.cpu,
+            m.memory_mib,
+            m.kernel,
+            m.qemu,
+            m.accelerator,
+            m.libvirt.as_ref().map(|version| format!(" · libvirt {version}")).unwrap_or_default()
         )?;
         writeln!(
             f,

@@ -5,9 +5,11 @@ use super::beats::Witness;
 use super::cost::{Members, Meter, link_bytes};
 use super::figures::{Figures, Moved};
 use super::lab::{Lab, Workload, booted};
+use super::libvirt::Programs;
 use super::ours::Ours;
 use super::report::{Entry, LeftOut, Machine, Report};
-use super::{Error, Line, Load, Options, Way, now_us, virsh};
+use super::virsh::Virsh;
+use super::{Error, Line, Load, Options, Way, now_us};
 use godwit_qemu::{accelerator, process};
 use godwit_standalone::demo::{Facts, Guest};
 use godwit_standalone::fabric;
@@ -43,7 +45,13 @@ pub async fn run(options: &Options, tell: &mut dyn FnMut(&str)) -> Result<Report
     let mut ways = Vec::new();
     for way in &options.ways {
         match way {
-            Way::Virsh => report.left_out.push(LeftOut { what: Way::Virsh.name().into(), why: virsh::why_not() }),
+            Way::Virsh => match Programs::find() {
+                Ok(programs) => {
+                    report.machine.libvirt = programs.version();
+                    ways.push(Way::Virsh);
+                }
+                Err(why) => report.left_out.push(LeftOut { what: Way::Virsh.name().into(), why }),
+            },
             way => ways.push(*way),
         }
     }
@@ -95,6 +103,7 @@ async fn measure_link(parts: &Parts, limit: Duration) -> Result<u64, Error> {
 enum Carrier {
     Ours(Ours),
     Bare(Box<Bare>),
+    Virsh(Box<Virsh>),
 }
 
 impl Carrier {
@@ -102,6 +111,7 @@ impl Carrier {
         match self {
             Carrier::Ours(ours) => ours.at().await,
             Carrier::Bare(bare) => Ok(bare.at()),
+            Carrier::Virsh(virsh) => Ok(virsh.at()),
         }
     }
 
@@ -109,6 +119,7 @@ impl Carrier {
         match self {
             Carrier::Ours(ours) => ours.migrate(limit).await,
             Carrier::Bare(bare) => bare.migrate(limit).await,
+            Carrier::Virsh(virsh) => virsh.migrate(limit).await,
         }
     }
 
@@ -117,6 +128,10 @@ impl Carrier {
             Carrier::Ours(ours) => ours.end().await,
             Carrier::Bare(bare) => {
                 bare.end().await;
+                Ok(())
+            }
+            Carrier::Virsh(virsh) => {
+                virsh.end().await;
                 Ok(())
             }
         }
@@ -147,6 +162,7 @@ async fn measure(
     };
     let mut carrier = match way {
         Way::Ours => Carrier::Ours(Ours::boot(&lab, &work).await?),
+        Way::Virsh => Carrier::Virsh(Box::new(Virsh::boot(&lab, parts, &work).await?)),
         _ => Carrier::Bare(Box::new(Bare::boot(&lab, parts.clone(), style, work).await?)),
     };
     let mut facts = booted(&guest).await?;
