@@ -53,8 +53,12 @@ impl Refusals {
     }
 }
 
+/// What one read takes from the network below TLS, in bytes: rustls asks for 4 KiB at a time, and each such read of a full
+/// socket would be acknowledged and wake the sender.
+const RECORDS: usize = 256 * 1024;
+
 /// Encrypted, or in the clear; the reader may already hold bytes after the greeting.
-type Wire = BufReader<Either<tokio_rustls::server::TlsStream<TcpStream>, TcpStream>>;
+type Wire = BufReader<Either<tokio_rustls::server::TlsStream<BufReader<TcpStream>>, TcpStream>>;
 
 /// A connection that may come in, unless its channel has a reason against it.
 pub(crate) struct Guest {
@@ -218,6 +222,8 @@ impl Door {
     }
 
     async fn enter_by_tls(&self, stream: TcpStream, acceptor: &TlsAcceptor, is_node: bool) -> Result<Entered, String> {
+        let records = if self.inner == CONTROL { 4096 } else { RECORDS };
+        let stream = BufReader::with_capacity(records, stream);
         let stream = acceptor.accept(stream).await.map_err(|e| format!("handshake: {e}"))?;
         let known = match stream.get_ref().1.peer_certificates().and_then(|chain| chain.first()) {
             Some(cert) if is_node => check_node(cert, &self.source_node),

@@ -1,13 +1,16 @@
 //! Carrying the memory stream between a unix socket and a channel, and counting it.
 
+use std::future::poll_fn;
 use std::io;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use nix::sys::socket::{setsockopt, sockopt};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::net::TcpStream;
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::net::{TcpStream, UnixStream};
 
 /// Size of one read and write. QEMU writes its stream in pieces of up to 32 KiB per page group; larger reads gather them.
 const CHUNK: usize = 256 * 1024;
@@ -64,6 +67,17 @@ pub fn prepare(stream: &TcpStream) -> io::Result<()> {
     Ok(())
 }
 
+/// How much of what is on its way to QEMU may lie in its socket, in bytes: fewer wakings than Linux's 208 KiB make.
+const ON_ITS_WAY: usize = 1 << 20;
+
+/// Settings of a connection into one of the launcher's sockets that takes much.
+///
+/// # Errors
+/// As `setsockopt(2)`.
+pub fn prepare_local(stream: &UnixStream) -> io::Result<()> {
+    Ok(setsockopt(stream, sockopt::SndBuf, &ON_ITS_WAY)?)
+}
+
 /// Copies both ways until both are at their end or one fails; an end of file is passed on as such.
 ///
 /// # Errors
@@ -88,16 +102,11 @@ where
     W: AsyncWrite + Unpin,
 {
     let mut buffer = vec![0u8; CHUNK];
-    loop {
-        let n = match from.read(&mut buffer).await {
-            Ok(0) => break,
-            Ok(n) => n,
-            // A peer that goes away without TLS's farewell has ended its stream all the same; QEMU's own protocol knows
-            // whether it was complete.
-            Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => break,
-            Err(e) => return Err(e),
-        };
-        let Some(filled) = buffer.get(..n) else { break };
+    let mut end = None;
+    while end.is_none() {
+        let n;
+        (n, end) = gather(from, &mut buffer).await;
+        let Some(filled) = buffer.get(..n).filter(|filled| !filled.is_empty()) else { break };
         let began = Instant::now();
         to.write_all(filled).await?;
         to.flush().await?;
@@ -106,11 +115,37 @@ where
         }
         count.fetch_add(n as u64, Ordering::Relaxed);
     }
+    end.unwrap_or(Ok(()))?;
     to.shutdown().await
+}
+
+/// Waits for bytes and takes all that are there, as far as the buffer goes: TLS gives one record of 16 KiB at a time, and a
+/// write for each of them wakes QEMU as often. Says how many, and how the stream ended after them, if it did.
+async fn gather<R: AsyncRead + Unpin>(from: &mut R, buffer: &mut [u8]) -> (usize, Option<io::Result<()>>) {
+    let mut n = 0;
+    loop {
+        let Some(rest) = buffer.get_mut(n..).filter(|rest| !rest.is_empty()) else { return (n, None) };
+        let mut rest = ReadBuf::new(rest);
+        let read = poll_fn(|cx| match Pin::new(&mut *from).poll_read(cx, &mut rest) {
+            Poll::Pending if n > 0 => Poll::Ready(None),
+            read => read.map(Some),
+        });
+        match read.await {
+            None => return (n, None),
+            Some(Ok(())) if rest.filled().is_empty() => return (n, Some(Ok(()))),
+            Some(Ok(())) => n += rest.filled().len(),
+            // A peer that goes away without TLS's farewell has ended its stream all the same; QEMU's own protocol knows
+            // whether it was complete.
+            Some(Err(e)) if e.kind() == io::ErrorKind::UnexpectedEof => return (n, Some(Ok(()))),
+            Some(Err(e)) => return (n, Some(Err(e))),
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use tokio::io::AsyncReadExt;
+
     use super::*;
 
     #[test]
@@ -123,6 +158,17 @@ mod tests {
         assert_eq!(carried.link_rate(2), Some(100 << 20), "two waited at the same time");
         carried.out.store(1 << 20, Ordering::Relaxed);
         assert_eq!(carried.link_rate(1), None, "that is in the buffers still");
+    }
+
+    #[tokio::test]
+    async fn what_is_there_goes_on_together_also_before_an_error() {
+        let reset = io::ErrorKind::ConnectionReset;
+        let pieces = [Ok(&b"one "[..]), Ok(&b"two"[..]), Err(io::Error::from(reset))];
+        let mut from = tokio_util::io::StreamReader::new(futures::stream::iter(pieces));
+        let mut buffer = [0; 64];
+        let (n, end) = gather(&mut from, &mut buffer).await;
+        assert_eq!(buffer.get(..n), Some(&b"one two"[..]));
+        assert_eq!(end.unwrap().unwrap_err().kind(), reset);
     }
 
     #[tokio::test]

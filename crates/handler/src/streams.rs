@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use godwit_launcher::rpc::Transport;
 use tokio::io::AsyncBufReadExt;
+use tokio::net::UnixStream;
 use tokio::sync::watch;
 
 use crate::channel::{Place, TargetControl};
@@ -112,15 +113,21 @@ impl Stream {
         } else if guest.stream.fill_buf().await?.is_empty() {
             return Ok(());
         }
-        let local = self.dir.connect(socket).await?;
+        let local = self.connect(socket).await?;
         if stream == 0 {
             memory.recoveries.main_is_connected(link);
         }
         pump::pump(local, guest.stream, self.carried.clone()).await
     }
 
+    async fn connect(&self, socket: &str) -> io::Result<UnixStream> {
+        let local = self.dir.connect(socket).await?;
+        pump::prepare_local(&local)?;
+        Ok(local)
+    }
+
     async fn carry_alone(&self, mut guest: Guest) -> io::Result<()> {
-        let local = self.dir.connect(&self.socket).await?;
+        let local = self.connect(&self.socket).await?;
         guest.accept().await?;
         pump::pump(local, guest.stream, self.carried.clone()).await
     }
@@ -157,7 +164,7 @@ impl Stream {
             if number > 0 {
                 let _ = main.wait_for(|connected| *connected).await;
             }
-            let local = self.dir.connect(&self.socket).await?;
+            let local = self.connect(&self.socket).await?;
             if number == 0 {
                 memory.main.send_replace(true);
             }
