@@ -66,6 +66,8 @@ api_struct! {
         image_pull_policy: Option<String>,
         /// `LiveUpdate` (default) or `Stage`.
         vm_rollout_strategy: Option<String>,
+        /// The StorageClass of the claims that keep TPMs and EFI variables; the cluster's default when unset.
+        vm_state_storage_class: Option<String>,
     }
 }
 

@@ -210,6 +210,7 @@ impl Key {
                 let (before, after) = (spec(&change.before), spec(&change.after));
                 if before.as_ref().map(|one| &one.spec) != after.as_ref().map(|one| &one.spec) {
                     keys.extend(configured(world));
+                    keys.extend(unstarted(world.vmis.iter()));
                 }
                 keys.push(Key::KubeVirt(name));
             }
@@ -226,11 +227,7 @@ impl Key {
                 let waiting = world.turns().waiting_in(&name.namespace).take(TOLD_OF_QUOTA);
                 keys.extend(holders.chain(waiting).cloned().map(Key::Migration));
                 keys.push(Key::Turns);
-                // Guests that have not got their first pod yet.
-                let unstarted = |vmi: &&Arc<VirtualMachineInstance>| {
-                    matches!(vmi.status.phase, VmiPhase::Unset | VmiPhase::Pending)
-                };
-                keys.extend(world.vmis.within(&name.namespace).filter(unstarted).map(|vmi| Key::Vmi(vmi.key())));
+                keys.extend(unstarted(world.vmis.within(&name.namespace)));
             }
             Object::MigrationPolicy(_) => keys.extend(under_way(world)),
             Object::Pod(_) => affected_by_pod(change, &name, world, &mut keys),
@@ -267,6 +264,12 @@ impl Key {
                     keys.push(Key::Vmi(vmi.clone()));
                     keys.push(Key::Vm(vmi));
                 }
+                // Those whose TPM or EFI variables it keeps have it in a pod.
+                for pod in world.pods_using(&name) {
+                    let Some(vmi) = vmi_of_pod(pod) else { continue };
+                    keys.extend(world.migrations_of(&vmi).map(|migration| Key::Migration(migration.key())));
+                    keys.push(Key::Vmi(vmi));
+                }
                 keys.push(Key::Claim(name));
             }
             Object::PersistentVolume(volume) => {
@@ -280,7 +283,10 @@ impl Key {
                 }
                 keys.push(Key::Volume(name));
             }
-            Object::StorageClass(_) => keys.extend(world.unbound_claims().map(|claim| Key::Claim(claim.key()))),
+            Object::StorageClass(_) => {
+                keys.extend(world.unbound_claims().map(|claim| Key::Claim(claim.key())));
+                keys.extend(unstarted(world.vmis.iter()));
+            }
             Object::Lease(_)
             | Object::ConfigMap(_)
             | Object::NetworkAttachmentDefinition(_)
@@ -316,6 +322,12 @@ impl Key {
 
 /// So many that wait in a namespace are looked at again when one of its quotas changes.
 const TOLD_OF_QUOTA: usize = 64;
+
+/// Guests that have not got their first pod yet.
+fn unstarted<'a>(vmis: impl Iterator<Item = &'a Arc<VirtualMachineInstance>>) -> impl Iterator<Item = Key> {
+    let waits = |vmi: &&Arc<VirtualMachineInstance>| matches!(vmi.status.phase, VmiPhase::Unset | VmiPhase::Pending);
+    vmis.filter(waits).map(|vmi| Key::Vmi(vmi.key()))
+}
 
 /// Migrations that are under way.
 fn under_way(world: &World) -> impl Iterator<Item = Key> {
@@ -398,8 +410,10 @@ fn is_lost(side: &Option<Object>) -> bool {
 /// Kinds whose objects decisions read, for a set of nouns.
 pub fn kinds_for(nouns: &[Noun]) -> Vec<Kind> {
     let needed = |kind: Kind| match kind {
-        Kind::StorageClass | Kind::PersistentVolume => {
-            nouns.contains(&Noun::Volumes) || nouns.contains(&Noun::Placement)
+        Kind::PersistentVolume => nouns.contains(&Noun::Volumes) || nouns.contains(&Noun::Placement),
+        // VMIs are given claims of one.
+        Kind::StorageClass => {
+            nouns.iter().any(|noun| matches!(noun, Noun::Volumes | Noun::Placement | Noun::Vmi | Noun::Migration))
         }
         Kind::Lease => nouns.contains(&Noun::Node),
         Kind::NetworkAttachmentDefinition => false,

@@ -21,7 +21,7 @@ use crate::names;
 use crate::object::{Name, Stored, labels};
 use crate::plan::View;
 use crate::world::World;
-use crate::{quantity, vmi, volumes, workloads};
+use crate::{persistent_state, quantity, vmi, volumes, workloads};
 
 const MEBI: i128 = 1 << 20;
 /// Seconds between the power button and the kill when the VMI does not say (KubeVirt's default).
@@ -76,6 +76,11 @@ pub fn build(vmi: &VirtualMachineInstance, role: Role<'_>, view: &View<'_>) -> P
     volumes.empty_dir("sockets", "/var/run/kubevirt/sockets");
     volumes.empty_dir("ephemeral-disks", "/var/run/kubevirt-ephemeral-disks");
     volumes.add_all(vmi, view.world);
+    if let Some(claim) = persistent_state::claim_name(vmi, role, view.world) {
+        let source = PersistentVolumeClaimVolumeSource { claim_name: claim, read_only: None };
+        let volume = Volume { name: STATE.to_owned(), persistent_volume_claim: Some(source), ..Volume::default() };
+        volumes.push(volume, "/var/run/kubevirt-private/persistent-state".to_owned(), false);
+    }
 
     let settings = view.settings;
     let mut command = settings.launcher_command.clone();
@@ -336,8 +341,10 @@ struct Volumes {
     devices: Vec<VolumeDevice>,
 }
 
+/// The pod's volume with what of the guest outlives its VMI (KubeVirt's name).
+const STATE: &str = "vm-state";
 /// Volume names of the pod that are not the VMI's to use.
-const RESERVED: [&str; 3] = ["sockets", "ephemeral-disks", "kernel-boot"];
+const RESERVED: [&str; 4] = ["sockets", "ephemeral-disks", "kernel-boot", STATE];
 
 /// The pod's volume for a volume of the VMI: the same name, unless the pod has one of that name for itself.
 pub fn volume_name(name: &str) -> String {

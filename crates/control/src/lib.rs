@@ -20,6 +20,7 @@ pub mod names;
 pub mod node;
 pub mod object;
 mod ordered;
+pub mod persistent_state;
 pub mod placement;
 mod plan;
 pub mod quantity;

@@ -69,6 +69,15 @@ pub fn launcher_pod(vmi: &str, seed: &str) -> String {
     format!("{LAUNCHER_POD_PREFIX}{vmi}-{}", suffix(seed))
 }
 
+/// The name of the claim with the persistent state of `vmi`; `seed` is the VMI's UID for the first one, the migration's UID for
+/// one that the state comes to.
+pub fn persistent_state(vmi: &str, seed: &str) -> String {
+    let room = 253 - LABEL_PERSISTENT_STATE.len() - 2 - 10;
+    let end = (0..=vmi.len().min(room)).rev().find(|end| vmi.is_char_boundary(*end)).unwrap_or(0);
+    let vmi = vmi.get(..end).unwrap_or_default().trim_end_matches(['-', '.']);
+    format!("{LABEL_PERSISTENT_STATE}-{vmi}-{}", letters(seed, 10))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

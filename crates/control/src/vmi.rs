@@ -20,6 +20,7 @@ use crate::launcher_pod::{self, Role};
 use crate::migration;
 use crate::names;
 use crate::object::{Name, Stored};
+use crate::persistent_state;
 use crate::placement;
 use crate::plan::{EventType, Plan, VM_CONTROLLER, View};
 use crate::quota;
@@ -82,6 +83,7 @@ pub fn decide(name: &Name, view: &View<'_>) -> Plan {
         workloads::label(&mut after, outdated);
     }
     mirror(&mut after, view);
+    persistent_state::show(&mut after, view.world);
     if after.status.phase != vmi.status.phase {
         note_phase(&mut after, view.now);
     }
@@ -174,6 +176,18 @@ fn start(
         }
         return;
     }
+    // Which claim has its state is known soon: the migration's last decision says so.
+    if persistent_state::is_undecided(vmi, view) {
+        return;
+    }
+    let mut claims = Plan::nothing();
+    if let Err(why) = persistent_state::provide(vmi, Role::Start, view, &mut claims) {
+        let told = Condition::new(conditions::SYNCHRONIZED, false).because("FailedBackendStorageCreate", why);
+        if condition::set(&mut after.status.conditions, told, &Time(view.now)) {
+            events.record(vmi.as_ref(), VM_CONTROLLER, EventType::Warning, "FailedBackendStorageCreate", why);
+        }
+        return;
+    }
     let pod = launcher_pod::build(vmi, Role::Start, view);
     if let Some(refusal) = quota::exceeded(&pod, view.world) {
         let message = format!("failed to create virtual machine pod: {refusal}");
@@ -193,6 +207,7 @@ fn start(
         reason::SUCCESSFUL_CREATE,
         events::created_pod(pod.name()),
     );
+    plan.effects.append(&mut claims.effects);
     plan.create(pod);
 }
 

@@ -28,7 +28,8 @@ pub const LOCAL_PROVISIONER: &str = "godwit.local/local";
 const BIND_COMPLETED: &str = "pv.kubernetes.io/bind-completed";
 const BOUND_BY_CONTROLLER: &str = "pv.kubernetes.io/bound-by-controller";
 const PROVISIONED_BY: &str = "pv.kubernetes.io/provisioned-by";
-const IS_DEFAULT_CLASS: &str = "storageclass.kubernetes.io/is-default-class";
+/// Marks the class of claims that name none.
+pub(crate) const IS_DEFAULT_CLASS: &str = "storageclass.kubernetes.io/is-default-class";
 
 /// Volume modes of Kubernetes.
 const BLOCK: &str = "Block";
@@ -79,6 +80,11 @@ fn class_of(claim: &PersistentVolumeClaim, world: &World) -> Option<Arc<StorageC
         Some(name) => world.classes.get(&Name::cluster(name)).cloned(),
         None => world.classes.iter().find(|class| class.annotation(IS_DEFAULT_CLASS) == Some("true")).cloned(),
     }
+}
+
+/// Whether volumes of this class are known to be of one node each.
+pub fn is_of_one_node(class: &str, world: &World) -> bool {
+    world.classes.get(&Name::cluster(class)).is_some_and(|class| reach(class) == Some(Reach::OneNode))
 }
 
 /// Decides about one claim.

@@ -17,7 +17,7 @@ use smol_str::SmolStr;
 
 use crate::object::{Kind, Name, Object, Stored};
 use crate::ordered::Ordered;
-use crate::{kubevirt, names, node, placement, turns, volumes};
+use crate::{kubevirt, names, node, persistent_state, placement, turns, volumes};
 
 /// All objects of one type, by name.
 #[derive(Clone, Debug)]
@@ -170,6 +170,7 @@ pub struct World {
     pods_by_repelled: Index,
     pods_without_node: Index,
     claims_unbound: Index,
+    claims_by_guest: Index,
     records_by_vmi: Index,
 
     /// Target pods that the server would not make.
@@ -203,6 +204,7 @@ struct Terms {
     pods_by_repelled: Vec<String>,
     pods_without_node: Vec<String>,
     claims_unbound: Vec<String>,
+    claims_by_guest: Vec<String>,
     records_by_vmi: Vec<String>,
 }
 
@@ -363,6 +365,7 @@ impl World {
             (&mut self.pods_by_repelled, &old.pods_by_repelled, &new.pods_by_repelled),
             (&mut self.pods_without_node, &old.pods_without_node, &new.pods_without_node),
             (&mut self.claims_unbound, &old.claims_unbound, &new.claims_unbound),
+            (&mut self.claims_by_guest, &old.claims_by_guest, &new.claims_by_guest),
             (&mut self.records_by_vmi, &old.records_by_vmi, &new.records_by_vmi),
         ] {
             for term in old.iter().filter(|term| !new.contains(term)) {
@@ -432,6 +435,11 @@ impl World {
     /// Claims without a volume.
     pub fn unbound_claims(&self) -> impl Iterator<Item = &Arc<PersistentVolumeClaim>> {
         self.claims.pick(self.claims_unbound.get(""))
+    }
+
+    /// Claims that keep the persistent state of a guest.
+    pub fn claims_keeping(&self, vmi: &Name) -> impl Iterator<Item = &Arc<PersistentVolumeClaim>> {
+        self.claims.pick(self.claims_by_guest.get(&persistent_state::term(vmi)))
     }
 
     /// Unfinished pods without a node.
@@ -544,8 +552,11 @@ fn terms(object: &Object) -> Terms {
             });
             terms.volumes_by_claim.push(claim.unwrap_or_default());
         }
-        Object::PersistentVolumeClaim(claim) if !volumes::is_bound(claim) => {
-            terms.claims_unbound.push(String::new());
+        Object::PersistentVolumeClaim(claim) => {
+            terms.claims_by_guest.extend(persistent_state::guest_of(claim));
+            if !volumes::is_bound(claim) {
+                terms.claims_unbound.push(String::new());
+            }
         }
         Object::MigrationRecord(record) => {
             terms.records_by_vmi.push(Name::new(record.namespace(), record.spec.vmi_name.as_str()).to_string());

@@ -3,6 +3,8 @@
 #![allow(clippy::expect_used, clippy::unwrap_used)]
 
 mod common;
+#[path = "guests/keep.rs"]
+mod keep;
 #[path = "guests/view.rs"]
 mod view;
 

@@ -357,7 +357,9 @@ fn volumes(
                 .or_else(|| old.and_then(|o| o.size)),
         }
     };
-    vmi.spec.volumes.iter().map(one).collect()
+    // The controller's own: no disk of the guest.
+    let kept = vmi.status.volume_status.iter().filter(|status| status.name == names::PERSISTENT_STATE_VOLUME);
+    vmi.spec.volumes.iter().map(one).chain(kept.cloned()).collect()
 }
 
 /// The interfaces in the order of the spec. Behind masquerade the pod's addresses are the guest's; bridged to the pod network they

@@ -10,6 +10,7 @@ pub mod client;
 pub mod console;
 mod copy_mark;
 pub mod iso;
+pub mod persistent;
 pub mod plan;
 pub mod record;
 pub mod rooms;

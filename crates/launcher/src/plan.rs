@@ -3,6 +3,7 @@
 mod clock;
 mod firmware;
 
+use crate::persistent::PersistentState;
 use crate::rpc::{InterfaceOrder, Paths, VolumeFacts, VolumeState};
 use crate::volumes::{self, Image, Preparer};
 pub use clock::wall_clock_offset;
@@ -53,6 +54,8 @@ pub struct Inputs<'a> {
     pub revision: u32,
     /// Whether this is a target.
     pub arriving: bool,
+    /// What of the guest is on a claim.
+    pub persistent: Option<&'a PersistentState>,
 }
 
 /// A disk that the guest can write to.
@@ -347,6 +350,7 @@ mod tests {
             machine_type: None,
             revision: MACHINE_REVISION,
             arriving,
+            persistent: None,
         };
         let mut plan = plan(&inputs).await?;
         // The only thing that may differ between two places.

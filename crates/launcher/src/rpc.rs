@@ -700,6 +700,8 @@ pub struct Paths {
     pub secrets: PathBuf,
     /// One directory a cloudInitNoCloud volume whose data is in secrets.
     pub cloud_init: PathBuf,
+    /// The claim with what of the guest outlives its pods, where it keeps anything.
+    pub persistent_state: PathBuf,
 }
 
 impl Default for Paths {
@@ -714,6 +716,7 @@ impl Default for Paths {
             config_maps: "/var/run/kubevirt-private/config-map".into(),
             secrets: "/var/run/kubevirt-private/secret".into(),
             cloud_init: "/var/run/kubevirt-private/cloud-init".into(),
+            persistent_state: "/var/run/kubevirt-private/persistent-state".into(),
         }
     }
 }
@@ -733,6 +736,7 @@ impl Paths {
             config_maps: below(&d.config_maps),
             secrets: below(&d.secrets),
             cloud_init: below(&d.cloud_init),
+            persistent_state: below(&d.persistent_state),
         }
     }
 

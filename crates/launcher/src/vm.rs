@@ -5,9 +5,11 @@ mod inside;
 mod measure;
 mod memory;
 mod migration;
+mod persistent;
 mod tpm;
 
 use crate::console::{self, Console};
+use crate::persistent::PersistentState;
 use crate::plan::{self, Inputs, SERIAL, WritableDisk};
 use crate::record::{self, Record};
 use crate::rooms;
@@ -19,6 +21,7 @@ use crate::rpc::{
 use godwit_api::VirtualMachineInstance;
 use godwit_qemu::failure;
 use godwit_qemu::instance::{self, Departed, Filling, Incoming, Outgoing, Prelaunch, Qemu, Running, Serving};
+use godwit_qemu::machine::Efi;
 use godwit_qemu::process::find_qemu;
 use godwit_qemu::qmp::commands::RunState;
 use godwit_qemu::qmp::{Event, Events};
@@ -177,6 +180,10 @@ pub struct Vm {
     inside: inside::Inside,
     /// Kept for its end: it goes with this.
     tpm: Option<Tpm>,
+    /// What of the guest is on a claim.
+    persistent: Option<PersistentState>,
+    /// Its firmware's files.
+    efi: Option<Efi>,
     measuring: measure::Measuring,
     /// When everything was over.
     over: Option<Instant>,
@@ -219,6 +226,8 @@ impl Vm {
             shutdown_reason: None,
             inside: inside::Inside::default(),
             tpm: None,
+            persistent: None,
+            efi: None,
             measuring: measure::Measuring::default(),
             over,
             dismissed: false,
@@ -315,6 +324,7 @@ impl Vm {
         let VmOrder { vmi, interfaces, volumes, accelerator, machine_revision, shareable_memory } = order;
         let revision = machine_revision.min(MACHINE_REVISION);
         let (program, accelerator) = self.program(accelerator).await?;
+        self.persistent = persistent::kept(PersistentState::resume(&self.paths, &vmi))?;
         let mut plan = self.plan(&vmi, &interfaces, &volumes, accelerator, None, (revision, false)).await?;
         plan.machine.shared_memory = memory::shareable(shareable_memory, &plan.machine);
         self.start_tpm(&plan)?;
@@ -363,6 +373,7 @@ impl Vm {
             return Err(refused(Refusal::Invalid, message));
         }
         let machine_type = machine_type.as_deref();
+        self.persistent = persistent::kept(PersistentState::receive(&self.paths, &vmi, &migration_uid))?;
         let mut plan = self.plan(&vmi, &interfaces, &volumes, accelerator, machine_type, (revision, true)).await?;
         let borrowed = self.borrow_memory(memory_socket.as_deref(), &plan.machine).await;
         let by_reference = borrowed.is_some();
@@ -421,10 +432,12 @@ impl Vm {
         machine_type: Option<&str>,
         (revision, arriving): (u32, bool),
     ) -> Result<plan::Plan, Refused> {
-        let paths = &self.paths;
-        let inputs = Inputs { vmi, interfaces, volumes, paths, accelerator, machine_type, revision, arriving };
+        let (paths, persistent) = (&self.paths, self.persistent.as_ref());
+        let inputs =
+            Inputs { vmi, interfaces, volumes, paths, accelerator, machine_type, revision, arriving, persistent };
         let plan = plan::plan(&inputs).await?;
         self.now.machine_revision = Some(revision);
+        self.efi = plan.machine.efi.clone();
         // Sockets of a QEMU that could not be started the last time.
         for stale in [Some(&plan.machine.monitor), plan.machine.serial.as_ref(), plan.machine.guest_agent.as_ref()] {
             let _ = stale.map(std::fs::remove_file);
@@ -495,6 +508,7 @@ impl Vm {
         self.console = None;
         self.events = None;
         self.tpm = None;
+        self.discard_state();
         self.now =
             State { vmi_uid: self.uid.clone(), launcher_rss_bytes: self.now.launcher_rss_bytes, ..State::default() };
     }
@@ -518,6 +532,7 @@ impl Vm {
         done.map_err(|e| refused(Refusal::Failed, e.to_string()))?;
         if !pause {
             self.inside.stood_still();
+            self.keep_state().await;
         }
         self.refresh().await;
         Ok(())
@@ -587,6 +602,7 @@ impl Vm {
         self.measure(false);
         self.look_at_ending().await;
         self.look_at_tpm();
+        self.keep_state().await;
         self.now.launcher_rss_bytes = own_rss();
         self.ask_inside();
     }

@@ -111,3 +111,109 @@ async fn secure_boots_variables_are_written_where_the_guest_goes() {
     assert_eq!(target.client.go(MIGRATION).await.unwrap().phase, DomainPhase::Running);
     differs(file(&target), empty).await;
 }
+
+/// The guest with what it keeps on one claim that all of its pods see.
+fn keeps(firmware: bool) -> VirtualMachineInstance {
+    let mut vmi = vm_order().vmi;
+    vmi.spec.domain.devices.tpm = serde_json::from_value(json!({"persistent": true})).unwrap();
+    if firmware {
+        vmi.spec.domain.memory = serde_json::from_value(json!({"guest": "128Mi"})).unwrap();
+        vmi.spec.domain.firmware =
+            serde_json::from_value(json!({"bootloader": {"efi": {"secureBoot": false, "persistent": true}}})).unwrap();
+    }
+    vmi
+}
+
+/// Makes the claim of the second pod that of the first.
+fn share_claim(first: &Pod, second: &Pod) {
+    let of = |pod: &Pod| Pod::paths(pod.folder.path()).persistent_state;
+    std::fs::create_dir_all(of(first)).unwrap();
+    std::fs::create_dir_all(of(second).parent().unwrap()).unwrap();
+    std::os::unix::fs::symlink(of(first), of(second)).unwrap();
+}
+
+/// The folders on the claim, and the one that counts for the TPM and for EFI.
+fn on_claim(pod: &Pod) -> (Vec<String>, [Option<String>; 2]) {
+    let root = Pod::paths(pod.folder.path()).persistent_state;
+    let entries = std::fs::read_dir(&root).unwrap().map(Result::unwrap).filter(|entry| entry.path().is_dir());
+    let mut folders: Vec<String> = entries.map(|entry| entry.file_name().into_string().unwrap()).collect();
+    folders.sort();
+    let pointer: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(root.join("current.json")).unwrap()).unwrap();
+    (folders, ["tpm", "efiVariables"].map(|kept| pointer[kept].as_str().map(str::to_owned)))
+}
+
+async fn settled(pod: &Pod, wanted: &str) {
+    let all = |(folders, pointer): (Vec<String>, [Option<String>; 2])| {
+        folders == [wanted] && pointer.iter().flatten().all(|folder| folder == wanted)
+    };
+    let work = async {
+        while !all(on_claim(pod)) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, work).await.unwrap_or_else(|_| panic!("{:?}, not {wanted}", on_claim(pod)));
+}
+
+#[tokio::test]
+async fn on_a_claim_that_both_ends_see_a_guests_state_is_its_sources_until_it_goes_and_its_targets_then() {
+    let (source, first, second) = (Pod::start().await, Pod::start().await, Pod::start().await);
+    for target in [&first, &second] {
+        share_claim(&source, target);
+    }
+    source.client.start(&VmOrder { vmi: keeps(true), ..vm_order() }).await.unwrap();
+    assert_eq!(on_claim(&source), (vec![UID.into()], [Some(UID.into()), Some(UID.into())]));
+
+    // A target that it never comes to, with the TPM's state there already or not.
+    let order = TargetOrder { vmi: keeps(true), ..target_order() };
+    first.client.prepare_target(&TargetOrder { migration_uid: "vain".into(), ..order.clone() }).await.unwrap();
+    assert_eq!(on_claim(&source).0, [UID, "vain"]);
+    first.client.abandon("vain").await.unwrap();
+    settled(&source, UID).await;
+
+    let ready = second.client.prepare_target(&order).await.unwrap();
+    let _carrier = carry(&source, "outgoing.sock", &second, &ready.socket);
+    source.client.migrate(&source_order(None)).await.unwrap();
+    source.until("completed", |s| status(s) == "completed").await;
+    // All of the TPM has come, and still the source's is what counts.
+    assert_eq!(on_claim(&source).1, [Some(UID.into()), Some(UID.into())]);
+    assert_eq!(second.client.go(MIGRATION).await.unwrap().phase, DomainPhase::Running);
+    settled(&second, MIGRATION).await;
+    let own = Pod::paths(second.folder.path()).persistent_state.join(MIGRATION);
+    assert!(own.join("tpm/tpm2-00.permall").is_file());
+    assert_eq!(std::fs::metadata(own.join("efi-variables.fd")).unwrap().len() % 4096, 0);
+}
+
+#[tokio::test]
+async fn a_target_that_is_killed_while_a_guest_comes_leaves_its_state_as_it_was() {
+    let (source, target) = (Pod::start().await, Pod::start().await);
+    share_claim(&source, &target);
+    source.client.start(&VmOrder { vmi: keeps(false), ..vm_order() }).await.unwrap();
+    let mut here = source.console().await;
+    let mut story = Story::default();
+    here.hear(&mut story, 1).await;
+    let before =
+        std::fs::read(Pod::paths(source.folder.path()).persistent_state.join(UID).join("tpm/tpm2-00.permall")).unwrap();
+    let order = TargetOrder { vmi: keeps(false), ..target_order() };
+    let ready = target.client.prepare_target(&order).await.unwrap();
+    let _carrier = carry(&source, "outgoing.sock", &target, &ready.socket);
+    // So slow that it is under way for a while.
+    source.client.migrate(&source_order(Some(100_000))).await.unwrap();
+    source.until("bytes are sent", |s| s.migration.as_ref().is_some_and(|m| m.processed_bytes > 0)).await;
+    let pid = target.client.state().await.unwrap().qemu_pid.unwrap();
+    kill(Pid::from_raw(pid.try_into().unwrap()), Signal::SIGKILL).unwrap();
+    source.until("its end", |s| s.migration.as_ref().is_some_and(MigrationFacts::is_final)).await;
+    here.hear(&mut story, 3).await;
+    assert_eq!(on_claim(&source).1, [Some(UID.into()), None]);
+
+    // It is stopped, and starts in another pod with what it had; what was received in vain goes.
+    source.client.shutdown(Duration::ZERO).await.unwrap();
+    none_is_left(&source).await;
+    let next = Pod::start().await;
+    share_claim(&source, &next);
+    next.client.start(&VmOrder { vmi: keeps(false), ..vm_order() }).await.unwrap();
+    settled(&next, UID).await;
+    let after =
+        std::fs::read(Pod::paths(next.folder.path()).persistent_state.join(UID).join("tpm/tpm2-00.permall")).unwrap();
+    assert_eq!(after.len(), before.len());
+}

@@ -24,7 +24,7 @@ pub use outgoing::{Departed, Outgoing, Serving, Settled};
 use crate::accelerator::Accelerator;
 use crate::blocks::Blocks;
 use crate::failure::{self, Cause};
-use crate::machine::{self, Machine};
+use crate::machine::{self, Efi, Machine};
 use crate::memory::GuestMemory;
 use crate::migration::{self, Options, Tracker};
 use crate::process::{Ended, Process};
@@ -41,6 +41,20 @@ const START_LIMIT: Duration = Duration::from_secs(20);
 const BREAK_LIMIT: Duration = Duration::from_secs(5);
 /// How long QEMU may take to answer `quit`, and how long to end after that.
 const QUIT_LIMIT: Duration = Duration::from_secs(5);
+
+/// Why EFI variables could not be written to a file.
+#[derive(Debug, thiserror::Error)]
+pub enum SaveError {
+    /// QEMU did not do it.
+    #[error(transparent)]
+    Qmp(#[from] qmp::Error),
+    /// The file.
+    #[error(transparent)]
+    Io(#[from] std::io::Error),
+    /// The chip shows something else at this moment.
+    #[error("the flash chip does not show the variables at this moment")]
+    NotThere,
+}
 
 /// Why something was not done.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -210,6 +224,22 @@ impl Qemu {
         let nodes = self.qmp.execute(&commands::QueryNamedBlockNodes { flat: true }).await?;
         let number = |name: &str| name.strip_prefix(machine::NODE_PREFIX).and_then(|n| n.parse().ok());
         Ok(nodes.iter().filter_map(|n| Some((number(&n.node_name)?, n.image.virtual_size))).collect())
+    }
+
+    /// Writes what the guest has in its flash chip of EFI variables to a file. QEMU itself writes that to the chip's own file only when
+    /// a guest that has come from elsewhere begins to run.
+    ///
+    /// Errors: also where the firmware is about to write to the chip, which then answers with its state.
+    pub async fn save_efi_variables(&self, efi: &Efi, file: &Path) -> Result<(), SaveError> {
+        let size = |file: &Path| std::fs::metadata(file).map(|file| file.len());
+        let (code, variables) = (size(&efi.code)?, size(&efi.variables)?);
+        // The first chip ends where the first 4 GiB do, the second one lies below it.
+        let val = (1 << 32) - code - variables;
+        let filename = file.to_str().ok_or(SaveError::NotThere)?.to_owned();
+        self.qmp.execute(&commands::PhysicalMemorySave { val, size: variables, filename }).await?;
+        // A firmware volume has this mark after its zeros, its kind and its length (PI specification, volume 3, 3.2.1).
+        let mark = std::fs::read(file)?.get(40..44).is_some_and(|mark| mark == b"_FVH");
+        if mark { Ok(()) } else { Err(SaveError::NotThere) }
     }
 
     /// Presses the power button.

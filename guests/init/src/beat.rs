@@ -78,7 +78,8 @@ pub fn forever(facts: &Facts) -> ! {
 }
 
 /// Answers every HTTP request with the facts; one for `/verify` after all blocks of the disks were read back, one for
-/// `/hardware` with what the guest is made of, and one for `/lag` with the same after its clock was put back by an hour.
+/// `/hardware` with what the guest is made of, one for `/lag` with the same after its clock was put back by an hour, and one for
+/// `/keep` with the same after the token and the number of beats were written to where they outlive the guest.
 pub fn serve(facts: &Facts, port: u16) {
     let listener = loop {
         match TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)) {
@@ -98,6 +99,10 @@ pub fn serve(facts: &Facts, port: u16) {
                 if let Err(error) = hardware::lag(LAG_SECONDS) {
                     println!("clock: {error}");
                 }
+                hardware::json()
+            }
+            Some(b"/keep") => {
+                hardware::keep(&format!("{} {}", facts.token(), facts.beats.load(Ordering::Acquire)));
                 hardware::json()
             }
             _ => facts.json(),

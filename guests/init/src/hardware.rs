@@ -12,6 +12,15 @@ use std::path::Path;
 const REGISTER: u8 = 16;
 /// An EFI variable of ours; the UUID is its vendor's, made up once.
 const VARIABLE: &str = "/sys/firmware/efi/efivars/GodwitLife-5f9b6a0e-1c0e-4d5e-9d53-67c6d1f0b7aa";
+/// The files of EFI variables.
+const VARIABLES: &str = "/sys/firmware/efi/efivars";
+/// How the names of further ones begin, which are written only when the guest is told to: each time a new one, since Linux does not let
+/// a variable that it does not know be written again.
+const KEPT_VARIABLE: &str = "GodwitKept";
+/// The index of the TPM's memory that is written then, of those that are anybody's to define.
+const KEPT_INDEX: [u8; 4] = [0x01, 0x80, 0x00, 0x01];
+/// Bytes in it.
+const KEPT_BYTES: u8 = 48;
 /// As much of each disk is read for its sum.
 const SUMMED: u64 = 64 << 10;
 
@@ -35,8 +44,34 @@ pub fn json() -> Value {
         "rtcSeconds": line("/sys/class/rtc/rtc0/since_epoch").and_then(|text| text.parse::<i64>().ok()),
         "clockSource": line("/sys/devices/system/clocksource/clocksource0/current_clocksource"),
         "tpmRegister": line(&format!("/sys/class/tpm/tpm0/pcr-sha256/{REGISTER}")),
-        "efiVariable": fs::read(VARIABLE).ok().map(|bytes| text(bytes.get(4..).unwrap_or_default())),
+        "efiVariable": variable(VARIABLE),
+        "tpmKept": read_index(),
+        "efiKept": kept_variables().last().and_then(|name| variable(&format!("{VARIABLES}/{name}"))),
     })
+}
+
+/// Writes this into the TPM's memory and into an EFI variable, where there are such: what a guest expects to find after its machine
+/// was off.
+pub fn keep(what: &str) {
+    if let Err(error) = write_index(what) {
+        println!("tpm: {error}");
+    }
+    let file = format!("{VARIABLES}/{KEPT_VARIABLE}{:04}-5f9b6a0e-1c0e-4d5e-9d53-67c6d1f0b7aa", kept_variables().len());
+    if !list(VARIABLES).is_empty()
+        && let Err(error) = write_variable(&file, what)
+    {
+        println!("efi: {error}");
+    }
+}
+
+fn kept_variables() -> Vec<String> {
+    let mut names = list(VARIABLES);
+    names.retain(|name| name.starts_with(KEPT_VARIABLE));
+    names
+}
+
+fn variable(file: &str) -> Option<String> {
+    fs::read(file).ok().map(|bytes| text(bytes.get(4..).unwrap_or_default()))
 }
 
 /// Puts the wall clock back, as if the guest had stood still so long.
@@ -107,38 +142,65 @@ fn card(name: &str) -> Value {
 
 /// `TPM2_PCR_Extend` of the register with the first 32 bytes of the token (TPM 2.0 library, part 3, 22.2).
 fn extend(token: &str) -> Result<(), String> {
-    let Ok(mut tpm) = fs::OpenOptions::new().read(true).write(true).open("/dev/tpm0") else { return Ok(()) };
     let mut digest = [0_u8; 32];
     digest.iter_mut().zip(token.bytes()).for_each(|(into, byte)| *into = byte);
-    let mut body = vec![0, 0, 0, REGISTER];
-    // One password session with an empty password: its length, handle, nonce, attributes and password.
-    body.extend_from_slice(&[0, 0, 0, 9, 0x40, 0, 0, 9, 0, 0, 0, 0, 0]);
     // One digest, SHA-256.
-    body.extend_from_slice(&[0, 0, 0, 1, 0, 0x0b]);
-    body.extend_from_slice(&digest);
+    let parameters = [&[0, 0, 0, 1, 0, 0x0b][..], &digest].concat();
+    tpm(0x0182, &[0, 0, 0, REGISTER], &parameters).map(drop)
+}
+
+/// `TPM2_NV_DefineSpace` (31.3), unless the index is there, and `TPM2_NV_Write` (31.7): the text, and zeros behind it.
+fn write_index(what: &str) -> Result<(), String> {
+    if read_index().is_none() {
+        // Its owner's to define; SHA-256 for its name; anybody reads and writes it, without a lock against guessing.
+        let public = [&KEPT_INDEX[..], &[0, 0x0b], &[0x02, 0x04, 0, 0x04], &[0, 0], &[0, KEPT_BYTES]].concat();
+        let parameters = [&[0, 0, 0, 14][..], &public].concat();
+        tpm(0x012a, &[0x40, 0, 0, 1], &parameters)?;
+    }
+    let mut bytes = [0_u8; KEPT_BYTES as usize];
+    bytes.iter_mut().zip(what.bytes()).for_each(|(into, byte)| *into = byte);
+    let parameters = [&[0, KEPT_BYTES][..], &bytes, &[0, 0]].concat();
+    tpm(0x0137, &[KEPT_INDEX, KEPT_INDEX].concat(), &parameters).map(drop)
+}
+
+/// `TPM2_NV_Read` (31.13): the text before the zeros.
+fn read_index() -> Option<String> {
+    let answer = tpm(0x014e, &[KEPT_INDEX, KEPT_INDEX].concat(), &[0, KEPT_BYTES, 0, 0]).ok()??;
+    // The length of the answer's parameters, and that of the bytes.
+    let bytes = answer.get(6..6 + usize::from(KEPT_BYTES))?;
+    Some(text(bytes).trim_end_matches('\0').to_owned())
+}
+
+/// Has the TPM carry out a command whose first handle needs an empty password: what follows the head of its answer, `None` where there
+/// is no TPM.
+fn tpm(code: u32, handles: &[u8], parameters: &[u8]) -> Result<Option<Vec<u8>>, String> {
+    let Ok(mut tpm) = fs::OpenOptions::new().read(true).write(true).open("/dev/tpm0") else { return Ok(None) };
+    // One password session: its length, handle, nonce, attributes and password.
+    let session = [0, 0, 0, 9, 0x40, 0, 0, 9, 0, 0, 0, 0, 0];
+    let body = [handles, &session, parameters].concat();
     let length = u32::try_from(body.len() + 10).map_err(|error| error.to_string())?;
-    let mut command = vec![0x80, 0x02];
-    command.extend_from_slice(&length.to_be_bytes());
-    command.extend_from_slice(&0x0182_u32.to_be_bytes());
-    command.extend_from_slice(&body);
+    let command = [&[0x80, 0x02][..], &length.to_be_bytes(), &code.to_be_bytes(), &body].concat();
     tpm.write_all(&command).map_err(|error| error.to_string())?;
-    let mut answer = [0_u8; 64];
+    let mut answer = [0_u8; 256];
     let length = tpm.read(&mut answer).map_err(|error| error.to_string())?;
     match answer.get(6..10) {
-        Some([0, 0, 0, 0]) if length >= 10 => Ok(()),
-        code => Err(format!("it refuses to extend a register: {code:02x?}")),
+        Some([0, 0, 0, 0]) if length >= 10 => Ok(answer.get(10..length).map(<[u8]>::to_vec)),
+        refusal => Err(format!("it refuses command {code:04x}: {refusal:02x?}")),
     }
 }
 
 fn set_variable(token: &str) -> Result<(), String> {
-    const FOLDER: &str = "/sys/firmware/efi/efivars";
     if !Path::new("/sys/firmware/efi").exists() {
         return Ok(());
     }
     let none: Option<&str> = None;
-    nix::mount::mount(Some("efivarfs"), FOLDER, Some("efivarfs"), nix::mount::MsFlags::empty(), none)
-        .map_err(|error| format!("mounting {FOLDER}: {error}"))?;
+    nix::mount::mount(Some("efivarfs"), VARIABLES, Some("efivarfs"), nix::mount::MsFlags::empty(), none)
+        .map_err(|error| format!("mounting {VARIABLES}: {error}"))?;
+    write_variable(VARIABLE, token)
+}
+
+fn write_variable(file: &str, what: &str) -> Result<(), String> {
     // Non-volatile, and seen by boot and run time; it has to be written in one go.
-    let bytes = [&[7, 0, 0, 0], token.as_bytes()].concat();
-    fs::write(VARIABLE, bytes).map_err(|error| format!("writing a variable: {error}"))
+    let bytes = [&[7, 0, 0, 0], what.as_bytes()].concat();
+    fs::write(file, bytes).map_err(|error| format!("writing a variable: {error}"))
 }

@@ -8,7 +8,8 @@
 //! 4 MiB of these disks all the time, and verify them; `GET /verify` reads all of it back), `godwit.ports=PORT,…` (where it
 //! answers HTTP, default 80), `godwit.agent=qemu` (QEMU's own guest agent in the place of ours, where it is on board).
 //!
-//! `GET /hardware` says what the guest is made of, `GET /lag` puts its clock back by an hour first.
+//! `GET /hardware` says what the guest is made of, `GET /lag` puts its clock back by an hour first, `GET /keep` writes to
+//! its TPM and its EFI variables first.
 
 mod agent;
 mod beat;

@@ -64,6 +64,12 @@ pub const GUEST_MEMORY_SHAREABLE: &str = "shareable";
 pub const GUEST_MEMORY_PRIVATE: &str = "private";
 /// The version of the launcher that a launcher pod was made for.
 pub const ANNOTATION_LAUNCHER_VERSION: &str = "godwit.io/launcher-version";
+/// The name of the guest whose TPM and EFI variables are kept there, on claims.
+pub const LABEL_PERSISTENT_STATE: &str = "persistent-state-for";
+/// The migration that a claim was made for, on claims: what is kept for a guest comes there with it.
+pub const LABEL_MIGRATION_NAME: &str = "kubevirt.io/migrationName";
+/// The name under which `status.volumeStatus` shows the claim with a guest's TPM and EFI variables.
+pub const PERSISTENT_STATE_VOLUME: &str = "persistent-state-for-this-vm";
 /// The VMIM's name, on target pods.
 pub const ANNOTATION_MIGRATION_JOB_NAME: &str = "kubevirt.io/migrationJobName";
 /// When the guest ran at the target, on target pods (for the CNI).

@@ -170,6 +170,8 @@ api_struct! {
     Efi {
         /// It boots only what is signed; true when unset. Needs system management mode.
         secure_boot: Option<bool>,
+        /// Its variables are kept on a claim and outlive the VMI; no when unset.
+        persistent: Option<bool>,
     }
 }
 
@@ -311,11 +313,32 @@ impl Devices {
     }
 }
 
+impl DomainSpec {
+    /// Whether the guest has a trusted platform module whose state outlives the VMI.
+    pub fn has_persistent_tpm(&self) -> bool {
+        let tpm = self.devices.tpm.as_ref().filter(|_| self.devices.has_tpm());
+        tpm.is_some_and(|tpm| tpm.persistent == Some(true))
+    }
+
+    /// Whether the guest has EFI variables that outlive the VMI.
+    pub fn has_persistent_efi(&self) -> bool {
+        let bootloader = self.firmware.as_ref().and_then(|firmware| firmware.bootloader.as_ref());
+        bootloader.and_then(|loader| loader.efi.as_ref()).is_some_and(|efi| efi.persistent == Some(true))
+    }
+
+    /// Whether anything of the guest is kept on a claim of its own (KubeVirt's backend storage).
+    pub fn has_persistent_state(&self) -> bool {
+        self.has_persistent_tpm() || self.has_persistent_efi()
+    }
+}
+
 api_struct! {
-    /// A trusted platform module (TPM 2.0) for the life of the VMI.
+    /// A trusted platform module (TPM 2.0).
     Tpm {
         /// Whether there is one; true when unset.
         enabled: Option<bool>,
+        /// Its state is kept on a claim and outlives the VMI; no when unset.
+        persistent: Option<bool>,
     }
 }
 

@@ -236,6 +236,12 @@ api_struct! {
         source_state: Option<MigrationSourceState>,
         /// The target half, complete.
         target_state: Option<MigrationTargetState>,
+        /// The claim with the guest's persistent state (TPM, EFI variables) at the source.
+        #[serde(rename = "sourcePersistentStatePVCName")]
+        source_persistent_state_pvc_name: Option<String>,
+        /// The claim that it goes to: the same one where it can be shared.
+        #[serde(rename = "targetPersistentStatePVCName")]
+        target_persistent_state_pvc_name: Option<String>,
         /// Memory of the target pod beyond the guest's.
         target_memory_overhead: Option<Quantity>,
         /// Godwit's own: how far the copying has come.
@@ -264,6 +270,9 @@ api_struct! {
         /// The VMI's UID at the source.
         #[serde(rename = "virtualMachineInstanceUID")]
         virtual_machine_instance_uid: Option<String>,
+        /// The claim with the guest's persistent state.
+        #[serde(rename = "persistentStatePVCName")]
+        persistent_state_pvc_name: Option<String>,
         /// Node selectors that the target must honour.
         node_selectors: BTreeMap<String, String>,
     }
@@ -288,6 +297,9 @@ api_struct! {
         /// The VMI's UID at the target.
         #[serde(rename = "virtualMachineInstanceUID")]
         virtual_machine_instance_uid: Option<String>,
+        /// The claim with the guest's persistent state.
+        #[serde(rename = "persistentStatePVCName")]
+        persistent_state_pvc_name: Option<String>,
         /// When the guest ran at the target.
         domain_ready_timestamp: Option<Time>,
         /// The target has the guest's virtual machine.

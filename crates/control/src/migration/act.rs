@@ -15,7 +15,7 @@ use super::{explain, mirror};
 use crate::launcher_pod::{self, Role};
 use crate::object::{Name, Stored};
 use crate::plan::{EventType, Plan, VM_CONTROLLER};
-use crate::{evacuation, history, names, vmi};
+use crate::{evacuation, history, names, persistent_state, vmi};
 
 /// Carries out one action: writes to other objects go into `plan`, to the migration itself into `after`, events (which
 /// come last, when everything has been written) into `tell`.
@@ -46,6 +46,11 @@ pub fn carry_out(
                 events::created_target_pod(pod.name()),
             );
             plan.create(pod);
+            let class = persistent_state::provide(vmi, Role::Receive(migration), &situation.view, plan);
+            if let Err(why) = class {
+                // The pod waits for its claim, and says so until its time is over.
+                tell.record(migration, VM_CONTROLLER, EventType::Warning, "FailedBackendStorageCreate", why);
+            }
         }
         Action::DeleteTargetPod | Action::GiveUpTargetPod => {
             let Some(pod) = situation.pod.filter(|pod| !pod.deleting()) else { return };
@@ -95,6 +100,9 @@ fn hand_over(situation: &Situation<'_>, plan: &mut Plan) {
     let target_pod = Some(pod.name().to_owned());
     let (domain_name, domain_namespace) = (Some(Stored::name(vmi.as_ref()).to_owned()), vmi.metadata.namespace.clone());
     let overhead = launcher_pod::overhead(&vmi.spec);
+    let world = situation.view.world;
+    let state_from = persistent_state::claim_name(vmi, Role::Start, world);
+    let state_to = persistent_state::claim_name(vmi, Role::Receive(situation.migration), world);
     let mut told = vmi.as_ref().clone();
     told.status.migration_state = Some(State {
         migration_uid: uid.clone(),
@@ -112,6 +120,7 @@ fn hand_over(situation: &Situation<'_>, plan: &mut Plan) {
             domain_name: domain_name.clone(),
             domain_namespace: domain_namespace.clone(),
             virtual_machine_instance_uid: vmi.metadata.uid.clone(),
+            persistent_state_pvc_name: state_from.clone(),
             ..MigrationSourceState::default()
         }),
         target_state: Some(MigrationTargetState {
@@ -121,8 +130,11 @@ fn hand_over(situation: &Situation<'_>, plan: &mut Plan) {
             domain_name,
             domain_namespace,
             virtual_machine_instance_uid: vmi.metadata.uid.clone(),
+            persistent_state_pvc_name: state_to.clone(),
             ..MigrationTargetState::default()
         }),
+        source_persistent_state_pvc_name: state_from,
+        target_persistent_state_pvc_name: state_to,
         target_memory_overhead: u64::try_from(overhead).ok().map(Quantity::from_bytes),
         ..State::default()
     });
@@ -221,6 +233,14 @@ pub fn finish(situation: &Situation<'_>, plan: &mut Plan) {
             Some(end) => plan.wake(end),
             None => plan.delete(pod.as_ref()),
         }
+    }
+    if held {
+        let state = situation.own_state().or(after.status.migration_state.as_ref());
+        // In post-copy a guest may have come there and be lost after it.
+        let came = state.is_some_and(|state| state.target_node_domain_ready_timestamp.is_some());
+        let arrived = came || migration.status.phase == Phase::Succeeded;
+        let node = situation.pod.and_then(|pod| pod.spec.as_ref()).and_then(|spec| spec.node_name.as_deref());
+        persistent_state::conclude(migration, arrived, may_drop(situation, node), &situation.view, plan);
     }
     if let Some(finalizers) = &mut after.metadata.finalizers {
         finalizers.retain(|finalizer| finalizer != names::FINALIZER_MIGRATION);

@@ -26,8 +26,10 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 pub use document::render;
 pub use observe::{is_ready, is_unresolved, is_unschedulable};
 
+use crate::launcher_pod::Role;
 use crate::names;
 use crate::object::Name;
+use crate::persistent_state;
 use crate::plan::{Plan, View};
 use observe::Situation;
 
@@ -51,6 +53,10 @@ pub fn decide(name: &Name, view: &View<'_>) -> Plan {
     mirror::take(&mut after, &situation);
     for action in row.actions {
         act::carry_out(*action, observation.fact, &situation, &mut after, &mut plan, &mut events);
+    }
+    // The server may not have taken the target's claim when the pod was made.
+    if let (Some(vmi), Phase::Scheduling) = (situation.vmi, &migration.status.phase) {
+        let _ = persistent_state::provide(vmi, Role::Receive(migration), view, &mut plan);
     }
     // What a row of the table tells the VMI goes first.
     if plan.effects.is_empty() {

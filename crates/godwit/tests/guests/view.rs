@@ -12,7 +12,7 @@ use std::time::{Duration, Instant, SystemTime};
 const NEARLY: i64 = 600;
 
 /// What the guest says of its hardware, as soon as it is as wanted.
-async fn hardware(cluster: &Cluster, vmi: &str, path: &'static str, wanted: impl Fn(&Value) -> bool) -> Value {
+pub async fn hardware(cluster: &Cluster, vmi: &str, path: &'static str, wanted: impl Fn(&Value) -> bool) -> Value {
     let namespace = Namespace::open(&cluster.namespace("node1")).expect("the node's namespace");
     let deadline = Instant::now() + PATIENCE;
     let mut last = Err(String::new());

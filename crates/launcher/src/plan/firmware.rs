@@ -1,6 +1,7 @@
 //! The firmware that a VMI asks for.
 
 use super::{Error, Inputs, invalid};
+use crate::persistent::PersistentState;
 use godwit_api::vmi::DomainSpec;
 use godwit_qemu::machine::{Boot, Efi};
 use std::path::{Path, PathBuf};
@@ -35,7 +36,8 @@ pub(super) fn efi(inputs: &Inputs<'_>, boot: &Boot) -> Result<Option<Efi>, Error
         let kind = if secure { "EFI firmware with secure boot" } else { "EFI firmware" };
         return Err(invalid(format!("{kind} is not installed on this node (package ovmf; `make deps` installs it)")));
     };
-    let variables = inputs.paths.ephemeral_disks.join(VARIABLES);
+    let kept = inputs.persistent.and_then(PersistentState::efi_variables);
+    let variables = kept.unwrap_or_else(|| inputs.paths.ephemeral_disks.join(VARIABLES));
     provide(Path::new(empty), &variables)
         .map_err(|error| invalid(format!("making the EFI variables {}: {error}", variables.display())))?;
     Ok(Some(Efi { code: PathBuf::from(code), variables, secure }))

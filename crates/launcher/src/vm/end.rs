@@ -30,6 +30,7 @@ impl Vm {
                 let qemu = incoming.qemu().clone();
                 self.now.exit_reason = Some("it was told to end before the guest came here".into());
                 qemu.process().kill().await;
+                self.discard_state();
                 self.over(DomainPhase::Shutdown);
             }
             // It cannot hear the power button, and QEMU perhaps nothing at all. One that only waits for its memory has its grace:

@@ -293,6 +293,7 @@ impl Vm {
                         tracing::warn!(%error, volume = disk.volume, "its copy is whole, and still marked as unfinished");
                     }
                 }
+                self.keep_tpm();
                 match incoming.go(order.paused).await {
                     Ok(arrived) => {
                         self.arrived(arrived).await;
@@ -341,6 +342,7 @@ impl Vm {
             self.event(event).await;
         }
         self.refresh().await;
+        self.keep_state().await;
     }
 
     /// Takes another link for the memory of a post-copy.
@@ -381,6 +383,7 @@ impl Vm {
                 self.now.exit_reason = Some("the guest did not come here: its migration was given up".into());
                 qemu.process().kill().await;
                 self.wipe_devices().await;
+                self.discard_state();
                 if let Some(m) = &mut self.now.migration
                     && !m.is_final()
                 {

@@ -1,6 +1,7 @@
 //! The guest's trusted platform module, a process beside QEMU.
 
 use super::{Refused, Vm, refused};
+use crate::persistent::PersistentState;
 use crate::plan::{Plan, TPM_STATE};
 use crate::rpc::Refusal;
 use godwit_qemu::tpm::Tpm;
@@ -9,7 +10,8 @@ impl Vm {
     /// The module that QEMU connects to when it starts; it ends with QEMU.
     pub(super) fn start_tpm(&mut self, plan: &Plan) -> Result<(), Refused> {
         let Some(socket) = &plan.machine.tpm else { return Ok(()) };
-        let folder = self.paths.ephemeral_disks.join(TPM_STATE);
+        let kept = self.persistent.as_ref().and_then(PersistentState::tpm);
+        let folder = kept.unwrap_or_else(|| self.paths.ephemeral_disks.join(TPM_STATE));
         let tpm = Tpm::start(&folder, socket).map_err(|error| refused(Refusal::Failed, error.to_string()))?;
         self.tpm = Some(tpm);
         Ok(())

@@ -108,6 +108,8 @@ commands! {
     QueryNamedBlockNodes = "query-named-block-nodes" -> Vec<BlockNode> { flat: bool };
     /// How the measuring of written pages stands.
     QueryDirtyRate = "query-dirty-rate" -> DirtyRateInfo;
+    /// Writes a part of the guest's physical memory to a file.
+    PhysicalMemorySave = "pmemsave" -> Nothing { val: u64, size: u64, filename: String };
     /// The block jobs.
     QueryBlockJobs = "query-block-jobs" -> Vec<BlockJob>;
 }
