@@ -248,7 +248,14 @@ fn report(
     let old = &vmi.status;
     let mut conditions = old.conditions.clone();
     let mut changed = false;
+    let broken = state.tpm_failure.as_deref();
     for condition in &migratable.conditions {
+        // Only its launcher knows, and only QEMU's failure would say so otherwise.
+        let broken = broken.filter(|_| condition.type_ == c::LIVE_MIGRATABLE && condition.is_true());
+        let condition = match broken {
+            Some(why) => &Condition::new(c::LIVE_MIGRATABLE, false).because(c::live_migratable::TPM, why),
+            None => condition,
+        };
         changed |= condition::set(&mut conditions, condition.clone(), now);
     }
     changed |= condition::remove(&mut conditions, c::SYNCHRONIZED);

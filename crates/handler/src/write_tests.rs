@@ -87,6 +87,19 @@ fn applied(vmi: &VirtualMachineInstance, patch: &Value) -> VirtualMachineInstanc
 }
 
 #[test]
+fn a_guest_whose_tpm_has_failed_is_not_migratable() {
+    let changes = [Change::Report { pod: "p".into() }];
+    let old = vmi(json!({ "phase": "Running" }));
+    let state = State { tpm_failure: Some("the guest's TPM has ended".into()), ..running() };
+    let new = applied(&old, &made(&old, &changes, state.clone()).unwrap());
+    let told = new.condition("LiveMigratable").unwrap();
+    assert!(told.is_false());
+    assert_eq!(told.reason.as_deref(), Some("TPMNotLiveMigratable"));
+    assert_eq!(told.message.as_deref(), Some("the guest's TPM has ended"));
+    assert_eq!(made(&new, &changes, state), None, "it is said once");
+}
+
+#[test]
 fn a_report_says_everything_once() {
     let old = vmi(json!({ "phase": "Scheduled", "conditions": [{ "type": "Ready", "status": "False" }] }));
     let changes = [Change::Phase("Running"), Change::Report { pod: "p".into() }];

@@ -337,6 +337,9 @@ pub struct State {
     pub launcher_rss_bytes: Option<u64>,
     /// What the guest agent says, when one has answered.
     pub guest_agent: GuestAgentFacts,
+    /// Why the guest's TPM does not work any more, in a sentence, once it does not. The guest runs on and cannot be moved.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tpm_failure: Option<String>,
     /// Why the VM ended, in a sentence, once it has.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub exit_reason: Option<String>,

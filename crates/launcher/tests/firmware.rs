@@ -75,6 +75,8 @@ async fn a_guest_whose_tpm_has_died_stays_and_runs_on() {
         kill(module, Signal::SIGKILL).unwrap();
     }
     none_is_left(&source).await;
+    let told = |s: &State| s.tpm_failure.as_deref().is_some_and(|why| why.contains("signal 9"));
+    source.until("its TPM is said to have failed", told).await;
     let ready = target.client.prepare_target(&TargetOrder { vmi: with_tpm(), ..target_order() }).await.unwrap();
     let _carrier = carry(&source, "outgoing.sock", &target, &ready.socket);
     source.client.migrate(&source_order(None)).await.unwrap();

@@ -93,6 +93,8 @@ pub mod live_migratable {
     pub const CPU_MODE: &str = "CPUModeLiveMigratable";
     /// A device of the host cannot move.
     pub const HOST_DEVICE: &str = "HostDeviceNotLiveMigratable";
+    /// The TPM has failed while the guest ran (Godwit's own).
+    pub const TPM: &str = "TPMNotLiveMigratable";
     /// Memory encryption.
     pub const SEV: &str = "SEVNotLiveMigratable";
     /// Trust domains.

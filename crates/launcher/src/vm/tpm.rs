@@ -22,12 +22,16 @@ impl Vm {
         let Some(ended) = self.tpm.as_ref().and_then(|tpm| tpm.process().ended()) else { return };
         self.tpm = None;
         if !ended.is_clean() {
-            let (code, signal) = (ended.code, ended.signal);
-            tracing::error!(
-                ?code,
-                ?signal,
-                "the guest's TPM (swtpm) has ended: it fails from now on, and the guest cannot be moved until it was started anew"
+            let how = match (ended.code, ended.signal) {
+                (_, Some(signal)) => format!("signal {signal}"),
+                (code, None) => format!("status {}", code.unwrap_or_default()),
+            };
+            let failure = format!(
+                "the guest's TPM (swtpm) has ended ({how}): it fails from now on, and the guest cannot be moved until it was \
+                 started anew"
             );
+            tracing::error!("{failure}");
+            self.now.tpm_failure = Some(failure);
         }
     }
 }
