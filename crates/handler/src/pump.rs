@@ -2,13 +2,18 @@
 
 use std::future::poll_fn;
 use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::AsRawFd;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
+use nix::libc;
 use nix::sys::socket::{setsockopt, sockopt};
+use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 
@@ -53,7 +58,44 @@ impl Carried {
     }
 }
 
-/// Settings of every channel connection: no waiting for full segments, and a cut link is noticed.
+/// How much of what was written may wait for its turn on the network, in bytes. What is under way does not count.
+const UNSENT: u32 = 128 * 1024;
+/// Bytes a second of one connection that its receive window leaves room for: 10 Gbit/s.
+const RATE: u64 = 1_250_000_000;
+/// The least receive window, in bytes.
+const LEAST_WINDOW: usize = 512 * 1024;
+/// The most that is set; a link so long is left to Linux.
+const MOST_WINDOW: usize = 4 << 20;
+
+/// The receive window of a connection with this round trip, in bytes; none is as Linux sees fit.
+fn window(round_trip: Duration) -> Option<usize> {
+    let bytes = usize::try_from(u128::from(RATE) * round_trip.as_micros() / 1_000_000).ok()?;
+    (bytes <= MOST_WINDOW).then(|| bytes.max(LEAST_WINDOW))
+}
+
+/// What the kernel has measured since the connection was opened; none as long as that is nothing.
+fn round_trip(stream: &TcpStream) -> io::Result<Option<Duration>> {
+    let mut info = MaybeUninit::<libc::tcp_info>::zeroed();
+    let mut length = size_of::<libc::tcp_info>() as libc::socklen_t;
+    // SAFETY: the descriptor is open as long as `stream` is, and the kernel writes at most `length` bytes to `info`.
+    let done = unsafe {
+        libc::getsockopt(
+            stream.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            info.as_mut_ptr().cast(),
+            &raw mut length,
+        )
+    };
+    Errno::result(done)?;
+    // SAFETY: it consists of numbers, which were zero before the kernel wrote to it.
+    let info = unsafe { info.assume_init() };
+    Ok((info.tcpi_rtt > 0).then(|| Duration::from_micros(info.tcpi_rtt.into())))
+}
+
+/// Settings of every channel connection: no waiting for full segments, and a cut link is noticed. And little waits in its
+/// buffers: what QEMU has handed over but the target's has not read yet is sent while the guest stands still. Linux lets some MiB
+/// pile up at either end where the reader is slower than the network.
 ///
 /// # Errors
 /// As `setsockopt(2)`.
@@ -64,6 +106,14 @@ pub fn prepare(stream: &TcpStream) -> io::Result<()> {
     setsockopt(stream, sockopt::TcpKeepInterval, &2)?;
     setsockopt(stream, sockopt::TcpKeepCount, &3)?;
     setsockopt(stream, sockopt::TcpUserTimeout, &(CUT_AFTER.as_millis() as u32))?;
+    SockRef::from(stream).set_tcp_notsent_lowat(UNSENT)?;
+    if let Some(window) = round_trip(stream)?.and_then(window) {
+        // Whoever has no right to it could only set less than a long link needs (`net.core.rmem_max`): that is left as it is.
+        match setsockopt(stream, sockopt::RcvBufForce, &window) {
+            Err(Errno::EPERM) => {}
+            done => done?,
+        }
+    }
     Ok(())
 }
 
@@ -158,6 +208,33 @@ mod tests {
         assert_eq!(carried.link_rate(2), Some(100 << 20), "two waited at the same time");
         carried.out.store(1 << 20, Ordering::Relaxed);
         assert_eq!(carried.link_rate(1), None, "that is in the buffers still");
+    }
+
+    #[test]
+    fn the_window_follows_the_round_trip_and_long_links_are_left_to_the_kernel() {
+        assert_eq!(window(Duration::ZERO), Some(LEAST_WINDOW));
+        assert_eq!(window(Duration::from_micros(50)), Some(LEAST_WINDOW));
+        assert_eq!(window(Duration::from_millis(1)), Some(1_250_000));
+        assert_eq!(window(Duration::from_millis(10)), None);
+        assert_eq!(window(Duration::MAX), None);
+    }
+
+    #[tokio::test]
+    async fn both_ends_of_a_connection_have_little_room() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let dialled = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (accepted, _) = listener.accept().await.unwrap();
+        prepare(&dialled).unwrap();
+        prepare(&accepted).unwrap();
+        let measured = round_trip(&accepted).unwrap().unwrap();
+        let received = SockRef::from(&accepted).recv_buffer_size().unwrap();
+        if nix::unistd::geteuid().is_root() {
+            // Linux doubles what it is told, for its own records.
+            assert_eq!(Some(received), window(measured).map(|window| window * 2), "{measured:?}");
+        } else {
+            println!("not root: the receive window is left to Linux");
+        }
+        assert_eq!(SockRef::from(&dialled).tcp_notsent_lowat().unwrap(), UNSENT);
     }
 
     #[tokio::test]
