@@ -28,6 +28,7 @@ pub mod pump;
 mod recovery;
 pub mod sockets;
 mod source_link;
+mod source_streams;
 mod streams;
 mod target_link;
 #[cfg(test)]

@@ -19,12 +19,12 @@ use tokio::net::UnixListener;
 use tokio::sync::{Notify, watch};
 use tokio::task::{AbortHandle, JoinHandle};
 
-use crate::channel::{self, Answer, ChannelError, Control, Credentials, Dialled, Place, Request, StreamKey, Target};
+use crate::channel::{self, Answer, ChannelError, Control, Credentials, Dialled, Place, Request, Target};
 use crate::credentials::MigrationIdentity;
 use crate::facts::{self, Go, Launcher, TargetSays};
-use crate::pace::{self, Pace, Paced};
-use crate::pump::{self, Carried};
+use crate::pump::Carried;
 use crate::sockets::SocketDir;
+use crate::source_streams;
 use crate::tls::{Identity, TlsError, TlsPaths};
 
 /// How long a dial may take.
@@ -348,7 +348,7 @@ impl Run {
             let (uid, carried) = (self.uid.clone(), self.carried.clone());
             let (launcher, cap) = (self.launcher.clone(), self.wish.bandwidth);
             let to = (target, port, key);
-            let task = tokio::spawn(carry_blocks(uid, listener, to, launcher, cap, carried));
+            let task = tokio::spawn(source_streams::carry_blocks(uid, listener, to, launcher, cap, carried));
             self.streams.lock().unwrap_or_else(PoisonError::into_inner).push(task.abort_handle());
         }
         Ok(control)
@@ -618,10 +618,11 @@ impl Run {
 
     /// Carries QEMU's memory over these connections.
     fn carry(&self, listener: UnixListener, dialled: Vec<Dialled>) {
-        let (uid, carried, flowing) = (self.uid.clone(), self.carried.clone(), self.flowing.clone());
+        let (flowing, launcher) = (self.flowing.clone(), self.launcher.clone());
+        let carry = source_streams::carry_memory(self.uid.clone(), listener, dialled, launcher, self.carried.clone());
         flowing.send_replace(true);
         let task = tokio::spawn(async move {
-            carry_memory(uid, listener, dialled, carried).await;
+            carry.await;
             flowing.send_replace(false);
         });
         self.streams.lock().unwrap_or_else(PoisonError::into_inner).push(task.abort_handle());
@@ -719,82 +720,5 @@ fn unheard(error: &ChannelError) -> TargetSays {
         TargetSays::NoHandler(error.to_string())
     } else {
         TargetSays::Unreachable(error.to_string())
-    }
-}
-
-/// QEMU opens its connections in their order, the main one first. When one breaks the others end with it.
-async fn carry_memory(uid: String, listener: UnixListener, channels: Vec<Dialled>, carried: Arc<Carried>) {
-    let result = async {
-        let mut listener = Some(listener);
-        let mut begun = false;
-        let mut channels = channels.into_iter();
-        // Ends the others with the first that breaks.
-        let mut pumps = tokio::task::JoinSet::new();
-        loop {
-            if channels.len() == 0 {
-                listener = None;
-            }
-            // One that QEMU has never opened is the one for pages that are waited for, where nobody did.
-            if pumps.is_empty() && (begun || listener.is_none()) {
-                return Ok::<(), std::io::Error>(());
-            }
-            let accepted = async {
-                match &listener {
-                    Some(listener) => listener.accept().await,
-                    None => std::future::pending().await,
-                }
-            };
-            tokio::select! {
-                accepted = accepted => {
-                    if let (local, Some(channel)) = (accepted?.0, channels.next()) {
-                        begun = true;
-                        pumps.spawn(pump::pump(local, channel, carried.clone()));
-                    }
-                }
-                Some(ended) = pumps.join_next() => ended.map_err(std::io::Error::other)??,
-            }
-        }
-    };
-    match result.await {
-        Ok(()) => tracing::info!(migration = %uid, bytes = carried.total(), "memory stream at its end"),
-        Err(error) => tracing::warn!(migration = %uid, bytes = carried.total(), %error, "memory stream broke"),
-    }
-}
-
-/// One channel for each connection that QEMU opens: one a disk.
-async fn carry_blocks(
-    uid: String,
-    listener: UnixListener,
-    (target, port, key): (Target, u16, StreamKey),
-    mut launcher: watch::Receiver<Launcher>,
-    cap: Option<u64>,
-    carried: Arc<Carried>,
-) {
-    let pace = Arc::new(Pace::new(cap));
-    // Ends the connections with the listener.
-    let mut connections = tokio::task::JoinSet::new();
-    loop {
-        let local = tokio::select! {
-            accepted = listener.accept() => match accepted {
-                Ok((local, _)) => Paced::new(local, pace.clone()),
-                Err(_) => break,
-            },
-            Ok(()) = launcher.changed() => {
-                pace.set(pace::share_of_disks(launcher.borrow_and_update().last(), &uid, cap));
-                continue;
-            }
-        };
-        while connections.try_join_next().is_some() {}
-        let (uid, target, key, carried) = (uid.clone(), target.clone(), key.clone(), carried.clone());
-        connections.spawn(async move {
-            match target.dial_stream(&key, (channel::BLOCKS, port), 0, DIAL_LIMIT).await {
-                Ok(channel) => {
-                    if let Err(error) = pump::pump(local, channel, carried).await {
-                        tracing::warn!(migration = %uid, %error, "a disk's stream broke");
-                    }
-                }
-                Err(error) => tracing::warn!(migration = %uid, %error, "a disk's stream cannot be opened"),
-            }
-        });
     }
 }
