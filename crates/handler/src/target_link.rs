@@ -142,12 +142,16 @@ impl TargetAnswers {
         }
     }
 
-    /// That the target's QEMU is gone, if it is.
+    /// That the guest, which has left its source, cannot run here any more, if so: QEMU is gone, or it could not load what
+    /// came and lives on (from 9.1 on; older ones end).
     fn ended(&self) -> Option<Answer> {
         let launcher = self.launcher.borrow();
         let state = launcher.last()?;
         if !matches!(state.phase, DomainPhase::Crashed | DomainPhase::Shutdown) {
-            return None;
+            let f = facts::migration(state, &self.uid, MigrationRole::Target);
+            let failed = f.filter(|f| f.status == "failed" && !f.gone)?;
+            let words = failed.error.as_deref().unwrap_or("what came of it was cut off");
+            return Some(Answer::Lost { reason: format!("the target's QEMU cannot load the guest: {words}") });
         }
         let reason = state.exit_reason.clone().unwrap_or_else(|| "QEMU has ended".into());
         Some(Answer::Lost { reason: format!("the target's QEMU is gone: {reason}") })

@@ -89,6 +89,24 @@ fn a_post_copy_that_loses_its_link_is_the_guests_loss_and_ends_both_halves() {
     });
 }
 
+/// Fault run 9 of seed 2026 on QEMU 10.0.2: the link broke before the devices' state had come, and the go was repeated for ever.
+#[test]
+fn a_target_that_could_not_load_a_guest_in_post_copy_is_not_asked_for_ever() {
+    blocking(async {
+        let (cluster, source, target) = endless(&hasty(&["allowPostCopy"])).await;
+        target.deaf.store(true, SeqCst);
+        until("the guest has left", || source.now().phase == DomainPhase::HandedOver).await;
+        until("its state has come", || target.now().migration.is_some_and(|m| m.loaded)).await;
+        target.fail_to_load();
+        until("the loss is written", || cluster.vm()["status"]["phase"] == "Failed").await;
+        let m = state(&cluster);
+        assert_eq!((&m["failed"], &m["failureCause"]), (&json!(true), &json!("TargetLost")), "{m:#}");
+        let reason = m["failureReason"].as_str().unwrap();
+        assert!(reason.contains("cannot load the guest: error while loading state section id 1(ram)"), "{reason}");
+        assert!(!source.executes() && !target.executes());
+    });
+}
+
 #[test]
 fn a_migration_out_of_time_pauses_the_guest_when_it_may() {
     blocking(async {

@@ -124,6 +124,14 @@ impl Launcher {
         });
     }
 
+    /// What came could not be loaded; QEMU lives on.
+    pub fn fail_to_load(&self) {
+        self.facts(|f| {
+            (f.status, f.loaded) = ("failed".into(), false);
+            f.error = Some("error while loading state section id 1(ram)".into());
+        });
+    }
+
     fn change(&self, change: impl FnOnce(&mut State)) -> State {
         self.state.send_modify(change);
         self.now()
