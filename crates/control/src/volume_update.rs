@@ -13,7 +13,7 @@ use godwit_api::{
     Condition, VirtualMachine, VirtualMachineInstance, VirtualMachineInstanceMigration, VmiPhase, condition,
 };
 use jiff::{SignedDuration, Timestamp};
-use k8s_openapi::api::core::v1::{NodeSelector, PersistentVolumeClaim};
+use k8s_openapi::api::core::v1::PersistentVolumeClaim;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
@@ -227,7 +227,7 @@ fn prepare(
         if let Some(other) = view.world.vmis.iter().find(|other| other.namespace() == vmi.namespace() && uses(other)) {
             return Err(format!("claim {to} of volume {name} is used by VirtualMachineInstance {}", other.name()));
         }
-        check_destination(name, there, vmi, view)?;
+        check_destination(name, there, vmi)?;
         infos.push(StorageMigratedVolumeInfo {
             volume_name: name.to_owned(),
             source_pvc_info: Some(info(from, claim(from))),
@@ -238,13 +238,8 @@ fn prepare(
     Ok(infos)
 }
 
-/// What can be known of a bound claim before anything is done: that it is large enough, and that a pod at another node can have it.
-fn check_destination(
-    volume: &str,
-    claim: &PersistentVolumeClaim,
-    vmi: &VirtualMachineInstance,
-    view: &View<'_>,
-) -> Result<(), String> {
+/// What can be known of a bound claim before anything is done: that it is large enough.
+fn check_destination(volume: &str, claim: &PersistentVolumeClaim, vmi: &VirtualMachineInstance) -> Result<(), String> {
     if !volumes::is_bound(claim) {
         return Ok(());
     }
@@ -261,21 +256,30 @@ fn check_destination(
             quantity::whole(Some(capacity))
         ));
     }
-    let bound = claim.spec.as_ref().and_then(|spec| spec.volume_name.as_deref()).unwrap_or_default();
-    let here = vmi.status.node_name.as_deref().unwrap_or_default();
-    let affinity =
-        view.world.volumes.get(&Name::cluster(bound)).and_then(|volume| volume.spec.as_ref()?.node_affinity.as_ref());
-    let required = affinity.and_then(|affinity| affinity.required.as_ref());
-    let elsewhere = |required: &NodeSelector| {
-        view.world.nodes.iter().any(|node| node.name() != here && selector::node_matches(required, node))
-    };
-    if required.is_some_and(|required| !elsewhere(required)) {
-        return Err(format!(
-            "claim {name} of volume {volume} can be reached from node {here} only, where the guest runs; a volume moves \
-             with its guest to another node"
-        ));
-    }
     Ok(())
+}
+
+/// Whether the guest can move to its new claims only by staying on its node: one of them can be reached from there only, or there is no
+/// other node for guests.
+fn stays(vmi: &VirtualMachineInstance, view: &View<'_>) -> bool {
+    let here = vmi.status.node_name.as_deref().unwrap_or_default();
+    let others = || view.world.nodes.iter().filter(|node| node.name() != here);
+    if !others().any(|node| node.label(names::LABEL_SCHEDULABLE) == Some("true")) {
+        return true;
+    }
+    let mut destinations = vmi
+        .status
+        .migrated_volumes
+        .iter()
+        .filter_map(|moved| moved.destination_pvc_info.as_ref()?.claim_name.as_deref());
+    destinations.any(|claim| {
+        let claim = view.world.claims.get(&Name::new(vmi.namespace(), claim));
+        let bound = claim.and_then(|claim| claim.spec.as_ref()?.volume_name.as_deref()).unwrap_or_default();
+        let volume = view.world.volumes.get(&Name::cluster(bound));
+        let affinity = volume.and_then(|volume| volume.spec.as_ref()?.node_affinity.as_ref());
+        let required = affinity.and_then(|affinity| affinity.required.as_ref());
+        required.is_some_and(|required| !others().any(|node| selector::node_matches(required, node)))
+    })
 }
 
 fn modes(claim: &PersistentVolumeClaim) -> &[String] {
@@ -370,6 +374,11 @@ fn migrate(vm: &VirtualMachine, vmi: &VirtualMachineInstance, view: &View<'_>, p
     };
     let mut migration = VirtualMachineInstanceMigration { metadata, ..Default::default() };
     migration.spec.vmi_name = Some(vmi.name().to_owned());
+    if stays(vmi, view)
+        && let Some(node) = &vmi.status.node_name
+    {
+        migration.spec.added_node_selector.insert(names::HOSTNAME.to_owned(), node.clone());
+    }
     migration.spec.priority = Some(MigrationPriority::UserTriggered);
     plan.create(migration);
     told

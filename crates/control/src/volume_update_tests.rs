@@ -318,8 +318,6 @@ fn what_cannot_move_waits_for_a_restart_and_says_why() {
         cluster.patch(Kind::VirtualMachineInstance, &name("demo"), json!({"status": {"volumeStatus": sizes}}));
     });
     assert!(small.contains("smaller than the source volume"), "{small}");
-    let here = told(&|cluster| volume_of_node(cluster, "node1"));
-    assert!(here.contains("can be reached from node node1 only"), "{here}");
 }
 
 /// The volume of claim `new` is one that only this node has.
@@ -336,6 +334,29 @@ fn volume_of_node(cluster: &mut Cluster, node: &str) {
             },
         }),
     );
+}
+
+#[test]
+fn where_only_its_own_node_will_do_the_guest_gets_another_pod_there() {
+    let claim_is_there = |cluster: &mut Cluster| volume_of_node(cluster, "node1");
+    let node_is_alone = |cluster: &mut Cluster| {
+        for node in cluster.world.names_of(Kind::Node).into_iter().filter(|node| node.name != "node1") {
+            cluster.remove(Kind::Node, &node);
+        }
+    };
+    for prepare in [&claim_is_there as &dyn Fn(&mut Cluster), &node_is_alone] {
+        let mut cluster = cluster();
+        prepare(&mut cluster);
+        want(&mut cluster, "new");
+        becomes_migratable(&mut cluster);
+        cluster.run_kubelets();
+        cluster.settle();
+        let [migration] = migrations(&cluster).try_into().unwrap();
+        assert_eq!(migration["spec"]["addedNodeSelector"], json!({"kubernetes.io/hostname": "node1"}));
+        let uid = migration["metadata"]["uid"].as_str().unwrap();
+        let target = cluster.world.pods_of_migration(uid).next().unwrap();
+        assert_eq!(target.spec.as_ref().unwrap().node_name.as_deref(), Some("node1"));
+    }
 }
 
 #[test]

@@ -328,6 +328,55 @@ async fn a_guest_on_a_local_claim_stays() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_running_guest_changes_its_claim_where_there_is_no_other_node() {
+    let cluster = Cluster::start(1).await;
+    cluster.build_rom_image(Parameters { disk_blocks: 64, disk_stride: 16, ..Parameters::default() });
+    for name in ["old", "new"] {
+        cluster.apply(claim(name, "local", "ReadWriteOnce")).await.expect("apply");
+    }
+    let vm = |claim: &str| {
+        json!({"apiVersion": "kubevirt.io/v1", "kind": "VirtualMachine", "metadata": {"name": "settler"},
+        "spec": {
+            "runStrategy": "Always", "updateVolumesStrategy": "Migration",
+            "template": {"metadata": {}, "spec": with_claim("settler", claim)["spec"]},
+        }})
+    };
+    cluster.apply(vm("old")).await.expect("apply");
+    let before = runs(&cluster, "settler").await;
+    let source = cluster.launchers("settler").await.remove(0).0;
+    let wrote = |lines: &[Line]| lines.iter().any(|line| matches!(line, Line::Beat { count, .. } if *count > 10));
+    let beats = async |pod: &str| {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while !wrote(&cluster.lines(pod).await) {
+            assert!(Instant::now() < deadline, "no beats: {}\n{}", cluster.console(pod).await, cluster.words());
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    beats(&source).await;
+
+    cluster.apply(vm("new")).await.expect("apply");
+    let there = |vmi: &DynamicObject| {
+        status(vmi, "migratedVolumes").is_empty()
+            && condition(vmi, "VolumesChange").is_null()
+            && status(vmi, "migrationState/completed") == "true"
+    };
+    let after = cluster.wait(&cluster.vmis(), "settler", "it is on the other claim", there).await;
+    assert_eq!(after.metadata.uid, before.metadata.uid, "it was not started anew");
+    assert_eq!(status(&after, "nodeName"), status(&before, "nodeName"));
+    let made = cluster.migrations().list(&Default::default()).await.expect("list").items;
+    assert_eq!(made.len(), 1);
+    succeeds(&cluster, made[0].metadata.name.as_deref().expect("a name")).await;
+    // It goes on with what it wrote, and the old claim is free.
+    let target = status(&after, "migrationState/targetPod");
+    assert_ne!(target, source);
+    beats(&target).await;
+    let wrong = |line: &Line| !matches!(line, Line::Beat { errors: 0, .. });
+    let lines = cluster.lines(&target).await;
+    assert!(!lines.iter().any(wrong), "{:?}", lines.iter().find(|line| wrong(line)));
+    cluster.wait_gone(&cluster.pods(), &source).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_running_guest_moves_from_a_local_claim_to_a_shared_one() {
     let cluster = Cluster::start(2).await;
     // It writes to its disk all the time, and checks each block before it writes it again.
