@@ -100,7 +100,20 @@ async fn a_vm_that_is_stopped_moved_and_started_elsewhere_finds_its_tpm_and_its_
     assert_eq!(kept(&after), kept(&before));
     let written = hardware(&cluster, "wide", "/keep", |other| kept(other) != kept(&before)).await;
     assert_eq!(written["tpmKept"], written["efiKept"], "{written:#}");
+    // On to another launcher of the same node.
+    let node = status(&cluster.vmis().get("wide").await.expect("VMI"), "nodeName");
+    cluster
+        .apply(json!({
+            "apiVersion": "kubevirt.io/v1", "kind": "VirtualMachineInstanceMigration", "metadata": {"name": "within"},
+            "spec": {"vmiName": "wide", "addedNodeSelector": {"kubernetes.io/hostname": node}},
+        }))
+        .await
+        .expect("apply");
+    succeeds(&cluster, "within").await;
+    let after = hardware(&cluster, "wide", "/hardware", |_| true).await;
+    assert_eq!((kept(&after), &after["tpmRegister"]), (kept(&written), &written["tpmRegister"]));
     let vmi = cluster.vmis().get("wide").await.expect("VMI");
+    assert_eq!(status(&vmi, "nodeName"), node);
     assert_eq!(shown(&vmi), Some(claim.as_str()), "{}", vmi.data);
     for end in ["sourcePersistentStatePVCName", "targetPersistentStatePVCName"] {
         assert_eq!(status(&vmi, &format!("migrationState/{end}")), claim);
