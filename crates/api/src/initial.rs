@@ -78,8 +78,14 @@ fn user_roles() -> Vec<Value> {
     ];
     let consoles =
         ["virtualmachineinstances/console", "virtualmachineinstances/vnc", "virtualmachineinstances/portforward"];
-    let machine_actions =
-        ["virtualmachines/start", "virtualmachines/stop", "virtualmachines/restart", "virtualmachines/evacuate/cancel"];
+    let machine_actions = [
+        "virtualmachines/start",
+        "virtualmachines/stop",
+        "virtualmachines/restart",
+        "virtualmachines/evacuate/cancel",
+        "virtualmachines/addvolume",
+        "virtualmachines/removevolume",
+    ];
     let instance_actions = [
         "virtualmachineinstances/pause",
         "virtualmachineinstances/unpause",
@@ -88,6 +94,8 @@ fn user_roles() -> Vec<Value> {
         "virtualmachineinstances/softreboot",
         "virtualmachineinstances/reset",
         "virtualmachineinstances/evacuate/cancel",
+        "virtualmachineinstances/addvolume",
+        "virtualmachineinstances/removevolume",
     ];
     let sub = "subresources.kubevirt.io";
     let group = "kubevirt.io";

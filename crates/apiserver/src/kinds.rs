@@ -94,7 +94,7 @@ pub(crate) struct Kinds {
 }
 
 impl Kinds {
-    fn build(store: &Store, generation: u64) -> Self {
+    fn build(store: &Store, actions: &[Resource], generation: u64) -> Self {
         let mut kinds = Kinds { generation, ..Self::default() };
         for resource in builtin::resources() {
             let core_event = resource.plural == "events";
@@ -104,6 +104,9 @@ impl Kinds {
                 resource.gv.clone()
             };
             kinds.add(resource, stored, String::new());
+        }
+        for resource in actions {
+            kinds.add(resource.clone(), resource.gv.clone(), String::new());
         }
         for entry in store.list(CRDS, None, 0).entries {
             let definition = entry.json();
@@ -153,7 +156,8 @@ impl Kinds {
     /// Every stored kind once.
     pub(crate) fn stored(&self) -> impl Iterator<Item = &Arc<Kind>> {
         let mut seen = BTreeSet::new();
-        let stored = self.by_path.values().filter(|kind| !kind.resource.virtual_create_only);
+        let stored =
+            self.by_path.values().filter(|kind| !kind.resource.virtual_create_only && !kind.resource.actions_only);
         stored.filter(move |kind| seen.insert(kind.prefix.as_str()))
     }
 
@@ -177,12 +181,14 @@ fn established(definition: &Value) -> bool {
 #[derive(Debug)]
 pub(crate) struct Registry {
     store: Store,
+    /// Beside built-in kinds and those of definitions.
+    actions: Vec<Resource>,
     state: Mutex<(Option<Watch>, Arc<Kinds>)>,
 }
 
 impl Registry {
-    pub(crate) fn new(store: Store) -> Self {
-        Self { store, state: Mutex::new((None, Arc::default())) }
+    pub(crate) fn new(store: Store, actions: Vec<Resource>) -> Self {
+        Self { store, actions, state: Mutex::new((None, Arc::default())) }
     }
 
     /// The table as it stands now.
@@ -195,7 +201,7 @@ impl Registry {
         if !fresh {
             let generation = state.1.generation + 1;
             state.0 = self.store.watch(CRDS, self.store.revision()).ok();
-            state.1 = Arc::new(Kinds::build(&self.store, generation));
+            state.1 = Arc::new(Kinds::build(&self.store, &self.actions, generation));
         }
         state.1.clone()
     }

@@ -4,6 +4,7 @@
 //! ones and those of CustomResourceDefinitions, which are served as soon as they are stored. Objects are JSON values
 //! throughout; what each kind does beyond the common rules is in `strategy`.
 
+mod actions;
 mod admission;
 mod bootstrap;
 mod budgets;
@@ -33,6 +34,7 @@ mod update;
 mod user;
 mod watch;
 
+pub use actions::{ActionRequest, Actions, Deed};
 pub use admission::{Admission, AdmissionRequest, EvictionVerdict, Lookup, MutateOutcome, Operation, OwnWrite};
 pub use respond::Body;
 pub use server::Service;
@@ -118,6 +120,8 @@ pub struct Options {
     pub kubelet_client: Option<TlsFiles>,
     /// Plugins in the order in which they are asked.
     pub admission: Vec<Arc<dyn Admission>>,
+    /// Subresources of groups of their own.
+    pub actions: Vec<Arc<dyn Actions>>,
     /// Way to the kubelets.
     pub dialer: Arc<dyn Dialer>,
 }
@@ -128,6 +132,8 @@ pub struct Parts {
     pub store: Store,
     /// Plugins in the order in which they are asked.
     pub admission: Vec<Arc<dyn Admission>>,
+    /// Subresources of groups of their own.
+    pub actions: Vec<Arc<dyn Actions>>,
     /// Way to the kubelets.
     pub dialer: Arc<dyn Dialer>,
     /// The identity towards kubelets.
@@ -139,7 +145,14 @@ pub struct Parts {
 impl Parts {
     /// The least: no plugins, no kubelets.
     pub fn new(store: Store) -> Self {
-        Self { store, admission: Vec::new(), dialer: Arc::new(DirectDialer), kubelet_client: None, ca: String::new() }
+        Self {
+            store,
+            admission: Vec::new(),
+            actions: Vec::new(),
+            dialer: Arc::new(DirectDialer),
+            kubelet_client: None,
+            ca: String::new(),
+        }
     }
 }
 
@@ -161,10 +174,14 @@ impl Server {
     pub async fn start(parts: Parts) -> Result<Self, Error> {
         let kubelet = parts.kubelet_client.as_ref().map(listen::client_config).transpose()?;
         let inner = Arc::new(Inner {
-            registry: kinds::Registry::new(parts.store.clone()),
+            registry: kinds::Registry::new(
+                parts.store.clone(),
+                parts.actions.iter().flat_map(|actions| actions.resources()).collect(),
+            ),
             rbac: rbac::Rbac::new(parts.store.clone()),
             store: parts.store,
             admission: parts.admission,
+            actions: parts.actions,
             dialer: parts.dialer,
             kubelet: kubelet.map(Arc::new),
             documents: paths::Documents::default(),
@@ -205,11 +222,11 @@ impl Prepared {
     /// # Errors
     /// Unusable certificates, or objects of the server's own that cannot be made.
     pub async fn new(options: Options) -> Result<Self, Error> {
-        let Options { store, listeners, tls, kubelet_client, admission, dialer } = options;
+        let Options { store, listeners, tls, kubelet_client, admission, actions, dialer } = options;
         let acceptor = listen::acceptor(&tls)?;
         let ca = std::fs::read_to_string(&tls.ca)
             .map_err(|error| Error::Pem { path: tls.ca.clone(), why: error.to_string() })?;
-        let server = Server::start(Parts { store, admission, dialer, kubelet_client, ca }).await?;
+        let server = Server::start(Parts { store, admission, actions, dialer, kubelet_client, ca }).await?;
         Ok(Self { server, listeners, acceptor })
     }
 

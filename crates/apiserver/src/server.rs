@@ -1,5 +1,6 @@
 //! One request from its first byte to its answer.
 
+use crate::actions::{self, Actions};
 use crate::admission::{Admission, Lookup};
 use crate::kinds::{Kind, Kinds, Registry};
 use crate::rbac::{Action, Rbac};
@@ -31,6 +32,7 @@ pub(crate) struct Inner {
     pub(crate) registry: Registry,
     pub(crate) rbac: Rbac,
     pub(crate) admission: Vec<Arc<dyn Admission>>,
+    pub(crate) actions: Vec<Arc<dyn Actions>>,
     pub(crate) dialer: Arc<dyn Dialer>,
     pub(crate) kubelet: Option<Arc<rustls::ClientConfig>>,
     pub(crate) documents: paths::Documents,
@@ -238,6 +240,9 @@ async fn resource(cx: &Context, body: Bytes) -> Reply {
     let info = &cx.info;
     let kind =
         cx.kinds.get(&info.group, &info.version, &info.resource).cloned().ok_or_else(Status::no_such_resource)?;
+    if kind.resource.actions_only {
+        return actions::act(cx, &kind.resource, &body).await;
+    }
     cx.warn(kind.resource.deprecation_warning.clone());
     let (group, plural) = kind.names();
     let unsupported = || Err(Status::method_not_supported(group, plural, info.verb));

@@ -11,7 +11,9 @@ use crate::names;
 use crate::object::{Kind, Name, Object, Stored};
 use crate::plan::{Plan, View};
 use crate::world::{Change, World, claims_of, vmi_of_pod};
-use crate::{confirm, evacuation, history, kubevirt, migration, node, placement, turns, vm, vmi, volumes, workloads};
+use crate::{
+    confirm, evacuation, history, hotplug, kubevirt, migration, node, placement, turns, vm, vmi, volumes, workloads,
+};
 
 /// A group of decisions that can be switched on and off: cluster mode leaves placement, volumes and nodes to Kubernetes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -314,6 +316,7 @@ impl Key {
         keys.extend(world.volumes.names().cloned().map(Key::Volume));
         keys.extend(world.pods.names().cloned().map(Key::Placement));
         keys.extend(world.pods.iter().filter_map(|pod| vmi_of_pod(pod)).map(Key::Vmi));
+        keys.extend(world.pods.iter().filter_map(|pod| hotplug::vmi_of_attachment(pod)).map(Key::Vmi));
         keys.sort();
         keys.dedup();
         keys
@@ -373,6 +376,10 @@ fn affected_by_pod(change: &Change, name: &Name, world: &World, keys: &mut Vec<K
                     keys.push(Key::Turns);
                 }
             }
+            keys.push(Key::Vmi(vmi));
+        }
+        if let Some(vmi) = hotplug::vmi_of_attachment(pod) {
+            keys.extend(world.migrations_of(&vmi).map(|migration| Key::Migration(migration.key())));
             keys.push(Key::Vmi(vmi));
         }
         keys.extend(claims_of(pod).map(Key::Claim));

@@ -380,7 +380,8 @@ impl Volumes {
             let path = "/var/run/kubevirt/kernel-boot".to_owned();
             self.image("kernel-boot".to_owned(), &container.image, container.image_pull_policy.clone(), path);
         }
-        for volume in &spec.volumes {
+        // Claims of disks that come while the guest runs are not the launcher's to hold: others bring it their images.
+        for volume in spec.volumes.iter().filter(|volume| !volume.is_hotpluggable()) {
             let claim = volume.persistent_volume_claim.as_ref().map(|claim| claim.claim_name.as_str());
             let claim = claim.and_then(|claim| world.claims.get(&Name::new(vmi.namespace(), claim)));
             self.add(volume, claim.is_some_and(|claim| volumes::is_block(claim)));

@@ -11,6 +11,9 @@ mod evacuation_tests;
 pub mod history;
 #[cfg(test)]
 mod history_tests;
+pub mod hotplug;
+#[cfg(test)]
+mod hotplug_tests;
 mod key;
 pub mod kubevirt;
 pub mod launcher_pod;
@@ -61,6 +64,8 @@ pub struct Settings {
     pub launcher_pull_policy: Option<String>,
     /// The command that starts a launcher, e.g. `["/usr/bin/godwit", "launcher"]`.
     pub launcher_command: Vec<String>,
+    /// The command that holds claims for disks which come while the guest runs, e.g. `["/usr/bin/godwit", "attachment"]`.
+    pub attachment_command: Vec<String>,
     /// Folder that all nodes see; volumes of StorageClass `shared` are folders in it.
     pub shared_root: String,
     /// Folder of one node for volumes of StorageClass `local`; `{node}` stands for the node's name.
@@ -79,6 +84,7 @@ impl Settings {
             launcher_image: names::HOST_IMAGE.to_owned(),
             launcher_pull_policy: None,
             launcher_command: vec!["/usr/bin/godwit".to_owned(), "launcher".to_owned()],
+            attachment_command: vec!["/usr/bin/godwit".to_owned(), "attachment".to_owned()],
             shared_root: format!("{data_dir}/shared"),
             local_root: format!("{data_dir}/nodes/{{node}}/local"),
             scheduler_name: "default-scheduler".to_owned(),

@@ -78,6 +78,11 @@ pub fn persistent_state(vmi: &str, seed: &str) -> String {
     format!("{LABEL_PERSISTENT_STATE}-{vmi}-{}", letters(seed, 10))
 }
 
+/// The name of an attachment pod. Ten letters: it belongs to one launcher pod and one set of volumes.
+pub fn attachment_pod(seed: &str) -> String {
+    format!("{ATTACHMENT_POD_PREFIX}{}", letters(seed, 10))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -303,7 +303,8 @@ fn printable(
 }
 
 fn waits_for_binding(vmi: &VirtualMachineInstance, view: &View<'_>) -> bool {
-    vmi.spec.volumes.iter().filter_map(|volume| volume.persistent_volume_claim.as_ref()).any(|claim| {
+    let cold = vmi.spec.volumes.iter().filter(|volume| !volume.is_hotpluggable());
+    cold.filter_map(|volume| volume.persistent_volume_claim.as_ref()).any(|claim| {
         let claim = view.world.claims.get(&Name::new(vmi.namespace(), claim.claim_name.as_str()));
         claim.is_some_and(|claim| !crate::volumes::is_bound(claim))
     })

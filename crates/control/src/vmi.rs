@@ -16,6 +16,7 @@ use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::{Pod, PodCondition};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
+use crate::hotplug;
 use crate::launcher_pod::{self, Role};
 use crate::migration;
 use crate::names;
@@ -72,8 +73,10 @@ pub fn decide(name: &Name, view: &View<'_>) -> Plan {
         take_down(vmi, &mut after, view, &mut plan);
     } else if vmi.is_final() {
         end_pods(vmi, view.world, &mut plan);
+        hotplug::release(vmi, view, &mut plan, &mut events);
     } else {
         drive(vmi, &mut after, view, &mut plan, &mut events);
+        hotplug::decide(vmi, &mut after, view, &mut plan, &mut events);
         sweep(vmi, view, &mut plan);
         mark_pods(vmi, view, &mut plan);
     }
@@ -164,7 +167,8 @@ fn start(
     if migrating || view.world.pods_of_vmi(vmi.uid()).any(|pod| !placement::is_finished(pod)) {
         return;
     }
-    let claims = vmi.spec.volumes.iter().filter_map(|volume| volume.persistent_volume_claim.as_ref());
+    let cold = vmi.spec.volumes.iter().filter(|volume| !volume.is_hotpluggable());
+    let claims = cold.filter_map(|volume| volume.persistent_volume_claim.as_ref());
     let missing = claims
         .map(|claim| Name::new(vmi.namespace(), claim.claim_name.as_str()))
         .find(|claim| view.world.claims.get(claim).is_none());
@@ -467,7 +471,8 @@ fn remove_orphans(name: &Name, world: &World, plan: &mut Plan) {
             && pod.label(names::LABEL_APP) == Some(names::APP_VIRT_LAUNCHER)
             && pod.annotation(names::ANNOTATION_DOMAIN) == Some(name.name.as_str())
     });
-    for pod in launchers.filter(|pod| !pod.deleting()) {
+    let attachments = world.pods.iter().filter(|pod| hotplug::vmi_of_attachment(pod).as_ref() == Some(name));
+    for pod in launchers.chain(attachments).filter(|pod| !pod.deleting()) {
         plan.delete(pod.as_ref());
     }
 }

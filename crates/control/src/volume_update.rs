@@ -22,7 +22,7 @@ use std::sync::Arc;
 use crate::names;
 use crate::object::{Name, Stored};
 use crate::plan::{Plan, View};
-use crate::{quantity, selector, vm, volumes};
+use crate::{hotplug, quantity, selector, vm, volumes};
 
 /// Label of the migrations that move volumes; its value is the VM's name (KubeVirt's).
 pub const LABEL_IN_PROGRESS: &str = "kubevirt.io/volume-update-in-progress";
@@ -75,6 +75,7 @@ pub fn decide(after: &mut VirtualMachine, vmi: &VirtualMachineInstance, view: &V
             condition::set(&mut wanted.status.conditions, told, &now);
         }
     }
+    bring_late_disks(after, vmi, &mut wanted);
     plan.update(vmi, &wanted);
     match restart {
         Some(why) => {
@@ -132,10 +133,42 @@ fn template(vm: &VirtualMachine) -> &[Volume] {
     vm.spec.template.as_ref().map(|template| template.spec.volumes.as_slice()).unwrap_or_default()
 }
 
+/// Volumes whose disks are there from the guest's start.
+fn cold(volumes: &[Volume]) -> impl Iterator<Item = &Volume> {
+    volumes.iter().filter(|volume| !volume.is_hotpluggable())
+}
+
+/// Makes the disks that come and go while the guest runs those of the VM's template (KubeVirt's declarative hot-plugging). One
+/// that names another claim is taken out first, and put in again when nothing is left of it.
+fn bring_late_disks(vm: &VirtualMachine, vmi: &VirtualMachineInstance, wanted: &mut VirtualMachineInstance) {
+    let Some(template) = vm.spec.template.as_ref().map(|template| &template.spec) else { return };
+    if vmi.status.phase != VmiPhase::Running || hotplug::is_moving(vmi) {
+        return;
+    }
+    let late = |volumes: &'_ [Volume], name: &str| volumes.iter().find(|one| one.name == name).cloned();
+    let goes = |volume: &Volume| {
+        let same = late(&template.volumes, &volume.name).is_some_and(|one| claim_of(&one) == claim_of(volume));
+        volume.is_hotpluggable() && !same
+    };
+    let gone: Vec<String> =
+        wanted.spec.volumes.iter().filter(|volume| goes(volume)).map(|volume| volume.name.clone()).collect();
+    wanted.spec.volumes.retain(|volume| !gone.contains(&volume.name));
+    wanted.spec.domain.devices.disks.retain(|disk| !gone.contains(&disk.name));
+    for volume in template.volumes.iter().filter(|volume| volume.is_hotpluggable()) {
+        let there = vmi.spec.volumes.iter().any(|one| one.name == volume.name)
+            || vmi.status.volume_status.iter().any(|one| one.name == volume.name);
+        let disk = template.domain.devices.disks.iter().find(|disk| disk.name == volume.name);
+        if let Some(disk) = disk.filter(|_| !there && vmi.takes_disks()) {
+            wanted.spec.volumes.push(volume.clone());
+            wanted.spec.domain.devices.disks.push(disk.clone());
+        }
+    }
+}
+
 /// Whether the VM names other volumes or claims. Nothing else of a volume counts: admission fills in defaults.
 fn differ(vm: &VirtualMachine, volumes: &[Volume]) -> bool {
     let named = |volume: &Volume| (volume.name.clone(), claim_of(volume).map(str::to_owned));
-    !template(vm).iter().map(named).eq(volumes.iter().map(named))
+    !cold(template(vm)).map(named).eq(cold(volumes).map(named))
 }
 
 /// Puts these volumes onto these claims.
@@ -181,12 +214,12 @@ fn prepare(
         return Err("the volumes have changed before the guest ran".into());
     }
     let (new, old) = (template(vm), &vmi.spec.volumes);
-    if !new.iter().map(|volume| &volume.name).eq(old.iter().map(|volume| &volume.name)) {
+    if !cold(new).map(|volume| &volume.name).eq(cold(old).map(|volume| &volume.name)) {
         return Err("volumes were added, removed or put in another order".into());
     }
     let mut moves = Vec::new();
     let mut others = Vec::new();
-    for (new, old) in new.iter().zip(old).filter(|(new, old)| claim_of(new) != claim_of(old)) {
+    for (new, old) in cold(new).zip(cold(old)).filter(|(new, old)| claim_of(new) != claim_of(old)) {
         match (claim_of(old), claim_of(new)) {
             (Some(from), Some(to)) => moves.push((new.name.as_str(), from, to)),
             _ => others.push(new.name.as_str()),

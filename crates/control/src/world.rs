@@ -17,7 +17,7 @@ use smol_str::SmolStr;
 
 use crate::object::{Kind, Name, Object, Stored};
 use crate::ordered::Ordered;
-use crate::{kubevirt, names, node, persistent_state, placement, turns, volumes};
+use crate::{hotplug, kubevirt, names, node, persistent_state, placement, turns, volumes};
 
 /// All objects of one type, by name.
 #[derive(Clone, Debug)]
@@ -159,6 +159,7 @@ pub struct World {
     pods_by_node: Index,
     pods_by_vmi_uid: Index,
     pods_by_migration_uid: Index,
+    attachments_by_launcher: Index,
     pods_by_claim: Index,
     vmis_by_node: Index,
     vmis_by_uid: Index,
@@ -193,6 +194,7 @@ struct Terms {
     pods_by_node: Vec<String>,
     pods_by_vmi_uid: Vec<String>,
     pods_by_migration_uid: Vec<String>,
+    attachments_by_launcher: Vec<String>,
     pods_by_claim: Vec<String>,
     vmis_by_node: Vec<String>,
     vmis_by_uid: Vec<String>,
@@ -354,6 +356,7 @@ impl World {
             (&mut self.pods_by_node, &old.pods_by_node, &new.pods_by_node),
             (&mut self.pods_by_vmi_uid, &old.pods_by_vmi_uid, &new.pods_by_vmi_uid),
             (&mut self.pods_by_migration_uid, &old.pods_by_migration_uid, &new.pods_by_migration_uid),
+            (&mut self.attachments_by_launcher, &old.attachments_by_launcher, &new.attachments_by_launcher),
             (&mut self.pods_by_claim, &old.pods_by_claim, &new.pods_by_claim),
             (&mut self.vmis_by_node, &old.vmis_by_node, &new.vmis_by_node),
             (&mut self.vmis_by_uid, &old.vmis_by_uid, &new.vmis_by_uid),
@@ -395,6 +398,11 @@ impl World {
     /// Target pods made for a migration, by its UID.
     pub fn pods_of_migration(&self, uid: &str) -> impl Iterator<Item = &Arc<Pod>> {
         self.pods.pick(self.pods_by_migration_uid.get(uid))
+    }
+
+    /// Pods that hold claims for a launcher's pod, by its UID.
+    pub fn attachments_of(&self, launcher_uid: &str) -> impl Iterator<Item = &Arc<Pod>> {
+        self.pods.pick(self.attachments_by_launcher.get(launcher_uid))
     }
 
     /// Pods that use a claim.
@@ -525,6 +533,7 @@ fn terms(object: &Object) -> Terms {
             terms.pods_by_node.extend(spec.and_then(|spec| spec.node_name.clone()).filter(|node| !node.is_empty()));
             terms.pods_by_vmi_uid.extend(pod.label(names::LABEL_CREATED_BY).map(str::to_owned));
             terms.pods_by_migration_uid.extend(pod.label(names::LABEL_MIGRATION_JOB_UID).map(str::to_owned));
+            terms.attachments_by_launcher.extend(hotplug::launcher_of(pod).map(str::to_owned));
             terms.pods_by_claim.extend(claims_of(pod).map(|claim| claim.to_string()));
             let labels = pod.metadata.labels.iter().flatten();
             terms.pods_by_label.extend(labels.map(|(key, value)| placement::label(key, value)));

@@ -47,6 +47,9 @@ pub enum Command {
     /// The process of a VM's pod (started by its kubelet)
     #[command(hide = true)]
     Launcher(Launcher),
+    /// The process of a pod that holds claims for disks which come while a VM runs (started by its kubelet)
+    #[command(hide = true)]
+    Attachment(Attachment),
     /// The supervisor of one container (started by a kubelet)
     #[command(hide = true)]
     Shim(Shim),
@@ -388,6 +391,14 @@ impl From<Launcher> for godwit_launcher::Options {
     fn from(launcher: Launcher) -> Self {
         Self { name: launcher.name, namespace: launcher.namespace, uid: launcher.uid }
     }
+}
+
+/// `godwit attachment`
+#[derive(clap::Args)]
+pub struct Attachment {
+    /// A claim: the volume's name, `rw` or `ro`, its size in bytes, and where it is
+    #[arg(long = "volume", value_name = "NAME:rw:BYTES:PATH")]
+    pub volumes: Vec<godwit_launcher::attachment::Claim>,
 }
 
 /// `godwit shim`

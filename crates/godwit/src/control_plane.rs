@@ -1,5 +1,6 @@
 //! The control plane's process: store, API server, KubeVirt's kinds and rules, controllers.
 
+use crate::actions::KubeVirtActions;
 use crate::admission::KubeVirtAdmission;
 use crate::args::ControlPlane;
 use crate::shutdown::until;
@@ -37,6 +38,7 @@ async fn serve(layout: &Layout, cluster: &Cluster) -> anyhow::Result<()> {
         tls: files(layout, pki::API_SERVER),
         kubelet_client: Some(files(layout, pki::KUBELET_CLIENT)),
         admission: vec![Arc::new(KubeVirtAdmission)],
+        actions: vec![Arc::new(KubeVirtActions)],
         dialer: Arc::new(FabricDialer(switch)),
     };
     let prepared = Prepared::new(options).await.context("API server")?;

@@ -1,5 +1,6 @@
 //! The `godwit` binary: argument parsing and wiring, nothing else.
 
+mod actions;
 mod admission;
 mod args;
 mod bench;
@@ -38,6 +39,14 @@ fn run(args: Args) -> anyhow::Result<ExitCode> {
                 .map(|()| ExitCode::SUCCESS)
                 .context("launcher");
         }
+        Command::Attachment(attachment) => {
+            log_to_stderr();
+            let sockets = godwit_launcher::rpc::Paths::default().sockets;
+            return one_thread()?
+                .block_on(godwit_launcher::attachment::run(attachment.volumes, &sockets))
+                .map(|()| ExitCode::SUCCESS)
+                .context("attachment");
+        }
         Command::Node(ref node) => {
             log_to_stderr();
             return node::run(node).map(|()| ExitCode::SUCCESS);
@@ -72,6 +81,7 @@ fn run(args: Args) -> anyhow::Result<ExitCode> {
         }
         Command::Shim(_)
         | Command::Launcher(_)
+        | Command::Attachment(_)
         | Command::Node(_)
         | Command::ControlPlane(_)
         | Command::Simulate(_) => {}

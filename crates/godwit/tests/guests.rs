@@ -5,6 +5,8 @@
 mod common;
 #[path = "guests/keep.rs"]
 mod keep;
+#[path = "guests/plug.rs"]
+mod plug;
 #[path = "guests/view.rs"]
 mod view;
 

@@ -90,6 +90,7 @@ impl Servers {
             kubelet_client: None,
             tls,
             admission: vec![Arc::new(admission::KubeVirtAdmission)],
+            actions: Vec::new(),
             dialer: Arc::new(DirectDialer),
         };
         let (stop, stopped) = oneshot::channel();

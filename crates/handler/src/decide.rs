@@ -33,6 +33,13 @@ pub enum Action {
         /// The pod.
         pod: String,
     },
+    /// Give the guest the disks that its VMI has got, and take away those that it has not any more.
+    ChangeDisks {
+        /// The pod.
+        pod: String,
+        /// The volumes that the guest lacks.
+        missing: Vec<String>,
+    },
     /// Order the launcher to receive, and open the channels meanwhile.
     PrepareTarget {
         /// The pod.

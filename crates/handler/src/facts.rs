@@ -54,6 +54,10 @@ pub struct VmiView {
     pub link_broken: bool,
     /// KubeVirt's test hook: no migration of it succeeds.
     pub fails_migration: bool,
+    /// Hotpluggable volumes of the spec.
+    pub hotpluggable: Vec<String>,
+    /// Those of them whose claims are on the guest's node, in the hands of an attachment pod.
+    pub attached: Vec<String>,
     /// `status.migrationState`.
     pub migration: Option<MigrationView>,
 }

@@ -1,11 +1,16 @@
-//! Hands a guest's memory from one launcher of this node to another: as a descriptor, so that both map the same pages.
+//! Hands open files from one pod of this node to another: a guest's memory, so that two launchers map the same pages, and the
+//! images of disks that come while a guest runs.
 
 use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use godwit_api::names::ATTACHMENT_SOCKET;
 use godwit_launcher::client::Client;
 use godwit_launcher::memory::GuestMemory;
+use godwit_launcher::{attachment, descriptor};
 use tokio::net::UnixListener;
 use tokio::task::JoinHandle;
 
@@ -14,7 +19,7 @@ use crate::sockets::SocketDir;
 /// How long a launcher may take to come to the socket and to deal with what is there.
 const MEET_LIMIT: Duration = Duration::from_secs(10);
 
-/// Memory that waits behind a socket for the launcher that shall have it. Dropping it ends the wait.
+/// What waits behind a socket for the launcher that shall have it. Dropping it ends the wait.
 pub struct Offered {
     /// The socket's name, for the order.
     pub socket: String,
@@ -63,12 +68,42 @@ pub async fn borrow(client: &Client, dir: &SocketDir, uid: &str) -> Result<Guest
 
 /// Offers memory to the target's launcher.
 pub fn offer(memory: GuestMemory, dir: Arc<SocketDir>, uid: &str) -> io::Result<Offered> {
-    let socket = name(uid, "in")?;
+    wait_behind(name(uid, "in")?, dir, move |stream| memory.send(stream))
+}
+
+/// Offers the image of a disk to a launcher; `number` tells several of one order apart.
+pub fn offer_image(image: OwnedFd, dir: Arc<SocketDir>, number: usize) -> io::Result<Offered> {
+    wait_behind(format!("disk-{number}.sock"), dir, move |stream| descriptor::send(image.as_fd(), stream))
+}
+
+fn wait_behind(
+    socket: String,
+    dir: Arc<SocketDir>,
+    deal: impl FnOnce(&std::os::unix::net::UnixStream) -> io::Result<()> + Send + 'static,
+) -> io::Result<Offered> {
     let listener = dir.listen(&socket)?;
+    let offered = socket.clone();
     let task = tokio::spawn(async move {
-        if let Err(error) = meet(&listener, move |stream| memory.send(stream)).await {
-            tracing::warn!(%error, "handing the source's memory to the target's launcher");
+        if let Err(error) = meet(&listener, deal).await {
+            tracing::warn!(%error, socket, "handing something to a launcher");
         }
     });
-    Ok(Offered { socket, dir, task })
+    Ok(Offered { socket: offered, dir, task })
+}
+
+/// Gets the image of a volume from the attachment pod of this UID, which is on this node.
+pub async fn image(kubelet_root: &Path, pod_uid: &str, volume: &str) -> io::Result<OwnedFd> {
+    // It becomes a part of a path.
+    if !SocketDir::is_name(pod_uid) {
+        return Err(io::Error::other(format!("{pod_uid:?} is no pod's UID")));
+    }
+    let dir = SocketDir::open(SocketDir::path_of(kubelet_root, pod_uid))?;
+    let volume = volume.to_owned();
+    let asked = tokio::task::spawn_blocking(move || {
+        let stream = std::os::unix::net::UnixStream::connect(dir.short(ATTACHMENT_SOCKET))?;
+        stream.set_read_timeout(Some(MEET_LIMIT))?;
+        stream.set_write_timeout(Some(MEET_LIMIT))?;
+        attachment::ask(&stream, &volume)
+    });
+    asked.await.map_err(io::Error::other)?
 }

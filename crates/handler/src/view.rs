@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use godwit_api::vmi::{MigrationMode as ApiMode, VirtualMachineInstance};
+use godwit_api::vmi::{MigrationMode as ApiMode, VirtualMachineInstance, VolumePhase};
 use godwit_api::{config, names};
 use godwit_launcher::rpc::MigrationMode;
 use k8s_openapi::api::core::v1::Pod;
@@ -27,8 +27,23 @@ pub fn vmi(vmi: &VirtualMachineInstance) -> VmiView {
         link_broken: vmi
             .condition(names::conditions::SYNCHRONIZED)
             .is_some_and(|c| c.reason.as_deref() == Some(names::conditions::POST_COPY_LINK_BROKEN)),
+        hotpluggable: vmi.spec.volumes.iter().filter(|v| v.is_hotpluggable()).map(|v| v.name.clone()).collect(),
+        attached: attached(vmi),
         migration: migration(vmi),
     }
+}
+
+fn attached(vmi: &VirtualMachineInstance) -> Vec<String> {
+    let in_spec = |name: &str| vmi.spec.volumes.iter().any(|v| v.name == name && v.is_hotpluggable());
+    let there = |phase: &VolumePhase| {
+        matches!(phase, VolumePhase::AttachedToNode | VolumePhase::MountedToPod | VolumePhase::Ready)
+    };
+    let statuses = vmi.status.volume_status.iter();
+    let attached = statuses.filter(|one| {
+        let pod = one.hotplug_volume.as_ref().and_then(|held| held.attach_pod_uid.as_deref());
+        in_spec(&one.name) && pod.is_some_and(|uid| !uid.is_empty()) && one.phase.as_ref().is_some_and(there)
+    });
+    attached.map(|one| one.name.clone()).collect()
 }
 
 fn migration(vmi: &VirtualMachineInstance) -> Option<MigrationView> {

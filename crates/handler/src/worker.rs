@@ -25,6 +25,7 @@ use crate::view::{self, LauncherPod};
 use crate::write;
 
 mod act;
+mod disks;
 
 /// After an error, before the next attempt: doubled each time between these.
 const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));

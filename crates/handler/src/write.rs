@@ -2,8 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use godwit_api::names::{self, conditions as c};
-use godwit_api::vmi::{PersistentVolumeClaimInfo, VirtualMachineInstance, VmiNetworkInterface, VolumeStatus};
+use godwit_api::names::{self, conditions as c, events};
+use godwit_api::vmi::{
+    PersistentVolumeClaimInfo, VirtualMachineInstance, VmiNetworkInterface, VolumePhase, VolumeStatus,
+};
 use godwit_api::{Condition, condition};
 use godwit_launcher::rpc::{DomainPhase, MigrationMode, State};
 use jiff::Timestamp;
@@ -342,17 +344,24 @@ fn set(status: &mut Map<String, Value>, key: &str, value: Value) {
     status.insert(key.to_owned(), value);
 }
 
-/// The volumes in the order of the spec, as the launcher has them as disks; what is not known now stays as it was.
+/// The volumes in the order of the spec, as the launcher has them as disks; what is not known now stays as it was. Of disks that
+/// come and go the controller says how far they have come, up to the guest.
 fn volumes(
     vmi: &VirtualMachineInstance,
     state: &State,
     claims: &BTreeMap<String, PersistentVolumeClaimInfo>,
 ) -> Vec<VolumeStatus> {
+    let known = |name: &str| vmi.status.volume_status.iter().find(|old| old.name == name);
+    let disk = |name: &str| state.volumes.iter().find(|disk| disk.name == name);
     let one = |volume: &godwit_api::vmi::Volume| {
-        let old = vmi.status.volume_status.iter().find(|old| old.name == volume.name);
-        let disk = state.volumes.iter().find(|disk| disk.name == volume.name);
+        let old = known(&volume.name);
+        let disk = disk(&volume.name);
+        // The controller has not seen it yet.
+        if volume.is_hotpluggable() && old.is_none() {
+            return None;
+        }
         let claim = volume.persistent_volume_claim.as_ref().and_then(|source| claims.get(&source.claim_name));
-        VolumeStatus {
+        let mut status = VolumeStatus {
             name: volume.name.clone(),
             target: disk.map(|d| d.target.clone()).or_else(|| old.map(|o| o.target.clone())).unwrap_or_default(),
             persistent_volume_claim_info: claim
@@ -362,11 +371,31 @@ fn volumes(
                 .and_then(|d| d.size_bytes)
                 .and_then(|bytes| i64::try_from(bytes).ok())
                 .or_else(|| old.and_then(|o| o.size)),
+            ..old.cloned().unwrap_or_default()
+        };
+        if volume.is_hotpluggable() && disk.is_some() && status.is_being_changed() {
+            status.phase = Some(VolumePhase::Ready);
+            status.reason = Some(events::reason::VOLUME_READY.to_owned());
+            status.message = Some(events::volume_ready(&volume.name));
         }
+        Some(status)
+    };
+    let goes = |old: &&VolumeStatus| {
+        old.hotplug_volume.is_some() && !vmi.spec.volumes.iter().any(|volume| volume.name == old.name)
+    };
+    let gone = |old: &VolumeStatus| {
+        let mut status = old.clone();
+        if disk(&old.name).is_none() {
+            status.phase = Some(VolumePhase::UnMountedFromPod);
+            status.reason = Some(events::reason::VOLUME_UNMOUNTED.to_owned());
+            status.message = Some(events::volume_unmounted(&old.name));
+        }
+        status
     };
     // The controller's own: no disk of the guest.
     let kept = vmi.status.volume_status.iter().filter(|status| status.name == names::PERSISTENT_STATE_VOLUME);
-    vmi.spec.volumes.iter().map(one).chain(kept.cloned()).collect()
+    let stay = vmi.spec.volumes.iter().filter_map(one).chain(kept.cloned());
+    stay.chain(vmi.status.volume_status.iter().filter(goes).map(gone)).collect()
 }
 
 /// The interfaces in the order of the spec. Behind masquerade the pod's addresses are the guest's; bridged to the pod network they

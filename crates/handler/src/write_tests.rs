@@ -308,3 +308,37 @@ fn volumes_are_told_as_the_guest_has_them() {
     // A launcher that does not say keeps what is known.
     assert_eq!(made(&new, &report, running()), None);
 }
+
+#[test]
+fn a_disk_that_came_late_is_ready_when_the_guest_has_it_and_gone_when_it_has_not() {
+    let entry = |phase: &str| {
+        json!({ "volumeStatus": [{ "name": "late", "target": "", "phase": phase,
+            "hotplugVolume": { "attachPodName": "hp-volume-x", "attachPodUID": "u" } }] })
+    };
+    let volumes = json!([{ "name": "late", "persistentVolumeClaim": { "claimName": "data", "hotpluggable": true } }]);
+    let report = [Change::Report { pod: "p".into() }];
+    let with = || {
+        let mut state = running();
+        let late = VolumeState { name: "late".into(), target: "sda".into(), place: Some(0), ..VolumeState::default() };
+        state.volumes = vec![late];
+        state
+    };
+    let told = |old: &VirtualMachineInstance, state: State| {
+        let patch = made(old, &report, state);
+        let new = patch.map_or_else(|| old.clone(), |patch| applied(old, &patch));
+        let status = new.status.volume_status.into_iter().next();
+        status.map(|one| (one.phase.map(|phase| phase.as_str().to_owned()).unwrap_or_default(), one.target))
+    };
+    let told_as = |phase: &str, target: &str| Some((phase.to_owned(), target.to_owned()));
+    let mut old = vmi(entry("AttachedToNode"));
+    old.spec.volumes = serde_json::from_value(volumes.clone()).unwrap();
+    assert_eq!(told(&old, running()), told_as("AttachedToNode", ""), "it waits for the launcher");
+    assert_eq!(told(&old, with()), told_as("Ready", "sda"));
+    // The controller says first that there is such a disk.
+    old.status.volume_status.clear();
+    assert_eq!(told(&old, running()), None);
+
+    let leaving = vmi(entry("Detaching"));
+    assert_eq!(told(&leaving, with()), told_as("Detaching", ""), "the guest still has it");
+    assert_eq!(told(&leaving, running()), told_as("UnMountedFromPod", ""));
+}

@@ -25,8 +25,8 @@ use crate::volumes::Volumes;
 
 /// The most of a container's last words that is kept (Kubernetes' limit).
 const LAST_WORDS: usize = 4096;
-/// The launcher is ready when this file is in its volume `sockets`.
-const LAUNCHER_MARK: &str = "volumes/kubernetes.io~empty-dir/sockets/launcher.sock";
+/// Pods of these kinds (label `kubevirt.io`) are ready when this file is in their volume `sockets`.
+const MARKS: [(&str, &str); 2] = [("virt-launcher", "launcher.sock"), ("hotplug-disk", "hotplug.sock")];
 
 /// One container of a pod.
 pub(crate) struct Task {
@@ -295,8 +295,9 @@ impl Task {
         if self.init {
             return std::future::pending().await;
         }
-        if self.pod.labels().get("kubevirt.io").is_some_and(|app| app == "virt-launcher") {
-            self.launcher_mark().await;
+        let kind = self.pod.labels().get("kubevirt.io").map(String::as_str);
+        if let Some((_, mark)) = MARKS.iter().find(|(app, _)| kind == Some(app)) {
+            self.mark(mark).await;
         }
         if let Some(check) = check(&self.container.startup_probe, "startupProbe")
             && !repeat(&check, true).await
@@ -353,9 +354,9 @@ impl Task {
         self.normal("Killing", format!("Container {name} failed {} probe, will be restarted", what.to_lowercase()));
     }
 
-    /// Waits for the launcher's socket: soon in most cases, so first it looks often.
-    async fn launcher_mark(&self) {
-        let mark = self.pod_folder.join(LAUNCHER_MARK);
+    /// Waits for its socket: soon in most cases, so first it looks often.
+    async fn mark(&self, socket: &str) {
+        let mark = self.pod_folder.join("volumes/kubernetes.io~empty-dir/sockets").join(socket);
         let mut pause = Duration::from_millis(2);
         while !mark.exists() {
             tokio::time::sleep(pause).await;

@@ -139,6 +139,11 @@ impl Client {
         self.call(Method::POST, rpc::MIGRATION_LEND, Some(&order)).await
     }
 
+    /// Plug disks in and take disks out.
+    pub async fn change_disks(&self, order: &rpc::DisksOrder) -> Result<rpc::State, Error> {
+        self.call(Method::PUT, rpc::DISKS, Some(order)).await
+    }
+
     /// Prepare to receive.
     pub async fn prepare_target(&self, order: &rpc::TargetOrder) -> Result<rpc::TargetReady, Error> {
         self.call(Method::PUT, rpc::MIGRATION_TARGET, Some(order)).await

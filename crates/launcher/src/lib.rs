@@ -5,6 +5,7 @@
 //! could decide; what it does guard, alone, is that no guest is run twice (see [`rpc`] and docs/architecture.md, "Hand-over").
 
 pub mod agent;
+pub mod attachment;
 mod blank;
 pub mod client;
 pub mod console;
@@ -27,8 +28,8 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
 pub use godwit_qemu::accelerator::{Accelerator, Probe};
-pub use godwit_qemu::memory;
 pub use godwit_qemu::qmp::commands::VersionTriple;
+pub use godwit_qemu::{descriptor, memory};
 
 /// What a launcher is started with.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -8,10 +8,10 @@ use crate::rpc::{InterfaceOrder, Paths, VolumeFacts, VolumeState};
 use crate::volumes::{self, Image, Preparer};
 pub use clock::wall_clock_offset;
 use godwit_api::VirtualMachineInstance;
-use godwit_api::vmi::Disk as DiskSpec;
+use godwit_api::vmi::{Disk as DiskSpec, Volume as VolumeSpec};
 use godwit_qemu::accelerator::Accelerator;
-use godwit_qemu::machine::{Boot, Bus, Cache, Cpu, Disk, DiskKind, Machine, Nic, boot_of_kernel};
-use std::collections::BTreeMap;
+use godwit_qemu::machine::{Boot, Bus, Cache, Cpu, Disk, DiskKind, Machine, Nic, boot_of_kernel, plugged_number};
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 /// Name of the monitor's socket.
@@ -44,6 +44,8 @@ pub struct Inputs<'a> {
     pub interfaces: &'a [InterfaceOrder],
     /// What is known of volumes.
     pub volumes: &'a BTreeMap<String, VolumeFacts>,
+    /// The images of disks that the guest was given while it ran, by volume.
+    pub images: &'a BTreeMap<String, PathBuf>,
     /// Where things are.
     pub paths: &'a Paths,
     /// What executes the guest.
@@ -99,7 +101,8 @@ pub async fn plan(inputs: &Inputs<'_>) -> Result<Plan, Error> {
     machine.incoming = inputs.arriving;
     machine.rng = domain.devices.rng.is_some();
     machine.balloon = domain.devices.autoattach_mem_balloon.unwrap_or(true);
-    machine.free_page_hint = machine.balloon && inputs.revision >= 1;
+    machine.free_page_hint = machine.balloon && inputs.revision == 1;
+    machine.hotplug = inputs.revision >= 2 && domain.devices.disable_hotplug != Some(true);
     if domain.devices.autoattach_serial_console.unwrap_or(true) {
         machine.serial = Some(inputs.paths.sockets.join(SERIAL));
     }
@@ -205,10 +208,15 @@ async fn disks(inputs: &Inputs<'_>, machine: &mut Machine) -> Result<Disks, Erro
     let preparer = Preparer { paths: inputs.paths, vmi: inputs.vmi, arriving: inputs.arriving };
     let unknown = VolumeFacts::default();
     let (mut writable, mut volumes) = (Vec::new(), Vec::new());
+    let mut late = Vec::new();
     for spec in &inputs.vmi.spec.domain.devices.disks {
         let Some(volume) = inputs.vmi.spec.volumes.iter().find(|v| v.name == spec.name) else {
             return Err(invalid(format!("disk {} has no volume of its name", spec.name)));
         };
+        if volume.is_hotpluggable() {
+            late.extend(place_of(inputs, &volume.name)?.map(|place| Late { disk: spec, volume, place }));
+            continue;
+        }
         let facts = inputs.volumes.get(&volume.name).unwrap_or(&unknown);
         let image = preparer.prepare(volume, spec.is_read_only(), facts).await?;
         let disk = disk(spec, &image)?;
@@ -226,22 +234,101 @@ async fn disks(inputs: &Inputs<'_>, machine: &mut Machine) -> Result<Disks, Erro
         volumes.push(VolumeState {
             name: volume.name.clone(),
             target: guest_name(machine, disk.bus),
-            size_bytes: None,
             claim: volume.persistent_volume_claim.as_ref().map(|claim| claim.claim_name.clone()),
             shared,
-            base: None,
+            ..VolumeState::default()
         });
         machine.disks.push(disk);
     }
+    // Behind all others, so that those have the same numbers with and without them.
+    for late in late {
+        let (disk, state) = late_disk(&preparer, &late, inputs.images)?;
+        writable.extend(self::writable(&disk, plugged_number(late.place), &state));
+        volumes.push(state);
+        machine.disks.push(disk);
+    }
     Ok((writable, volumes))
+}
+
+/// A disk that comes while the guest runs, or has come so before.
+#[derive(Clone, Copy, Debug)]
+pub struct Late<'a> {
+    /// What it is.
+    pub disk: &'a DiskSpec,
+    /// What is on it.
+    pub volume: &'a VolumeSpec,
+    /// Its place.
+    pub place: u32,
+}
+
+/// The place at which an arriving guest has such a disk; none when it has not got it. A guest that starts gets them afterwards.
+fn place_of(inputs: &Inputs<'_>, volume: &str) -> Result<Option<u32>, Error> {
+    let status = inputs.vmi.status.volume_status.iter().find(|status| status.name == volume);
+    let Some(status) = status.filter(|status| inputs.arriving && status.is_plugged_in()) else { return Ok(None) };
+    match index_of(&status.target) {
+        Some(place) => Ok(Some(place)),
+        None => {
+            Err(invalid(format!("volume {volume}: the guest has it as {:?}, which is no SCSI disk", status.target)))
+        }
+    }
+}
+
+/// The machine's disk for one that comes late, and what is told of it. `images` are those that were handed over.
+pub fn late_disk(
+    preparer: &Preparer<'_>,
+    late: &Late<'_>,
+    images: &BTreeMap<String, PathBuf>,
+) -> Result<(Disk, VolumeState), Error> {
+    let name = &late.volume.name;
+    let Some(path) = images.get(name) else {
+        return Err(invalid(format!("volume {name}: its claim's image was not handed over")));
+    };
+    let image = preparer.handed_over(late.volume, path, late.disk.is_read_only())?;
+    let built = disk(late.disk, &image)?;
+    if built.bus != Bus::Scsi || built.kind != DiskKind::Disk {
+        return Err(invalid(format!("volume {name}: only disks on the bus scsi come while a guest runs")));
+    }
+    let shared = built.read_only || image.same_everywhere;
+    let state = VolumeState {
+        name: name.clone(),
+        target: format!("sd{}", letters(usize::try_from(late.place).unwrap_or(usize::MAX))),
+        claim: late.volume.persistent_volume_claim.as_ref().map(|claim| claim.claim_name.clone()),
+        shared,
+        place: Some(late.place),
+        ..VolumeState::default()
+    };
+    Ok((Disk { place: Some(late.place), boot_index: None, ..built }, state))
+}
+
+/// What has to be known of such a disk if the guest can write to it.
+pub fn writable(disk: &Disk, number: usize, state: &VolumeState) -> Option<WritableDisk> {
+    (!disk.read_only).then(|| WritableDisk {
+        number,
+        volume: state.name.clone(),
+        path: disk.path.clone(),
+        base: None,
+        shared: state.shared,
+        comes: false,
+    })
+}
+
+/// The first place that no disk has: a disk's place is told by its letters, as those of disks that are there from the start.
+pub fn free_place<'a>(targets: impl Iterator<Item = &'a str>) -> u32 {
+    let used: BTreeSet<u32> = targets.filter_map(index_of).collect();
+    (0..).find(|place| !used.contains(place)).unwrap_or(u32::MAX)
 }
 
 /// What Linux most likely calls the next disk on this bus, as KubeVirt counts them.
 fn guest_name(machine: &Machine, bus: Bus) -> String {
     let prefix = |bus| if bus == Bus::Virtio { "vd" } else { "sd" };
     let before = machine.disks.iter().filter(|d| prefix(d.bus) == prefix(bus)).count();
+    format!("{}{}", prefix(bus), letters(before))
+}
+
+/// 0 is `a`, 25 `z`, 26 `aa`.
+fn letters(index: usize) -> String {
     let mut letters = Vec::new();
-    let mut rest = before;
+    let mut rest = index;
     loop {
         letters.insert(0, char::from(b'a' + (rest % 26) as u8));
         match (rest / 26).checked_sub(1) {
@@ -249,7 +336,14 @@ fn guest_name(machine: &Machine, bus: Bus) -> String {
             None => break,
         }
     }
-    prefix(bus).chars().chain(letters).collect()
+    letters.into_iter().collect()
+}
+
+/// Which SCSI or SATA disk this is the name of.
+fn index_of(target: &str) -> Option<u32> {
+    let letters = target.strip_prefix("sd").filter(|rest| !rest.is_empty() && rest.len() <= 3)?;
+    let digit = |letter: char| letter.is_ascii_lowercase().then(|| u32::from(letter) - u32::from('a') + 1);
+    letters.chars().try_fold(0, |sum, letter| Some(sum * 26 + digit(letter)?))?.checked_sub(1)
 }
 
 fn disk(spec: &DiskSpec, image: &Image) -> Result<Disk, Error> {
@@ -291,6 +385,7 @@ fn disk(spec: &DiskSpec, image: &Image) -> Result<Disk, Error> {
         serial: spec.serial.clone().filter(|s| !s.is_empty()),
         cache,
         boot_index: spec.boot_order,
+        place: None,
     })
 }
 
@@ -321,7 +416,7 @@ fn boot_order(machine: &mut Machine) {
     let asked =
         machine.disks.iter().any(|d| d.boot_index.is_some()) || machine.nics.iter().any(|n| n.boot_index.is_some());
     if !asked && machine.boot == Boot::Firmware {
-        for (number, disk) in machine.disks.iter_mut().enumerate() {
+        for (number, disk) in machine.disks.iter_mut().filter(|disk| disk.place.is_none()).enumerate() {
             disk.boot_index = u32::try_from(number + 1).ok();
         }
     }
@@ -345,6 +440,7 @@ mod tests {
             vmi: &vmi,
             interfaces,
             volumes: &BTreeMap::new(),
+            images: &BTreeMap::from([("late".to_owned(), paths.kernel_boot.join("rom.bin"))]),
             paths: &paths,
             accelerator: Accelerator::Tcg,
             machine_type: None,
@@ -428,6 +524,41 @@ mod tests {
         target.machine.serial = source.machine.serial.clone();
         target.machine.guest_agent = source.machine.guest_agent.clone();
         assert_eq!(source, target);
+    }
+
+    #[tokio::test]
+    async fn a_disk_that_came_late_is_built_where_the_guest_arrives_and_not_where_it_starts() {
+        let built = |plan: &Plan| (plan.machine.disks.clone(), plan.writable.clone(), plan.volumes.clone());
+        let plain = built(&try_plan(vmi(), &wired(), true).await.unwrap());
+        let mut with = vmi();
+        let late = json!({"name": "late", "persistentVolumeClaim": {"claimName": "c", "hotpluggable": true}});
+        with["spec"]["volumes"].as_array_mut().unwrap().insert(0, late);
+        let disk = json!({"name": "late", "disk": {"bus": "scsi"}, "serial": "L"});
+        with["spec"]["domain"]["devices"]["disks"].as_array_mut().unwrap().insert(0, disk);
+        assert_eq!(built(&try_plan(with.clone(), &wired(), true).await.unwrap()), plain, "it has not come yet");
+        with["status"] = json!({"volumeStatus": [
+            {"name": "late", "target": "sdc", "phase": "Ready", "hotplugVolume": {"attachPodUID": "p"}},
+        ]});
+        let mut arrived = try_plan(with.clone(), &wired(), true).await.unwrap();
+        let disk = arrived.machine.disks.pop().unwrap();
+        assert_eq!((disk.place, disk.serial.as_deref(), disk.boot_index), (Some(2), Some("L"), None));
+        assert_eq!(arrived.writable.pop().unwrap().number, plugged_number(2));
+        let state = arrived.volumes.pop().unwrap();
+        assert_eq!((state.target.as_str(), state.place), ("sdc", Some(2)));
+        assert_eq!(built(&arrived), plain);
+        let started = try_plan(with, &wired(), false).await.unwrap();
+        assert!(started.machine.disks.iter().all(|disk| disk.place.is_none()));
+        assert!(started.machine.hotplug && !started.machine.free_page_hint);
+    }
+
+    #[test]
+    fn places_are_counted_as_the_guest_counts_its_disks() {
+        for (name, index) in [("sda", 0), ("sdz", 25), ("sdaa", 26), ("sdba", 52)] {
+            assert_eq!((index_of(name), format!("sd{}", letters(index))), (u32::try_from(index).ok(), name.to_owned()));
+        }
+        assert_eq!([index_of("vda"), index_of("sd"), index_of("sdA"), index_of("sdaaaa")], [None; 4]);
+        assert_eq!(free_place(["sda", "vda", "sdc"].into_iter()), 1);
+        assert_eq!(free_place([].into_iter()), 0);
     }
 
     #[tokio::test]

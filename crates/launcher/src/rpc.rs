@@ -44,6 +44,8 @@ pub const MIGRATION_ABANDON: &str = "/v1/migration/abandon";
 pub const SHUTDOWN: &str = "/v1/shutdown";
 /// Path that has [`MemoryFacts`] measured anew, unless that is just being done. An older launcher does not know it.
 pub const MEASURE: &str = "/v1/measure";
+/// Path of [`DisksOrder`]. An older launcher does not know it.
+pub const DISKS: &str = "/v1/disks";
 /// Path that stops the guest's CPUs.
 pub const PAUSE: &str = "/v1/pause";
 /// Path that lets the guest's CPUs run again.
@@ -52,8 +54,9 @@ pub const UNPAUSE: &str = "/v1/unpause";
 /// The newest way to build a guest's machine, beyond what its VMI says. What a guest was started with it keeps wherever it
 /// goes ([`State::machine_revision`], `status.machineRevision`), until it is started anew.
 ///
-/// 0: as launchers built it that knew of no revisions. 1: the memory balloon takes hints of free pages.
-pub const MACHINE_REVISION: u32 = 1;
+/// 0: as launchers built it that knew of no revisions. 1: the memory balloon takes hints of free pages. 2: it takes none, and
+/// there is a SCSI controller for disks that come while the guest runs, whether or not one is there from the start.
+pub const MACHINE_REVISION: u32 = 2;
 
 /// A network interface of the guest, as the handler wired it in the pod's network namespace.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -139,6 +142,22 @@ pub struct TargetOrder {
     /// ([`TargetReady::by_reference`]).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory_socket: Option<String>,
+    /// By volume name, for the disks that the guest was given while it ran: names, within the directory of `launcher.sock`, of
+    /// the unix sockets on which the handler hands their images over.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub disk_sockets: BTreeMap<String, String>,
+}
+
+/// Make the disks that come and go while the guest runs those of this VMI (`PUT /v1/disks`): hotpluggable volumes. Those that the
+/// VMI does not have any more are taken out; those that are new and have a socket are plugged in. Repeating it changes nothing.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct DisksOrder {
+    /// The VMI as the API has it.
+    pub vmi: VirtualMachineInstance,
+    /// As in [`TargetOrder::disk_sockets`], for those that are to be plugged in.
+    #[serde(default)]
+    pub sockets: BTreeMap<String, String>,
 }
 
 /// Source: hand the guest's memory over on a unix socket (`POST /v1/migration/lend`), for a target on this node to map it too.
@@ -390,6 +409,9 @@ pub struct VolumeState {
     /// above it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub base: Option<String>,
+    /// It came while the guest ran, to this place; none of those that were there from the start.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub place: Option<u32>,
 }
 
 /// What a target has for a disk that is copied to it.

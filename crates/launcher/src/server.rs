@@ -34,6 +34,7 @@ pub fn router(orders: mpsc::Sender<Request>, state: watch::Receiver<State>) -> R
         .route(rpc::WATCH, get(watch_states))
         .route(rpc::EVENTS, get(|door: Shared<Door>| order(door, Order::Events)))
         .route(rpc::VM, put(|door, body| with(door, body, |o| Order::Start(Box::new(o)))))
+        .route(rpc::DISKS, put(|door, body| with(door, body, |o| Order::Disks(Box::new(o)))))
         .route(rpc::MIGRATION_TARGET, put(|door, body| with(door, body, |o| Order::Target(Box::new(o)))))
         .route(rpc::MIGRATION_SOURCE, put(|door, body| with(door, body, Order::Source)))
         .route(rpc::MIGRATION_CANCEL, post(|door, body| with(door, body, Order::Cancel)))

@@ -1,5 +1,6 @@
 //! The VM: one task owns it, takes orders one after another, and publishes what is true.
 
+mod disks;
 mod end;
 mod inside;
 mod measure;
@@ -14,9 +15,9 @@ use crate::plan::{self, Inputs, SERIAL, WritableDisk};
 use crate::record::{self, Record};
 use crate::rooms;
 use crate::rpc::{
-    Accelerator, Cause, DomainPhase, EventRecord, GoOrder, InterfaceOrder, LendOrder, LinkOrder, MACHINE_REVISION,
-    MigrationRef, MigrationRole, Paths, Refusal, ShutdownOrder, SourceOrder, State, TargetOrder, TargetReady,
-    Transport, TransportOrder, VmOrder, VolumeFacts, VolumeState,
+    Accelerator, Cause, DisksOrder, DomainPhase, EventRecord, GoOrder, InterfaceOrder, LendOrder, LinkOrder,
+    MACHINE_REVISION, MigrationRef, MigrationRole, Paths, Refusal, ShutdownOrder, SourceOrder, State, TargetOrder,
+    TargetReady, Transport, TransportOrder, VmOrder, VolumeFacts, VolumeState,
 };
 use godwit_api::VirtualMachineInstance;
 use godwit_qemu::failure;
@@ -27,6 +28,7 @@ use godwit_qemu::qmp::commands::RunState;
 use godwit_qemu::qmp::{Event, Events};
 use godwit_qemu::tpm::Tpm;
 use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -50,6 +52,7 @@ pub struct Request {
 pub enum Order {
     Start(Box<VmOrder>),
     Target(Box<TargetOrder>),
+    Disks(Box<DisksOrder>),
     Transport(TransportOrder),
     Lend(LendOrder),
     Source(SourceOrder),
@@ -170,6 +173,10 @@ pub struct Vm {
     /// Digests of the images that disks lie above, by volume, as they become known.
     bases: BTreeMap<String, String>,
     digests: (mpsc::UnboundedSender<Digest>, mpsc::UnboundedReceiver<Digest>),
+    /// The images of disks that came while the guest ran, by volume: QEMU opens them through these.
+    images: BTreeMap<String, OwnedFd>,
+    /// There is a controller for such disks.
+    takes_disks: bool,
     ready: Option<TargetReady>,
     /// Where it will be written down that the guest has left.
     record: Option<Record>,
@@ -219,6 +226,8 @@ impl Vm {
             disks: Vec::new(),
             bases: BTreeMap::new(),
             digests: mpsc::unbounded_channel(),
+            images: BTreeMap::new(),
+            takes_disks: false,
             ready: None,
             record: None,
             grace: Duration::from_secs(30),
@@ -285,6 +294,7 @@ impl Vm {
         match order {
             Order::Start(order) => self.start(*order).await?,
             Order::Target(order) => return self.prepare_target(*order).await.map(Answer::Ready),
+            Order::Disks(order) => self.change_disks(&order).await?,
             Order::Transport(order) => self.receive_by(&order).await?,
             Order::Lend(order) => self.lend(&order).await?,
             Order::Source(order) => self.migrate(order).await?,
@@ -360,6 +370,7 @@ impl Vm {
             transport_follows,
             shareable_memory,
             memory_socket,
+            disk_sockets,
         } = order;
         let told = vmi.status.accelerator.as_deref().and_then(accelerator_named);
         let (program, accelerator) = self.program(accelerator.or(told)).await?;
@@ -374,6 +385,7 @@ impl Vm {
         }
         let machine_type = machine_type.as_deref();
         self.persistent = persistent::kept(PersistentState::receive(&self.paths, &vmi, &migration_uid))?;
+        self.take_images(&disk_sockets).await?;
         let mut plan = self.plan(&vmi, &interfaces, &volumes, accelerator, machine_type, (revision, true)).await?;
         let borrowed = self.borrow_memory(memory_socket.as_deref(), &plan.machine).await;
         let by_reference = borrowed.is_some();
@@ -432,10 +444,21 @@ impl Vm {
         machine_type: Option<&str>,
         (revision, arriving): (u32, bool),
     ) -> Result<plan::Plan, Refused> {
-        let (paths, persistent) = (&self.paths, self.persistent.as_ref());
-        let inputs =
-            Inputs { vmi, interfaces, volumes, paths, accelerator, machine_type, revision, arriving, persistent };
+        let (paths, persistent, images) = (&self.paths, self.persistent.as_ref(), &self.handed_over());
+        let inputs = Inputs {
+            vmi,
+            interfaces,
+            volumes,
+            images,
+            paths,
+            accelerator,
+            machine_type,
+            revision,
+            arriving,
+            persistent,
+        };
         let plan = plan::plan(&inputs).await?;
+        self.takes_disks = plan.machine.has_scsi();
         self.now.machine_revision = Some(revision);
         self.efi = plan.machine.efi.clone();
         // Sockets of a QEMU that could not be started the last time.
@@ -490,17 +513,8 @@ impl Vm {
         for volume in &mut volumes {
             volume.base = self.bases.get(&volume.name).cloned();
         }
-        if let Some(qemu) = self.stage.qemu() {
-            match qemu.disk_sizes().await {
-                Ok(sizes) => {
-                    for (number, volume) in volumes.iter_mut().enumerate() {
-                        volume.size_bytes = sizes.get(&number).copied();
-                    }
-                }
-                Err(error) => tracing::warn!(%error, "asking for the sizes of the disks"),
-            }
-        }
         self.now.volumes = volumes;
+        self.learn_sizes().await;
     }
 
     /// Forgets a QEMU that could not be started.

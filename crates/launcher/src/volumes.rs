@@ -167,6 +167,22 @@ impl Preparer<'_> {
         Ok(Image::new(path, Format::Raw, true, true))
     }
 
+    /// The image of a claim that was handed over as an open file, which is at `path`.
+    pub fn handed_over(&self, volume: &Volume, path: &Path, disk_read_only: bool) -> Result<Image, Error> {
+        check_name(&volume.name)?;
+        let name = volume.name.as_str();
+        let read_only = volume.persistent_volume_claim.as_ref().is_some_and(|claim| claim.read_only == Some(true));
+        let about = std::fs::metadata(path).map_err(|e| io(name, "looking at", path, e))?;
+        let mut image =
+            Image::new(path.to_owned(), Format::Raw, read_only, self.claim_is_shared(name) || disk_read_only);
+        if !about.is_file() {
+            // The guest's disk stays as large as it is, also on a larger device.
+            let capacity = blank::size(path).map_err(|e| io(name, "asking for the size of", path, e))?;
+            image.size = self.disk_size(name).filter(|size| self.arriving && *size < capacity);
+        }
+        Ok(image)
+    }
+
     fn own_file(&self, volume: &str, extension: &str) -> Result<PathBuf, Error> {
         let folder = &self.paths.ephemeral_disks;
         std::fs::create_dir_all(folder).map_err(|e| io(volume, "making", folder, e))?;
@@ -416,7 +432,7 @@ async fn make_overlay(volume: &str, backing: &Path, format: Format, overlay: &Pa
 }
 
 /// A file of this size without content. Takes its name only when it is whole, so that a crash leaves nothing half-made.
-fn make_sparse(volume: &str, path: &Path, bytes: u64) -> Result<(), Error> {
+pub(crate) fn make_sparse(volume: &str, path: &Path, bytes: u64) -> Result<(), Error> {
     if bytes == 0 {
         return Err(invalid(volume, "a disk of 0 bytes"));
     }

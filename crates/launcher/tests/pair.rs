@@ -486,3 +486,86 @@ async fn memory_that_cannot_be_handed_on_is_copied() {
     assert!(!ready.by_reference);
     assert!(target.client.state().await.unwrap().shareable_memory, "its own can be handed on later");
 }
+
+/// A VMI with a disk that comes while the guest runs, which it has as `target`, if it has it.
+fn with_late_disk(target: Option<&str>) -> godwit_api::VirtualMachineInstance {
+    let mut vmi = serde_json::to_value(vm_order().vmi).unwrap();
+    let append = |list: &mut serde_json::Value, item: serde_json::Value| match list.as_array_mut() {
+        Some(items) => items.push(item),
+        None => *list = json!([item]),
+    };
+    let claim = json!({"name": "late", "persistentVolumeClaim": {"claimName": "late", "hotpluggable": true}});
+    append(&mut vmi["spec"]["volumes"], claim);
+    let disk = json!({"name": "late", "disk": {"bus": "scsi"}, "serial": "LATE"});
+    append(&mut vmi["spec"]["domain"]["devices"]["disks"], disk);
+    if let Some(target) = target {
+        vmi["status"]["volumeStatus"] = json!([{"name": "late", "target": target, "phase": "Ready",
+            "hotplugVolume": {"attachPodUID": "p"},
+            "persistentVolumeClaimInfo": {"claimName": "late", "accessModes": ["ReadWriteMany"]}}]);
+    }
+    serde_json::from_value(vmi).unwrap()
+}
+
+/// Hands the image to whoever comes to this socket of the pod's.
+fn hand_over(pod: &Pod, socket: &str, image: &std::path::Path) -> std::thread::JoinHandle<()> {
+    use std::os::fd::AsFd;
+    let listener = std::os::unix::net::UnixListener::bind(Pod::paths(pod.folder.path()).sockets.join(socket)).unwrap();
+    let file = std::fs::OpenOptions::new().read(true).write(true).open(image).unwrap();
+    std::thread::spawn(move || {
+        let (stream, _) = listener.accept().unwrap();
+        godwit_launcher::descriptor::send(file.as_fd(), &stream).unwrap();
+    })
+}
+
+#[tokio::test]
+async fn a_disk_that_came_while_the_guest_ran_goes_along_and_can_be_taken_out_there() {
+    let (source, target, without) = (Pod::start().await, Pod::start().await, Pod::start().await);
+    let image = tempfile::NamedTempFile::new().unwrap();
+    image.as_file().set_len(1 << 20).unwrap();
+    let sockets = |name: &str| std::collections::BTreeMap::from([("late".to_owned(), name.to_owned())]);
+
+    let order = DisksOrder { vmi: with_late_disk(None), sockets: sockets("late.sock") };
+    assert_eq!(refusal(source.client.change_disks(&order).await), Refusal::Conflict, "no guest runs");
+    source.client.start(&vm_order()).await.unwrap();
+    let mut here = source.console().await;
+    let mut story = Story::default();
+    here.hear(&mut story, 2).await;
+    let handed = hand_over(&source, "late.sock", image.path());
+    let state = source.client.change_disks(&order).await.unwrap();
+    handed.join().unwrap();
+    let late = state.volumes.iter().find(|volume| volume.name == "late").unwrap();
+    let place = late.place.expect("it came late");
+    assert_eq!(late.size_bytes, Some(1 << 20));
+    assert_eq!(source.client.change_disks(&order).await.unwrap().volumes, state.volumes, "once");
+
+    // A target must have it, too.
+    let vmi = with_late_disk(Some(&late.target));
+    let order = TargetOrder { vmi: vmi.clone(), ..target_order() };
+    let refused = without.client.prepare_target(&order).await.unwrap_err();
+    assert_eq!(refused.refusal(), Some(Refusal::Invalid), "{refused}");
+    let handed = hand_over(&target, "disk-0.sock", image.path());
+    let order = TargetOrder { disk_sockets: sockets("disk-0.sock"), ..order };
+    let ready = target.client.prepare_target(&order).await.unwrap();
+    handed.join().unwrap();
+    let mut there = target.console().await;
+    let _carrier = carry(&source, "outgoing.sock", &target, &ready.socket);
+    source.client.migrate(&source_order(None)).await.unwrap();
+    source.until("completed", |s| status(s) == "completed").await;
+    target.client.go(MIGRATION).await.unwrap();
+    here.drain(&mut story).await;
+    there.hear(&mut story, 5).await;
+    let state = target.client.state().await.unwrap();
+    let came = state.volumes.iter().find(|volume| volume.name == "late").unwrap();
+    assert_eq!((came.place, came.size_bytes), (Some(place), Some(1 << 20)));
+
+    let order = DisksOrder { vmi: vm_order().vmi, sockets: Default::default() };
+    let state = target.client.change_disks(&order).await.unwrap();
+    assert!(state.volumes.iter().all(|volume| volume.name != "late"), "{state:?}");
+    there.hear(&mut story, 2).await;
+    // And again: its place is free.
+    let handed = hand_over(&target, "again.sock", image.path());
+    let order = DisksOrder { vmi, sockets: sockets("again.sock") };
+    let state = target.client.change_disks(&order).await.unwrap();
+    handed.join().unwrap();
+    assert_eq!(state.volumes.iter().find_map(|volume| volume.place), Some(place));
+}

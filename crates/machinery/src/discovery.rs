@@ -104,7 +104,9 @@ pub fn api_resource_list(resources: &[Resource], gv: &GroupVersion) -> Option<Va
         if !r.virtual_create_only {
             entry["storageVersionHash"] = json!(storage_hash(r));
         }
-        list.push(entry);
+        if !r.actions_only {
+            list.push(entry);
+        }
         for sub in subresources(r) {
             let mut entry = json!({
                 "name": format!("{}/{}", r.plural, sub.name), "singularName": "", "namespaced": r.namespaced,
@@ -156,6 +158,10 @@ fn aggregated_resource(r: &Resource) -> Value {
         "resource": r.plural, "responseKind": kind(&r.gv, &r.kind), "scope": scope, "singularResource": r.singular,
         "verbs": r.verbs(),
     });
+    // Without it clients take the subresources alone: nobody shall `get` it by the name that it shares with the real one.
+    if r.actions_only {
+        entry["responseKind"] = Value::Null;
+    }
     if !r.short_names.is_empty() {
         entry["shortNames"] = json!(r.short_names);
     }
@@ -199,6 +205,7 @@ pub fn subresources(r: &Resource) -> Vec<Subresource<'_>> {
                 "log" => (r.gv.clone(), &r.kind, &["get"]),
                 "finalize" => (r.gv.clone(), &r.kind, &["update"]),
                 "exec" | "attach" | "portforward" => (r.gv.clone(), "PodExecOptions", &["create", "get"]),
+                _ if r.actions_only => (r.gv.clone(), &r.kind, &["update"]),
                 _ => (r.gv.clone(), &r.kind, &["get", "patch", "update"]),
             };
             Subresource { name, gv, kind, verbs }

@@ -45,6 +45,8 @@ pub struct Resource {
     pub builtin: bool,
     /// Answers creation at once and stores nothing (access and token reviews); no other verb is served.
     pub virtual_create_only: bool,
+    /// Nothing is kept of it: only its subresources are served, each an action (PUT) on an object of another group.
+    pub actions_only: bool,
     /// The version in which objects are stored, where several are served.
     pub storage: bool,
 }
@@ -74,7 +76,9 @@ impl GroupVersion {
 impl Resource {
     /// The verbs that discovery says, in alphabetical order.
     pub fn verbs(&self) -> &'static [&'static str] {
-        if self.virtual_create_only {
+        if self.actions_only {
+            &[]
+        } else if self.virtual_create_only {
             &["create"]
         } else {
             &["create", "delete", "deletecollection", "get", "list", "patch", "update", "watch"]

@@ -24,7 +24,7 @@ pub use outgoing::{Departed, Outgoing, Serving, Settled};
 use crate::accelerator::Accelerator;
 use crate::blocks::Blocks;
 use crate::failure::{self, Cause};
-use crate::machine::{self, Efi, Machine};
+use crate::machine::{self, Disk, Efi, Machine};
 use crate::memory::GuestMemory;
 use crate::migration::{self, Options, Tracker};
 use crate::process::{Ended, Process};
@@ -39,6 +39,8 @@ use std::time::Duration;
 const START_LIMIT: Duration = Duration::from_secs(20);
 /// How long QEMU may take to say that the link of its post-copy is broken, after it was told so.
 const BREAK_LIMIT: Duration = Duration::from_secs(5);
+/// How long QEMU may take to let go of a disk that was taken out.
+const UNPLUG_LIMIT: Duration = Duration::from_secs(10);
 /// How long QEMU may take to answer `quit`, and how long to end after that.
 const QUIT_LIMIT: Duration = Duration::from_secs(5);
 
@@ -429,6 +431,42 @@ impl Running {
         self.qemu.qmp.execute(&commands::Cont {}).await?;
         self.paused = false;
         Ok(())
+    }
+
+    /// Gives the guest a disk, at its [`Disk::place`].
+    pub async fn plug(&mut self, disk: &Disk) -> Result<(), Error> {
+        let Some(place) = disk.place else { return Err(Error::Unsupported("this disk is there from the start")) };
+        let (node, device) = disk.plugging(place)?;
+        let qmp = &self.qemu.qmp;
+        qmp.execute(&commands::BlockdevAdd(node)).await?;
+        if let Err(error) = qmp.execute(&commands::DeviceAdd(device)).await {
+            let node_name = machine::node_name(machine::plugged_number(place));
+            if let Err(error) = qmp.execute(&commands::BlockdevDel { node_name }).await {
+                tracing::warn!(%error, "a disk that could not be plugged in stays open");
+            }
+            return Err(error.into());
+        }
+        Ok(())
+    }
+
+    /// Takes the disk at this place away from the guest, and returns when nothing of QEMU's uses its file any more.
+    pub async fn unplug(&mut self, place: u32) -> Result<(), Error> {
+        let qmp = &self.qemu.qmp;
+        let taken = qmp.execute(&commands::DeviceDel { id: machine::plugged_id(place) }).await;
+        let node_name = machine::node_name(machine::plugged_number(place));
+        let end = tokio::time::Instant::now() + UNPLUG_LIMIT;
+        // The device is let go of a moment after the answer.
+        loop {
+            match (qmp.execute(&commands::BlockdevDel { node_name: node_name.clone() }).await, &taken) {
+                (Ok(_), _) => return Ok(()),
+                // It was taken out before.
+                (Err(qmp::Error::Refused { .. }), Err(error)) => return Err(error.clone().into()),
+                (Err(qmp::Error::Refused { .. }), Ok(_)) if tokio::time::Instant::now() < end => {
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                }
+                (Err(error), _) => return Err(error.into()),
+            }
+        }
     }
 
     /// Begins to send the guest to the unix socket `socket`, after the disks that `blocks` names. On an error nothing was

@@ -6,6 +6,7 @@
 
 pub mod accelerator;
 pub mod blocks;
+pub mod descriptor;
 pub mod failure;
 pub mod forecast;
 pub mod instance;

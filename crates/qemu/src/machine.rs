@@ -51,6 +51,8 @@ pub struct Machine {
     /// The balloon also says, when the guest is sent, which of its memory is free and need not be (`free-page-hint`). The
     /// guest sees this as a feature of the device, so both ends of a migration must agree on it.
     pub free_page_hint: bool,
+    /// There is a controller for disks that come while the guest runs ([`Disk::place`]).
+    pub hotplug: bool,
     /// SMBIOS UUID.
     pub uuid: Option<String>,
     /// SMBIOS serial number of the system.
@@ -204,6 +206,9 @@ pub struct Disk {
     pub cache: Cache,
     /// Place in the boot order, from 1.
     pub boot_index: Option<u32>,
+    /// Its place among the disks that come while the guest runs, from 0; none of those that are there from the start. It stays
+    /// the same wherever the guest goes.
+    pub place: Option<u32>,
 }
 
 /// A network interface.
@@ -258,8 +263,12 @@ const NIC_SLOTS: std::ops::Range<usize> = 0x8..0x10;
 const DISK_SLOTS: std::ops::Range<usize> = 0x10..0x1f;
 /// Ports of the AHCI controller.
 const SATA_PORTS: usize = 6;
-/// How many LUNs are used of the SCSI controller.
+/// How many LUNs of the SCSI controller are for disks that are there from the start.
 const SCSI_UNITS: usize = 64;
+/// How many disks may come while the guest runs; their LUNs follow on the others'.
+pub const PLACES: u32 = 128;
+/// Their numbers begin where no other disk's are.
+const FIRST_PLUGGED: usize = 100;
 
 impl Machine {
     /// The smallest machine: one CPU, no disks, TCG.
@@ -282,6 +291,7 @@ impl Machine {
             guest_agent: None,
             balloon: false,
             free_page_hint: false,
+            hotplug: false,
             uuid: None,
             serial_number: None,
             acpi: true,
@@ -413,6 +423,11 @@ impl Machine {
         Ok(out.0)
     }
 
+    /// Whether it has a SCSI controller, which also takes disks that come while the guest runs.
+    pub fn has_scsi(&self) -> bool {
+        self.hotplug || self.disks.iter().any(|disk| disk.bus == Bus::Scsi)
+    }
+
     fn accelerator_option(&self) -> String {
         match self.accelerator {
             Accelerator::Kvm => "kvm".into(),
@@ -438,11 +453,11 @@ impl Machine {
     }
 
     fn disk_arguments(&self, bus: &str, out: &mut Arguments) -> Result<(), Error> {
-        let on = |bus: Bus| self.disks.iter().filter(move |d| d.bus == bus).count();
+        let on = |bus: Bus| self.disks.iter().filter(move |d| d.bus == bus && d.place.is_none()).count();
         too_many("virtio disks", on(Bus::Virtio), DISK_SLOTS.len())?;
         too_many("SATA disks", on(Bus::Sata), SATA_PORTS)?;
         too_many("SCSI disks", on(Bus::Scsi), SCSI_UNITS)?;
-        if on(Bus::Scsi) > 0 {
+        if self.has_scsi() {
             out.pair("-device", format!("virtio-scsi-pci,id=scsi0,bus={bus},addr={SCSI_SLOT:#x}"));
         }
         if on(Bus::Sata) > 0 {
@@ -450,8 +465,13 @@ impl Machine {
         }
         let (mut virtio, mut sata, mut scsi) = (0, 0, 0);
         for (number, disk) in self.disks.iter().enumerate() {
+            if let Some(place) = disk.place {
+                out.pair("-blockdev", listed(disk.node(&node_name(plugged_number(place)))?)?);
+                out.pair("-device", listed(disk.plugged_device(place)?)?);
+                continue;
+            }
             let node = node_name(number);
-            out.pair("-blockdev", disk.node(&node)?);
+            out.pair("-blockdev", listed(disk.node(&node)?)?);
             let mut device = match (disk.bus, disk.kind) {
                 (Bus::Virtio, DiskKind::CdRom) => {
                     return Err(Error::Bad { what: "CD-ROM bus", value: "virtio".into(), why: "use sata or scsi" });
@@ -534,8 +554,63 @@ pub fn node_name(number: usize) -> String {
 /// How all names of the disks' block nodes begin.
 pub(crate) const NODE_PREFIX: &str = "drive";
 
+/// The number of the disk at this place among those that come while the guest runs.
+pub fn plugged_number(place: u32) -> usize {
+    FIRST_PLUGGED.saturating_add(usize::try_from(place).unwrap_or(usize::MAX))
+}
+
+/// The id of its device.
+pub(crate) fn plugged_id(place: u32) -> String {
+    format!("disk{}", plugged_number(place))
+}
+
+/// An option of QEMU's with its value. Dots in names lead into objects.
+type Options = Vec<(&'static str, String)>;
+
+/// Options as QEMU's command line takes them.
+fn listed(options: Options) -> Result<String, Error> {
+    let mut out = Vec::new();
+    for (name, text) in options {
+        let text = value(name, &text)?;
+        // Its first option goes without a name.
+        out.push(if name == DEVICE { text } else { format!("{name}={text}") });
+    }
+    Ok(out.join(","))
+}
+
+/// The option of `-device` that says which; QMP calls it `driver`.
+const DEVICE: &str = "device";
+
+/// Options as QEMU's monitor takes them.
+fn object(options: Options) -> serde_json::Value {
+    use serde_json::{Map, Value};
+    let mut whole = Value::Object(Map::new());
+    for (name, text) in options {
+        let name = if name == DEVICE { "driver" } else { name };
+        let typed = match (name, text.as_str()) {
+            // A property of the devices, where it has a third value.
+            ("write-cache", _) => Value::from(text),
+            (_, "on") => Value::from(true),
+            (_, "off") if name != "file.locking" => Value::from(false),
+            ("size" | "channel" | "scsi-id" | "lun", number) => number.parse::<u64>().map_or(Value::Null, Value::from),
+            _ => Value::from(text),
+        };
+        let mut at = &mut whole;
+        let mut parts = name.split('.').peekable();
+        while let Some(part) = parts.next() {
+            let Some(map) = at.as_object_mut() else { break };
+            if parts.peek().is_none() {
+                map.insert(part.to_owned(), typed);
+                break;
+            }
+            at = map.entry(part).or_insert_with(|| Value::Object(Map::new()));
+        }
+    }
+    whole
+}
+
 impl Disk {
-    fn node(&self, node: &str) -> Result<String, Error> {
+    fn node(&self, node: &str) -> Result<Options, Error> {
         let read_only = if self.read_only { "on" } else { "off" };
         let (direct, aio) = match self.cache {
             Cache::None => ("on", "threads"),
@@ -545,15 +620,63 @@ impl Disk {
         let locking = if self.read_only { "off" } else { "auto" };
         // A raw CD-ROM or disk returns what the guest discards; `auto-read-only` is off so that a missing right is an error.
         let discard = if self.read_only { "ignore" } else { "unmap" };
-        let path = path_value(&self.path)?;
         // Over a file that is not there to be shared the lock is QEMU's; over a block device the driver is another.
         let driver = if is_block_device(&self.path) { "host_device" } else { "file" };
-        let size = self.size.map(|size| format!(",size={size}")).unwrap_or_default();
-        Ok(format!(
-            "driver={}{size},node-name={node},read-only={read_only},discard={discard},cache.direct={direct},file.driver={driver},\
-             file.filename={path},file.aio={aio},file.locking={locking},file.cache.direct={direct},file.discard={discard}",
-            self.format.as_str()
-        ))
+        let mut options = vec![("driver", self.format.as_str().to_owned())];
+        options.extend(self.size.map(|size| ("size", size.to_string())));
+        options.extend([("node-name", node.to_owned()), ("file.filename", path_text(&self.path)?)]);
+        options.extend(
+            [
+                ("read-only", read_only),
+                ("discard", discard),
+                ("cache.direct", direct),
+                ("file.driver", driver),
+                ("file.aio", aio),
+                ("file.locking", locking),
+                ("file.cache.direct", direct),
+                ("file.discard", discard),
+            ]
+            .map(|(name, word)| (name, word.to_owned())),
+        );
+        Ok(options)
+    }
+
+    /// The device of a disk that comes while the guest runs, or has come so before.
+    fn plugged_device(&self, place: u32) -> Result<Options, Error> {
+        if place >= PLACES {
+            return Err(Error::TooMany {
+                what: "disks that come while the guest runs",
+                count: usize::try_from(place).unwrap_or(usize::MAX).saturating_add(1),
+                limit: usize::try_from(PLACES).unwrap_or(usize::MAX),
+            });
+        }
+        let device = if self.kind == DiskKind::CdRom { "scsi-cd" } else { "scsi-hd" };
+        let unit = usize::try_from(place).unwrap_or(usize::MAX).saturating_add(SCSI_UNITS);
+        let mut options: Options = [(DEVICE, device), ("bus", "scsi0.0"), ("channel", "0"), ("scsi-id", "0")]
+            .map(|(name, word)| (name, word.to_owned()))
+            .into();
+        options.extend([
+            ("lun", unit.to_string()),
+            ("drive", node_name(plugged_number(place))),
+            ("id", plugged_id(place)),
+        ]);
+        if self.kind == DiskKind::Disk {
+            let cache = if self.cache == Cache::Writethrough { "off" } else { "on" };
+            options.push(("write-cache", cache.to_owned()));
+        }
+        options.extend(self.serial.clone().map(|serial| ("serial", serial)));
+        Ok(options)
+    }
+
+    /// Block node and device for the monitor, of a disk that comes while the guest runs.
+    pub(crate) fn plugging(&self, place: u32) -> Result<(serde_json::Value, serde_json::Value), Error> {
+        let node = self.node(&node_name(plugged_number(place)))?;
+        let device = self.plugged_device(place)?;
+        for (name, text) in node.iter().chain(&device) {
+            // What cannot be said on a command line is not said to the monitor either: the target has only the former.
+            value(name, text)?;
+        }
+        Ok((object(node), object(device)))
     }
 }
 
@@ -632,6 +755,7 @@ mod tests {
             serial: None,
             cache: Cache::default(),
             boot_index: None,
+            place: None,
         };
         let mut machine = Machine::new("/run/m", 512, Boot::Firmware);
         machine.disks =
@@ -688,6 +812,33 @@ mod tests {
         assert!(machine.arguments(0).unwrap().contains(&"-S".to_string()));
         machine.incoming = true;
         assert!(machine.arguments(0).unwrap().contains(&"-S".to_string()));
+    }
+
+    #[test]
+    fn a_disk_that_came_later_is_built_at_its_place_and_moves_no_other() {
+        let mut machine = full();
+        let before = joined(&machine);
+        let late = Disk { place: Some(2), serial: Some("a,b".into()), bus: Bus::Scsi, ..machine.disks[3].clone() };
+        machine.disks.push(late.clone());
+        let after = joined(&machine);
+        let device =
+            "scsi-hd,bus=scsi0.0,channel=0,scsi-id=0,lun=66,drive=drive102,id=disk102,write-cache=on,serial=a,,b";
+        assert!(after.contains(device), "{after}");
+        let without = machine.disks.pop().map(|_| joined(&machine));
+        assert_eq!(without, Some(before));
+        let (node, device) = late.plugging(2).unwrap();
+        assert_eq!((&node["node-name"], &node["file"]["filename"]), (&"drive102".into(), &"/disks/d,1.img".into()));
+        assert_eq!((&node["read-only"], &node["cache"]["direct"]), (&false.into(), &false.into()));
+        assert_eq!(
+            (&device["driver"], &device["lun"], &device["serial"]),
+            (&"scsi-hd".into(), &66.into(), &"a,b".into())
+        );
+        assert!(late.plugging(PLACES).is_err());
+        // Without a SCSI disk from the start there is a controller only where one was asked for.
+        machine.disks.clear();
+        assert!(!joined(&machine).contains("virtio-scsi"));
+        machine.hotplug = true;
+        assert!(joined(&machine).contains("virtio-scsi-pci,id=scsi0,bus=pcie.0,addr=0x6"));
     }
 
     #[test]

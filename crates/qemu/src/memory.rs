@@ -2,18 +2,16 @@
 //!
 //! It is there as long as somebody holds it or has it mapped, so that nothing remains of the memory of a guest that is gone.
 
+use crate::descriptor;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
-use std::io::{Error, ErrorKind, IoSlice, IoSliceMut, Result};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::io::{Error, ErrorKind, Result};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 /// A file that neither grows nor shrinks any more: QEMU would be killed (SIGBUS) where mapped memory is cut off.
 const SEALS: SealFlag = SealFlag::F_SEAL_GROW.union(SealFlag::F_SEAL_SHRINK).union(SealFlag::F_SEAL_SEAL);
-/// The byte that a descriptor travels with.
-const BYTE: [u8; 1] = *b"m";
 
 /// The memory of one guest. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -75,30 +73,12 @@ impl GuestMemory {
 
     /// Hands it on. Blocks.
     pub fn send(&self, to: &UnixStream) -> Result<()> {
-        let files = [self.file.as_raw_fd()];
-        let message = [ControlMessage::ScmRights(&files)];
-        sendmsg::<()>(to.as_raw_fd(), &[IoSlice::new(&BYTE)], &message, MsgFlags::MSG_NOSIGNAL, None)?;
-        Ok(())
+        descriptor::send(self.file.as_fd(), to)
     }
 
     /// Takes what [`GuestMemory::send`] hands on. Blocks, for as long as the stream's read timeout allows.
     pub fn receive(from: &UnixStream) -> Result<GuestMemory> {
-        let mut byte = [0];
-        let mut room = nix::cmsg_space!([std::os::fd::RawFd; 1]);
-        let mut buffers = [IoSliceMut::new(&mut byte)];
-        let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-        let message = recvmsg::<()>(from.as_raw_fd(), &mut buffers, Some(&mut room), flags)?;
-        let mut files = Vec::new();
-        for part in message.cmsgs()? {
-            if let ControlMessageOwned::ScmRights(came) = part {
-                // SAFETY: the kernel has just made these descriptors for this process, and nobody else knows of them.
-                files.extend(came.into_iter().map(|file| unsafe { OwnedFd::from_raw_fd(file) }));
-            }
-        }
-        match files.pop() {
-            Some(file) => GuestMemory::adopt(file),
-            None => Err(Error::new(ErrorKind::UnexpectedEof, "no memory was handed over")),
-        }
+        GuestMemory::adopt(descriptor::receive(from)?)
     }
 }
 

@@ -112,6 +112,7 @@ async fn neither_end_touches_memory_between_the_stop_and_the_go() {
                 serial: None,
                 cache: Cache::Writeback,
                 boot_index: None,
+                place: None,
             });
         }
         machine

@@ -29,6 +29,7 @@ fn with_disk(place: &Place, end: &str, path: PathBuf, format: Format) -> Machine
         serial: None,
         cache: Cache::default(),
         boot_index: None,
+        place: None,
     });
     machine
 }

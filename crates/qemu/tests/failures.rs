@@ -28,6 +28,7 @@ fn disk(path: PathBuf) -> Disk {
         serial: None,
         cache: Cache::default(),
         boot_index: None,
+        place: None,
     }
 }
 

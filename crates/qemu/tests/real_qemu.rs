@@ -284,6 +284,7 @@ fn with_disk(place: &Place, end: &str, fill: impl FnOnce(&mut [u8])) -> Machine 
         serial: None,
         cache: Cache::default(),
         boot_index: None,
+        place: None,
     });
     machine
 }

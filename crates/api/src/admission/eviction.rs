@@ -6,10 +6,15 @@ use serde_json::{Value, json};
 
 use super::Denial;
 use crate::names::conditions::EVACUATION_STOPPED;
-use crate::names::{ANNOTATION_DOMAIN, ANNOTATION_EVICTION_SOURCE, APP_VIRT_LAUNCHER, DESCHEDULER, LABEL_APP};
+use crate::names::{
+    ANNOTATION_DOMAIN, ANNOTATION_EVICTION_SOURCE, ANNOTATION_OWNER_VMI_NAME, APP_HOTPLUG_DISK, APP_VIRT_LAUNCHER,
+    DESCHEDULER, LABEL_APP,
+};
 
 /// The webhook that answers for evictions, as KubeVirt names it.
 const WEBHOOK: &str = "virt-launcher-eviction-interceptor.kubevirt.io";
+/// The same for the pods that hold the claims of disks which come while the guest runs.
+const ATTACHMENT_WEBHOOK: &str = "hotplug-pod-eviction-interceptor.kubevirt.io";
 /// The annotation of an Eviction by which the descheduler gives its name.
 const REQUESTED_BY: &str = "requested-by";
 /// The descheduler's name there.
@@ -53,6 +58,9 @@ pub struct Mark {
 /// Whether a pod may be evicted.
 pub fn evict(request: &Eviction<'_>) -> Answer {
     let Some(name) = domain_of(request.pod) else { return Answer::Allowed };
+    if is_attachment(request.pod) {
+        return attachment(request, &name);
+    }
     let vmi = match &request.vmi {
         Ok(vmi) => *vmi,
         Err(why) => return Answer::Refused(refuse(format!("kubevirt failed getting the vmi: {why}"))),
@@ -92,6 +100,28 @@ pub fn evict(request: &Eviction<'_>) -> Answer {
     Answer::Marks(Mark { namespace: namespace.to_owned(), name, patch }, refuse(triggered))
 }
 
+/// The claims of a running guest are not taken away from it; they go when it goes.
+fn attachment(request: &Eviction<'_>, vmi: &str) -> Answer {
+    let metadata = &request.pod["metadata"];
+    let text = |key: &str| metadata[key].as_str().unwrap_or_default();
+    let ended = |vmi: &Value| matches!(vmi["status"]["phase"].as_str(), Some("Succeeded" | "Failed"));
+    match &request.vmi {
+        Ok(vmi) if ended(vmi) => Answer::Allowed,
+        Err(why) if *why == not_found(vmi) => Answer::Allowed,
+        Err(why) => Answer::Refused(refuse_as(ATTACHMENT_WEBHOOK, format!("kubevirt failed getting the vmi: {why}"))),
+        Ok(_) => {
+            let (pod, namespace) = (text("name"), text("namespace"));
+            let why =
+                format!("cannot evict hotplug pod: {pod} associated with running vmi: {vmi} in namespace {namespace}");
+            Answer::Refused(refuse_as(ATTACHMENT_WEBHOOK, why))
+        }
+    }
+}
+
+fn is_attachment(pod: &Value) -> bool {
+    pod["metadata"]["labels"][LABEL_APP] == APP_HOTPLUG_DISK
+}
+
 /// The answer when the VMI could not be marked.
 pub fn not_marked(why: &str) -> Box<Denial> {
     refuse(format!("kubevirt failed marking the vmi for eviction: {why}"))
@@ -102,14 +132,18 @@ pub fn not_found(name: &str) -> String {
     format!("virtualmachineinstances.kubevirt.io \"{name}\" not found")
 }
 
-/// The VMI whose guest a pod holds; none for pods that hold none (any more).
+/// The VMI whose guest a pod holds, or holds claims for; none for pods that hold none (any more).
 pub fn domain_of(pod: &Value) -> Option<String> {
     let over = matches!(pod["status"]["phase"].as_str(), Some("Succeeded" | "Failed"));
-    let launcher = pod["metadata"]["labels"][LABEL_APP] == APP_VIRT_LAUNCHER;
-    if over || !launcher {
+    let annotation = match pod["metadata"]["labels"][LABEL_APP].as_str() {
+        Some(APP_VIRT_LAUNCHER) => ANNOTATION_DOMAIN,
+        Some(APP_HOTPLUG_DISK) => ANNOTATION_OWNER_VMI_NAME,
+        _ => return None,
+    };
+    if over {
         return None;
     }
-    pod["metadata"]["annotations"][ANNOTATION_DOMAIN].as_str().map(str::to_owned)
+    pod["metadata"]["annotations"][annotation].as_str().map(str::to_owned)
 }
 
 /// A condition that is true.
@@ -119,7 +153,11 @@ fn condition<'a>(vmi: &'a Value, type_: &str) -> Option<&'a Value> {
 }
 
 fn refuse(message: impl AsRef<str>) -> Box<Denial> {
-    let mut denial = Denial::plain(WEBHOOK, message);
+    refuse_as(WEBHOOK, message)
+}
+
+fn refuse_as(webhook: &str, message: impl AsRef<str>) -> Box<Denial> {
+    let mut denial = Denial::plain(webhook, message);
     denial.code = 429;
     denial.reason = "TooManyRequests".to_owned();
     Box::new(denial)
@@ -193,6 +231,24 @@ mod tests {
         let again = ask(&pod, &vmi, None);
         assert_eq!(text(&again), "Evacuation in progress: Eviction triggered evacuation of VMI \"ns/db\"");
         assert!(matches!(again, Answer::Refused(_)));
+    }
+
+    #[test]
+    fn the_claims_of_a_running_guest_stay_with_it() {
+        let pod = json!({
+            "metadata": {"name": "hp-volume-x", "namespace": "ns", "labels": {"kubevirt.io": "hotplug-disk"},
+                "annotations": {"kubevirt.io/owner-vmi-name": "db"}},
+        });
+        assert_eq!(domain_of(&pod).as_deref(), Some("db"));
+        let said = "cannot evict hotplug pod: hp-volume-x associated with running vmi: db in namespace ns";
+        let Answer::Refused(denial) = ask(&pod, &vmi("None", "True"), None) else { panic!("allowed") };
+        assert_eq!((denial.text(), denial.code), (said, 429));
+        assert_eq!(denial.webhook, "hotplug-pod-eviction-interceptor.kubevirt.io");
+        let mut ended = vmi("None", "True");
+        ended["status"]["phase"] = "Succeeded".into();
+        assert_eq!(ask(&pod, &ended, None), Answer::Allowed);
+        let gone = Eviction { pod: &pod, vmi: Err(not_found("db")), eviction: &json!({}), cluster_strategy: None };
+        assert_eq!(evict(&gone), Answer::Allowed);
     }
 
     #[test]

@@ -6,6 +6,7 @@
 
 mod clock;
 pub mod eviction;
+pub mod hotplug;
 mod kubevirt;
 mod migration;
 mod policy;

@@ -285,6 +285,19 @@ fn volumes(volumes: &[Volume], devices: &Devices, at: &str, causes: &mut Vec<Cau
             let text = format!("{field}.disk.bus: a SATA disk cannot be read-only, use virtio or scsi, or a cdrom");
             causes.push(Cause::invalid(format!("{field}.disk.bus"), text));
         }
+        // There are places for such disks on one bus only.
+        if claim.is_some_and(|claim| claim.hotpluggable == Some(true)) {
+            let name = &one.name;
+            if one.cdrom.is_some() || one.lun.is_some() || one.bus() != Some("scsi") {
+                let text = format!("{field}: hotpluggable volume {name} needs a disk on the bus scsi");
+                causes.push(Cause::invalid(&field, text));
+            }
+            if one.boot_order.is_some() {
+                let text =
+                    format!("{field}.bootOrder: volume {name} is hotpluggable and not there when the guest boots");
+                causes.push(Cause::invalid(format!("{field}.bootOrder"), text));
+            }
+        }
     }
 }
 

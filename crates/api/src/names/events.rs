@@ -23,6 +23,8 @@ pub mod reason {
     #![allow(missing_docs, reason = "the names say it; the texts are KubeVirt's")]
     pub const SUCCESSFUL_CREATE: &str = "SuccessfulCreate";
     pub const FAILED_CREATE: &str = "FailedCreate";
+    pub const VOLUME_READY: &str = "VolumeReady";
+    pub const VOLUME_UNMOUNTED: &str = "VolumeUnMountedFromPod";
     pub const SUCCESSFUL_DELETE: &str = "SuccessfulDelete";
     pub const FAILED_DELETE: &str = "FailedDelete";
     pub const SUCCESSFUL_HAND_OVER: &str = "SuccessfulHandOver";
@@ -94,6 +96,26 @@ pub fn created_target_pod(pod: &str) -> String {
 /// On the VMI, reason `SuccessfulCreate`: a launcher pod.
 pub fn created_pod(pod: &str) -> String {
     format!("Created virtual machine pod {pod}")
+}
+
+/// On the VMI, reason `SuccessfulCreate`: the pod that holds the claims of disks which come while the guest runs.
+pub fn created_attachment_pod(pod: &str) -> String {
+    format!("Created attachment pod {pod}")
+}
+
+/// On the VMI, reason `SuccessfulDelete`.
+pub fn deleted_attachment_pod(pod: &str) -> String {
+    format!("Deleted attachment pod {pod}")
+}
+
+/// On the VMI, reason `VolumeReady`.
+pub fn volume_ready(volume: &str) -> String {
+    format!("Successfully attach hotplugged volume {volume} to VM")
+}
+
+/// On the VMI, reason `VolumeUnMountedFromPod`.
+pub fn volume_unmounted(volume: &str) -> String {
+    format!("Volume {volume} has been unmounted from virt-launcher pod")
 }
 
 /// On the VMI, reason `FailedCreate`.

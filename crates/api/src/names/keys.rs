@@ -4,6 +4,8 @@
 pub const LABEL_APP: &str = "kubevirt.io";
 /// The value of [`LABEL_APP`] on launcher pods.
 pub const APP_VIRT_LAUNCHER: &str = "virt-launcher";
+/// The value of [`LABEL_APP`] on pods that hold the claims of disks which are plugged in while the guest runs.
+pub const APP_HOTPLUG_DISK: &str = "hotplug-disk";
 /// The VMI's UID, on launcher pods.
 pub const LABEL_CREATED_BY: &str = "kubevirt.io/created-by";
 /// The VMIM's UID, on target pods.
@@ -55,6 +57,10 @@ pub const RESERVED_VMI_LABELS: [&str; 6] = [
 
 /// The VMI's name, on launcher pods.
 pub const ANNOTATION_DOMAIN: &str = "kubevirt.io/domain";
+/// The VMI's name, on attachment pods.
+pub const ANNOTATION_OWNER_VMI_NAME: &str = "kubevirt.io/owner-vmi-name";
+/// The VMI's UID, on attachment pods.
+pub const ANNOTATION_OWNER_VMI_UID: &str = "kubevirt.io/owner-vmi-uid";
 /// How the guest's memory is made, on launcher pods, and on VMIs that want it otherwise than the cluster: `shareable` (another
 /// QEMU of the node can map it, so that the guest gets a new launcher without a copy) or `private`.
 pub const ANNOTATION_GUEST_MEMORY: &str = "godwit.io/guest-memory";

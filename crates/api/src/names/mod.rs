@@ -36,6 +36,12 @@ pub const MIGRATE_VM_GENERATE_NAME: &str = "kubevirt-migrate-vm-";
 pub const WORKLOAD_UPDATE_GENERATE_NAME: &str = "kubevirt-workload-update-";
 /// Launcher pods are named `virt-launcher-<vmi>-<5 random>`.
 pub const LAUNCHER_POD_PREFIX: &str = "virt-launcher-";
+/// Attachment pods, which hold the claims of disks that are plugged in while the guest runs, are named `hp-volume-<random>`.
+pub const ATTACHMENT_POD_PREFIX: &str = "hp-volume-";
+/// The container of an attachment pod.
+pub const ATTACHMENT_CONTAINER: &str = "hotplug-disk";
+/// The socket in an attachment pod's volume `sockets` that gives the claims' images away.
+pub const ATTACHMENT_SOCKET: &str = "hotplug.sock";
 /// The launcher's container.
 pub const COMPUTE_CONTAINER: &str = "compute";
 /// How many finished migrations of a VMI are kept.

@@ -58,6 +58,25 @@ impl VirtualMachineInstance {
             .is_some_and(|state| state.start_timestamp.is_some() && state.end_timestamp.is_none())
     }
 
+    /// Whether nothing is being done to disks that come and go while the guest runs: those that it has are those that a
+    /// migration's target builds. Disks that have not begun to come do not count.
+    pub fn has_settled_disks(&self) -> bool {
+        let wanted = |name: &str| self.spec.volumes.iter().any(|one| one.name == name && one.is_hotpluggable());
+        let statuses = self.status.volume_status.iter();
+        statuses.into_iter().all(|one| !one.is_being_changed() && (!one.is_plugged_in() || wanted(&one.name)))
+    }
+
+    /// Whether the guest was started with a controller for disks that come while it runs: since revision 2 of the machine, unless
+    /// `disableHotplug` is set.
+    pub fn takes_disks(&self) -> bool {
+        self.status.machine_revision.unwrap_or(0) >= 2 && self.spec.domain.devices.disable_hotplug != Some(true)
+    }
+
+    /// The disks that were plugged in and that the guest has, by volume.
+    pub fn plugged_in(&self) -> impl Iterator<Item = &str> {
+        self.status.volume_status.iter().filter(|one| one.is_plugged_in()).map(|one| one.name.as_str())
+    }
+
     /// A condition by its type.
     pub fn condition(&self, type_: &str) -> Option<&crate::Condition> {
         crate::condition::find(&self.status.conditions, type_)

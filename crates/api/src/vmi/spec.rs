@@ -303,6 +303,8 @@ api_struct! {
         autoattach_graphics_device: Option<bool>,
         /// A memory balloon; true when unset.
         autoattach_mem_balloon: Option<bool>,
+        /// No disk can be plugged in while the guest runs; false when unset.
+        disable_hotplug: Option<bool>,
     }
 }
 
@@ -508,6 +510,13 @@ api_struct! {
     }
 }
 
+impl Volume {
+    /// Whether its disk is plugged in while the guest runs, and not there from the start.
+    pub fn is_hotpluggable(&self) -> bool {
+        self.persistent_volume_claim.as_ref().is_some_and(|claim| claim.hotpluggable == Some(true))
+    }
+}
+
 api_struct! {
     /// A disk in a container image.
     ContainerDiskSource {
@@ -527,6 +536,8 @@ api_struct! {
         claim_name: String,
         /// The claim is only read.
         read_only: Option<bool>,
+        /// The disk is plugged in while the guest runs, and can be taken out again.
+        hotpluggable: Option<bool>,
     }
 }
 

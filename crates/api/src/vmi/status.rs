@@ -430,6 +430,58 @@ api_struct! {
         persistent_volume_claim_info: Option<PersistentVolumeClaimInfo>,
         /// Bytes of the disk.
         size: Option<i64>,
+        /// Of a disk that is plugged in while the guest runs: how far that has come.
+        phase: Option<VolumePhase>,
+        /// A word on the phase.
+        reason: Option<String>,
+        /// A sentence on the phase.
+        message: Option<String>,
+        /// There for a disk that is plugged in while the guest runs, also while it is taken out.
+        hotplug_volume: Option<HotplugVolumeStatus>,
+    }
+}
+
+string_enum! {
+    /// How far a disk that is plugged in while the guest runs has come.
+    VolumePhase default Pending {
+        /// Its claim is not there, or has no volume.
+        Pending = "Pending",
+        /// Its claim has its volume.
+        Bound = "Bound",
+        /// The pod that holds the claim runs on the guest's node.
+        AttachedToNode = "AttachedToNode",
+        /// The launcher has it.
+        MountedToPod = "MountedToPod",
+        /// The guest has it.
+        Ready = "Ready",
+        /// It is being taken out.
+        Detaching = "Detaching",
+        /// Neither guest nor launcher has it any more.
+        UnMountedFromPod = "UnMountedFromPod",
+    }
+}
+
+api_struct! {
+    /// The pod that holds a disk's claim on the guest's node.
+    HotplugVolumeStatus {
+        /// Its name.
+        attach_pod_name: Option<String>,
+        /// Its UID.
+        #[serde(rename = "attachPodUID")]
+        attach_pod_uid: Option<String>,
+    }
+}
+
+impl VolumeStatus {
+    /// Whether the guest has it, or is just getting it or being rid of it: something may be going on with it at the launcher.
+    pub fn is_being_changed(&self) -> bool {
+        let phases = [VolumePhase::AttachedToNode, VolumePhase::MountedToPod, VolumePhase::Detaching];
+        self.hotplug_volume.is_some() && self.phase.as_ref().is_some_and(|phase| phases.contains(phase))
+    }
+
+    /// Whether it was plugged in and the guest has it.
+    pub fn is_plugged_in(&self) -> bool {
+        self.hotplug_volume.is_some() && self.phase == Some(VolumePhase::Ready)
     }
 }
 

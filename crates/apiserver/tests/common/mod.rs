@@ -66,6 +66,7 @@ impl Cluster {
             kubelet_client: Some(tls.clone()),
             tls,
             admission,
+            actions: Vec::new(),
             dialer: Arc::new(DirectDialer),
         };
         cluster.stop = Some(stop);

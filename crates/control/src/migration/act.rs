@@ -15,7 +15,7 @@ use super::{explain, mirror};
 use crate::launcher_pod::{self, Role};
 use crate::object::{Name, Stored};
 use crate::plan::{EventType, Plan, VM_CONTROLLER};
-use crate::{evacuation, history, names, persistent_state, vmi};
+use crate::{evacuation, history, hotplug, names, persistent_state, vmi};
 
 /// Carries out one action: writes to other objects go into `plan`, to the migration itself into `after`, events (which
 /// come last, when everything has been written) into `tell`.
@@ -103,8 +103,11 @@ fn hand_over(situation: &Situation<'_>, plan: &mut Plan) {
     let world = situation.view.world;
     let state_from = persistent_state::claim_name(vmi, Role::Start, world);
     let state_to = persistent_state::claim_name(vmi, Role::Receive(situation.migration), world);
+    let Ok(attachment) = hotplug::for_target(vmi, pod, situation.view.world) else { return };
+    let attachment = attachment.map(|pod| pod.uid().to_owned());
     let mut told = vmi.as_ref().clone();
     told.status.migration_state = Some(State {
+        target_attachment_pod_uid: attachment.clone(),
         migration_uid: uid.clone(),
         source_node: source_node.clone(),
         source_pod: source_pod.clone(),
@@ -124,6 +127,7 @@ fn hand_over(situation: &Situation<'_>, plan: &mut Plan) {
             ..MigrationSourceState::default()
         }),
         target_state: Some(MigrationTargetState {
+            attachment_pod_uid: attachment,
             node: target_node.clone(),
             pod: target_pod,
             migration_uid: uid,

@@ -293,6 +293,10 @@ pub fn sentence(fact: Fact, situation: &Situation<'_>) -> String {
             let what = if fact == Fact::TargetPodImage { "an image" } else { "its volumes" };
             format!("The target pod waits for {what}: {trouble}.")
         }
+        Fact::DisksNotReady => {
+            let missing = situation.disks_missing().unwrap_or_else(|| "nothing any more".to_owned());
+            format!("Waits for the disks that the guest was given while it ran: {missing}.")
+        }
         Fact::TargetPodUnschedulable => {
             let limit = deadlines::unschedulable(migration).into_iter().chain(deadlines::pending(migration)).min();
             let limit = limit.map_or_else(String::new, |limit| format!(" Given up after {} s.", secs(limit)));

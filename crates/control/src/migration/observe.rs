@@ -15,7 +15,7 @@ use crate::object::{Name, Stored};
 use crate::plan::View;
 use crate::turns::{Setting, Turn};
 use crate::world::Refusal;
-use crate::{kubevirt, names, node, placement, quota, turns};
+use crate::{hotplug, kubevirt, names, node, placement, quota, turns};
 
 /// What counts about a migration, gathered once.
 pub struct Situation<'a> {
@@ -214,12 +214,14 @@ impl<'a> Situation<'a> {
         if placement::is_finished(pod) {
             return Fact::TargetPodDown.into();
         }
-        if is_ready(pod) {
+        let ready = is_ready(pod);
+        if ready && self.disks_missing().is_none() {
             return Fact::TargetPodReady.into();
         }
         let created = self.target_pod_since(pod);
         let unplaced = is_unschedulable(pod);
         let fact = match explain::trouble(pod, self.view.world) {
+            _ if ready => Fact::DisksNotReady,
             _ if unplaced => Fact::TargetPodUnschedulable,
             Some(explain::Trouble::Image(_)) => Fact::TargetPodImage,
             Some(explain::Trouble::Claim(_)) => Fact::TargetPodVolumes,
@@ -257,7 +259,13 @@ impl<'a> Situation<'a> {
         if self.vmi.is_some_and(|vmi| turns::is_on_its_way(vmi)) {
             return Fact::OtherMigration.into();
         }
-        self.within(self.since(), deadlines::HAND_OVER, Fact::ReadyToHandOver, Fact::HandOverTooLong)
+        let fact = if self.disks_missing().is_none() { Fact::ReadyToHandOver } else { Fact::DisksNotReady };
+        self.within(self.since(), deadlines::HAND_OVER, fact, Fact::HandOverTooLong)
+    }
+
+    /// What is missing of the disks that the guest was given while it ran, for a target that is ready otherwise.
+    pub fn disks_missing(&self) -> Option<String> {
+        hotplug::for_target(self.vmi?, self.pod?, self.view.world).err()
     }
 
     /// What can have happened to a handed-over migration in any phase.

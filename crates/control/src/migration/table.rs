@@ -61,6 +61,8 @@ pub enum Fact {
     TargetPodImage,
     /// A claim of the target pod is missing or not bound.
     TargetPodVolumes,
+    /// The target pod is ready, but not for the disks that the guest was given while it ran.
+    DisksNotReady,
     /// No node takes the target pod, for now.
     TargetPodUnschedulable,
     /// No node has taken the target pod for too long.
@@ -260,6 +262,7 @@ pub static TABLE: &[Row] = &[
     row(Phase::Scheduling, Fact::TargetPodStarting, Phase::Scheduling, &[]),
     row(Phase::Scheduling, Fact::TargetPodImage, Phase::Scheduling, &[]),
     row(Phase::Scheduling, Fact::TargetPodVolumes, Phase::Scheduling, &[]),
+    row(Phase::Scheduling, Fact::DisksNotReady, Phase::Scheduling, &[]),
     row(Phase::Scheduling, Fact::TargetPodUnschedulable, Phase::Scheduling, &[Action::WarnUnschedulable]),
     row(Phase::Scheduling, Fact::TargetPodUnschedulableTooLong, Phase::Failed, &[Action::GiveUpTargetPod, POD_REMOVED]),
     row(Phase::Scheduling, Fact::TargetPodPendingTooLong, Phase::Failed, &[Action::GiveUpTargetPod, POD_REMOVED]),
@@ -278,6 +281,7 @@ pub static TABLE: &[Row] = &[
         Phase::Failed,
         &[DROP_POD, HAND_OVER_FAILED, failed("Migration failed because it could not be handed over in time.")],
     ),
+    row(Phase::Scheduled, Fact::DisksNotReady, Phase::Scheduled, &[]),
     row(Phase::Scheduled, Fact::ReadyToHandOver, Phase::Scheduled, &[Action::HandOver, HANDED_OVER]),
     row(Phase::Scheduled, Fact::HandedOver, Phase::PreparingTarget, &[]),
     // PreparingTarget: the target's handler makes the target ready.

@@ -48,7 +48,7 @@ fn still(hardware: &Value) -> Value {
 }
 
 /// The pod that the guest is in, once its last migration is over.
-async fn place(cluster: &Cluster, vmi: &str) -> String {
+pub async fn place(cluster: &Cluster, vmi: &str) -> String {
     let object = cluster.vmis().get(vmi).await.expect("VMI");
     match status(&object, "migrationState/targetPod") {
         none if none.is_empty() => cluster.launchers(vmi).await.remove(0).0,

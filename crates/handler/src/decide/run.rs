@@ -3,7 +3,7 @@
 use godwit_launcher::rpc::{DomainPhase, MigrationRole, State};
 
 use super::{Action, Change, Plan, end};
-use crate::facts::{Facts, Launcher, MigrationView, PodView, migration};
+use crate::facts::{Facts, Launcher, MigrationView, PodView, VmiView, migration};
 
 /// The migration to here is over and went well; the API may not say so in full yet, if this handler restarted in between.
 pub(super) fn arrived(facts: &Facts, m: &MigrationView, plan: &mut Plan) {
@@ -59,9 +59,24 @@ pub(super) fn decide(facts: &Facts, pod: &PodView, plan: &mut Plan) {
             }
             if vmi.deleting {
                 end(pod, vmi.grace_seconds, plan);
+            } else {
+                change_disks(vmi, pod, state, plan);
             }
         }
         _ => ended(vmi.phase.as_str(), state, plan),
+    }
+}
+
+/// Disks come and go while the guest runs, but not while it moves: both ends have the same.
+fn change_disks(vmi: &VmiView, pod: &PodView, state: &State, plan: &mut Plan) {
+    if vmi.phase != "Running" || vmi.migration.as_ref().is_some_and(|m| !m.completed) {
+        return;
+    }
+    let has = |name: &String| state.volumes.iter().any(|disk| disk.name == *name);
+    let missing: Vec<String> = vmi.attached.iter().filter(|name| !has(name)).cloned().collect();
+    let surplus = state.volumes.iter().any(|disk| disk.place.is_some() && !vmi.hotpluggable.contains(&disk.name));
+    if surplus || !missing.is_empty() {
+        plan.act(Action::ChangeDisks { pod: pod.name.clone(), missing });
     }
 }
 

@@ -166,6 +166,7 @@ fn orders(plan: &Plan) -> Vec<String> {
         .filter_map(|a| match a {
             Action::Write(_) | Action::Event { .. } | Action::Wire { .. } => None,
             Action::Start { pod } => Some(format!("start {pod}")),
+            Action::ChangeDisks { pod, missing } => Some(format!("disks {pod} {missing:?}")),
             Action::PrepareTarget { pod, .. } => Some(format!("prepare {pod}")),
             Action::OpenControl { pod, .. } => Some(format!("control {pod}")),
             Action::CloseTarget => Some("close target".into()),

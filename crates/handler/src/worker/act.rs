@@ -28,11 +28,12 @@ use crate::sockets::SocketDir;
 use crate::source_link::{Endpoint, Local, SourceLink};
 use crate::target_link::TargetAnswers;
 use crate::tls::Identity;
+use crate::worker::disks::sockets_of;
 use crate::write::Migratable;
 
 /// The machine revision that guests are started with. 1 exists (free-page hints) and migrates, but was measured to hold an idle
-/// guest up for a second (docs/benchmarks.md).
-const NEW_GUESTS: u32 = 0;
+/// guest up for a second (docs/benchmarks.md); 2 has a place for disks that come while the guest runs.
+const NEW_GUESTS: u32 = 2;
 
 /// How long what is known of claims stays good.
 const CLAIMS_GOOD_FOR: Duration = Duration::from_secs(30);
@@ -60,6 +61,7 @@ impl Worker {
         match action {
             Action::Wire { pod } => self.wire(vmi, &pod).await,
             Action::Start { pod } => self.start_vm(vmi, &pod).await,
+            Action::ChangeDisks { pod, missing } => self.change_disks(vmi, &pod, &missing).await,
             Action::PrepareTarget { pod, uid } => self.prepare_target(vmi, &pod, &uid, m).await,
             Action::OpenControl { pod, uid } => self.open_channels(vmi, &pod, &uid, m, None).await,
             Action::CloseTarget => {
@@ -120,12 +122,12 @@ impl Worker {
         }
     }
 
-    fn pod(&mut self, name: &str) -> Result<&mut Pod, Stop> {
+    pub(super) fn pod(&mut self, name: &str) -> Result<&mut Pod, Stop> {
         self.pods.get_mut(name).ok_or_else(|| Stop::Failed(format!("pod {name} is gone")))
     }
 
     /// Says once, as event and condition, what does not work.
-    async fn complain(&mut self, what: String) -> Stop {
+    pub(super) async fn complain(&mut self, what: String) -> Stop {
         if self.complaint.as_ref() != Some(&what)
             && let Some(vmi) = self.vmi.clone()
         {
@@ -207,6 +209,10 @@ impl Worker {
             Some(m) => self.lend(name, &m.source_pod, uid).await,
             None => None,
         };
+        let images = match self.offer_late_disks(vmi, name).await {
+            Ok(images) => images,
+            Err(error) => return Err(self.complain(format!("cannot prepare the migration target: {error}")).await),
+        };
         let pod = self.pod(name)?;
         let order = TargetOrder {
             migration_uid: uid.to_owned(),
@@ -219,6 +225,7 @@ impl Worker {
             transport_follows: true,
             shareable_memory: pod.pod.shareable_memory,
             memory_socket: lent.as_ref().map(|lent| lent.socket.clone()),
+            disk_sockets: sockets_of(&images),
         };
         match pod.follower.client.prepare_target(&order).await {
             Ok(ready) => {
@@ -518,7 +525,10 @@ impl Worker {
     }
 
     /// What the launcher has to know about claims.
-    async fn volumes(&self, vmi: &mut VirtualMachineInstance) -> Result<BTreeMap<String, VolumeFacts>, Stop> {
+    pub(super) async fn volumes(
+        &self,
+        vmi: &mut VirtualMachineInstance,
+    ) -> Result<BTreeMap<String, VolumeFacts>, Stop> {
         let mut volumes = BTreeMap::new();
         let mut found = Vec::new();
         for volume in &vmi.spec.volumes {

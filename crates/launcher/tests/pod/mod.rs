@@ -154,6 +154,7 @@ pub fn target_order() -> TargetOrder {
         transport_follows: false,
         shareable_memory: false,
         memory_socket: None,
+        disk_sockets: Default::default(),
     }
 }
 

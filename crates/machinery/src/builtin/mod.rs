@@ -86,6 +86,7 @@ impl Builder {
             deprecation_warning: None,
             builtin: true,
             virtual_create_only: false,
+            actions_only: false,
             storage: true,
         };
         let at = self.rows.len();

@@ -46,6 +46,7 @@ pub fn resources_from_crd(crd: &Value) -> Result<Vec<Resource>, Status> {
                 columns: columns(version),
                 builtin: false,
                 virtual_create_only: false,
+                actions_only: false,
                 storage: version.get("storage").and_then(Value::as_bool).unwrap_or(false),
                 gv,
             }

@@ -44,7 +44,7 @@ pub fn hash(document: &Value) -> String {
 
 /// `GET /openapi/v3/api/v1` or `/openapi/v3/apis/G/V`; `None`: no such version.
 pub fn v3_document(resources: &[Resource], gv: &GroupVersion) -> Option<Value> {
-    let of_version: Vec<&Resource> = resources.iter().filter(|r| r.gv == *gv).collect();
+    let of_version: Vec<&Resource> = resources.iter().filter(|r| r.gv == *gv && !r.actions_only).collect();
     if of_version.is_empty() {
         return None;
     }
@@ -66,7 +66,7 @@ pub fn v3_document(resources: &[Resource], gv: &GroupVersion) -> Option<Value> {
 pub fn v2_document(resources: &[Resource]) -> Value {
     let mut emitter = Emitter::new(Flavour::V2);
     let mut paths = Map::new();
-    for resource in resources {
+    for resource in resources.iter().filter(|resource| !resource.actions_only) {
         emitter.resource(resource);
         paths::add(resource, Flavour::V2, &mut paths);
     }

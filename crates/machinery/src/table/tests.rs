@@ -21,6 +21,7 @@ fn resource(group: &str, kind: &str, columns: Columns) -> Resource {
         deprecation_warning: None,
         builtin: group.is_empty(),
         virtual_create_only: false,
+        actions_only: false,
         storage: true,
     }
 }

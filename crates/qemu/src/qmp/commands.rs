@@ -93,6 +93,8 @@ commands! {
     };
     /// Removes a block node.
     BlockdevDel = "blockdev-del" -> Nothing { node_name: String };
+    /// Takes a device out.
+    DeviceDel = "device_del" -> Nothing { id: String };
     /// Copies a block node to another and keeps both the same.
     BlockdevMirror = "blockdev-mirror" -> Nothing {
         job_id: String, device: String, target: String, sync: &'static str, copy_mode: &'static str,
@@ -112,6 +114,24 @@ commands! {
     PhysicalMemorySave = "pmemsave" -> Nothing { val: u64, size: u64, filename: String };
     /// The block jobs.
     QueryBlockJobs = "query-block-jobs" -> Vec<BlockJob>;
+}
+
+/// Adds a block node of any kind.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct BlockdevAdd(pub(crate) Value);
+
+impl Command for BlockdevAdd {
+    const NAME: &'static str = "blockdev-add";
+    type Answer = Nothing;
+}
+
+/// Plugs a device in.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct DeviceAdd(pub(crate) Value);
+
+impl Command for DeviceAdd {
+    const NAME: &'static str = "device_add";
+    type Answer = Nothing;
 }
 
 /// `migrate-incoming`, whose `exit-on-error` exists from QEMU 9.1 on.

@@ -1,5 +1,7 @@
 //! A guest's own life.
 
+use godwit_launcher::rpc::VolumeState;
+
 use super::*;
 
 #[test]
@@ -69,4 +71,38 @@ fn another_nodes_vmi_is_left_alone() {
     let mut facts = facts("Scheduled", vec![pod("a", answers(state(DomainPhase::Undefined)))]);
     facts.vmi.node_name = Some(OTHER.into());
     assert_eq!(decide(&facts), Plan::default());
+}
+
+#[test]
+fn disks_come_and_go_while_the_guest_runs_but_not_while_it_moves() {
+    let with = |disks: &[(&str, Option<u32>)]| {
+        let disk = |(name, place): &(&str, Option<u32>)| VolumeState {
+            name: (*name).into(),
+            place: *place,
+            ..VolumeState::default()
+        };
+        State { volumes: disks.iter().map(disk).collect(), ..state(DomainPhase::Running) }
+    };
+    let mut facts = facts("Running", vec![pod("a", answers(with(&[("root", None)])))]);
+    let changes = |facts: &Facts| {
+        let change = |action: Action| match action {
+            Action::ChangeDisks { missing, .. } => Some(missing),
+            _ => None,
+        };
+        decide(facts).actions.into_iter().find_map(change)
+    };
+    facts.vmi.hotpluggable = vec!["late".into()];
+    assert_eq!(changes(&facts), None, "its claim is not there yet");
+    facts.vmi.attached = vec!["late".into()];
+    assert_eq!(changes(&facts), Some(vec!["late".into()]));
+    facts.vmi.migration = Some(MigrationView { source_pod: "a".into(), ..leaving() });
+    assert_eq!(changes(&facts), None, "both ends have the same disks");
+    facts.vmi.migration = None;
+    facts.pods = [("a".to_owned(), pod("a", answers(with(&[("root", None), ("late", Some(0))]))))].into();
+    assert_eq!(changes(&facts), None, "it is there");
+    facts.vmi.hotpluggable = Vec::new();
+    facts.vmi.attached = Vec::new();
+    assert_eq!(changes(&facts), Some(Vec::new()), "it is to go");
+    facts.vmi.deleting = true;
+    assert_eq!(changes(&facts), None);
 }
