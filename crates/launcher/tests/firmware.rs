@@ -52,10 +52,7 @@ async fn a_tpm_has_a_process_at_the_guests_place_only() {
     here.hear(&mut story, 1).await;
     let ready = target.client.prepare_target(&TargetOrder { vmi: with_tpm(), ..target_order() }).await.unwrap();
     let mut there = target.console().await;
-    let _carrier = carry(&source, "outgoing.sock", &target, &ready.socket);
-    source.client.migrate(&source_order(None)).await.unwrap();
-    source.until("completed", |s| status(s) == "completed").await;
-    target.client.go(MIGRATION).await.unwrap();
+    let _carrier = moves(&source, &target, &ready.socket).await;
     here.drain(&mut story).await;
     there.hear(&mut story, 3).await;
     none_is_left(&source).await;

@@ -124,10 +124,7 @@ async fn a_guest_of_an_older_launcher_keeps_its_machine_and_one_of_a_newer_is_re
     let ready = target.client.prepare_target(&order).await.unwrap();
     assert_eq!(target.client.state().await.unwrap().machine_revision, Some(0));
     let mut there = target.console().await;
-    let _carrier = carry(&source, "outgoing.sock", &target, &ready.socket);
-    source.client.migrate(&source_order(None)).await.unwrap();
-    source.until("completed", |s| status(s) == "completed").await;
-    target.client.go(MIGRATION).await.unwrap();
+    let _carrier = moves(&source, &target, &ready.socket).await;
     here.drain(&mut story).await;
     there.hear(&mut story, 5).await;
     // Started anew it is a machine of today.
@@ -548,10 +545,7 @@ async fn a_disk_that_came_while_the_guest_ran_goes_along_and_can_be_taken_out_th
     let ready = target.client.prepare_target(&order).await.unwrap();
     handed.join().unwrap();
     let mut there = target.console().await;
-    let _carrier = carry(&source, "outgoing.sock", &target, &ready.socket);
-    source.client.migrate(&source_order(None)).await.unwrap();
-    source.until("completed", |s| status(s) == "completed").await;
-    target.client.go(MIGRATION).await.unwrap();
+    let _carrier = moves(&source, &target, &ready.socket).await;
     here.drain(&mut story).await;
     there.hear(&mut story, 5).await;
     let state = target.client.state().await.unwrap();

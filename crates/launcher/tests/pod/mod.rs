@@ -204,6 +204,15 @@ pub fn carry_memory(from: &Pod, outgoing: &str, to: &Pod, incoming: &str) -> Joi
     })
 }
 
+/// Moves the guest of `from` to `to`, which waits at this socket, and runs it there. What carries it ends with the result.
+pub async fn moves(from: &Pod, to: &Pod, incoming: &str) -> JoinHandle<()> {
+    let carrier = carry(from, "outgoing.sock", to, incoming);
+    from.client.migrate(&source_order(None)).await.unwrap();
+    from.until("completed", |s| status(s) == "completed").await;
+    to.client.go(MIGRATION).await.unwrap();
+    carrier
+}
+
 pub fn refusal(result: Result<State, Error>) -> Refusal {
     result.expect_err("it should have been refused").refusal().expect("refused, not broken")
 }
