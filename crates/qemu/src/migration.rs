@@ -151,6 +151,8 @@ pub struct Tracker {
     looked_at: (u64, i64),
     /// How often QEMU has said that post-copy is under way.
     filled: u64,
+    /// It was ordered to cancel before anything had gone wrong.
+    cancels: bool,
 }
 
 impl Tracker {
@@ -165,6 +167,7 @@ impl Tracker {
             announced: (0, 0),
             looked_at: (0, 0),
             filled: 0,
+            cancels: false,
         }
     }
 
@@ -211,6 +214,9 @@ impl Tracker {
     }
 
     fn status(&mut self, status: MigrationStatus, at_us: i64) {
+        // QEMU shuts its socket before it notes that it cancels; when its sender is quicker it calls that a failure.
+        let status =
+            if status == MigrationStatus::Failed && self.cancels { MigrationStatus::Cancelled } else { status };
         // The last word stands.
         if self.facts.is_final() {
             if status == self.facts.status {
@@ -281,7 +287,7 @@ impl Tracker {
         self.facts.throttle_percent = info.cpu_throttle_percentage.filter(|percent| *percent > 0);
         self.facts.expected_downtime_ms = info.expected_downtime.or(self.facts.expected_downtime_ms);
         // In post-copy it is about a link, of which more is said elsewhere.
-        if let Some(error) = info.error_desc.as_ref().filter(|_| !info.status.is_post_copy()) {
+        if let Some(error) = info.error_desc.as_ref().filter(|_| !info.status.is_post_copy() && !self.cancels) {
             self.fail(error.clone());
         }
         // The answer may be ahead of the event on its way; the event brings the exact time.
@@ -366,6 +372,11 @@ impl Tracker {
 
     pub(crate) fn mode(&mut self, mode: Mode) {
         self.facts.mode = mode;
+    }
+
+    /// QEMU is going to be told to cancel. What it then fails of is that, unless it has failed before.
+    pub(crate) fn cancel(&mut self) {
+        self.cancels = self.facts.error.is_none() && !self.facts.is_final();
     }
 
     /// The first reason stands.
@@ -574,6 +585,29 @@ mod tests {
         assert_eq!(tracker.facts().status, MigrationStatus::None);
         tracker.event(&event(3, 7, "MIGRATION", "setup"));
         assert_eq!(tracker.facts().status, MigrationStatus::Setup);
+    }
+
+    /// Seen in CI with QEMU 7.2: `Unable to write to socket: Broken pipe` a moment after the order.
+    #[test]
+    fn what_fails_because_it_is_cancelled_is_cancelled() {
+        let broken = MigrationInfo {
+            status: MigrationStatus::Failed,
+            error_desc: Some("Unable to write to socket: Broken pipe".into()),
+            ..MigrationInfo::default()
+        };
+        let ended = |fails_first: bool| {
+            let mut tracker = Tracker::new(0);
+            tracker.event(&event(0, 1, "MIGRATION", "active"));
+            if fails_first {
+                tracker.fail("the link broke".into());
+            }
+            tracker.cancel();
+            tracker.event(&event(1, 2, "MIGRATION", "failed"));
+            tracker.look(&broken, 3);
+            (tracker.facts().status, tracker.facts().error.clone())
+        };
+        assert_eq!(ended(false), (MigrationStatus::Cancelled, None));
+        assert_eq!(ended(true), (MigrationStatus::Failed, Some("the link broke".into())));
     }
 
     #[test]

@@ -457,7 +457,10 @@ impl Outgoing {
         self.cancelled = true;
         match self.memory {
             Memory::Waits { .. } => self.advance().await,
-            Memory::Begun | Memory::Continued => self.qemu.qmp.execute(&commands::MigrateCancel {}).await.map(drop),
+            Memory::Begun | Memory::Continued => {
+                self.tracker.cancel();
+                self.qemu.qmp.execute(&commands::MigrateCancel {}).await.map(drop)
+            }
             Memory::Never => Ok(()),
         }
     }
