@@ -7,7 +7,7 @@ mod place;
 
 use godwit_guest_rom::{Parameters, Story};
 use godwit_qemu::instance::{Error, Incoming, Outgoing, Prelaunch, Running, Settled};
-use godwit_qemu::machine::{Bus, Cache, Disk, DiskKind, Format, Machine};
+use godwit_qemu::machine::{Bus, Disk, Machine};
 use godwit_qemu::memory::GuestMemory;
 use godwit_qemu::migration::Options;
 use godwit_qemu::qmp::commands::{MigrationStatus, RunState};
@@ -101,19 +101,7 @@ async fn neither_end_touches_memory_between_the_stop_and_the_go() {
         for (number, bus) in [Bus::Virtio, Bus::Sata, Bus::Scsi].into_iter().enumerate() {
             let path = place.path(&format!("disk{number}"));
             std::fs::File::options().create(true).append(true).open(&path).unwrap().set_len(1 << 20).unwrap();
-            machine.disks.push(Disk {
-                name: format!("disk{number}"),
-                path,
-                format: Format::Raw,
-                size: None,
-                bus,
-                kind: DiskKind::Disk,
-                read_only: false,
-                serial: None,
-                cache: Cache::Writeback,
-                boot_index: None,
-                place: None,
-            });
+            machine.disks.push(Disk::new(format!("disk{number}"), path, bus));
         }
         machine
     };

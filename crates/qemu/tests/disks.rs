@@ -7,7 +7,7 @@ mod place;
 use godwit_guest_rom::{Parameters, Story};
 use godwit_qemu::blocks::Blocks;
 use godwit_qemu::instance::{Error, Incoming, Prelaunch, Running, Settled};
-use godwit_qemu::machine::{Bus, Cache, Disk, DiskKind, Format, Machine};
+use godwit_qemu::machine::{Bus, Disk, Format, Machine};
 use godwit_qemu::migration::Options;
 use godwit_qemu::process::find_qemu_img;
 use place::*;
@@ -18,19 +18,7 @@ const MIB: u64 = 1 << 20;
 
 fn with_disk(place: &Place, end: &str, path: PathBuf, format: Format) -> Machine {
     let mut machine = place.machine(end);
-    machine.disks.push(Disk {
-        name: "work".into(),
-        path,
-        format,
-        size: None,
-        bus: Bus::Virtio,
-        kind: DiskKind::Disk,
-        read_only: false,
-        serial: None,
-        cache: Cache::default(),
-        boot_index: None,
-        place: None,
-    });
+    machine.disks.push(Disk { format, ..Disk::new("work", path, Bus::Virtio) });
     machine
 }
 

@@ -8,7 +8,7 @@ use godwit_guest_rom::Story;
 use godwit_qemu::blocks::Blocks;
 use godwit_qemu::failure::{self, Cause, Explanation};
 use godwit_qemu::instance::{Incoming, Outgoing, Prelaunch, Settled};
-use godwit_qemu::machine::{Bus, Cache, Disk, DiskKind, Format, Machine};
+use godwit_qemu::machine::{Bus, Disk, Machine};
 use godwit_qemu::migration::{Facts, Options};
 use godwit_qemu::qmp::commands::MigrationStatus;
 use place::*;
@@ -17,19 +17,7 @@ use std::time::Duration;
 use tokio::net::{UnixListener, UnixStream};
 
 fn disk(path: PathBuf) -> Disk {
-    Disk {
-        name: "work".into(),
-        path,
-        format: Format::Raw,
-        size: None,
-        bus: Bus::Virtio,
-        kind: DiskKind::Disk,
-        read_only: false,
-        serial: None,
-        cache: Cache::default(),
-        boot_index: None,
-        place: None,
-    }
+    Disk::new("work", path, Bus::Virtio)
 }
 
 /// What the target says of a load that failed: an old QEMU exits, a newer one stays to be asked.

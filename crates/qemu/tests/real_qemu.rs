@@ -8,7 +8,7 @@ use godwit_guest_rom::{Parameters, Story};
 use godwit_qemu::accelerator::{self, Accelerator};
 use godwit_qemu::blocks::Blocks;
 use godwit_qemu::instance::{Error, Incoming, Prelaunch, Settled};
-use godwit_qemu::machine::{Bus, Cache, Disk, DiskKind, Format, Machine};
+use godwit_qemu::machine::{Bus, Cache, Disk, DiskKind, Machine};
 use godwit_qemu::migration::Options;
 use godwit_qemu::qmp::commands::{MigrationStatus, RunState};
 use place::*;
@@ -273,19 +273,7 @@ fn with_disk(place: &Place, end: &str, fill: impl FnOnce(&mut [u8])) -> Machine 
     fill(&mut content);
     std::fs::write(&path, content).unwrap();
     let mut machine = place.machine(end);
-    machine.disks.push(Disk {
-        name: "work".into(),
-        path,
-        format: Format::Raw,
-        size: None,
-        bus: Bus::Virtio,
-        kind: DiskKind::Disk,
-        read_only: false,
-        serial: None,
-        cache: Cache::default(),
-        boot_index: None,
-        place: None,
-    });
+    machine.disks.push(Disk::new("work", path, Bus::Virtio));
     machine
 }
 

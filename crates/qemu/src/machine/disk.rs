@@ -216,6 +216,23 @@ fn object(options: Options) -> serde_json::Value {
 }
 
 impl Disk {
+    /// A raw disk that the guest may write to, there from the start, with what is left unsaid at its default.
+    pub fn new(name: impl Into<String>, path: impl Into<PathBuf>, bus: Bus) -> Self {
+        Disk {
+            name: name.into(),
+            path: path.into(),
+            format: Format::Raw,
+            size: None,
+            bus,
+            kind: DiskKind::Disk,
+            read_only: false,
+            serial: None,
+            cache: Cache::default(),
+            boot_index: None,
+            place: None,
+        }
+    }
+
     fn node(&self, node: &str) -> Result<Options, Error> {
         let read_only = if self.read_only { "on" } else { "off" };
         let (direct, aio) = match self.cache {

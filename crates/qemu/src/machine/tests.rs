@@ -1,19 +1,7 @@
 use super::*;
 
 fn full() -> Machine {
-    let disk = |name: &str, bus| Disk {
-        name: name.into(),
-        path: format!("/disks/{name},1.img").into(),
-        format: Format::Raw,
-        size: None,
-        bus,
-        kind: DiskKind::Disk,
-        read_only: false,
-        serial: None,
-        cache: Cache::default(),
-        boot_index: None,
-        place: None,
-    };
+    let disk = |name: &str, bus| Disk::new(name, format!("/disks/{name},1.img"), bus);
     let mut machine = Machine::new("/run/m", 512, Boot::Firmware);
     machine.disks = vec![disk("a", Bus::Virtio), disk("b", Bus::Sata), disk("c", Bus::Virtio), disk("d", Bus::Scsi)];
     machine.disks[1].kind = DiskKind::CdRom;
