@@ -49,6 +49,10 @@ pub mod reason {
     pub const DELETED: &str = "Deleted";
     pub const STOPPED: &str = "Stopped";
     pub const SYNC_FAILED: &str = "SyncFailed";
+    // Ours: the guest was killed because its node had lost its lease.
+    pub const GUEST_FENCED: &str = "GuestFenced";
+    // Ours, on the node: its handler says how many guests were fenced, and why.
+    pub const NODE_FENCED: &str = "NodeFenced";
 }
 
 /// Event messages without holes.

@@ -137,3 +137,15 @@ pub const FINALIZER_VM: &str = "kubevirt.io/virtualMachineControllerFinalize";
 pub const READINESS_GATE_UNPAUSED: &str = "kubevirt.io/virtual-machine-unpaused";
 /// The taint that empties a node.
 pub const TAINT_DRAIN: &str = "kubevirt.io/drain";
+/// Godwit's own, on a node's fence lease: the nodes whose handlers this one asks before it puts its fence off, sorted, with commas
+/// between; [`FENCE_NO_PEERS`] when there is no other node. Without it the fence is never put off (docs/fencing.md).
+pub const ANNOTATION_FENCE_PEERS: &str = "godwit.io/fence-peers";
+/// Value of [`ANNOTATION_FENCE_PEERS`]: nobody could take the guests, so they run on for as long as the control plane is away.
+pub const FENCE_NO_PEERS: &str = "*";
+/// Godwit's own, on a node's fence lease: `address:port` where its handler tells other handlers whether it has contact.
+pub const ANNOTATION_FENCE_ADDRESS: &str = "godwit.io/fence-address";
+/// Godwit's own, on a node's fence lease: the controller counts the node's guests as dead, since this time (RFC 3339). It is
+/// written on the revision that was decided on; the handler that finds it kills whatever still runs before it renews again.
+pub const ANNOTATION_NODE_LOST: &str = "godwit.io/node-lost";
+/// Godwit's own, on nodes: when the handler's fence last stopped guests (RFC 3339).
+pub const ANNOTATION_FENCED: &str = "godwit.io/fenced";

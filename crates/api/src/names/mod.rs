@@ -2,6 +2,7 @@
 
 pub mod conditions;
 pub mod events;
+pub mod fence;
 pub mod keys;
 
 pub use keys::*;
