@@ -4,6 +4,7 @@
 
 mod common;
 
+use common::events::Said;
 use common::{Cluster, status, text};
 use godwit_guest_rom::Parameters;
 use kube::api::{DynamicObject, Patch, PatchParams};
@@ -49,12 +50,6 @@ async fn evict(cluster: &Cluster, kubectl: &Path, vmi: &str, dry_run: bool) -> S
     refusal.unwrap_or_else(|| panic!("not a 429: {said}")).to_owned()
 }
 
-async fn events(cluster: &Cluster) -> Vec<(String, String)> {
-    let list = cluster.api("", "v1", "Event").list(&Default::default()).await.expect("list events");
-    let text = |event: &DynamicObject, key: &str| event.data[key].as_str().unwrap_or_default().to_owned();
-    list.items.iter().map(|event| (text(event, "reason"), text(event, "message"))).collect()
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn an_evicted_guest_moves_and_its_record_tells() {
     let Some(kubectl) = common::kubectls().pop() else { return };
@@ -83,8 +78,9 @@ async fn an_evicted_guest_moves_and_its_record_tells() {
     assert!(made.starts_with("kubevirt-evacuation-"), "{made}");
     assert_eq!(migration.metadata.annotations.as_ref().expect("annotations")["kubevirt.io/evacuationMigration"], from);
     assert_eq!(migration.data["spec"]["priority"], "system-critical");
-    let created = ("SuccessfulCreate".to_owned(), format!("Created Migration {made}"));
-    assert!(events(&cluster).await.contains(&created), "{:?}", events(&cluster).await);
+    let created = format!("Created Migration {made}");
+    let said = |event: &Said| event.reason == "SuccessfulCreate" && event.message == created;
+    cluster.hears_of("VirtualMachineInstance", "flyer", &created, said).await;
 
     let over = |migration: &DynamicObject| {
         status(migration, "phase") == "Succeeded" && migration.metadata.finalizers.as_ref().is_none_or(Vec::is_empty)

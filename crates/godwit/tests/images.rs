@@ -4,6 +4,7 @@
 
 mod common;
 
+use common::events::Said;
 use common::{Cluster, ROM_IMAGE, godwit, status, text};
 use kube::api::DynamicObject;
 use serde_json::{Value, json};
@@ -86,11 +87,8 @@ async fn a_missing_image_is_named_and_taken_when_it_comes() {
     let (reason, message) = synchronized(&vmi).expect("condition");
     assert!(["ErrImagePull", "ImagePullBackOff"].contains(&reason.as_str()), "{}", vmi.data);
     assert!(message.contains(ROM_IMAGE), "{message}");
-    let events = cluster.api("", "v1", "Event").list(&Default::default()).await.expect("events");
-    let told = events.items.iter().any(|event| {
-        event.data["reason"] == "Failed" && event.data["message"].as_str().is_some_and(|text| text.contains(LATE))
-    });
-    assert!(told, "{}", json!(events.items));
+    let failed = |event: &Said| event.reason == "Failed" && event.message.contains(LATE);
+    cluster.hears_of("Pod", "late", "which image it lacks", failed).await;
 
     let built = cluster.godwit(&["image", "build", LATE, "/bin/busybox:/bin/busybox"]);
     assert!(built.status.success(), "{}", text(&built.stderr));

@@ -3,6 +3,8 @@
 // Every test file uses another part of it.
 #![allow(dead_code, clippy::expect_used, clippy::unwrap_used)]
 
+pub mod events;
+
 use godwit_launcher::client as launcher;
 use kube::api::{ApiResource, DynamicObject, GroupVersionKind, Patch, PatchParams};
 use kube::{Api, Client};

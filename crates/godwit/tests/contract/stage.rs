@@ -1,8 +1,9 @@
 //! What the tests of the contract do to a cluster and ask of it.
 
+use crate::common::events::Said;
 use crate::common::{Cluster, rom_vmi, status, text};
 use godwit_guest_rom::{Line, Parameters, Story};
-use kube::api::{Api, ApiResource, DynamicObject, GroupVersionKind, ListParams, Patch, PostParams};
+use kube::api::{Api, ApiResource, DynamicObject, GroupVersionKind, Patch, PostParams};
 use kube::client::Body;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -39,15 +40,6 @@ impl Answer {
         assert_eq!(self.code, 201, "{}", self.body);
         self.body["metadata"]["uid"].as_str().expect("uid").to_owned()
     }
-}
-
-/// One event.
-#[derive(Debug)]
-pub struct Said {
-    pub type_: String,
-    pub reason: String,
-    pub message: String,
-    pub component: String,
 }
 
 /// A process that stands still until this is dropped.
@@ -252,22 +244,6 @@ impl Cluster {
         self.post("/apis/kubevirt.io/v1/namespaces/default/virtualmachineinstancemigrations", migration, "").await
     }
 
-    /// What was said about an object.
-    pub async fn events(&self, kind: &str, name: &str) -> Vec<Said> {
-        let selector = format!("involvedObject.kind={kind},involvedObject.name={name}");
-        let list = self.api("", "v1", "Event").list(&ListParams::default().fields(&selector)).await.expect("events");
-        let text = |event: &DynamicObject, at: &str| {
-            event.data.pointer(at).and_then(Value::as_str).unwrap_or_default().to_owned()
-        };
-        let said = list.items.iter().map(|event| Said {
-            type_: text(event, "/type"),
-            reason: text(event, "/reason"),
-            message: text(event, "/message"),
-            component: text(event, "/source/component"),
-        });
-        said.collect()
-    }
-
     /// Waits until this was said about a migration by its controller.
     pub async fn is_told(&self, migration: &str, type_: &str, reason: &str, message: &str) {
         self.is_told_what(migration, type_, reason, |said| said == message).await;
@@ -275,17 +251,9 @@ impl Cluster {
 
     /// The same for words that the test cannot know wholly.
     pub async fn is_told_what(&self, migration: &str, type_: &str, reason: &str, message: impl Fn(&str) -> bool) {
-        let deadline = Instant::now() + PATIENCE;
-        let mut said = Vec::new();
-        while Instant::now() < deadline {
-            said = self.events("VirtualMachineInstanceMigration", migration).await;
-            if let Some(event) = said.iter().find(|event| event.reason == reason && message(&event.message)) {
-                assert_eq!((event.type_.as_str(), event.component.as_str()), (type_, "virtualmachine-controller"));
-                return;
-            }
-            tokio::time::sleep(MOMENT).await;
-        }
-        panic!("nobody said {reason} about {migration}, but {said:?}\n{}", self.words());
+        let said = |event: &Said| event.reason == reason && message(&event.message);
+        let event = self.hears_of("VirtualMachineInstanceMigration", migration, reason, said).await;
+        assert_eq!((event.type_.as_str(), event.component.as_str()), (type_, "virtualmachine-controller"));
     }
 
     /// The guest goes on in this pod: it was not started again, lost no memory, and beats.
