@@ -4,6 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use godwit_api::{VirtualMachineInstance, VmiPhase};
+use k8s_openapi::api::coordination::v1::Lease;
 
 use smol_str::SmolStr;
 
@@ -12,7 +13,8 @@ use crate::object::{Kind, Name, Object, Stored};
 use crate::plan::{Plan, View};
 use crate::world::{Change, World, claims_of, vmi_of_pod};
 use crate::{
-    confirm, evacuation, history, hotplug, kubevirt, migration, node, placement, turns, vm, vmi, volumes, workloads,
+    confirm, evacuation, fence, history, hotplug, kubevirt, migration, node, placement, turns, vm, vmi, volumes,
+    workloads,
 };
 
 /// A group of decisions that can be switched on and off: cluster mode leaves placement, volumes and nodes to Kubernetes.
@@ -34,6 +36,8 @@ pub enum Noun {
     Volumes,
     /// Nodes.
     Node,
+    /// Nodes whose guests have ended.
+    Fence,
     /// The installation's own object.
     KubeVirt,
 }
@@ -49,6 +53,7 @@ impl Noun {
         Noun::Placement,
         Noun::Volumes,
         Noun::Node,
+        Noun::Fence,
         Noun::KubeVirt,
     ];
 }
@@ -76,6 +81,8 @@ pub enum Key {
     Volume(Name),
     /// A node.
     Node(SmolStr),
+    /// Whether a node's guests have ended.
+    Fence(SmolStr),
     /// The installation.
     KubeVirt(Name),
 }
@@ -93,6 +100,7 @@ impl fmt::Display for Key {
             Key::Claim(name) => write!(f, "claim {name}"),
             Key::Volume(name) => write!(f, "volume {name}"),
             Key::Node(name) => write!(f, "node {name}"),
+            Key::Fence(name) => write!(f, "fence of node {name}"),
             Key::KubeVirt(name) => write!(f, "kubevirt {name}"),
         }
     }
@@ -123,6 +131,7 @@ impl Key {
             Key::Placement(_) => Noun::Placement,
             Key::Claim(_) | Key::Volume(_) => Noun::Volumes,
             Key::Node(_) => Noun::Node,
+            Key::Fence(_) => Noun::Fence,
             Key::KubeVirt(_) => Noun::KubeVirt,
         }
     }
@@ -154,6 +163,7 @@ impl Key {
             Key::Claim(name) => volumes::decide_claim(name, view),
             Key::Volume(name) => volumes::decide_volume(name, view),
             Key::Node(name) => node::decide(name, view),
+            Key::Fence(name) => fence::decide(name, view),
             Key::KubeVirt(name) => kubevirt::decide(name, view),
         };
         confirm::confirmed(self, view, plan)
@@ -243,14 +253,14 @@ impl Key {
                     keys.extend(world.vmis_on(node.name()).map(|vmi| Key::Vmi(vmi.key())));
                 }
             }
+            Object::Lease(lease) if fence::node_of(lease).is_some() => {
+                affected_by_fence(change, lease, world, &mut keys);
+                return keys;
+            }
             Object::Lease(_) if name.namespace == node::LEASES => {
-                let lease = |side: &'_ Option<Object>| match side {
-                    Some(Object::Lease(lease)) => Some(Arc::clone(lease)),
-                    _ => None,
-                };
-                let (before, after) = (lease(&change.before), lease(&change.after));
+                let (before, after) = leases_of(change);
                 let node = world.nodes.get(&Name::cluster(name.name.as_str()));
-                if node::is_told_by(before.as_deref(), after.as_deref(), node.map(Arc::as_ref)) {
+                if node::is_told_by(before, after, node.map(Arc::as_ref)) {
                     keys.push(Key::Node(name.name));
                 }
                 return keys;
@@ -307,6 +317,7 @@ impl Key {
         let mut keys = vec![Key::Turns];
         keys.extend(world.kubevirts.names().cloned().map(Key::KubeVirt));
         keys.extend(world.nodes.iter().map(|node| Key::Node(SmolStr::new(node.name()))));
+        keys.extend(world.fenced_nodes().cloned().map(Key::Fence));
         keys.extend(world.vms.names().cloned().map(Key::Vm));
         keys.extend(world.vmis.names().cloned().map(Key::Vmi));
         keys.extend(evacuation::all(world).map(Key::Evacuation));
@@ -342,6 +353,29 @@ fn under_way(world: &World) -> impl Iterator<Item = Key> {
 fn configured(world: &World) -> impl Iterator<Item = Key> {
     let told = turns::to_tell(world.turns()).cloned().map(Key::Migration);
     under_way(world).chain(told).chain([Key::Turns])
+}
+
+/// A lease before and after a change.
+fn leases_of(change: &Change) -> (Option<&Lease>, Option<&Lease>) {
+    let lease = |side| match side {
+        &Some(Object::Lease(ref lease)) => Some(Arc::as_ref(lease)),
+        _ => None,
+    };
+    (lease(&change.before), lease(&change.after))
+}
+
+/// A node has renewed its fence lease, or counts as lost. Nearly all of these change nothing.
+fn affected_by_fence(change: &Change, lease: &Lease, world: &World, keys: &mut Vec<Key>) {
+    let Some(node) = fence::node_of(lease) else { return };
+    let (before, after) = leases_of(change);
+    if fence::is_told_by(before, after) {
+        keys.push(Key::Fence(SmolStr::new(node)));
+        keys.extend(world.vmis_on(node).map(|vmi| Key::Vmi(vmi.key())));
+    }
+    if fence::makes_room(before, node, world) {
+        keys.extend(unplaced(world));
+        keys.push(Key::Turns);
+    }
 }
 
 /// Slots have been given or taken back, or their targets are others.
@@ -383,6 +417,8 @@ fn affected_by_pod(change: &Change, name: &Name, world: &World, keys: &mut Vec<K
             keys.push(Key::Vmi(vmi));
         }
         keys.extend(claims_of(pod).map(Key::Claim));
+        let node = pod.spec.as_ref().and_then(|spec| spec.node_name.as_deref());
+        keys.extend(node.filter(|node| fence::is_lost(node, world)).map(|node| Key::Fence(SmolStr::new(node))));
     }
     // Room has become free.
     let holds = |side: &Option<Object>| match side {
@@ -422,7 +458,7 @@ pub fn kinds_for(nouns: &[Noun]) -> Vec<Kind> {
         Kind::StorageClass => {
             nouns.iter().any(|noun| matches!(noun, Noun::Volumes | Noun::Placement | Noun::Vmi | Noun::Migration))
         }
-        Kind::Lease => nouns.contains(&Noun::Node),
+        Kind::Lease => nouns.iter().any(|noun| matches!(noun, Noun::Node | Noun::Fence)),
         Kind::NetworkAttachmentDefinition => false,
         _ => true,
     };

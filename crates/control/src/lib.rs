@@ -8,6 +8,9 @@ mod confirm;
 pub mod evacuation;
 #[cfg(test)]
 mod evacuation_tests;
+pub mod fence;
+#[cfg(test)]
+mod fence_tests;
 pub mod history;
 #[cfg(test)]
 mod history_tests;

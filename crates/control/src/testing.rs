@@ -141,6 +141,10 @@ impl Cluster {
                     merge(&mut value, &patch);
                     self.put(target.kind, value);
                 }
+                // Nobody has to say that such a pod has ended.
+                Effect::Delete { target, grace_seconds: Some(0), .. } if target.kind == Kind::Pod => {
+                    self.remove(Kind::Pod, &target.name);
+                }
                 Effect::Delete { target, .. } => self.delete(&target),
                 Effect::Bind { pod, node, .. } => self.patch(Kind::Pod, &pod.name, json!({"spec": {"nodeName": node}})),
                 Effect::Evict { pod, .. } => self.delete(&pod),

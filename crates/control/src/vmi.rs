@@ -16,6 +16,7 @@ use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::{Pod, PodCondition};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
+use crate::fence;
 use crate::hotplug;
 use crate::launcher_pod::{self, Role};
 use crate::migration;
@@ -26,6 +27,7 @@ use crate::placement;
 use crate::plan::{EventType, Plan, VM_CONTROLLER, View};
 use crate::quota;
 use crate::volume_update;
+use crate::volumes;
 use crate::workloads;
 use crate::world::World;
 
@@ -138,7 +140,7 @@ fn drive(
                 after.status.node_name = Some(node);
                 after.status.phase = VmiPhase::Scheduled;
             }
-            match trouble(pod) {
+            match trouble(pod).or_else(|| left_behind(vmi, pod, view.world)) {
                 Some((reason, message)) => {
                     let told = Condition::new(conditions::SYNCHRONIZED, false).because(&reason, message.clone());
                     if condition::set(&mut after.status.conditions, told, &now) {
@@ -150,8 +152,42 @@ fn drive(
                 }
             }
         }
+        (_, Some(pod)) => tell_of_silence(vmi, after, pod, view),
         _ => {}
     }
+}
+
+/// A guest on a node that cannot be reached is not given up before it is known to have ended; the VMI says what that waits for.
+fn tell_of_silence(vmi: &VirtualMachineInstance, after: &mut VirtualMachineInstance, pod: &Pod, view: &View<'_>) {
+    let told = vmi.condition(conditions::SYNCHRONIZED);
+    let ours = told.is_some_and(|told| told.reason.as_deref() == Some(names::REASON_NODE_UNRESPONSIVE));
+    let node = pod.spec.as_ref().and_then(|spec| spec.node_name.as_deref()).unwrap_or_default();
+    let silent = view.world.nodes.get(&Name::cluster(node)).is_some_and(|node| crate::node::is_silent(node));
+    if silent && !fence::is_lost(node, view.world) && (ours || told.is_none()) {
+        let why = fence::waits_for(node, pod.name(), view.world);
+        let condition = Condition::new(conditions::SYNCHRONIZED, false).because(names::REASON_NODE_UNRESPONSIVE, why);
+        condition::set(&mut after.status.conditions, condition, &Time(view.now));
+    } else if ours && !silent {
+        condition::remove(&mut after.status.conditions, conditions::SYNCHRONIZED);
+    }
+}
+
+/// That a pod finds no node because a volume of its guest is on a lost one.
+fn left_behind(vmi: &VirtualMachineInstance, pod: &Pod, world: &World) -> Option<(String, String)> {
+    if !migration::is_unschedulable(pod) {
+        return None;
+    }
+    let claims = vmi.spec.volumes.iter().filter_map(|volume| volume.persistent_volume_claim.as_ref());
+    let (claim, node) = claims.into_iter().find_map(|claim| {
+        let claim = claim.claim_name.as_str();
+        let node = volumes::only_node(world.claims.get(&Name::new(vmi.namespace(), claim))?, world)?;
+        fence::is_lost(node, world).then_some((claim, node))
+    })?;
+    let message = format!(
+        "PVC {claim} is on node {node} alone, which is lost: the VMI starts when that node is back, or when the claim is \
+         replaced by one with a copy of its data"
+    );
+    Some((names::REASON_NODE_UNRESPONSIVE.to_owned(), message))
 }
 
 /// Makes the launcher pod, unless something stands in the way.
@@ -247,7 +283,8 @@ fn lose(
         }
     }
     let node = vmi.status.node_name.as_deref().unwrap_or_default();
-    if !node.is_empty() && phase == VmiPhase::Failed && crate::node::is_lost(node, view) {
+    let lost = || crate::node::is_lost(node, view) || fence::is_lost(node, view.world);
+    if !node.is_empty() && phase == VmiPhase::Failed && lost() {
         after.status.reason = Some(names::REASON_NODE_UNRESPONSIVE.to_owned());
         let text = events::vmi_node_unresponsive(node);
         events.record(vmi.as_ref(), crate::NODE_CONTROLLER, EventType::Normal, reason::NODE_UNRESPONSIVE, text);

@@ -87,6 +87,19 @@ pub fn is_of_one_node(class: &str, world: &World) -> bool {
     world.classes.get(&Name::cluster(class)).is_some_and(|class| reach(class) == Some(Reach::OneNode))
 }
 
+/// The one node where the claim's volume can be reached, if it is bound to one of those.
+pub fn only_node<'a>(claim: &PersistentVolumeClaim, world: &'a World) -> Option<&'a str> {
+    let volume = world.volumes.get(&Name::cluster(claim.spec.as_ref()?.volume_name.as_deref()?))?;
+    let required = volume.spec.as_ref()?.node_affinity.as_ref()?.required.as_ref()?;
+    let [term] = required.node_selector_terms.as_slice() else { return None };
+    let host =
+        term.match_expressions.iter().flatten().find(|one| one.key == names::HOSTNAME && one.operator == "In")?;
+    match host.values.as_deref()? {
+        [node] => Some(node),
+        _ => None,
+    }
+}
+
 /// Decides about one claim.
 pub fn decide_claim(name: &Name, view: &View<'_>) -> Plan {
     let mut plan = Plan::nothing();

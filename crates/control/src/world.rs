@@ -15,6 +15,7 @@ use k8s_openapi::api::core::v1::{
 use k8s_openapi::api::storage::v1::StorageClass;
 use smol_str::SmolStr;
 
+use crate::fence::{self, Heard};
 use crate::object::{Kind, Name, Object, Stored};
 use crate::ordered::Ordered;
 use crate::{hotplug, kubevirt, names, node, persistent_state, placement, turns, volumes};
@@ -186,6 +187,8 @@ pub struct World {
     clock: Timestamp,
     /// When a node last gave a sign of life, by that clock.
     heard: Ordered<SmolStr, Timestamp>,
+    /// When the fence lease of a node was renewed, by that clock.
+    fences: Ordered<SmolStr, Heard>,
 }
 
 /// What an object is indexed under.
@@ -221,6 +224,21 @@ impl World {
     /// changed counts. `None` when it has never given one.
     pub fn heard_of(&self, node: &str) -> Option<Timestamp> {
         self.heard.get(node).copied()
+    }
+
+    /// The time when the last news were taken in.
+    pub fn clock(&self) -> Timestamp {
+        self.clock
+    }
+
+    /// When a node's fence lease was heard of; `None` when it has none.
+    pub fn fence_heard(&self, node: &str) -> Option<Heard> {
+        self.fences.get(node).copied()
+    }
+
+    /// The nodes with a fence lease.
+    pub fn fenced_nodes(&self) -> impl Iterator<Item = &SmolStr> {
+        self.fences.keys()
     }
 
     /// Takes in an object as seen at its revision. Returns the change, or `None` when this was already known or is older
@@ -307,6 +325,14 @@ impl World {
                     self.heard.remove(&SmolStr::new(node.name()));
                 }
             }
+        }
+        if let Some(node) = fence::renewal(change) {
+            let heard = Heard::again(self.fence_heard(&node), self.clock);
+            self.fences.insert(node, heard);
+        } else if let (Some(Object::Lease(lease)), None) = (&change.before, &change.after)
+            && let Some(node) = fence::node_of(lease)
+        {
+            self.fences.remove(&SmolStr::new(node));
         }
         self.loads.refresh(change);
         let mut turns = std::mem::take(&mut self.turns);

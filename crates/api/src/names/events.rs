@@ -187,6 +187,14 @@ pub fn vmi_node_unresponsive(node: &str) -> String {
     format!("virt-handler on node {node} is not responsive, marking VMI as failed")
 }
 
+/// Godwit's own: on a node, a warning with reason `NodeUnresponsive`.
+pub fn node_lost(seconds: i64) -> String {
+    format!(
+        "virt-handler was not heard for {seconds} s: the guests of this node have ended by now, and are started elsewhere by their \
+         run strategy"
+    )
+}
+
 /// On the VM, reason `SuccessfulCreate`.
 pub fn started_vm(vmi: &str) -> String {
     format!("Started the virtual machine by creating the new virtual machine instance {vmi}")

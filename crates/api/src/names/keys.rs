@@ -144,8 +144,9 @@ pub const ANNOTATION_FENCE_PEERS: &str = "godwit.io/fence-peers";
 pub const FENCE_NO_PEERS: &str = "*";
 /// Godwit's own, on a node's fence lease: `address:port` where its handler tells other handlers whether it has contact.
 pub const ANNOTATION_FENCE_ADDRESS: &str = "godwit.io/fence-address";
-/// Godwit's own, on a node's fence lease: the controller counts the node's guests as dead, since this time (RFC 3339). It is
-/// written on the revision that was decided on; the handler that finds it kills whatever still runs before it renews again.
+/// Godwit's own, on a node's fence lease: the controller counts the node's guests as dead. The value is the lease's `renewTime`
+/// as it was then, so that any further renewal ends it. It is written on the revision that was decided on; the handler that finds it
+/// kills whatever still runs before it renews again.
 pub const ANNOTATION_NODE_LOST: &str = "godwit.io/node-lost";
 /// Godwit's own, on nodes: when the handler's fence last stopped guests (RFC 3339).
 pub const ANNOTATION_FENCED: &str = "godwit.io/fenced";

@@ -9,6 +9,7 @@ use k8s_openapi::api::core::v1::{Node, NodeSelector, PersistentVolumeClaim, Pod,
 use super::is_ready;
 use super::load::{Requests, requests};
 use super::neighbours::Neighbours;
+use crate::fence;
 use crate::names;
 use crate::object::{Name, Stored, labels};
 use crate::selector;
@@ -198,6 +199,9 @@ impl<'a> Fit<'a> {
         }
         if !is_ready(node) {
             return one(3, "node(s) were not ready".into());
+        }
+        if self.is_launcher && fence::has_lapsed(node.name(), self.world) {
+            return one(3, "node(s) had a virt-handler that is not heard".into());
         }
         let have = labels(&node.metadata);
         let selector_holds = self.spec.node_selector.iter().flatten().all(|(key, value)| have.get(key) == Some(value));
