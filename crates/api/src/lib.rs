@@ -11,6 +11,7 @@ pub mod condition;
 pub mod config;
 pub mod crd;
 pub mod derived;
+pub mod drain;
 pub mod failure;
 pub mod gates;
 pub mod initial;

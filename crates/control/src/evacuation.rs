@@ -220,9 +220,17 @@ fn pursue(
 
 /// The eviction strategy that counts: the VMI's own, or the cluster's.
 fn strategy(vmi: &VirtualMachineInstance, world: &World) -> EvictionStrategy {
+    strategy_and_source(vmi, world).0
+}
+
+/// The eviction strategy that counts, and whether it is the VMI's own.
+pub(crate) fn strategy_and_source(vmi: &VirtualMachineInstance, world: &World) -> (EvictionStrategy, bool) {
+    if let Some(own) = &vmi.spec.eviction_strategy {
+        return (own.clone(), true);
+    }
     let kubevirt = world.kubevirts.get(&Name::new(names::KUBEVIRT_NAMESPACE, names::KUBEVIRT_NAME));
-    let of_cluster = || kubevirt.and_then(|kubevirt| kubevirt.spec.configuration.eviction_strategy.clone());
-    vmi.spec.eviction_strategy.clone().or_else(of_cluster).unwrap_or(EvictionStrategy::None)
+    let of_cluster = kubevirt.and_then(|kubevirt| kubevirt.spec.configuration.eviction_strategy.clone());
+    (of_cluster.unwrap_or(EvictionStrategy::None), false)
 }
 
 /// Says why there is no further attempt, if so.

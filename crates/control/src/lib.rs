@@ -5,6 +5,7 @@
 //! clock or rolls dice.
 
 mod confirm;
+pub mod drain;
 pub mod evacuation;
 #[cfg(test)]
 mod evacuation_tests;

@@ -160,6 +160,20 @@ pub fn room(pod: &Pod, world: &World, coming: impl Fn(&str) -> u32, limit: u32) 
     }
 }
 
+/// Whether a node takes a pod that is still to be made.
+pub fn takes(pod: &Pod, world: &World, node: &str) -> bool {
+    let Some(node) = world.nodes.get(&Name::cluster(node)) else { return false };
+    Fit::of(pod, world).is_ok_and(|fit| fit.verdict(node, false).is_none())
+}
+
+/// Why no node takes a pod that is still to be made, in Kubernetes' words.
+pub fn explain(pod: &Pod, world: &World) -> String {
+    match Fit::of(pod, world) {
+        Ok(fit) => nowhere(world.nodes.len(), &fit.search(None, |_| 0, |_| false).reasons),
+        Err(why) => why,
+    }
+}
+
 /// The slot of the migration that a pod is the target of.
 enum Hold<'a> {
     /// It is no target pod.

@@ -19,7 +19,7 @@ use crate::placement;
 use crate::world::{Change, World, vmi_of_pod};
 
 /// A place in the line: the more urgent first, then the older, then by name.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Ticket {
     urgency: Reverse<u8>,
     created: Option<Timestamp>,

@@ -107,6 +107,12 @@ impl Limits {
     }
 }
 
+/// The limits in force: of the cluster, of those that leave a node, and of those that go to one.
+pub(crate) fn limits(configuration: &MigrationConfiguration) -> (u32, u32, u32) {
+    let Limits { cluster, outbound, inbound } = Limits::of(configuration);
+    (cluster, outbound, inbound)
+}
+
 /// How many migrations may go to one node at once.
 pub fn inbound_limit(configuration: &MigrationConfiguration) -> u32 {
     configuration.parallel_inbound_migrations_per_node.unwrap_or(config::PARALLEL_INBOUND_MIGRATIONS_PER_NODE)
