@@ -186,6 +186,7 @@ impl Server {
             kubelet: kubelet.map(Arc::new),
             documents: paths::Documents::default(),
             quotas: quotas::Quotas::default(),
+            evictions: tokio::sync::Mutex::default(),
             stopping: tokio::sync::watch::Sender::new(false),
         });
         bootstrap::objects(&inner, &parts.ca).await?;

@@ -141,12 +141,15 @@ pub(crate) async fn evict(cx: &Context, kind: &Arc<Kind>, bytes: &Bytes) -> Repl
         return Err(Status::bad_request(format!("name in URL does not match name in Eviction object: {given}")));
     }
     let key = kind.key(namespace, name);
-    let pod = cx.store().get(&key).ok_or_else(|| not_found(kind, name))?.json().clone();
+    cx.store().get(&key).ok_or_else(|| not_found(kind, name))?;
     let mut dry_run = cx.dry_run()?;
     let chosen = body.get("deleteOptions").cloned().unwrap_or_default();
     dry_run |= chosen.get("dryRun").and_then(Value::as_array).is_some_and(|list| list.contains(&json!("All")));
     let write = Write { operation: Operation::Create, namespace, name, old: None, dry_run };
     ask_to_evict(cx, kind, write, &body).await?;
+    // Two at once would each count the other's pod; one that is marked for deletion counts no more.
+    let _alone = cx.inner.evictions.lock().await;
+    let pod = cx.store().get(&key).ok_or_else(|| not_found(kind, name))?.json().clone();
     let finished = matches!(text(&pod, "/status/phase"), "Succeeded" | "Failed" | "Pending");
     if !finished && !meta::is_deleting(&pod) {
         budget_allows(cx, namespace, &pod)?;

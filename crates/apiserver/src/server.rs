@@ -37,6 +37,8 @@ pub(crate) struct Inner {
     pub(crate) kubelet: Option<Arc<rustls::ClientConfig>>,
     pub(crate) documents: paths::Documents,
     pub(crate) quotas: crate::quotas::Quotas,
+    /// Held from an eviction's look at the budgets to its pod's mark of deletion.
+    pub(crate) evictions: tokio::sync::Mutex<()>,
     /// True when the server stops: watches end.
     pub(crate) stopping: tokio::sync::watch::Sender<bool>,
 }

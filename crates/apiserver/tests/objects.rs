@@ -304,6 +304,29 @@ async fn evictions_respect_budgets() {
     assert_eq!(refused.fails(429), "Cannot evict pod as it would violate the pod's disruption budget.");
 }
 
+/// As `kubectl drain` asks: for all at once.
+#[tokio::test]
+async fn evictions_at_once_take_no_more_than_the_budget_allows() {
+    let api = Api::start().await;
+    let budget =
+        json!({"metadata": {"name": "b"}, "spec": {"minAvailable": 3, "selector": {"matchLabels": {"app": "x"}}}});
+    api.post("/apis/policy/v1/namespaces/default/poddisruptionbudgets", &budget).await.ok();
+    let names: Vec<String> = (0..6).map(|n| format!("p{n}")).collect();
+    for name in &names {
+        api.post(PODS, &pod(name, Some("n1"))).await.ok();
+        let ready = json!({"status": {"phase": "Running", "conditions": [{"type": "Ready", "status": "True"}]}});
+        api.merge(&format!("{PODS}/{name}/status"), &ready).await.ok();
+    }
+    let evictions = names.iter().map(|name| {
+        let body = json!({"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": name}});
+        let api = &api;
+        async move { api.post(&format!("{PODS}/{name}/eviction"), &body).await.status.as_u16() }
+    });
+    let mut codes = futures::future::join_all(evictions).await;
+    codes.sort_unstable();
+    assert_eq!(codes, [201, 201, 201, 429, 429, 429]);
+}
+
 #[tokio::test]
 async fn garbage_goes_with_its_owner() {
     let api = Api::start().await;

@@ -10,6 +10,7 @@ mod plug;
 #[path = "guests/view.rs"]
 mod view;
 
+use common::linux::{DEMO_IMAGE, build_demo_image, linux_vmi};
 use common::{Cluster, qemus, rom_vmi, status, text};
 use godwit_guest_rom::{Line, Parameters};
 use godwit_network::Namespace;
@@ -17,7 +18,6 @@ use kube::api::{DynamicObject, Patch};
 use serde_json::{Value, json};
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr};
-use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 /// Where the guest answers: also at the ports by which KubeVirt calls a migration's streams, which are free for guests here.
@@ -66,18 +66,6 @@ async fn facts_at(cluster: &Cluster, node: &str, vmi: &str, port: u16) -> (IpAdd
     panic!("{vmi} does not answer {node} on port {port}: {last}; it is {}\n{}", object.data, cluster.words());
 }
 
-const DEMO_IMAGE: &str = "godwit.local/demo-guest:latest";
-
-fn build_demo_image(cluster: &Cluster) {
-    let folder = std::env::var_os("GODWIT_GUEST")
-        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/demo-guest"), PathBuf::from);
-    let pair = |file: &str| format!("{}:/boot/{file}", folder.join(file).display());
-    let files = ["vmlinuz", "initrd", "initrd-agent"].map(pair);
-    let arguments = ["image", "build", DEMO_IMAGE].into_iter().chain(files.iter().map(String::as_str));
-    let built = cluster.godwit(&arguments.collect::<Vec<_>>());
-    assert!(built.status.success(), "run `make guest` first: {}", text(&built.stderr));
-}
-
 async fn succeeds(cluster: &Cluster, migration: &str) {
     let over = |m: &DynamicObject| ["Succeeded", "Failed"].contains(&status(m, "phase").as_str());
     let migration = cluster.wait(&cluster.migrations(), migration, "it is over", over).await;
@@ -119,25 +107,6 @@ async fn behind_masquerade_a_guest_is_reached_before_and_after_its_move() {
     // Told to end, it turns itself off: its grace is longer than the wait. (An old guest may not: `make guest`.)
     cluster.vmis().delete("inner", &Default::default()).await.expect("delete");
     cluster.wait_gone(&cluster.vmis(), "inner").await;
-}
-
-/// A guest that boots the demo kernel, on the pod network in this binding.
-fn linux_vmi(name: &str, binding: &str) -> Value {
-    json!({
-        "apiVersion": "kubevirt.io/v1", "kind": "VirtualMachineInstance", "metadata": {"name": name},
-        "spec": {
-            "terminationGracePeriodSeconds": 0,
-            "domain": {
-                "memory": {"guest": "192Mi"},
-                "devices": {"rng": {}, "interfaces": [{"name": "default", binding: {}}]},
-                "firmware": {"kernelBoot": {
-                    "kernelArgs": format!("console=ttyS0 quiet godwit.hostname={name} godwit.ports=80,49152,49153"),
-                    "container": {"image": DEMO_IMAGE, "kernelPath": "/boot/vmlinuz", "initrdPath": "/boot/initrd"},
-                }},
-            },
-            "networks": [{"name": "default", "pod": {}}],
-        },
-    })
 }
 
 /// Says a word over a connection to the guest's echo service, and hears it again.

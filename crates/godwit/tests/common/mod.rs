@@ -4,6 +4,7 @@
 #![allow(dead_code, clippy::expect_used, clippy::unwrap_used)]
 
 pub mod events;
+pub mod linux;
 
 use godwit_launcher::client as launcher;
 use kube::api::{ApiResource, DynamicObject, GroupVersionKind, Patch, PatchParams};
