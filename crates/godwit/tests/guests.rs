@@ -10,7 +10,7 @@ mod plug;
 #[path = "guests/view.rs"]
 mod view;
 
-use common::linux::{DEMO_IMAGE, build_demo_image, linux_vmi};
+use common::linux::{build_demo_image, linux_vmi};
 use common::{Cluster, qemus, rom_vmi, status, text};
 use godwit_guest_rom::{Line, Parameters};
 use godwit_network::Namespace;
