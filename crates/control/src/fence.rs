@@ -12,16 +12,18 @@
 
 use std::sync::Arc;
 
+use godwit_api::VirtualMachineInstance;
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::Pod;
 use smol_str::SmolStr;
 
+use crate::migration;
 use crate::names::{self, events, fence};
 use crate::object::{Kind, Name, Object, Ref, Stored};
 use crate::placement;
 use crate::plan::{Effect, EventType, NODE_CONTROLLER, Plan, View};
-use crate::world::{Change, World};
+use crate::world::{Change, World, vmi_of_pod};
 
 /// So long after a lease has run out its node's guests count as ended.
 const MARGIN: SignedDuration = SignedDuration::from_secs(fence::MARGIN.as_secs().cast_signed());
@@ -176,7 +178,9 @@ fn witnessed(node: &str, lease: &Lease, window: SignedDuration, view: &View<'_>)
 
 /// What the API still has of a lost node's guests goes: nobody else will say that it has ended.
 fn clear(node: &str, lease: &Lease, world: &World, plan: &mut Plan) {
-    let left = world.pods_on(node).filter(|pod| is_guests(pod) && (pod.deleting() || !placement::is_finished(pod)));
+    let left = world.pods_on(node).filter(|pod| {
+        is_guests(pod) && (pod.deleting() || !placement::is_finished(pod)) && !may_still_serve(pod, world)
+    });
     let deletions: Vec<Effect> = left
         .map(|pod| Effect::Delete { target: pod.reference(), uid: pod.uid().to_owned(), grace_seconds: Some(0) })
         .collect();
@@ -192,6 +196,21 @@ fn clear(node: &str, lease: &Lease, world: &World, plan: &mut Plan) {
 /// Whether a pod holds a guest, or a guest's disks. What else runs on a node nobody has fenced.
 fn is_guests(pod: &Pod) -> bool {
     matches!(pod.label(names::LABEL_APP), Some(names::APP_VIRT_LAUNCHER | names::APP_HOTPLUG_DISK))
+}
+
+/// Whether the guest of a pod runs elsewhere by now, and may still get memory from here: the fence ends guests, and not a source whose
+/// guest has left. A broken link says that it does not get any.
+fn may_still_serve(pod: &Pod, world: &World) -> bool {
+    let vmi = vmi_of_pod(pod).and_then(|vmi| world.vmis.get(&vmi)).filter(|vmi| vmi.has_arrived() && !vmi.is_final());
+    let Some(vmi) = vmi.filter(|vmi| !vmi.is_deleting()) else { return false };
+    let state = vmi.status.migration_state.as_ref().filter(|state| migration::is_unresolved(state));
+    state.is_some_and(|state| state.source_pod.as_deref() == Some(pod.name())) && !migration::is_link_broken(vmi)
+}
+
+/// The lost node that a VMI's guest came from, if it may still get memory from there.
+pub fn lost_source<'a>(vmi: &'a VirtualMachineInstance, world: &World) -> Option<&'a str> {
+    let state = vmi.status.migration_state.as_ref().filter(|_| vmi.has_arrived())?;
+    state.source_node.as_deref().filter(|node| is_lost(node, world))
 }
 
 /// Why a guest on a node that cannot be reached is not given up yet.

@@ -4,6 +4,7 @@ use jiff::Timestamp;
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
+use crate::object::Stored;
 use crate::testing::Cluster;
 use crate::{Effect, Key, Kind, Name, fence};
 
@@ -271,6 +272,38 @@ fn a_pod_that_comes_to_a_lost_node_goes_again_unless_the_node_is_back() {
     renew(&mut cluster, "node1");
     cluster.carry_out(plan);
     assert!(cluster.get(Kind::Pod, &name("virt-launcher")).is_some(), "the node is back, and may run it");
+}
+
+#[test]
+fn a_source_that_still_gives_memory_to_its_guest_elsewhere_goes_when_the_link_is_broken() {
+    let mut cluster = cluster();
+    live(&mut cluster, 60, &NODES);
+    let source = run_vm(&mut cluster, "demo", "Always");
+    let target = others(&source)[0];
+    let vmi = get(&cluster, Kind::VirtualMachineInstance, "demo");
+    let pod = cluster.world.pods_on(&source).next().unwrap().key();
+    let of = json!({"kubevirt.io": "virt-launcher", "kubevirt.io/created-by": vmi["metadata"]["uid"]});
+    cluster.put(
+        Kind::Pod,
+        json!({
+            "metadata": {"namespace": "default", "name": "there", "labels": of, "annotations": {"kubevirt.io/domain": "demo"}},
+            "spec": {"nodeName": target, "containers": []}, "status": {"phase": "Running"},
+        }),
+    );
+    let state = json!({
+        "migrationUid": "uid-job", "sourceNode": source, "targetNode": target, "sourcePod": pod.name, "targetPod": "there",
+        "mode": "PostCopy", "targetNodeDomainReadyTimestamp": cluster.now.to_string(),
+    });
+    let moved = json!({"status": {"nodeName": target, "migrationState": state}});
+    cluster.patch(Kind::VirtualMachineInstance, &name("demo"), moved);
+    live(&mut cluster, 60, &others(&source));
+    assert!(is_lost(&cluster, &source));
+    assert_eq!(cluster.world.pods_on(&source).count(), 1, "its node may be cut off from the API alone");
+    let broken = json!({"status": {"migrationState": {"progress": {"linkBrokenTimestamp": cluster.now.to_string()}}}});
+    cluster.patch(Kind::VirtualMachineInstance, &name("demo"), broken);
+    cluster.settle();
+    assert_eq!(cluster.world.pods_on(&source).count(), 0, "whoever has the guest learns that the rest never comes");
+    assert_eq!(cluster.world.pods_on(target).count(), 1);
 }
 
 proptest! {

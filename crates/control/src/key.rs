@@ -182,7 +182,8 @@ impl Key {
                 }
                 keys.push(Key::Vm(name));
             }
-            Object::VirtualMachineInstance(_) => {
+            Object::VirtualMachineInstance(vmi) => {
+                keys.extend(fence::lost_source(vmi, world).map(|node| Key::Fence(SmolStr::new(node))));
                 for migration in world.migrations_of(&name) {
                     keys.push(Key::Migration(migration.key()));
                     if !migration.is_final() {

@@ -77,6 +77,14 @@ pub enum Event {
     GoesOn { still: Still, id: u64 },
     /// A node says that it lives.
     Heartbeat { node: usize, boot: u64 },
+    /// A node's handler renews its lease.
+    Renew { node: usize, boot: u64 },
+    /// The time until which a node's guests may run may have come.
+    FenceEnds { node: usize, boot: u64 },
+    /// A VM has to run again after the death of its node, unless there have been more disturbances than these.
+    Rescued { vmi: Name, disturbances: u64 },
+    /// A node hears the API server again.
+    NodeHears { node: usize },
     /// Owned objects of what is gone are deleted.
     Collect { owner: String },
     /// A user asks for a migration.
@@ -155,6 +163,8 @@ pub enum Fault {
     NodeDeath,
     /// A node is cut off.
     NodeCut,
+    /// A node reaches other nodes, but not the API server.
+    ApiCut,
     /// A link is cut.
     LinkCut,
     /// A node is cordoned for a while.
@@ -169,7 +179,7 @@ pub enum Fault {
 
 impl Fault {
     /// All of them.
-    pub const ALL: [Fault; 14] = [
+    pub const ALL: [Fault; 15] = [
         Fault::WatchBreak,
         Fault::ControllerRestart,
         Fault::ControllerStall,
@@ -179,6 +189,7 @@ impl Fault {
         Fault::LauncherKill,
         Fault::NodeDeath,
         Fault::NodeCut,
+        Fault::ApiCut,
         Fault::LinkCut,
         Fault::Cordon,
         Fault::AgentStall,

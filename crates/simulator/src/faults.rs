@@ -37,7 +37,11 @@ impl Sim {
                 let duration = self.random.between(100 * MS, 20 * SECOND);
                 self.stall_controllers(process, duration);
             }
-            Fault::StoreRestart => self.restart_store(),
+            Fault::StoreRestart => {
+                // Mostly it is back before anybody's lease has run out.
+                let longest = if self.random.chance(800) { 20 * SECOND } else { 100 * SECOND };
+                self.restart_store(longest);
+            }
             Fault::LimitChange => self.change_limits(),
             Fault::AgentRestart => self.restart_agent(node),
             Fault::LauncherKill => {
@@ -48,6 +52,7 @@ impl Sim {
             }
             Fault::NodeDeath => self.kill_node(node),
             Fault::NodeCut => self.cut_node(node),
+            Fault::ApiCut => self.deafen(node),
             Fault::Cordon => self.cordon(node, true),
             Fault::AgentStall => {
                 let duration = self.standstill();
@@ -90,7 +95,7 @@ impl Sim {
     }
 
     /// The API server goes, and is back within seconds with all that was written; every watch has to be taken up again.
-    fn restart_store(&mut self) {
+    fn restart_store(&mut self, longest: u64) {
         if self.store_down {
             return;
         }
@@ -102,7 +107,7 @@ impl Sim {
                 self.break_watch(who, kind, after);
             }
         }
-        let after = self.random.between(100 * MS, 20 * SECOND);
+        let after = self.random.between(100 * MS, longest);
         self.at(after, Event::StoreUp);
     }
 
@@ -111,8 +116,7 @@ impl Sim {
         self.note("the API server is back".to_owned());
         self.store_down = false;
         for index in 0..self.nodes.len() {
-            let Some(epoch) = self.nodes.get(index).filter(|node| node.alive && !node.cut).map(|node| node.epoch)
-            else {
+            let Some(epoch) = self.nodes.get(index).filter(|node| node.reaches_api()).map(|node| node.epoch) else {
                 continue;
             };
             let after = self.random.between(10 * MS, SECOND);
@@ -130,8 +134,10 @@ impl Sim {
             let drawn = i64::try_from(self.random.between(0, 2 * longest)).unwrap_or(0);
             let skew = drawn - i64::try_from(longest).unwrap_or(0);
             let nodes = self.nodes.len();
+            let second = self.random.between(980_000, 1_020_000);
             if let Some(node) = self.nodes.get_mut(index) {
                 node.skew = skew;
+                node.fence.set_speed(second);
             } else if let Some(one) = self.controllers.get_mut(index - nodes) {
                 one.skew = skew;
             }
@@ -140,6 +146,7 @@ impl Sim {
 
     /// Somebody sets all clocks.
     pub fn set_clocks_right(&mut self) {
+        self.disturbances += 1;
         for node in &mut self.nodes {
             node.skew = 0;
         }
@@ -195,6 +202,10 @@ impl Sim {
             (Blow::CutSourceNode, Some((_, node)), _) | (Blow::CutTargetNode, _, Some((_, node))) => {
                 self.cut_node(node);
             }
+            (Blow::DeafenSourceNode, Some((_, node)), _) | (Blow::DeafenTargetNode, _, Some((_, node))) => {
+                self.deafen(node);
+            }
+            (Blow::StopApiServer, ..) => self.restart_store(100 * SECOND),
             (Blow::RestartSourceAgent, Some((_, node)), _) | (Blow::RestartTargetAgent, _, Some((_, node))) => {
                 self.restart_agent(node);
             }
@@ -246,6 +257,7 @@ impl Sim {
         let Some(node) = self.nodes.get_mut(index).filter(|node| node.alive) else { return };
         node.alive = false;
         node.forget();
+        self.expect_rescue(index);
         self.note(format!("{} dies", self.name_of(index)));
         for launcher in self.launchers.living_on(index) {
             self.end_launcher(launcher, Why::Fault);
@@ -265,6 +277,7 @@ impl Sim {
         let (epoch, boot) = (node.epoch, node.boot);
         self.note(format!("{} boots", self.name_of(index)));
         self.at(MS, Event::Heartbeat { node: index, boot });
+        self.boot_fence(index, boot);
         let after = self.random.between(10 * MS, SECOND);
         self.at(after, Event::AgentLists { node: index, epoch });
     }
@@ -287,6 +300,26 @@ impl Sim {
         let epoch = node.epoch;
         self.note(format!("{} is reached again", self.name_of(index)));
         self.links_changed();
+        let after = self.random.between(10 * MS, SECOND);
+        self.at(after, Event::AgentLists { node: index, epoch });
+    }
+
+    /// A node does not reach the API server any more.
+    fn deafen(&mut self, index: usize) {
+        let Some(node) = self.nodes.get_mut(index).filter(|node| node.alive && !node.deaf) else { return };
+        node.deaf = true;
+        let name = node.name.clone();
+        self.note(format!("{name} does not reach the API server"));
+        let after = self.random.between(SECOND, 150 * SECOND);
+        self.at(after, Event::NodeHears { node: index });
+    }
+
+    /// A node reaches the API server again.
+    pub fn undeafen(&mut self, index: usize) {
+        let Some(node) = self.nodes.get_mut(index) else { return };
+        node.deaf = false;
+        let epoch = node.epoch;
+        self.note(format!("{} reaches the API server again", self.name_of(index)));
         let after = self.random.between(10 * MS, SECOND);
         self.at(after, Event::AgentLists { node: index, epoch });
     }

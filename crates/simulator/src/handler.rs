@@ -173,6 +173,9 @@ impl Sim {
             Domain::Undefined if launcher.ended.is_some() => {}
             Domain::Undefined if deleting => self.stop_launcher(id, MS),
             Domain::Undefined if *phase == VmiPhase::Scheduled && !launcher.ordered => {
+                if !self.may_run(sight.index) {
+                    return self.look_after(sight.index, &sight.vmi.key(), SECOND);
+                }
                 if let Some(launcher) = self.launchers.get_mut(id) {
                     launcher.ordered = true;
                 }
@@ -411,7 +414,7 @@ impl Sim {
 
     /// Whether the API, if this node reaches it, says that the target's pod has ended and never that the guest was there.
     fn target_ended_unseen(&self, sight: &Sight, m: &State) -> bool {
-        let reached = self.nodes.get(sight.index).is_some_and(|node| node.alive && !node.cut);
+        let reached = self.nodes.get(sight.index).is_some_and(|node| node.reaches_api());
         let arrived = m.target_node_domain_ready_timestamp.is_some() || sight.vmi.status.node_name == m.target_node;
         let Some(pod) = m.target_pod.as_deref().filter(|_| reached && !arrived) else { return false };
         match self.store.get(&Ref::new(Kind::Pod, Name::new(sight.vmi.namespace(), pod))) {
@@ -469,6 +472,9 @@ impl Sim {
             Domain::Broken => self.stop_launcher(id, MS),
             Domain::Incoming if launcher.loaded && self.wrong(Mutation::GivesUpLoaded) => self.stop_launcher(id, MS),
             Domain::Undefined if !launcher.ordered => {
+                if !self.may_run(sight.index) {
+                    return self.look_after(sight.index, &sight.vmi.key(), SECOND);
+                }
                 if let Some(launcher) = self.launchers.get_mut(id) {
                     launcher.ordered = true;
                 }

@@ -89,7 +89,7 @@ impl Sim {
     /// News arrive at a node.
     pub fn take_node_news(&mut self, index: usize, epoch: u64, target: Ref, object: Option<Object>) {
         let Some(node) = self.nodes.get_mut(index) else { return };
-        if node.epoch != epoch || !node.up || node.cut || !node.alive || self.store_down {
+        if node.epoch != epoch || !node.up || !node.reaches_api() || self.store_down {
             return;
         }
         match object {
@@ -108,7 +108,7 @@ impl Sim {
 
     /// The agent lists what it watches.
     pub fn agent_lists(&mut self, index: usize, epoch: u64) {
-        let current = self.nodes.get(index).is_some_and(|node| node.epoch == epoch && node.alive && !node.cut);
+        let current = self.nodes.get(index).is_some_and(|node| node.epoch == epoch && node.reaches_api());
         if !current || self.store_down {
             return;
         }
@@ -126,6 +126,7 @@ impl Sim {
         let Some(node) = self.nodes.get_mut(index) else { return };
         if !node.up {
             self.launchers.forget_ended_on(index);
+            node.fence.forget_answers(self.now);
         }
         let mut targets: Vec<Ref> = node.cache.keys().cloned().collect();
         node.cache = mine.into_iter().map(|object| (object.reference(), object)).collect();
@@ -189,7 +190,7 @@ impl Sim {
         let now = self.time();
         let Some(node) = self.nodes.get_mut(index).filter(|node| node.epoch == epoch) else { return };
         node.writing.remove(&write.target);
-        let (name, reached) = (node.name.clone(), node.alive && !node.cut && !self.store_down);
+        let (name, reached) = (node.name.clone(), node.reaches_api() && !self.store_down);
         if !reached {
             return self.retry(index, epoch, &write.target, SECOND);
         }
@@ -342,7 +343,7 @@ impl Sim {
     pub fn heartbeat(&mut self, index: usize, boot: u64) {
         let now = self.node_time(index);
         let Some(node) = self.nodes.get(index).filter(|node| node.boot == boot && node.alive) else { return };
-        let (name, reached) = (node.name.clone(), !node.cut && !self.store_down);
+        let (name, reached) = (node.name.clone(), node.reaches_api() && !self.store_down);
         self.at(Sim::HEARTBEAT, Event::Heartbeat { node: index, boot });
         if !reached {
             return;

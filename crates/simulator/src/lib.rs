@@ -10,6 +10,7 @@ mod check;
 mod control_loop;
 mod event;
 mod faults;
+mod fence;
 mod handler;
 mod kubelet;
 mod launchers;
@@ -79,6 +80,9 @@ pub struct Options {
     pub unchecked: BTreeSet<Rule>,
     /// The VMs run already when time begins, instead of being started one by one (for clusters of tens of thousands).
     pub standing: bool,
+    /// So soon after the death of its node a VM runs elsewhere, unless another node dies meanwhile; `None` checks only that it does
+    /// in the end.
+    pub rescued_within: Option<Duration>,
     /// Something that is wrong with the controllers.
     pub mutation: Option<Mutation>,
 }
@@ -104,6 +108,7 @@ impl Default for Options {
             without: BTreeSet::new(),
             unchecked: BTreeSet::new(),
             standing: false,
+            rescued_within: None,
             mutation: None,
         }
     }
@@ -132,6 +137,12 @@ pub enum Blow {
     CutSourceNode,
     /// The target's node is cut off for some time.
     CutTargetNode,
+    /// The source's node does not reach the API server for some time, but other nodes.
+    DeafenSourceNode,
+    /// The target's node does not.
+    DeafenTargetNode,
+    /// The API server is away for longer than any lease lasts.
+    StopApiServer,
     /// Handler and kubelet of the source node restart.
     RestartSourceAgent,
     /// Handler and kubelet of the target node restart.
@@ -170,7 +181,7 @@ impl Step {
 
 impl Blow {
     /// All of them.
-    pub const ALL: [Blow; 18] = [
+    pub const ALL: [Blow; 21] = [
         Blow::Cancel,
         Blow::DeleteTargetPod,
         Blow::KillTarget,
@@ -181,6 +192,9 @@ impl Blow {
         Blow::RestartController,
         Blow::CutSourceNode,
         Blow::CutTargetNode,
+        Blow::DeafenSourceNode,
+        Blow::DeafenTargetNode,
+        Blow::StopApiServer,
         Blow::RestartSourceAgent,
         Blow::RestartTargetAgent,
         Blow::StallSourceAgent,
@@ -229,6 +243,10 @@ pub struct Report {
     pub injections: u64,
     /// Guests that were handed over in post-copy.
     pub post_copies: u64,
+    /// Guests that were ended by the fence of their node.
+    pub fenced: u64,
+    /// VMs that were found to run in time after the death of their node.
+    pub rescued: u64,
 }
 
 impl Report {

@@ -7,6 +7,7 @@ use godwit_control::{Name, Object, Ref};
 use crate::Step;
 use crate::check::Rule;
 use crate::event::{Answer, Event};
+use crate::fence::Fence;
 use crate::mutation::Mutation;
 use crate::sim::{MS, SECOND, Sim};
 
@@ -23,6 +24,10 @@ pub struct Node {
     pub alive: bool,
     /// It reaches nothing and nobody.
     pub cut: bool,
+    /// It does not reach the API server.
+    pub deaf: bool,
+    /// Until when its guests may run, and what that rests on.
+    pub fence: Fence,
     /// How far its clock is ahead, in microseconds.
     pub skew: i64,
     /// The agent runs and has listed.
@@ -60,6 +65,8 @@ impl Node {
             name,
             alive: false,
             cut: false,
+            deaf: false,
+            fence: Fence::new(),
             skew: 0,
             up: false,
             epoch: 0,
@@ -75,6 +82,11 @@ impl Node {
             reported: BTreeMap::new(),
             stalled_until: 0,
         }
+    }
+
+    /// Whether it reaches the API server, if there is one.
+    pub fn reaches_api(&self) -> bool {
+        self.alive && !self.cut && !self.deaf
     }
 
     /// The agent's memory is gone.
@@ -236,6 +248,8 @@ pub struct Guest {
 pub enum Why {
     /// An injected fault.
     Fault,
+    /// The fence of its node.
+    Fence,
     /// Somebody has ordered it through the API.
     Order,
 }
@@ -318,9 +332,12 @@ impl Sim {
         if holds && why == Why::Fault {
             self.stats.guests_killed += 1;
         }
+        if holds && why == Why::Fence {
+            self.stats.fenced += 1;
+        }
         let domain = match (why, launcher.domain) {
             (_, Domain::MigratedAway) => Domain::MigratedAway,
-            (Why::Fault, _) | (_, Domain::Broken) => Domain::Crashed,
+            (Why::Fault | Why::Fence, _) | (_, Domain::Broken) => Domain::Crashed,
             (Why::Order, _) => Domain::Shutdown,
         };
         self.launchers.end(id, why == Why::Order, domain);
@@ -328,7 +345,7 @@ impl Sim {
         if let Some(transfer) = launcher.sends.as_ref().filter(|one| one.status == Status::Completed || one.sent)
             && let Some(target) = self.launchers.get_mut(transfer.target)
             && target.domain == Domain::Incoming
-            && why == Why::Fault
+            && why != Why::Order
         {
             target.orphaned = true;
             self.stats.guests_killed += 1;

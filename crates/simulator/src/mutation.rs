@@ -1,7 +1,8 @@
 //! Faults of the controllers, handlers and launchers themselves, put in on purpose: what the checks are worth shows in whether they see them.
 
 use godwit_api::MigrationPhase as Phase;
-use godwit_control::{Effect, Key, Kind, Name, Object, Plan, Source, Stored, View, World, names, vmi};
+use godwit_control::{Effect, Key, Kind, Name, Object, Plan, Source, Stored, View, World, fence, names, vmi};
+use jiff::SignedDuration;
 
 /// Something that is wrong with the controllers, or with the agents and launchers of all nodes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,13 +31,19 @@ pub enum Mutation {
     GivesUpLoaded,
     /// A source's handler writes the end of a post-copy when the guest runs, though its memory is still to follow.
     EndsBeforeAllFollowed,
+    /// Launchers do not look at the time until which their guests may run; their handler alone does.
+    NoWatchdog,
+    /// A node counts as lost as soon as its lease has run out, without a margin and whoever is heard.
+    NoMargin,
+    /// A node counts as lost by the time that is written in its lease.
+    LostByTimestamps,
     /// Handlers write on no revision: what one decided before it stood still is carried out when it goes on.
     HandlersWithoutRevisions,
 }
 
 impl Mutation {
     /// All of them.
-    pub const ALL: [Mutation; 13] = [
+    pub const ALL: [Mutation; 16] = [
         Mutation::NoRevisions,
         Mutation::DropsUnresolvedTarget,
         Mutation::StartsBesideOthers,
@@ -49,6 +56,9 @@ impl Mutation {
         Mutation::CancelsWhatHasLeft,
         Mutation::GivesUpLoaded,
         Mutation::EndsBeforeAllFollowed,
+        Mutation::NoWatchdog,
+        Mutation::NoMargin,
+        Mutation::LostByTimestamps,
         Mutation::HandlersWithoutRevisions,
     ];
 
@@ -82,6 +92,9 @@ impl Mutation {
                 }
             }
             (Mutation::NeverWakes, _) => plan.wake_at = None,
+            (Mutation::NoMargin | Mutation::LostByTimestamps, Key::Fence(node)) => {
+                self.lose_too_soon(node, view, &mut plan);
+            }
             (Mutation::FailedBeginsAgain, Key::Migration(name)) => {
                 if let Some(one) = world.migrations.get(name).filter(|one| one.status.phase == Phase::Failed) {
                     let again = serde_json::json!({"status": {"phase": "Pending"}});
@@ -91,6 +104,26 @@ impl Mutation {
             _ => {}
         }
         plan
+    }
+
+    /// Says that a node is lost before that is known.
+    fn lose_too_soon(self, node: &str, view: &View<'_>, plan: &mut Plan) {
+        let (Some(lease), Some(heard)) = (fence::lease_of(node, view.world), view.world.fence_heard(node)) else {
+            return;
+        };
+        let Some(time) = lease.spec.as_ref().and_then(|spec| spec.renew_time.as_ref()) else { return };
+        let from = if self == Mutation::NoMargin { heard.last } else { time.0 };
+        let end = from + SignedDuration::try_from(names::fence::DURATION).unwrap_or_default();
+        if fence::says_lost(lease) {
+            return;
+        }
+        if view.now < end {
+            return plan.wake(end);
+        }
+        let mut after = lease.as_ref().clone();
+        let annotations = after.metadata.annotations.get_or_insert_default();
+        annotations.insert(names::ANNOTATION_NODE_LOST.to_owned(), format!("{:.6}", time.0));
+        plan.update(lease.as_ref(), &after);
     }
 
     /// As if the VMI's other pods were not there, and its last migration were resolved.

@@ -58,6 +58,8 @@ faults! {
     node_deaths_per_hour "node-deaths" 15,
     /// A node cannot reach anything for a while; its guests run on.
     node_cuts_per_hour "node-cuts" 20,
+    /// A node reaches the other nodes, but not the API server, for a while.
+    api_cuts_per_hour "api-cuts" 20,
     /// The link between two nodes is cut for a while.
     link_cuts_per_hour "link-cuts" 60,
     /// A node's handler and kubelet stand still (SIGSTOP) and go on up to a minute later, as if nothing had been.

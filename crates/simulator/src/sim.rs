@@ -51,6 +51,10 @@ pub struct Stats {
     pub guests_killed: u64,
     /// See [`Report`].
     pub post_copies: u64,
+    /// See [`Report`].
+    pub fenced: u64,
+    /// See [`Report`].
+    pub rescued: u64,
 }
 
 /// When an event happens; of two at the same time the one that was asked for first comes first. The event itself lies in
@@ -101,6 +105,8 @@ pub struct Sim {
     pub asked: BTreeSet<String>,
     /// The last phase of each migration, by UID.
     pub phases: BTreeMap<String, MigrationPhase>,
+    /// How often something happened after which a lost node's VMs may need longer: a node died, or clocks jumped.
+    pub disturbances: u64,
     /// The blow has landed.
     pub struck: bool,
     /// What the names of VMs begin with.
@@ -141,8 +147,9 @@ impl Sim {
             stats: Stats::default(),
             asked: BTreeSet::new(),
             phases: BTreeMap::new(),
+            disturbances: 0,
             struck: false,
-            prefix: "vm",
+            prefix: crate::users::PREFIX,
             asked_migrations: 0,
             calm: false,
             rested: 0,
@@ -288,6 +295,8 @@ impl Sim {
             injections: self.injections,
             guests_killed: self.stats.guests_killed,
             post_copies: self.stats.post_copies,
+            fenced: self.stats.fenced,
+            rescued: self.stats.rescued,
             trace: self.trace.into_lines(),
         }
     }
@@ -325,6 +334,10 @@ impl Sim {
             Event::Order { launcher, order } => self.obey(launcher, order),
             Event::GoesOn { still, id } => self.goes_on(still, id),
             Event::Heartbeat { node, boot } => self.heartbeat(node, boot),
+            Event::Renew { node, boot } => self.renew(node, boot),
+            Event::FenceEnds { node, boot } => self.fence_ends(node, boot),
+            Event::Rescued { vmi, disturbances } => self.check_rescue(&vmi, disturbances),
+            Event::NodeHears { node } => self.undeafen(node),
             Event::Collect { owner } => self.collect(&owner),
             Event::AskMigration { vmi } => self.ask_migration(&vmi),
             Event::CancelMigration { name } => self.cancel_migration(&name),
@@ -363,6 +376,7 @@ impl Sim {
             Fault::LauncherKill => faults.launcher_kills_per_hour,
             Fault::NodeDeath => faults.node_deaths_per_hour,
             Fault::NodeCut => faults.node_cuts_per_hour,
+            Fault::ApiCut => faults.api_cuts_per_hour,
             Fault::LinkCut => faults.link_cuts_per_hour,
             Fault::Cordon => faults.cordons_per_hour,
             Fault::AgentStall => faults.handler_stalls_per_hour,

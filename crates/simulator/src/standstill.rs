@@ -23,6 +23,7 @@ impl Sim {
             | Event::Write { node, .. }
             | Event::GoAnswered { node, .. }
             | Event::Pulled { node, .. }
+            | Event::Renew { node, .. }
             | Event::Heartbeat { node, .. } => agent(*node),
             Event::Go { uid, target_node, .. } => {
                 let target = self.launchers.receiving(uid).map_or(0, |(_, target)| target.obeys_at());

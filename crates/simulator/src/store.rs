@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use godwit_api::admission::{self, Lookup, Operation, Request, User};
-use godwit_control::{Kind, Name, Object, Ordered, Ref, Stored, has_status_subresource};
+use godwit_control::{Kind, Name, Object, Ordered, Ref, Stored, has_status_subresource, names};
 use godwit_machinery::patch;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{PodCondition, PodStatus};
@@ -191,6 +191,29 @@ impl Store {
         spec.lease_duration_seconds = Some(seconds);
         spec.holder_identity = Some(holder.to_owned());
         let _ = self.put(target.clone(), Object::Lease(lease));
+    }
+
+    /// Renews the fence lease of a node, or makes it. The mark of a lost node goes with it.
+    pub fn renew_fence(&mut self, target: &Ref, node: &str, peers: &str, now: Timestamp, random: &mut Random) {
+        if let Some(Object::Lease(held)) = self.objects.get(target) {
+            let mut lease = Arc::clone(held);
+            let after = Arc::make_mut(&mut lease);
+            let annotations = after.metadata.annotations.get_or_insert_default();
+            annotations.remove(names::ANNOTATION_NODE_LOST);
+            after.spec.get_or_insert_default().renew_time = Some(MicroTime(now));
+            let _ = self.put(target.clone(), Object::Lease(lease));
+            return;
+        }
+        let body = json!({
+            "metadata": {
+                "namespace": target.name.namespace, "name": target.name.name,
+                "annotations": {names::ANNOTATION_FENCE_PEERS: peers},
+            },
+            "spec": {
+                "holderIdentity": node, "leaseDurationSeconds": names::fence::DURATION.as_secs(), "renewTime": format!("{now:.6}"),
+            },
+        });
+        let _ = self.insert(target.kind, body, now, random);
     }
 
     fn change(

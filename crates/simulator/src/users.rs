@@ -12,6 +12,8 @@ use crate::sim::{MS, SECOND, Sim};
 const MEBI: u64 = 1 << 20;
 /// So many VMs share a namespace.
 const VMS_IN_NAMESPACE: u64 = 100;
+/// What the names of VMs begin with.
+pub const PREFIX: &str = "vm";
 const USER: &str = "admin";
 
 /// The name of a VM; few are together in one namespace, as in a cluster with many tenants.

@@ -87,6 +87,42 @@ fn handlers_that_go_on_with_what_they_decided_before_are_seen() {
     seen_at_a_step(Mutation::HandlersWithoutRevisions, true, Blow::CutSourceNode, &[Rule::Backwards]);
 }
 
+/// Nodes and controllers that are wrong in a way that shows when nodes cannot renew their leases.
+fn seen_when_cut_off(mutation: Mutation) {
+    let faults = Faults {
+        api_cuts_per_hour: 60,
+        handler_stalls_per_hour: 60,
+        launcher_stalls_per_hour: 60,
+        skewed_clocks_per_mille: 500,
+        ..Faults::NONE
+    };
+    let run = |seed, mutation| {
+        let duration = Duration::from_secs(300);
+        simulate(Options { vms: 6, seed, duration, migrations: 0, faults, mutation, ..Options::default() })
+    };
+    for seed in 0..4 {
+        run(seed, None).expect_sound();
+    }
+    let found = (0..60).find_map(|seed| run(seed, Some(mutation)).violation);
+    let violation = found.unwrap_or_else(|| panic!("{mutation:?} is not seen"));
+    assert!([Rule::NeverTwo, Rule::NeverLost].contains(&violation.rule), "{mutation:?} is seen as {violation}");
+}
+
+#[test]
+fn launchers_that_do_not_look_at_the_time_are_seen() {
+    seen_when_cut_off(Mutation::NoWatchdog);
+}
+
+#[test]
+fn nodes_that_count_as_lost_without_a_margin_are_seen() {
+    seen_when_cut_off(Mutation::NoMargin);
+}
+
+#[test]
+fn nodes_that_count_as_lost_by_their_own_clocks_are_seen() {
+    seen_when_cut_off(Mutation::LostByTimestamps);
+}
+
 #[test]
 fn what_is_seen_is_made_small() {
     // One in which much happens before it goes wrong; which seed that is changes with every change of the controllers.

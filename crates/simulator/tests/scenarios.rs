@@ -132,6 +132,41 @@ fn hit_at_each_step(blow: Blow, post_copy: bool, mut expect: impl FnMut(Step, &R
     }
 }
 
+/// Nodes die, and nothing else happens.
+fn deaths(seed: u64) -> Options {
+    let faults = Faults { node_deaths_per_hour: 30, skewed_clocks_per_mille: 500, ..Faults::NONE };
+    Options { vms: 4, seed, faults, migrations: 0, duration: Duration::from_secs(240), ..Options::default() }
+}
+
+#[test]
+fn a_lost_nodes_vms_run_elsewhere_in_time() {
+    let mut rescued = 0;
+    for seed in 0..24 {
+        let within = Some(Duration::from_secs(45));
+        let report = simulate(Options { rescued_within: within, ..deaths(seed) });
+        rescued += report.expect_sound().rescued;
+    }
+    assert!(rescued > 20, "{rescued}");
+}
+
+#[test]
+fn nobody_is_fenced_while_only_the_api_server_is_away() {
+    hit_at_each_phase(Blow::StopApiServer, |_, report| {
+        assert_eq!((report.fenced, report.guests_killed), (0, 0), "{report:?}");
+    });
+}
+
+#[test]
+fn a_node_that_is_cut_off_from_the_api_server_alone_is_fenced() {
+    let faults = Faults { api_cuts_per_hour: 60, skewed_clocks_per_mille: 500, ..Faults::NONE };
+    let mut fenced = 0;
+    for seed in 0..24 {
+        let options = Options { vms: 4, migrations: 0, faults, duration: Duration::from_secs(200), ..one_vm(seed) };
+        fenced += simulate(options).expect_sound().fenced;
+    }
+    assert!(fenced > 20, "{fenced}");
+}
+
 #[test]
 fn everything_at_each_step_of_the_hand_over() {
     for blow in Blow::ALL {

@@ -24,7 +24,7 @@ use godwit_api::{Condition, MigrationPhase as Phase, VirtualMachineInstanceMigra
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
 pub use document::render;
-pub use observe::{is_ready, is_unresolved, is_unschedulable};
+pub use observe::{is_link_broken, is_ready, is_unresolved, is_unschedulable};
 
 use crate::launcher_pod::Role;
 use crate::names;

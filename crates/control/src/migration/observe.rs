@@ -392,7 +392,7 @@ impl<'a> Situation<'a> {
 }
 
 /// Whether one of its handlers says that post-copy has no link: the source's tells it with the progress.
-fn is_link_broken(vmi: &VirtualMachineInstance) -> bool {
+pub fn is_link_broken(vmi: &VirtualMachineInstance) -> bool {
     let told = vmi.condition(names::conditions::SYNCHRONIZED);
     let progress = vmi.status.migration_state.as_ref().and_then(|state| state.progress.as_ref());
     told.is_some_and(|told| told.reason.as_deref() == Some(names::conditions::POST_COPY_LINK_BROKEN))
