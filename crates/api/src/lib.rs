@@ -23,6 +23,7 @@ pub mod names;
 pub mod policy;
 pub mod quantity;
 pub mod record;
+pub mod subresources;
 pub mod unimplemented;
 pub mod vm;
 pub mod vmi;

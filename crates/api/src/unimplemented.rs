@@ -60,7 +60,6 @@ const fn differs(path: &'static str, why: &'static str) -> Field {
 
 /// Known fields under a VMI's spec.
 pub const VMI_FIELDS: &[Field] = &[
-    differs("startStrategy", "the guest is always started running"),
     harmless("livenessProbe", "the guest is not probed"),
     harmless("readinessProbe", "the guest is not probed"),
     harmless("dnsPolicy", "the guest gets the cluster's DNS"),
@@ -205,7 +204,7 @@ mod tests {
     #[test]
     fn finds_what_is_used_and_names_it() {
         let spec = json!({
-            "startStrategy": "",
+            "livenessProbe": null,
             "domain": {
                 "ioThreadsPolicy": "auto",
                 "devices": { "sound": {}, "disableHotplug": false, "disks": [{"name": "a"}, {"name": "b", "shareable": true}] }

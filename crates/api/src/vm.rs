@@ -1,5 +1,7 @@
 //! VirtualMachine: a VMI that outlives its runs.
 
+use std::collections::BTreeMap;
+
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -181,6 +183,8 @@ api_struct! {
         action: String,
         /// The VMI that shall stop.
         uid: Option<String>,
+        /// How it shall start: `paused` is `true` when the guest shall wait for somebody to unpause it.
+        data: BTreeMap<String, String>,
     }
 }
 

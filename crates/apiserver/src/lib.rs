@@ -34,7 +34,7 @@ mod update;
 mod user;
 mod watch;
 
-pub use actions::{ActionRequest, Actions, Deed};
+pub use actions::{ActionRequest, ActionWrite, Actions, Deed};
 pub use admission::{Admission, AdmissionRequest, EvictionVerdict, Lookup, MutateOutcome, Operation, OwnWrite};
 pub use respond::Body;
 pub use server::Service;

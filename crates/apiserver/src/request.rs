@@ -78,6 +78,15 @@ impl RequestInfo {
         };
         info
     }
+
+    /// Actions may have names of several parts, such as `evacuate/cancel`: here, and where roles are asked.
+    pub(crate) fn take_action(&mut self, actions: &[String]) {
+        let whole = format!("{}/{}", self.subresource, self.rest);
+        if actions.contains(&whole) {
+            self.subresource = whole;
+            self.rest.clear();
+        }
+    }
 }
 
 fn plain_verb(method: &Method) -> &'static str {
@@ -182,6 +191,16 @@ mod tests {
             "patch kubevirt.io/v1 ns=a virtualmachines b-1 status"
         );
         assert_eq!(short(Method::DELETE, "/apis/g.io/v1/things"), "deletecollection g.io/v1 ns= things");
+    }
+
+    #[test]
+    fn actions_have_names_of_several_parts() {
+        let uri = "/apis/sub.io/v1/namespaces/a/vms/b/evacuate/cancel";
+        let mut one = info(Method::PUT, uri);
+        one.take_action(&["evacuate".to_owned()]);
+        assert_eq!((one.subresource.as_str(), one.rest.as_str()), ("evacuate", "cancel"));
+        one.take_action(&["evacuate/cancel".to_owned()]);
+        assert_eq!((one.subresource.as_str(), one.rest.as_str()), ("evacuate/cancel", ""));
     }
 
     #[test]

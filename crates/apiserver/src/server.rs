@@ -128,8 +128,12 @@ pub(crate) async fn handle(inner: Arc<Inner>, user: Arc<User>, request: Request<
 async fn answer(inner: Arc<Inner>, user: Arc<User>, request: Request<RequestBody>) -> Response<Body> {
     let (parts, body) = request.into_parts();
     let params = Params::parse(&parts.uri);
-    let info = RequestInfo::parse(&parts.method, &parts.uri, &params);
+    let mut info = RequestInfo::parse(&parts.method, &parts.uri, &params);
     let kinds = inner.registry.kinds();
+    if let Some(kind) = kinds.get(&info.group, &info.version, &info.resource).filter(|kind| kind.resource.actions_only)
+    {
+        info.take_action(&kind.resource.subresources);
+    }
     let mut cx = Context { inner, info, params, headers: parts.headers, user, kinds, warnings: Mutex::default() };
     let endless = cx.info.verb == "watch" || cx.info.subresource == "log";
     let reply = async {
@@ -240,8 +244,9 @@ fn dispatch(cx: &Context, body: Bytes) -> BoxFuture<'_, Reply> {
 /// One handler set for all kinds.
 async fn resource(cx: &Context, body: Bytes) -> Reply {
     let info = &cx.info;
-    let kind =
-        cx.kinds.get(&info.group, &info.version, &info.resource).cloned().ok_or_else(Status::no_such_resource)?;
+    let Some(kind) = cx.kinds.get(&info.group, &info.version, &info.resource).cloned() else {
+        return actions::root(cx);
+    };
     if kind.resource.actions_only {
         return actions::act(cx, &kind.resource, &body).await;
     }

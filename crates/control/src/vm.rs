@@ -2,7 +2,8 @@
 
 use godwit_api::names::conditions;
 use godwit_api::names::events::{self, reason};
-use godwit_api::vm::{PrintableStatus, StartFailure};
+use godwit_api::vm::{PrintableStatus, StartFailure, StateChangeRequest};
+use godwit_api::vmi::START_PAUSED;
 use godwit_api::{Condition, RunStrategy, VirtualMachine, VirtualMachineInstance, VmiPhase, condition};
 use jiff::SignedDuration;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
@@ -58,6 +59,16 @@ pub fn decide(name: &Name, view: &View<'_>) -> Plan {
         }
         note_start(&mut after, vmi.map(AsRef::as_ref), view);
         settle_requests(&mut after, vmi.map(AsRef::as_ref));
+        if vmi.is_none()
+            && after.spec.effective_run_strategy() == RunStrategy::Halted
+            && asked_to_start(&after).is_some()
+        {
+            // Only a start with a wish of its own is left to us; it turns the VM on as any other does.
+            match after.spec.running.as_mut().filter(|_| after.spec.run_strategy.is_none()) {
+                Some(running) => *running = true,
+                None => after.spec.run_strategy = Some(RunStrategy::Always),
+            }
+        }
         let wish = wish(&after, vmi.map(AsRef::as_ref));
         if let Some(vmi) = vmi {
             // Written after the VM: its status has to say where the data is before the VMI says where it goes.
@@ -73,7 +84,7 @@ pub fn decide(name: &Name, view: &View<'_>) -> Plan {
                     Some(retry) => plan.wake(retry.0),
                     None => {
                         starting = true;
-                        plan.create(new_vmi(vm));
+                        plan.create(new_vmi(vm, asked_to_start(&after)));
                         let text = events::started_vm(&name.name);
                         events.record(vm.as_ref(), VM_CONTROLLER, EventType::Normal, reason::SUCCESSFUL_CREATE, text);
                     }
@@ -146,7 +157,7 @@ fn wish(vm: &VirtualMachine, vmi: Option<&VirtualMachineInstance>) -> Wish {
 fn request(vm: &mut VirtualMachine, action: &str, uid: Option<String>) {
     let requests = &mut vm.status.state_change_requests;
     if !requests.iter().any(|request| request.action == action) {
-        requests.push(godwit_api::vm::StateChangeRequest { action: action.to_owned(), uid });
+        requests.push(StateChangeRequest { action: action.to_owned(), uid, ..StateChangeRequest::default() });
     }
 }
 
@@ -191,8 +202,16 @@ fn back_off(count: i32) -> SignedDuration {
     SignedDuration::from_secs(count.saturating_mul(count).saturating_mul(10).clamp(0, MAX_BACK_OFF_SECONDS))
 }
 
-fn new_vmi(vm: &VirtualMachine) -> VirtualMachineInstance {
-    let template = vm.spec.template.clone().unwrap_or_default();
+fn asked_to_start(vm: &VirtualMachine) -> Option<&StateChangeRequest> {
+    vm.status.state_change_requests.iter().find(|request| request.action == START)
+}
+
+/// The VMI for a run, which somebody may have asked for with a wish of its own.
+fn new_vmi(vm: &VirtualMachine, asked: Option<&StateChangeRequest>) -> VirtualMachineInstance {
+    let mut template = vm.spec.template.clone().unwrap_or_default();
+    if asked.and_then(|request| request.data.get("paused")).is_some_and(|paused| paused == "true") {
+        template.spec.start_strategy = Some(START_PAUSED.to_owned());
+    }
     VirtualMachineInstance {
         metadata: ObjectMeta {
             name: vm.metadata.name.clone(),

@@ -522,6 +522,28 @@ fn manual_vms_do_as_they_are_asked() {
 }
 
 #[test]
+fn a_vm_starts_paused_once_when_that_is_asked_for() {
+    for strategy in ["Manual", "Halted"] {
+        let mut cluster = cluster();
+        add_vm(&mut cluster, strategy);
+        live(&mut cluster);
+        let requests = json!([{"action": "Start", "data": {"paused": "true"}}]);
+        cluster.patch(Kind::VirtualMachine, &name("demo"), json!({"status": {"stateChangeRequests": requests}}));
+        live(&mut cluster);
+        let first = uid(&cluster);
+        assert_eq!(vmi(&cluster, "demo")["spec"]["startStrategy"], "Paused", "{strategy}");
+        assert!(vm(&cluster)["status"].get("stateChangeRequests").is_none(), "met");
+        let after = if strategy == "Halted" { "Always" } else { strategy };
+        assert_eq!(vm(&cluster)["spec"]["runStrategy"], after);
+        let requests = json!([{"action": "Stop", "uid": first}, {"action": "Start"}]);
+        cluster.patch(Kind::VirtualMachine, &name("demo"), json!({"status": {"stateChangeRequests": requests}}));
+        live(&mut cluster);
+        assert_ne!(uid(&cluster), first);
+        assert!(vmi(&cluster, "demo")["spec"].get("startStrategy").is_none(), "the next start is like any other");
+    }
+}
+
+#[test]
 fn deleting_a_vm_takes_its_vmi_along() {
     let mut cluster = cluster();
     add_vm(&mut cluster, "Always");

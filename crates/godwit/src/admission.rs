@@ -114,7 +114,7 @@ fn status(denial: rules::Denial, request: &AdmissionRequest<'_>) -> Status {
 }
 
 /// The rules name kinds, the store groups and plurals.
-struct ByKind<'a>(&'a dyn Lookup);
+pub(crate) struct ByKind<'a>(pub(crate) &'a dyn Lookup);
 
 fn plural(kind: &str) -> String {
     format!("{}s", kind.to_lowercase())

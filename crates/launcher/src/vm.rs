@@ -340,7 +340,7 @@ impl Vm {
         self.start_tpm(&plan)?;
         let prelaunch = Prelaunch::launch(&program, &plan.machine).await?;
         self.attach(prelaunch.qemu(), accelerator, plan.machine.serial.is_some()).await?;
-        let running = prelaunch.start().await?;
+        let running = if vmi.starts_paused() { prelaunch.start_paused() } else { prelaunch.start().await? };
         self.grace = grace(&vmi);
         self.inside.clock_ahead(plan::wall_clock_offset(&vmi));
         self.stage = Stage::Running(running);
@@ -471,9 +471,9 @@ impl Vm {
     /// Listens to a QEMU that has not run its guest yet, so that nothing it says is lost.
     async fn attach(&mut self, qemu: &Qemu, accelerator: Accelerator, serial: bool) -> Result<(), Refused> {
         if serial {
-            let (from, to) = (self.paths.sockets.join(SERIAL), self.paths.sockets.join(console::SOCKET));
-            let console = Console::open(&from, &to, console::to_stdout).await;
-            let failed = |e| refused(Refusal::Failed, format!("the serial console {}: {e}", to.display()));
+            let from = self.paths.sockets.join(SERIAL);
+            let console = Console::open(&from, &self.paths.sockets, console::to_stdout).await;
+            let failed = |e| refused(Refusal::Failed, format!("the serial console {}: {e}", from.display()));
             self.console = Some(console.map_err(failed)?);
         }
         self.events = Some(qemu.subscribe());

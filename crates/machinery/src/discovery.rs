@@ -205,6 +205,7 @@ pub fn subresources(r: &Resource) -> Vec<Subresource<'_>> {
                 "log" => (r.gv.clone(), &r.kind, &["get"]),
                 "finalize" => (r.gv.clone(), &r.kind, &["update"]),
                 "exec" | "attach" | "portforward" => (r.gv.clone(), "PodExecOptions", &["create", "get"]),
+                _ if r.gettable.contains(name) => (r.gv.clone(), &r.kind, &["get"]),
                 _ if r.actions_only => (r.gv.clone(), &r.kind, &["update"]),
                 _ => (r.gv.clone(), &r.kind, &["get", "patch", "update"]),
             };

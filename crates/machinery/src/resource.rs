@@ -47,6 +47,8 @@ pub struct Resource {
     pub virtual_create_only: bool,
     /// Nothing is kept of it: only its subresources are served, each an action (PUT) on an object of another group.
     pub actions_only: bool,
+    /// Those of its actions that are asked with GET instead: they tell something, or open a stream.
+    pub gettable: Vec<String>,
     /// The version in which objects are stored, where several are served.
     pub storage: bool,
 }

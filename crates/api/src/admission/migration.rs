@@ -20,7 +20,10 @@ pub(super) fn mutate(request: &Request<'_>, object: &mut Value) {
     match request.operation {
         Operation::Create => {
             add_finalizer(object, FINALIZER_MIGRATION);
-            set_metadata(object, "annotations", ANNOTATION_REQUESTED_BY, Some(&request.user.name));
+            // Godwit's own accounts may ask in somebody's name: `virtctl migrate` does not make the migration itself.
+            if !request.user.is_own() || annotation(object, ANNOTATION_REQUESTED_BY).is_none() {
+                set_metadata(object, "annotations", ANNOTATION_REQUESTED_BY, Some(&request.user.name));
+            }
             // KubeVirt's controller writes these; here it is spared the write
             for key in [ANNOTATION_LATEST_OBSERVED_API_VERSION, ANNOTATION_STORAGE_OBSERVED_API_VERSION] {
                 set_metadata(object, "annotations", key, Some("v1"));

@@ -6,11 +6,10 @@
 
 mod clock;
 pub mod eviction;
-pub mod hotplug;
 mod kubevirt;
 mod migration;
 mod policy;
-mod spec;
+pub(crate) mod spec;
 mod vm;
 mod vmi;
 
@@ -69,7 +68,7 @@ pub trait Lookup {
 /// Group and plural of a kind that the rules look up.
 pub fn resource_of(kind: &str) -> (&'static str, String) {
     let group = match kind {
-        "ConfigMap" | "Pod" => "",
+        "ConfigMap" | "Node" | "Pod" => "",
         _ => GROUP,
     };
     (group, format!("{}s", kind.to_lowercase()))
@@ -282,7 +281,7 @@ fn read<T: serde::de::DeserializeOwned>(webhook: &str, object: &Value) -> Result
 }
 
 /// A member of an object as an object, made where it is missing; none where something else is in its place.
-fn object_at<'a>(value: &'a mut Value, key: &str) -> Option<&'a mut Value> {
+pub(crate) fn object_at<'a>(value: &'a mut Value, key: &str) -> Option<&'a mut Value> {
     let entry = value.as_object_mut()?.entry(key).or_insert(Value::Null);
     if entry.is_null() {
         *entry = Value::Object(serde_json::Map::new());

@@ -10,7 +10,7 @@ use super::Cause;
 use crate::Quantity;
 use crate::unimplemented::{Effect, VMI_FIELDS, uses};
 use crate::vmi::{CloudInitNoCloudSource, Devices, Disk, DomainSpec, Efi, Firmware, Interface, Network, Volume};
-use crate::vmi::{EvictionStrategy, VirtualMachineInstanceSpec};
+use crate::vmi::{EvictionStrategy, START_PAUSED, VirtualMachineInstanceSpec};
 
 const DISK_BUSES: [&str; 3] = ["virtio", "sata", "scsi"];
 const CDROM_BUSES: [&str; 2] = ["sata", "scsi"];
@@ -26,7 +26,7 @@ const MAX_SERIAL: usize = 256;
 const MAX_NAME: usize = 63;
 
 /// Fields that godwit knows and does not implement: warned of or refused.
-pub(super) fn unimplemented(spec: &Value, at: &str, causes: &mut Vec<Cause>, warnings: &mut Vec<String>) {
+pub(crate) fn unimplemented(spec: &Value, at: &str, causes: &mut Vec<Cause>, warnings: &mut Vec<String>) {
     for found in uses(spec, at, VMI_FIELDS) {
         match found.effect {
             Effect::Harmless => warnings.push(found.message()),
@@ -44,7 +44,7 @@ pub(super) fn object_name(name: Option<&str>, causes: &mut Vec<Cause>) {
 }
 
 /// Everything that cannot be in a spec that has its defaults; `at` is the spec's own path.
-pub(super) fn check(spec: &VirtualMachineInstanceSpec, at: &str, causes: &mut Vec<Cause>) {
+pub(crate) fn check(spec: &VirtualMachineInstanceSpec, at: &str, causes: &mut Vec<Cause>) {
     top(spec, at, causes);
     domain(&spec.domain, &format!("{at}.domain"), causes);
     volumes(&spec.volumes, &spec.domain.devices, at, causes);
@@ -62,6 +62,7 @@ fn top(spec: &VirtualMachineInstanceSpec, at: &str, causes: &mut Vec<Cause>) {
         let text = format!("{field} {architecture} is not implemented by godwit: use amd64");
         causes.push(Cause::unsupported(&field, text));
     }
+    one_of(spec.start_strategy.as_deref().unwrap_or_default(), &[START_PAUSED], &format!("{at}.startStrategy"), causes);
     if spec.termination_grace_period_seconds.is_some_and(|seconds| seconds < 0) {
         let field = format!("{at}.terminationGracePeriodSeconds");
         causes.push(Cause::invalid(&field, format!("{field} must be greater than or equal to 0")));

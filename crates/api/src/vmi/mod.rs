@@ -10,6 +10,9 @@ use serde::Deserialize;
 pub use spec::*;
 pub use status::*;
 
+/// The only `spec.startStrategy` that there is.
+pub const START_PAUSED: &str = "Paused";
+
 /// A virtual machine that runs or shall run. It has no status subresource (KubeVirt's contract).
 #[derive(Clone, Debug, Default, PartialEq, Deserialize, JsonSchema)]
 #[serde(default)]
@@ -48,6 +51,11 @@ impl VirtualMachineInstance {
             let known = !state.is_local() || state.target_node_domain_ready_timestamp.is_some();
             state.target_node == self.status.node_name && known
         })
+    }
+
+    /// Whether the guest waits at its start until somebody unpauses it.
+    pub fn starts_paused(&self) -> bool {
+        self.spec.start_strategy.as_deref() == Some(START_PAUSED)
     }
 
     /// Whether a migration has started and not ended, as KubeVirt's VM status `Migrating` sees it.

@@ -31,6 +31,8 @@ api_struct! {
         priority_class_name: Option<String>,
         /// What to do when the node is drained; unset is the cluster's default.
         eviction_strategy: Option<EvictionStrategy>,
+        /// `Paused`: the guest waits at its start until somebody unpauses it.
+        start_strategy: Option<String>,
         /// Seconds between the power button and the kill; 30 when unset.
         termination_grace_period_seconds: Option<i64>,
         /// The sources of the disks.

@@ -147,6 +147,24 @@ impl Cluster {
         .expect("apply VMIM");
     }
 
+    /// Asks for an action of KubeVirt's subresources, as (plural, name, action), as this user or the administrator: the answer's
+    /// code, and its message when it is a refusal.
+    pub async fn put_action(&self, user: Option<&str>, at: (&str, &str, &str), options: &Value) -> (u16, String) {
+        let (resource, name, action) = at;
+        let path = format!("/apis/subresources.kubevirt.io/v1/namespaces/default/{resource}/{name}/{action}");
+        let mut request = http::Request::put(path).header("content-type", "application/json");
+        if let Some(user) = user {
+            request = request.header("impersonate-user", user);
+        }
+        let body = if options.is_null() { Vec::new() } else { options.to_string().into_bytes() };
+        let request = request.body(kube::client::Body::from(body)).expect("request");
+        let answer = self.client.send(request).await.expect("an answer");
+        let code = answer.status().as_u16();
+        let bytes = answer.into_body().collect_bytes().await.expect("a body");
+        let body: Value = serde_json::from_slice(&bytes).unwrap_or_default();
+        (code, body["message"].as_str().unwrap_or_default().to_owned())
+    }
+
     /// Waits until the object is as wanted; panics with its last state after two minutes.
     pub async fn wait(
         &self,

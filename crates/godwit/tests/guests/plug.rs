@@ -4,7 +4,6 @@ use super::view::{hardware, place};
 use super::{build_demo_image, claim, condition, linux_vmi, runs, succeeds};
 use crate::common::{Cluster, qemus, status};
 use kube::api::DynamicObject;
-use kube::client::Body;
 use serde_json::{Value, json};
 
 /// What `virtctl addvolume GUEST --volume-name=CLAIM` sends, without options for the disk.
@@ -17,27 +16,7 @@ fn add_options(claim: &str) -> Value {
 
 /// Asks for an action on a VM or VMI: the answer's code, and its message when it is a refusal.
 async fn ask(cluster: &Cluster, resource: &str, name: &str, action: &str, options: &Value) -> (u16, String) {
-    ask_as(cluster, None, (resource, name, action), options).await
-}
-
-/// The same as another user.
-async fn ask_as(
-    cluster: &Cluster,
-    user: Option<&str>,
-    (resource, name, action): (&str, &str, &str),
-    options: &Value,
-) -> (u16, String) {
-    let path = format!("/apis/subresources.kubevirt.io/v1/namespaces/default/{resource}/{name}/{action}");
-    let mut request = http::Request::put(path).header("content-type", "application/json");
-    if let Some(user) = user {
-        request = request.header("impersonate-user", user);
-    }
-    let request = request.body(Body::from(options.to_string().into_bytes())).expect("request");
-    let answer = cluster.client.send(request).await.expect("an answer");
-    let code = answer.status().as_u16();
-    let bytes = answer.into_body().collect_bytes().await.expect("a body");
-    let body: Value = serde_json::from_slice(&bytes).unwrap_or_default();
-    (code, body["message"].as_str().unwrap_or_default().to_owned())
+    cluster.put_action(None, (resource, name, action), options).await
 }
 
 fn volume<'a>(vmi: &'a DynamicObject, name: &str) -> &'a Value {
@@ -86,7 +65,7 @@ async fn may_be_asked_for_by_editors(cluster: &Cluster, vmi: &str) {
     let mut dry = add_options("data");
     dry["dryRun"] = json!(["All"]);
     let path = ("virtualmachineinstances", vmi, "addvolume");
-    let (code, message) = ask_as(cluster, Some("editor"), path, &dry).await;
+    let (code, message) = cluster.put_action(Some("editor"), path, &dry).await;
     let forbidden =
         "cannot update resource \"virtualmachineinstances/addvolume\" in API group \"subresources.kubevirt.io\"";
     assert!(code == 403 && message.contains(forbidden), "{code} {message}");
@@ -95,7 +74,7 @@ async fn may_be_asked_for_by_editors(cluster: &Cluster, vmi: &str) {
         "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "kubevirt.io:edit"},
         "subjects": [{"apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": "editor"}]});
     cluster.apply(binding).await.expect("apply");
-    assert_eq!(ask_as(cluster, Some("editor"), path, &dry).await.0, 202);
+    assert_eq!(cluster.put_action(Some("editor"), path, &dry).await.0, 202);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -87,6 +87,7 @@ impl Builder {
             builtin: true,
             virtual_create_only: false,
             actions_only: false,
+            gettable: Vec::new(),
             storage: true,
         };
         let at = self.rows.len();

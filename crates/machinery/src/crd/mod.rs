@@ -47,6 +47,7 @@ pub fn resources_from_crd(crd: &Value) -> Result<Vec<Resource>, Status> {
                 builtin: false,
                 virtual_create_only: false,
                 actions_only: false,
+                gettable: Vec::new(),
                 storage: version.get("storage").and_then(Value::as_bool).unwrap_or(false),
                 gv,
             }

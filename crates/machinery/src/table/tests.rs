@@ -22,6 +22,7 @@ fn resource(group: &str, kind: &str, columns: Columns) -> Resource {
         builtin: group.is_empty(),
         virtual_create_only: false,
         actions_only: false,
+        gettable: Vec::new(),
         storage: true,
     }
 }

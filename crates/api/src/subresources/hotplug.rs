@@ -5,14 +5,11 @@
 
 use serde_json::{Value, json};
 
-use super::{Cause, object_at, spec};
+use super::{Deed, INSTANCES, MACHINES, Patch, Refusal, Request, Write, bad, conflict, dry_run};
+use crate::admission::{Cause, object_at, spec};
 use crate::vmi::{Disk, VirtualMachineInstanceSpec, Volume};
 use crate::{VirtualMachine, VirtualMachineInstance, VmiPhase};
 
-/// The group of the subresources.
-pub const GROUP: &str = "subresources.kubevirt.io";
-/// The versions in which it is served, the preferred one first.
-pub const VERSIONS: [&str; 2] = ["v1", "v1alpha3"];
 /// Puts a disk into a machine.
 pub const ADD: &str = "addvolume";
 /// Takes a disk out of it.
@@ -24,17 +21,6 @@ const NO_PLACE: &str = "the guest was started without a place for disks that com
 /// The bus of disks that come while the guest runs.
 const BUS: &str = "scsi";
 
-/// Why a request is not granted.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Refusal {
-    /// 400.
-    BadRequest(String),
-    /// 409.
-    Conflict(String),
-    /// 422.
-    Invalid(Vec<Cause>),
-}
-
 /// Which machine is asked about.
 #[derive(Clone, Copy, Debug)]
 pub enum Machine<'a> {
@@ -42,6 +28,23 @@ pub enum Machine<'a> {
     Instance(&'a Value),
     /// A VM, whose template counts.
     Vm(&'a Value),
+}
+
+pub(super) fn decide(request: &Request<'_>) -> Result<Deed, Refusal> {
+    let (kind, singular, resource) = match request.resource {
+        MACHINES => ("VirtualMachine", "virtualmachine", MACHINES),
+        _ => ("VirtualMachineInstance", "virtualmachineinstance", INSTANCES),
+    };
+    let found = request.lookup.get(kind, request.namespace, request.name);
+    let object = found.ok_or(Refusal::NotFound(singular))?;
+    let machine = if resource == INSTANCES { Machine::Instance(&object) } else { Machine::Vm(&object) };
+    let patch = patch(machine, request.action, request.body)?;
+    let values: Vec<String> = match request.body.get("dryRun") {
+        Some(values) => serde_json::from_value(values.clone()).map_err(|error| bad(format!("dryRun: {error}")))?,
+        None => Vec::new(),
+    };
+    let write = Write::Patch(Patch { resource, name: request.name.to_owned(), status: false, patch });
+    Ok(Deed { code: 202, writes: vec![write], dry_run: dry_run(&values)? })
 }
 
 /// The merge patch that a request makes of a machine: of an object that is read at `metadata.resourceVersion`, which it carries.
@@ -124,14 +127,6 @@ pub fn patch(machine: Machine<'_>, action: &str, options: &Value) -> Result<Valu
 enum Wish<'a> {
     Add(Box<(Disk, Volume)>),
     Remove(&'a str),
-}
-
-fn bad(message: impl Into<String>) -> Refusal {
-    Refusal::BadRequest(message.into())
-}
-
-fn conflict(message: impl Into<String>) -> Refusal {
-    Refusal::Conflict(message.into())
 }
 
 /// Whether the disks of a VMI can be changed now.
@@ -254,8 +249,8 @@ fn drop_named(value: &mut Value, path: &str, name: &str) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::vmi;
     use super::*;
+    use crate::admission::testing::vmi;
 
     fn options(name: &str, claim: &str) -> Value {
         json!({
