@@ -8,6 +8,7 @@ use kube::Client;
 use tokio::sync::watch;
 
 use crate::events::Events;
+use crate::fence::Fence;
 use crate::links::Links;
 use crate::tls::TlsPaths;
 
@@ -27,6 +28,8 @@ pub struct Context {
     pub accelerator: watch::Receiver<Option<Accelerator>>,
     /// What is known of the links to other nodes.
     pub links: Links,
+    /// Whether guests may run here.
+    pub fence: Fence,
     /// Takes events.
     pub events: Events,
 }

@@ -30,6 +30,7 @@ struct Record {
 #[derive(Clone)]
 pub struct Events {
     sender: mpsc::UnboundedSender<Record>,
+    node: String,
 }
 
 impl Events {
@@ -37,8 +38,21 @@ impl Events {
     #[must_use]
     pub fn start(client: Client, node: String) -> Self {
         let (sender, receiver) = mpsc::unbounded_channel();
-        tokio::spawn(write(client, node, receiver));
-        Self { sender }
+        tokio::spawn(write(client, node.clone(), receiver));
+        Self { sender, node }
+    }
+
+    /// Records a warning about this handler's node.
+    pub fn record_node(&self, reason: &'static str, message: String) {
+        tracing::info!(node = self.node, reason, message, "event");
+        // As a kubelet names its node: the UID is the name.
+        let about = ObjectReference {
+            kind: Some("Node".into()),
+            name: Some(self.node.clone()),
+            uid: Some(self.node.clone()),
+            ..ObjectReference::default()
+        };
+        let _ = self.sender.send(Record { about, warning: true, reason, message, at: Timestamp::now() });
     }
 
     /// Records an event about a VMI.

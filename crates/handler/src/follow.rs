@@ -6,18 +6,21 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use godwit_launcher::client::Client;
-use godwit_launcher::rpc::{DomainPhase, State};
+use godwit_launcher::rpc::{DomainPhase, Refusal, State};
 use tokio::net::UnixStream;
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
 
 use crate::facts::{self, Launcher};
+use crate::fence::{Fence, enforce};
 use crate::sockets::SocketDir;
 
 /// Between two looks for the socket of a launcher that has just been started.
 const SOON: Duration = Duration::from_millis(15);
 /// The same when it is not that new any more, or has ended.
 const LATER: Duration = Duration::from_millis(250);
+/// How long a launcher may take to hear until when its guest may run.
+const TELL_LIMIT: Duration = Duration::from_secs(2);
 /// How long a launcher counts as just started.
 const NEW: Duration = Duration::from_secs(20);
 
@@ -30,23 +33,27 @@ pub struct Follower {
     states: watch::Sender<Launcher>,
     pid: Arc<AtomicU32>,
     task: JoinHandle<()>,
+    fence: JoinHandle<()>,
 }
 
 impl Drop for Follower {
     fn drop(&mut self) {
         self.task.abort();
+        self.fence.abort();
     }
 }
 
 impl Follower {
-    /// Begins to follow the launcher whose `sockets` volume is `folder`; `wake` is notified on each change.
+    /// Begins to follow the launcher whose `sockets` volume is `folder`; `wake` is notified on each change. It is told until when
+    /// its guest, called `guest`, may run.
     #[must_use]
-    pub fn start(folder: PathBuf, wake: Arc<Notify>) -> Self {
+    pub fn start(folder: PathBuf, wake: Arc<Notify>, fence: Fence, guest: String) -> Self {
         let (states, _) = watch::channel(Launcher::Waiting);
         let client = Client::new(folder.join("launcher.sock"));
         let pid = Arc::new(AtomicU32::new(0));
         let task = tokio::spawn(follow(folder.clone(), client.clone(), states.clone(), pid.clone(), wake));
-        Self { client, folder, states, pid, task }
+        let fence = tokio::spawn(tell(folder.clone(), client.clone(), fence, guest));
+        Self { client, folder, states, pid, task, fence }
     }
 
     /// The latest.
@@ -84,6 +91,39 @@ impl Follower {
     }
 }
 
+/// Tells the launcher until when its guest may run, each time that is later.
+async fn tell(folder: PathBuf, client: Client, fence: Fence, guest: String) {
+    let client = client.with_timeout(TELL_LIMIT);
+    let mut until = fence.subscribe();
+    let mut old = false;
+    loop {
+        let now = *until.borrow_and_update();
+        let mut told = true;
+        if let Some(now) = now {
+            match client.run_until(now).await {
+                Ok(_) => enforce::mark(&folder, &guest),
+                // An older launcher. Its guest is this handler's to fence.
+                Err(error) if error.refusal() == Some(Refusal::NotFound) => {
+                    enforce::mark(&folder, &guest);
+                    if !std::mem::replace(&mut old, true) {
+                        tracing::info!(socket = %client.socket().display(), "the launcher is older and does not fence itself");
+                    }
+                }
+                // It hangs, or is not there.
+                Err(error) => {
+                    tracing::debug!(%error, "a launcher was not told until when its guest may run");
+                    told = false;
+                }
+            }
+        }
+        let again = async { if told { std::future::pending().await } else { tokio::time::sleep(LATER).await } };
+        tokio::select! {
+            changed = until.changed() => if changed.is_err() { return },
+            () = again => {}
+        }
+    }
+}
+
 async fn follow(
     folder: PathBuf,
     client: Client,
@@ -111,11 +151,12 @@ async fn follow(
                 }
             }
             // One that was killed right after it had written down that its guest has left could not tell it any more.
-            let recorded = departed(&folder);
+            let recorded = written_down(&folder);
             let gone = states.send_if_modified(|launcher| match launcher {
                 Launcher::Answers(state) => {
-                    let told = state.migration.as_ref().is_some_and(facts::has_left);
-                    let last = recorded.filter(|_| !told).unwrap_or_else(|| (**state).clone());
+                    let told = state.fenced || state.migration.as_ref().is_some_and(facts::has_left);
+                    let last = recorded.filter(|_| !told).map(|last| after(state, last));
+                    let last = last.unwrap_or_else(|| (**state).clone());
                     *launcher = Launcher::Gone(Box::new(last));
                     true
                 }
@@ -126,7 +167,7 @@ async fn follow(
             }
         }
         let waiting = matches!(*states.borrow(), Launcher::Waiting);
-        if waiting && let Some(state) = departed(&folder) {
+        if waiting && let Some(state) = written_down(&folder) {
             states.send_replace(Launcher::Gone(Box::new(state)));
             wake.notify_one();
         }
@@ -135,15 +176,33 @@ async fn follow(
     }
 }
 
-/// What a launcher that is no more has written down about its guest's departure: the go may still have to be given.
-fn departed(sockets: &std::path::Path) -> Option<State> {
-    let disks = sockets.parent()?.join("ephemeral-disks");
-    let facts = godwit_launcher::record::read_departed(&disks).ok()??;
-    Some(State { phase: DomainPhase::MigratedAway, migration: Some(facts), ..State::default() })
+/// The `ephemeral-disks` volume of the pod with this `sockets` volume.
+pub(crate) fn disks_of(sockets: &std::path::Path) -> Option<PathBuf> {
+    Some(sockets.parent()?.join("ephemeral-disks"))
+}
+
+/// What a launcher that is no more has written down: about its guest's departure, as the go may still have to be given, or that
+/// it was fenced.
+fn written_down(sockets: &std::path::Path) -> Option<State> {
+    let disks = disks_of(sockets)?;
+    if let Some(facts) = godwit_launcher::record::read_departed(&disks).ok()? {
+        return Some(State { phase: DomainPhase::MigratedAway, migration: Some(facts), ..State::default() });
+    }
+    let fenced = godwit_launcher::fence::read(&disks)?;
+    Some(State { phase: DomainPhase::Crashed, fenced: true, exit_reason: Some(fenced.reason), ..State::default() })
+}
+
+/// The state that was written down, with what else was known of a guest that was fenced: its migration ended with it.
+fn after(known: &State, last: State) -> State {
+    if last.fenced {
+        let (fenced, phase, exit_reason) = (true, last.phase, last.exit_reason);
+        return State { fenced, phase, exit_reason, ..known.clone() };
+    }
+    last
 }
 
 /// Who listens on the launcher's socket.
-async fn peer(folder: &std::path::Path) -> Option<u32> {
+pub(crate) async fn peer(folder: &std::path::Path) -> Option<u32> {
     let dir = SocketDir::open(folder.to_owned()).ok()?;
     let stream: UnixStream = dir.connect("launcher.sock").await.ok()?;
     u32::try_from(stream.peer_cred().ok()?.pid()?).ok()
@@ -185,7 +244,7 @@ mod tests {
         let listener = UnixListener::bind(sockets.join("launcher.sock")).unwrap();
         let (kill, die) = oneshot::channel();
         let launcher = tokio::spawn(die_after(listener, state, die));
-        let follower = Follower::start(sockets, Arc::new(Notify::new()));
+        let follower = Follower::start(sockets, Arc::new(Notify::new()), Fence::begin(), "default/vm".into());
         let mut states = follower.subscribe();
         states.wait_for(|launcher| matches!(launcher, Launcher::Answers(_))).await.unwrap();
 

@@ -16,6 +16,7 @@ mod door;
 mod events;
 mod expect;
 pub mod facts;
+pub mod fence;
 mod follow;
 pub mod frames;
 pub mod heartbeat;
@@ -49,6 +50,7 @@ use kube::Client;
 
 use crate::context::Context;
 use crate::events::Events;
+use crate::fence::Fence;
 use crate::heartbeat::Offer;
 use crate::links::Links;
 pub use crate::tls::TlsPaths;
@@ -99,6 +101,17 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
         std::future::pending::<()>().await;
     });
 
+    let events = Events::start(options.client.clone(), options.node_name.clone());
+    let fence = Fence::begin();
+    let fencing = tokio::spawn(fence::run(fence::Surroundings {
+        client: options.client.clone(),
+        node: options.node_name.clone(),
+        node_ip: options.node_ip,
+        kubelet_root: options.kubelet_root.clone(),
+        tls: options.tls.clone(),
+        events: events.clone(),
+        fence: fence.clone(),
+    }));
     let context = Arc::new(Context {
         client: options.client.clone(),
         node: options.node_name.clone(),
@@ -107,11 +120,13 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
         tls: options.tls,
         accelerator: known,
         links: Links::default(),
-        events: Events::start(options.client.clone(), options.node_name.clone()),
+        fence,
+        events,
     });
     let watching = tokio::spawn(watch::run(context));
     heartbeat::run(options.client, options.node_name.clone(), offered, shutdown).await;
     watching.abort();
+    fencing.abort();
     probe.abort();
     tracing::info!(node = options.node_name, "handler stopped");
     Ok(())

@@ -6,11 +6,12 @@ use std::time::Duration;
 
 use futures::future::BoxFuture;
 use godwit_launcher::client::Client;
-use godwit_launcher::rpc::{Ability, DiskRoom, DomainPhase, MigrationRole, State, Transport};
+use godwit_launcher::rpc::{Ability, DiskRoom, DomainPhase, GoOrder, MigrationRole, State, Transport};
 use tokio::sync::{OnceCell, watch};
 
 use crate::channel::{Answer, Request, TargetControl};
 use crate::facts::{self, Launcher};
+use crate::fence::Fence;
 use crate::frames::{self, Inlets};
 use crate::networks::{self, NetworkError, Port};
 use crate::recovery::Recoveries;
@@ -44,6 +45,8 @@ pub struct TargetAnswers {
     pub ports: Vec<Port>,
     /// The guest's taps hear their segments.
     pub joined: OnceCell<()>,
+    /// Whether guests may run on this node.
+    pub fence: Fence,
     /// Links that follow a broken one.
     pub recoveries: Arc<Recoveries>,
 }
@@ -111,7 +114,12 @@ impl TargetAnswers {
         if let Err(error) = self.join_segments().await {
             tracing::error!(migration = %self.uid, %error, "the guest's taps cannot be joined to their bridges");
         }
-        let answer = if paused { self.client.go_paused(&self.uid).await } else { self.client.go(&self.uid).await };
+        let Some(until) = self.fence.held() else {
+            let reason = "the target's handler does not hold its node's lease, so no guest may run there".into();
+            return self.ended().unwrap_or(Answer::NotYet { reason });
+        };
+        let order = GoOrder { migration_uid: self.uid.clone(), paused, run_until_ms: Some(until) };
+        let answer = self.client.give_go(&order).await;
         match answer {
             Ok(state) => match resumed(&state, &self.uid) {
                 Some(resume_us) => Answer::Running { resume_us },

@@ -286,7 +286,8 @@ impl Worker {
                 Some(known) if known.pod.uid == pod.uid => known.pod = pod,
                 _ => {
                     let folder = SocketDir::path_of(&self.context.kubelet_root, &pod.uid);
-                    let follower = Follower::start(folder, self.wake.clone());
+                    let guest = format!("{}/{}", self.namespace, self.name);
+                    let follower = Follower::start(folder, self.wake.clone(), self.context.fence.clone(), guest);
                     let name = pod.name.clone();
                     self.pods.insert(name, Pod { pod, follower, wired: None, shutdown_ordered: None });
                 }

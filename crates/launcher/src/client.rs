@@ -187,8 +187,19 @@ impl Client {
     }
 
     async fn hand(&self, migration_uid: &str, paused: bool) -> Result<rpc::State, Error> {
-        let order = rpc::GoOrder { migration_uid: migration_uid.into(), paused };
-        self.call(Method::POST, rpc::MIGRATION_GO, Some(&order)).await
+        let order = rpc::GoOrder { migration_uid: migration_uid.into(), paused, run_until_ms: None };
+        self.give_go(&order).await
+    }
+
+    /// Target: the go, whole.
+    pub async fn give_go(&self, order: &rpc::GoOrder) -> Result<rpc::State, Error> {
+        self.call(Method::POST, rpc::MIGRATION_GO, Some(order)).await
+    }
+
+    /// The guest may run until then, by [`crate::fence::now`]'s clock.
+    pub async fn run_until(&self, until: Duration) -> Result<rpc::State, Error> {
+        let order = rpc::RunUntilOrder { run_until_ms: u64::try_from(until.as_millis()).unwrap_or(u64::MAX) };
+        self.call(Method::PUT, rpc::RUN_UNTIL, Some(&order)).await
     }
 
     /// Take another link for the guest's memory in post-copy: the target listens on this socket, the source dials it.

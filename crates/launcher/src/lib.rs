@@ -10,6 +10,7 @@ mod blank;
 pub mod client;
 pub mod console;
 mod copy_mark;
+pub mod fence;
 pub mod iso;
 pub mod persistent;
 pub mod plan;
@@ -98,12 +99,16 @@ pub async fn serve(uid: String, paths: Paths, terminate: mpsc::Receiver<()>) -> 
     };
     std::fs::create_dir_all(&paths.sockets).map_err(io("making", &paths.sockets))?;
     let socket = paths.rpc_socket();
-    let (vm, states) = vm::Vm::new(paths.clone(), uid).map_err(io("reading the record in", &paths.ephemeral_disks))?;
+    let watchdog =
+        fence::Watchdog::start(paths.ephemeral_disks.clone()).map_err(io("watching over", &paths.sockets))?;
+    let fence = watchdog.fence();
+    let (vm, states) =
+        vm::Vm::new(paths.clone(), uid, fence.clone()).map_err(io("reading the record in", &paths.ephemeral_disks))?;
     let _ = std::fs::remove_file(&socket);
     let listener = UnixListener::bind(&socket).map_err(io("listening on", &socket))?;
     let (orders, requests) = mpsc::channel(16);
     let server = tokio::spawn(async move {
-        if let Err(error) = axum::serve(listener, server::router(orders, states)).await {
+        if let Err(error) = axum::serve(listener, server::router(orders, states, fence)).await {
             tracing::error!(%error, "the RPC has ended");
         }
     });

@@ -46,6 +46,8 @@ pub const SHUTDOWN: &str = "/v1/shutdown";
 pub const MEASURE: &str = "/v1/measure";
 /// Path of [`DisksOrder`]. An older launcher does not know it.
 pub const DISKS: &str = "/v1/disks";
+/// Path of [`RunUntilOrder`]. An older launcher does not know it, and its guest is the handler's alone to fence.
+pub const RUN_UNTIL: &str = "/v1/run-until";
 /// Path that stops the guest's CPUs.
 pub const PAUSE: &str = "/v1/pause";
 /// Path that lets the guest's CPUs run again.
@@ -103,6 +105,26 @@ pub struct VmOrder {
     /// The newest [`MACHINE_REVISION`] that the handler wants, and will keep for the guest's targets. An older one knows none.
     #[serde(default)]
     pub machine_revision: u32,
+    /// As in [`RunUntilOrder`]. An older handler says nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub run_until_ms: Option<u64>,
+}
+
+/// The guest may run until then (`PUT /v1/run-until`, docs/fencing.md): when that has passed, the launcher kills QEMU, and starts
+/// none before it has more time. Time that was given is not taken back. The answer waits for nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct RunUntilOrder {
+    /// Milliseconds of `CLOCK_BOOTTIME`, which handler and launcher share.
+    pub run_until_ms: u64,
+}
+
+impl RunUntilOrder {
+    /// The same as a time of [`crate::fence::now`].
+    #[must_use]
+    pub fn until(self) -> std::time::Duration {
+        std::time::Duration::from_millis(self.run_until_ms)
+    }
 }
 
 /// Prepare to receive a VM (`PUT /v1/migration/target`). Never runs the guest. Idempotent for the same migration uid.
@@ -259,6 +281,9 @@ pub struct GoOrder {
     /// stays paused there until somebody unpauses it.
     #[serde(default)]
     pub paused: bool,
+    /// As in [`RunUntilOrder`]. An older handler says nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub run_until_ms: Option<u64>,
 }
 
 /// Another link for a post-copy (`POST /v1/migration/recover`): first the target, which listens for it, then the source, which
@@ -362,6 +387,8 @@ pub struct State {
     /// Why the VM ended, in a sentence, once it has.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub exit_reason: Option<String>,
+    /// The guest was killed because its node might not run it any more ([`RunUntilOrder`]).
+    pub fenced: bool,
     /// What was measured of the guest's memory.
     pub memory: MemoryFacts,
     /// The last or current migration.

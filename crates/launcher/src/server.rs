@@ -1,5 +1,6 @@
 //! The RPC's door: HTTP on `launcher.sock`.
 
+use crate::fence::Fence;
 use crate::rpc::{self, DomainPhase, ErrorBody, MigrationMode, Refusal, State};
 use crate::vm::{Answer, Order, Refused, Request};
 use axum::Router;
@@ -25,10 +26,11 @@ const PACE: Duration = Duration::from_millis(100);
 struct Door {
     orders: mpsc::Sender<Request>,
     state: watch::Receiver<State>,
+    fence: Fence,
 }
 
 /// The routes of docs/architecture.md, "Launcher RPC".
-pub fn router(orders: mpsc::Sender<Request>, state: watch::Receiver<State>) -> Router {
+pub fn router(orders: mpsc::Sender<Request>, state: watch::Receiver<State>, fence: Fence) -> Router {
     Router::new()
         .route(rpc::STATE, get(state_now))
         .route(rpc::WATCH, get(watch_states))
@@ -48,11 +50,12 @@ pub fn router(orders: mpsc::Sender<Request>, state: watch::Receiver<State>) -> R
         .route(rpc::SHUTDOWN, post(|door, body| with(door, body, Order::Shutdown)))
         .route(rpc::MEASURE, post(|door: Shared<Door>| order(door, Order::Measure)))
         .route(rpc::PAUSE, post(|door: Shared<Door>| order(door, Order::Pause)))
+        .route(rpc::RUN_UNTIL, put(run_until))
         .route(rpc::UNPAUSE, post(|door: Shared<Door>| order(door, Order::Unpause)))
         .fallback(|| async { refuse(Refusal::NotFound, "no such call".into()) })
         .method_not_allowed_fallback(|| async { refuse(Refusal::NotFound, "no such method on this call".into()) })
         .layer(DefaultBodyLimit::max(LARGEST_ORDER))
-        .with_state(Door { orders, state })
+        .with_state(Door { orders, state, fence })
 }
 
 async fn with<T: DeserializeOwned>(door: Shared<Door>, body: Bytes, make: impl FnOnce(T) -> Order) -> Response {
@@ -60,6 +63,16 @@ async fn with<T: DeserializeOwned>(door: Shared<Door>, body: Bytes, make: impl F
         Ok(parsed) => order(door, make(parsed)).await,
         Err(error) => refuse(Refusal::BadRequest, format!("the order cannot be read: {error}")),
     }
+}
+
+/// Past the VM's task, which may be waiting for a QEMU that hangs.
+async fn run_until(Shared(door): Shared<Door>, body: Bytes) -> Response {
+    match serde_json::from_slice::<rpc::RunUntilOrder>(&body) {
+        Ok(order) => door.fence.run_until(order.until()),
+        Err(error) => return refuse(Refusal::BadRequest, format!("the order cannot be read: {error}")),
+    }
+    let state = door.state.borrow().clone();
+    json(StatusCode::OK, &state)
 }
 
 async fn order(Shared(door): Shared<Door>, order: Order) -> Response {

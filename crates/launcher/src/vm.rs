@@ -10,14 +10,15 @@ mod persistent;
 mod tpm;
 
 use crate::console::{self, Console};
+use crate::fence::{self, Fence};
 use crate::persistent::PersistentState;
 use crate::plan::{self, Inputs, SERIAL, WritableDisk};
 use crate::record::{self, Record};
 use crate::rooms;
 use crate::rpc::{
     Accelerator, Cause, DisksOrder, DomainPhase, EventRecord, GoOrder, InterfaceOrder, LendOrder, LinkOrder,
-    MACHINE_REVISION, MigrationRef, MigrationRole, Paths, Refusal, ShutdownOrder, SourceOrder, State, TargetOrder,
-    TargetReady, Transport, TransportOrder, VmOrder, VolumeFacts, VolumeState,
+    MACHINE_REVISION, MigrationRef, MigrationRole, Paths, Refusal, RunUntilOrder, ShutdownOrder, SourceOrder, State,
+    TargetOrder, TargetReady, Transport, TransportOrder, VmOrder, VolumeFacts, VolumeState,
 };
 use godwit_api::VirtualMachineInstance;
 use godwit_qemu::failure;
@@ -163,6 +164,8 @@ type Digest = (String, String);
 pub struct Vm {
     paths: Paths,
     uid: String,
+    /// Kills QEMU when its time has passed.
+    fence: Fence,
     tell: watch::Sender<State>,
     now: State,
     stage: Stage,
@@ -202,7 +205,7 @@ impl Vm {
     /// A launcher's VM before any order; `uid` is the VMI's it was started for.
     ///
     /// If the guest of this place has left with an earlier process, that is told again and nothing is started.
-    pub fn new(paths: Paths, uid: String) -> std::io::Result<(Vm, watch::Receiver<State>)> {
+    pub fn new(paths: Paths, uid: String, fence: Fence) -> std::io::Result<(Vm, watch::Receiver<State>)> {
         let mut now = State { vmi_uid: uid.clone(), ..State::default() };
         let mut stage = Stage::Empty;
         let mut over = None;
@@ -218,6 +221,7 @@ impl Vm {
         let vm = Vm {
             paths,
             uid,
+            fence,
             tell,
             now,
             stage,
@@ -331,7 +335,8 @@ impl Vm {
             // Started already, here or elsewhere, or ended.
             _ => return Ok(()),
         }
-        let VmOrder { vmi, interfaces, volumes, accelerator, machine_revision, shareable_memory } = order;
+        let VmOrder { vmi, interfaces, volumes, accelerator, machine_revision, shareable_memory, run_until_ms } = order;
+        self.may_run(run_until_ms)?;
         let revision = machine_revision.min(MACHINE_REVISION);
         let (program, accelerator) = self.program(accelerator).await?;
         self.persistent = persistent::kept(PersistentState::resume(&self.paths, &vmi))?;
@@ -340,6 +345,8 @@ impl Vm {
         self.start_tpm(&plan)?;
         let prelaunch = Prelaunch::launch(&program, &plan.machine).await?;
         self.attach(prelaunch.qemu(), accelerator, plan.machine.serial.is_some()).await?;
+        // It took its time.
+        self.may_run(None)?;
         let running = if vmi.starts_paused() { prelaunch.start_paused() } else { prelaunch.start().await? };
         self.grace = grace(&vmi);
         self.inside.clock_ahead(plan::wall_clock_offset(&vmi));
@@ -484,7 +491,23 @@ impl Vm {
         self.now.shareable_memory = qemu.shared_memory().is_some();
         self.now.ability = qemu.ability();
         self.now.qemu_pid = Some(qemu.process().pid());
+        self.fence.guard(qemu.process().pid());
         Ok(())
+    }
+
+    /// Refuses while this node may not run guests.
+    fn may_run(&self, run_until_ms: Option<u64>) -> Result<(), Refused> {
+        if let Some(run_until_ms) = run_until_ms {
+            self.fence.run_until(RunUntilOrder { run_until_ms }.until());
+        }
+        match self.fence.allows() {
+            true => Ok(()),
+            false if self.fence.has_struck() => Err(refused(Refusal::Conflict, fence::REASON)),
+            false => {
+                let message = "the node's lease has not been renewed in time: no guest is run before it is";
+                Err(refused(Refusal::Conflict, message))
+            }
+        }
     }
 
     /// Begins to read the images that disks lie above, beside everything else: a large one takes seconds.
@@ -522,6 +545,7 @@ impl Vm {
         self.console = None;
         self.events = None;
         self.tpm = None;
+        self.fence.release();
         self.discard_state();
         self.now =
             State { vmi_uid: self.uid.clone(), launcher_rss_bytes: self.now.launcher_rss_bytes, ..State::default() };

@@ -45,6 +45,9 @@ pub struct Evidence {
     pub again: bool,
     /// It was broken when all had been sent and not all had arrived, and this QEMU does not get over that.
     pub spent: bool,
+    /// It was fenced: its node, or the control plane, was away for too long, by this run's fault or by those beside it
+    /// (docs/fencing.md).
+    pub fenced: bool,
     /// The witness heard it again after everything was mended.
     pub beats: bool,
     /// Where it has a disk: it has not been through all of it since.
@@ -73,13 +76,17 @@ pub fn breaks_link(strike: &Strike) -> bool {
     }
 }
 
-/// Whether the fault itself took the guest: it killed the one process that had the right to run it.
+/// Whether the fault itself took the guest: it killed the one process that had the right to run it, or kept its node from renewing
+/// its lease.
 ///
 /// The right passes when the source's launcher has written down that the guest has left (docs/hand-over.md). A source that dies
 /// without that takes the guest with it, and one that has must not; a target the other way round. In post-copy each end has a
 /// part of the guest until all of its memory has followed, so the death of either takes it; that of the link between them does not.
 #[must_use]
 pub fn is_excused(strike: &Strike, evidence: &Evidence) -> bool {
+    if evidence.fenced {
+        return true;
+    }
     let killed = evidence.landed && strike.deed == Deed::Kill;
     if evidence.follows && evidence.left {
         let needed = [Victim::SourceQemu, Victim::TargetQemu, Victim::SourceLauncher, Victim::TargetLauncher];
@@ -90,6 +97,13 @@ pub fn is_excused(strike: &Strike, evidence: &Evidence) -> bool {
         Victim::TargetQemu | Victim::TargetLauncher => killed && evidence.left,
         _ => false,
     }
+}
+
+/// Whether a fault keeps a node, or all of them, from renewing its lease.
+#[must_use]
+pub fn silences(strike: &Strike) -> bool {
+    use Victim::{ControlPlane, SourceHandler, SourceUplink, TargetHandler, TargetUplink};
+    matches!(strike.victim, SourceHandler | TargetHandler | ControlPlane | SourceUplink | TargetUplink)
 }
 
 /// Whether a cancellation, if there was one, is answered with what came of it: the guest, which lives, stayed or was gone.
@@ -184,6 +198,7 @@ mod tests {
             assert!(broken(victim, Deed::Kill, lost(true)));
         }
         assert!(broken(Victim::Link, Deed::Cut, lost(true)));
+        assert!(!broken(Victim::TargetHandler, Deed::Stop, Evidence { fenced: true, ..lost(true) }));
         let missed = Evidence { landed: false, ..lost(false) };
         assert!(broken(Victim::SourceQemu, Deed::Kill, missed), "nobody was hit");
     }

@@ -5,7 +5,7 @@ use super::guest::Guest;
 use super::judge::Outcome;
 use super::plan::{self, Manner};
 use super::report;
-use super::run::{Report, run};
+use super::run::{Report, has_ended, run, was_fenced};
 use super::stage::Stage;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -151,8 +151,17 @@ async fn lane(night: Arc<Night>, tell: mpsc::UnboundedSender<Report>) -> Result<
         }
         let strike = plan::strike(night.options.seed, number, night.options.longest);
         let disk = strike.manner == Manner::Disk;
-        let current = match guests.iter().position(|guest| guest.disk == disk) {
-            Some(place) => guests.swap_remove(place),
+        let mut known = guests.iter().position(|guest| guest.disk == disk).map(|place| guests.swap_remove(place));
+        // Between two runs another lane's faults may have had its node fence it.
+        if let Some(guest) = &known
+            && has_ended(&night.stage, guest).await
+            && was_fenced(&night.stage, guest).await
+        {
+            guest.remove(&night.stage).await;
+            known = None;
+        }
+        let current = match known {
+            Some(guest) => guest,
             None => {
                 let new = Guest::new(night.guests.fetch_add(1, Ordering::Relaxed), disk);
                 new.start(&night.stage).await?;

@@ -2,7 +2,7 @@
 
 use super::error::Error;
 use super::guest::{ALIVE, DISK_BLOCKS, Guest, LOOK_EVERY, Place};
-use super::judge::{Evidence, Outcome, answers, breaks_link, judge};
+use super::judge::{Evidence, Outcome, answers, breaks_link, is_excused, judge, silences};
 use super::plan::{Manner, Moment, Strike, Victim};
 use super::sight::{Sight, View, departed};
 use super::stage::{Carrier, Kind, Stage, text};
@@ -109,6 +109,9 @@ pub async fn run(stage: &Arc<Stage>, guest: &Guest, number: u32, strike: Strike,
     let mut evidence = Evidence { landed, left, follows, early, again, spent, over, ..Evidence::default() };
     let ended = SystemTime::now().max(mended);
     listen(stage, guest, &source, uid.as_deref(), ended, &mut evidence).await;
+    if !evidence.beats && !is_excused(&strike, &evidence) && stage.silent_since(began) >= FENCED_FROM {
+        evidence.fenced = was_fenced(stage, guest).await;
+    }
     let beats = stage.witness.beats(guest.station);
     evidence.complaint = complaint(&beats);
     let view = sight.now();
@@ -118,6 +121,7 @@ pub async fn run(stage: &Arc<Stage>, guest: &Guest, number: u32, strike: Strike,
     }
     let migration = match uid {
         None => "refused".to_owned(),
+        Some(_) if evidence.fenced => format!("fenced, {} {}", view.phase, view.reason),
         Some(_) if cancelled => format!("cancelled, {} {}", view.phase, view.reason),
         Some(_) => format!("{} {}", view.phase, view.reason),
     };
@@ -131,6 +135,23 @@ pub async fn run(stage: &Arc<Stage>, guest: &Guest, number: u32, strike: Strike,
         gap: longest_gap(&beats, before),
         migration: migration.trim().to_owned(),
     })
+}
+
+/// Faults that were shorter, all together, fence nobody: a lease lasts twice as long.
+const FENCED_FROM: Duration = Duration::from_secs(10);
+/// How long the API may take to say that a guest was fenced: its node may have to come back first.
+const FENCED_WITHIN: Duration = Duration::from_secs(30);
+
+/// Whether the API says that the guest was fenced, soon.
+pub async fn was_fenced(stage: &Stage, guest: &Guest) -> bool {
+    let deadline = Instant::now() + FENCED_WITHIN;
+    while !stage.was_fenced(&guest.name).await {
+        if Instant::now() > deadline {
+            return false;
+        }
+        tokio::time::sleep(LOOK_EVERY).await;
+    }
+    true
 }
 
 /// Waits until the API says where the guest lives, and nothing else is going on with it.
@@ -171,6 +192,9 @@ async fn hit(
         && let Some(hit) = carrier(strike, &view, source)
     {
         stage.breaks(hit);
+    }
+    if silences(strike) {
+        stage.silences(strike.lasts);
     }
     let blow = land(stage, strike, number, &view, &source.node, request).await?;
     Ok((view, blow))
@@ -239,7 +263,7 @@ async fn ask(stage: &Stage, guest: &Guest, name: &str) -> Result<Option<String>,
 }
 
 /// Whether the API says that nothing will run this guest any more.
-async fn has_ended(stage: &Stage, guest: &Guest) -> bool {
+pub async fn has_ended(stage: &Stage, guest: &Guest) -> bool {
     let vmi = guest.look(stage).await;
     vmi.is_some_and(|vmi| matches!(text(&vmi, "/status/phase").as_str(), "Failed" | "Succeeded"))
 }

@@ -8,7 +8,8 @@ use godwit_guest_rom::Parameters;
 use godwit_images::{FileEntry, Store};
 use godwit_network::Namespace;
 use godwit_standalone::{CONTROL_PLANE, Cluster, Layout, Options, admin_client, fabric, start_missing, up};
-use kube::api::{Api, ApiResource, DynamicObject, GroupVersionKind, Patch, PatchParams};
+use k8s_openapi::api::core::v1::Event;
+use kube::api::{Api, ApiResource, DynamicObject, GroupVersionKind, ListParams, Patch, PatchParams};
 use serde_json::{Value, json};
 use std::path::Path;
 use std::process::Command;
@@ -16,6 +17,10 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 use tokio::time::Instant;
 
+/// How long a node's lease lasts, and the events about guests that were stopped because it had ended (docs/fencing.md).
+const LEASE: Duration = Duration::from_secs(20);
+const GUEST_FENCED: &str = "GuestFenced";
+const NODE_FENCED: &str = "NodeFenced";
 /// Nodes: source, target and one that could have been.
 const NODES: usize = 3;
 /// The guest's image.
@@ -42,6 +47,8 @@ pub struct Stage {
     starting: tokio::sync::Mutex<()>,
     /// What of that which carries memory was broken, by any run.
     broken: Mutex<Vec<Break>>,
+    /// When a node, or all of them, could not renew its lease, by any run, and for how long.
+    silent: Mutex<Vec<(Instant, Duration)>>,
 }
 
 /// Something that carries memory was broken.
@@ -113,8 +120,15 @@ impl Stage {
         }
         let witness = Witness::start(&cluster)?;
         let client = admin_client(&layout).await?;
-        let stage =
-            Self { layout, cluster, witness, client, starting: tokio::sync::Mutex::new(()), broken: Mutex::default() };
+        let stage = Self {
+            layout,
+            cluster,
+            witness,
+            client,
+            starting: tokio::sync::Mutex::new(()),
+            broken: Mutex::default(),
+            silent: Mutex::default(),
+        };
         stage.configure().await?;
         Ok(stage)
     }
@@ -200,6 +214,34 @@ impl Stage {
     async fn answers(&self) -> bool {
         let asked = tokio::time::timeout(Duration::from_secs(5), self.client.apiserver_version()).await;
         matches!(asked, Ok(Ok(_)))
+    }
+
+    /// A run keeps a node, or all of them, from renewing its lease for so long.
+    pub fn silences(&self, lasts: Duration) {
+        self.silent.lock().unwrap_or_else(PoisonError::into_inner).push((Instant::now(), lasts));
+    }
+
+    /// For how long that was so in all since a lease's time before `began`. Faults follow one another, so a node may lose its lease
+    /// though none of them lasts that long.
+    pub fn silent_since(&self, began: Instant) -> Duration {
+        let all = self.silent.lock().unwrap_or_else(PoisonError::into_inner);
+        let ours = all.iter().filter(|(at, lasts)| *at + *lasts + LEASE >= began);
+        ours.map(|(_, lasts)| *lasts).sum()
+    }
+
+    /// Whether the API says that this guest was fenced: it, or its node.
+    pub async fn was_fenced(&self, guest: &str) -> bool {
+        let events: Api<Event> = Api::default_namespaced(self.client.clone());
+        let Ok(list) = events.list(&ListParams::default()).await else { return false };
+        let named = format!("default/{guest}");
+        list.items.iter().any(|event| match event.reason.as_deref() {
+            Some(GUEST_FENCED) => event.involved_object.name.as_deref() == Some(guest),
+            Some(NODE_FENCED) => {
+                let message = event.message.as_deref().unwrap_or_default();
+                message.split([' ', ',']).any(|word| word == named)
+            }
+            _ => false,
+        })
     }
 
     /// A run breaks what carries memory.

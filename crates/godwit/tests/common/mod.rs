@@ -235,6 +235,16 @@ impl Cluster {
         self.console(pod).await.lines().filter_map(godwit_guest_rom::Line::parse).collect()
     }
 
+    /// The number of one of the cluster's processes: `control-plane` or a node's name.
+    pub fn pid(&self, process: &str) -> nix::unistd::Pid {
+        let output = self.godwit(&["status", "-o", "json"]);
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        let said: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+        let all = said["processes"].as_array().expect("processes");
+        let pid = all.iter().find(|p| p["name"] == process).and_then(|p| p["pid"].as_i64()).expect("it runs");
+        nix::unistd::Pid::from_raw(pid.try_into().expect("a pid"))
+    }
+
     /// The ends of the cluster's logs, for messages.
     pub fn words(&self) -> String {
         let mut words = String::new();

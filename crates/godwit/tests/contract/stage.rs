@@ -198,16 +198,6 @@ impl Cluster {
         self.route(from, to, "del");
     }
 
-    /// The number of one of the cluster's processes: `control-plane` or a node's name.
-    pub fn pid(&self, process: &str) -> Pid {
-        let output = self.godwit(&["status", "-o", "json"]);
-        assert!(output.status.success(), "{}", text(&output.stderr));
-        let said: Value = serde_json::from_slice(&output.stdout).expect("JSON");
-        let all = said["processes"].as_array().expect("processes");
-        let pid = all.iter().find(|p| p["name"] == process).and_then(|p| p["pid"].as_i64()).expect("it runs");
-        Pid::from_raw(pid.try_into().expect("a pid"))
-    }
-
     /// Makes a node's kubelet and handler stand still; its guests go on.
     pub fn freeze(&self, node: &str) -> Frozen {
         let pid = self.pid(node);

@@ -1,5 +1,7 @@
 //! A guest that belongs to this node: start it, say how it is, end it.
 
+use godwit_api::names::events::reason;
+use godwit_launcher::fence;
 use godwit_launcher::rpc::{DomainPhase, MigrationRole, State};
 
 use super::{Action, Change, Plan, end};
@@ -89,6 +91,11 @@ fn ended(phase: &str, state: &State, plan: &mut Plan) {
         DomainPhase::Shutdown => {
             plan.write(vec![Change::Phase("Succeeded")]);
             plan.event("Stopped", "The VirtualMachineInstance was shut down.");
+        }
+        DomainPhase::Crashed if state.fenced => {
+            plan.write(vec![Change::Phase("Failed")]);
+            let why = state.exit_reason.as_deref().unwrap_or(fence::REASON);
+            plan.warn(reason::GUEST_FENCED, format!("The VirtualMachineInstance was stopped. {why}"));
         }
         DomainPhase::Crashed => {
             plan.write(vec![Change::Phase("Failed")]);

@@ -107,8 +107,17 @@ impl Api {
                 None => status(404, "NotFound"),
             },
             (Method::POST, None) => {
-                self.put(&collection, body.clone());
-                answer(201, &body)
+                let mut inner = self.0.lock().unwrap();
+                inner.store(&collection, body.clone());
+                let name = body["metadata"]["name"].as_str().unwrap();
+                answer(201, &inner.get(&collection, name).unwrap())
+            }
+            (Method::PUT, Some(name)) => {
+                let replaced = self.0.lock().unwrap().replace(&collection, &name, body);
+                match replaced {
+                    Ok(object) => answer(200, &object),
+                    Err((code, reason)) => status(code, reason),
+                }
             }
             (Method::PATCH, Some(name)) => {
                 let patched = self.0.lock().unwrap().patch(&collection, &name, &body);
@@ -158,6 +167,16 @@ impl Inner {
             return Err((409, "Conflict"));
         }
         merge(&mut object, patch);
+        self.store(collection, object);
+        self.get(collection, name).ok_or((404, "NotFound"))
+    }
+
+    /// Replaces an object that is at this revision.
+    fn replace(&mut self, collection: &str, name: &str, object: Value) -> Result<Value, (u16, &'static str)> {
+        let known = self.get(collection, name).ok_or((404, "NotFound"))?;
+        if known["metadata"]["resourceVersion"] != object["metadata"]["resourceVersion"] {
+            return Err((409, "Conflict"));
+        }
         self.store(collection, object);
         self.get(collection, name).ok_or((404, "NotFound"))
     }

@@ -20,6 +20,7 @@ use super::{Meter, Order, Pod, Source, Stop, Target, Worker, limited};
 use crate::channel::{BLOCKS, CONTROL, MEMORY, TargetChannels, TargetOptions};
 use crate::decide::{Action, Change, Disruption, Failure, causes};
 use crate::facts::{Facts, MigrationView};
+use crate::fence::enforce;
 use crate::frames::Relay;
 use crate::lend::{self, Offered};
 use crate::networks;
@@ -163,12 +164,28 @@ impl Worker {
         }
     }
 
+    /// Until when guests may run on this node, in milliseconds of the boot clock; nothing is begun while none may.
+    async fn leased(&mut self, what: &str) -> Result<u64, Stop> {
+        match self.context.fence.wait_held().await {
+            Some(until) => Ok(until),
+            None => {
+                let why =
+                    format!("cannot {what}: this node's handler does not hold its lease, so no guest may run here");
+                Err(self.complain(why).await)
+            }
+        }
+    }
+
     async fn start_vm(&mut self, vmi: &VirtualMachineInstance, name: &str) -> Result<(), Stop> {
         let began = Instant::now();
+        let until = self.leased("start the VM").await?;
         let mut ordered = vmi.clone();
         let volumes = self.volumes(&mut ordered).await?;
         let accelerator = *self.context.accelerator.borrow();
+        let guest = format!("{}/{}", self.namespace, self.name);
         let pod = self.pod(name)?;
+        // Before the guest is there: nobody else may get to say so.
+        enforce::mark(&pod.follower.folder, &guest);
         let interfaces = pod.wired.as_ref().map(|w| w.interfaces.clone()).unwrap_or_default();
         let order = VmOrder {
             vmi: ordered,
@@ -177,6 +194,7 @@ impl Worker {
             accelerator,
             machine_revision: NEW_GUESTS,
             shareable_memory: pod.pod.shareable_memory,
+            run_until_ms: Some(until),
         };
         match pod.follower.client.start(&order).await {
             Ok(state) => {
@@ -199,6 +217,7 @@ impl Worker {
         m: Option<&MigrationView>,
     ) -> Result<(), Stop> {
         let began = Instant::now();
+        self.leased("prepare the migration target").await?;
         let mut ordered = vmi.clone();
         let volumes = self.volumes(&mut ordered).await?;
         if !vmi.status.migrated_volumes.is_empty() {
@@ -213,7 +232,9 @@ impl Worker {
             Ok(images) => images,
             Err(error) => return Err(self.complain(format!("cannot prepare the migration target: {error}")).await),
         };
+        let guest = format!("{}/{}", self.namespace, self.name);
         let pod = self.pod(name)?;
+        enforce::mark(&pod.follower.folder, &guest);
         let order = TargetOrder {
             migration_uid: uid.to_owned(),
             vmi: ordered,
@@ -308,6 +329,7 @@ impl Worker {
             joined: OnceCell::new(),
             launcher: pod.follower.subscribe(),
             pid: pod.follower.pid(),
+            fence: context.fence.clone(),
             ports: networks::ports(vmi),
             recoveries: recoveries.clone(),
         };

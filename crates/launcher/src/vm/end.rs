@@ -116,6 +116,8 @@ impl Vm {
                 m.cause = Some(explained.cause);
             }
         }
+        self.fence.release();
+        self.now.fenced = self.fence.has_struck();
         let (phase, reason) = match (&self.stage, &self.ending, self.shutdown_reason.as_deref()) {
             (Stage::Departed(_), ..) => {
                 (DomainPhase::MigratedAway, "the guest has migrated to another node".to_string())
@@ -124,6 +126,7 @@ impl Vm {
                 DomainPhase::MigratedAway,
                 format!("QEMU ended before all of the guest's memory had followed it to the other node: {ended}"),
             ),
+            _ if self.now.fenced => (DomainPhase::Crashed, crate::fence::REASON.to_string()),
             (Stage::Incoming(_), ..) => {
                 let why = failure::of_end(&ended).text;
                 (DomainPhase::Crashed, format!("the guest could not be received: {why}"))

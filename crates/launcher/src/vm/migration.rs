@@ -274,6 +274,7 @@ impl Vm {
     /// The source is stopped for good: the guest is this end's. The same go again is no second one.
     pub(super) async fn go(&mut self, order: &GoOrder) -> Result<(), Refused> {
         let gone = self.about(&order.migration_uid, MigrationRole::Target)?.gone;
+        self.may_run(order.run_until_ms)?;
         match std::mem::replace(&mut self.stage, Stage::Ended) {
             Stage::Incoming(mut incoming) => {
                 if gone {
@@ -501,6 +502,8 @@ impl Vm {
                 facts.guest_paused = serving.is_paused();
                 facts.bandwidth_limit = serving.bandwidth();
                 self.write_down(&facts);
+                // What is left here runs no guest, and the guest needs it.
+                self.fence.release();
                 self.now.migration = Some(facts);
                 self.stage = Stage::Serving(serving);
                 self.refresh().await;
@@ -556,6 +559,7 @@ impl Vm {
 
     fn departed(&mut self, departed: Departed, facts: MigrationFacts) {
         self.write_down(&facts);
+        self.fence.release();
         self.now.migration = Some(facts);
         self.now.exit_reason = Some("the guest has migrated to another node".into());
         let qemu = departed.qemu().clone();

@@ -139,6 +139,7 @@ pub fn vm_order() -> VmOrder {
         accelerator: Some(Accelerator::Tcg),
         machine_revision: MACHINE_REVISION,
         shareable_memory: false,
+        run_until_ms: None,
     }
 }
 

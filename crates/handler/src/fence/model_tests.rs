@@ -1,0 +1,226 @@
+//! The argument of docs/fencing.md, run: nodes with these rules, links and an API that come and go, answers that are late or
+//! lost, and a controller that declares whom it may. Nobody that it declares runs guests, nor has for the margin.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use godwit_api::names::fence::{DURATION, MARGIN, RENEW_EVERY, STEADY_GAP};
+use proptest::prelude::*;
+
+use super::rules::{Peers, Rules, counts};
+
+const NODES: usize = 4;
+const TICK: Duration = Duration::from_millis(500);
+/// News reaches the controller within this.
+const NEWS: Duration = Duration::from_secs(3);
+
+fn name(node: usize) -> String {
+    format!("node{node}")
+}
+
+/// A renewal on its way: sent, taken by the API, answered.
+#[derive(Clone)]
+struct Renewal {
+    sent: Duration,
+    on: u32,
+    peers: Peers,
+    arrives: Duration,
+    answer: Option<(Duration, u32)>,
+}
+
+struct Node {
+    rules: Rules,
+    revision: u32,
+    next: Duration,
+    renewals: Vec<Renewal>,
+    reaches_api: bool,
+}
+
+#[derive(Clone, Default)]
+struct Lease {
+    revision: u32,
+    peers: Peers,
+}
+
+/// What the controller knows of a node.
+#[derive(Clone, Default)]
+struct Heard {
+    lease: Lease,
+    last: Duration,
+    steady_since: Duration,
+}
+
+struct World {
+    now: Duration,
+    nodes: Vec<Node>,
+    leases: Vec<Lease>,
+    news: Vec<(Duration, usize, Lease)>,
+    heard: Vec<Heard>,
+    api: bool,
+    between: [[bool; NODES]; NODES],
+    declared: usize,
+}
+
+impl World {
+    fn new() -> Self {
+        let node = |_| Node {
+            rules: Rules::new(Duration::ZERO),
+            revision: 0,
+            next: Duration::ZERO,
+            renewals: Vec::new(),
+            reaches_api: true,
+        };
+        Self {
+            now: Duration::ZERO,
+            nodes: (0..NODES).map(node).collect(),
+            leases: vec![Lease::default(); NODES],
+            news: Vec::new(),
+            heard: vec![Heard::default(); NODES],
+            api: true,
+            between: [[true; NODES]; NODES],
+            declared: 0,
+        }
+    }
+
+    /// One tick; `late` and `named` are drawn anew for each.
+    fn tick(&mut self, late: u8, named: u8) {
+        self.now += TICK;
+        let (now, late) = (self.now, TICK * u32::from(late % 5));
+        for number in 0..NODES {
+            let works = self.api && self.nodes[number].reaches_api;
+            let node = &mut self.nodes[number];
+            // The API takes what has arrived, on the revision that it has, and answers, unless that is lost.
+            for renewal in node.renewals.iter_mut().filter(|renewal| renewal.answer.is_none() && renewal.arrives <= now)
+            {
+                if self.api && renewal.on == self.leases[number].revision {
+                    let lease = &mut self.leases[number];
+                    lease.revision += 1;
+                    lease.peers.clone_from(&renewal.peers);
+                    renewal.answer = Some((now + late, lease.revision));
+                    self.news.push((now + late.min(NEWS), number, lease.clone()));
+                }
+            }
+            if works {
+                let answered = node.renewals.iter().find(|one| one.answer.is_some_and(|(at, _)| at <= now)).cloned();
+                if let Some(Renewal { sent, peers, answer: Some((_, revision)), .. }) = answered {
+                    node.rules.answered(sent, now, peers);
+                    node.revision = revision;
+                    node.next = sent + RENEW_EVERY;
+                    node.renewals.clear();
+                }
+            }
+            if now >= node.next {
+                // After a failure it reads the lease first.
+                if works && !node.renewals.is_empty() {
+                    node.revision = self.leases[number].revision;
+                }
+                let others = (0..NODES).filter(|other| *other != number && named >> other & 1 == 1).map(name);
+                let peers: Peers = (named < 250).then(|| others.collect::<BTreeSet<_>>());
+                node.rules.sends(peers.clone());
+                let (on, arrives) = (node.revision, now + late);
+                node.renewals.push(Renewal { sent: now, on, peers, arrives, answer: None });
+                node.next = now + RENEW_EVERY * 2;
+            }
+        }
+        for number in 0..NODES {
+            let rules = &self.nodes[number].rules;
+            if counts(rules.silent_for(now))
+                && let Some(peers) = rules.to_ask()
+            {
+                let silent =
+                    |other: usize| self.between[number][other] && counts(self.nodes[other].rules.silent_for(now));
+                let all = (0..NODES).filter(|other| peers.contains(&name(*other))).all(silent);
+                if all {
+                    self.nodes[number].rules.put_off(now, now);
+                }
+            }
+        }
+        let (come, later): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut self.news).into_iter().partition(|(at, ..)| *at <= now);
+        self.news = later;
+        for (_, number, lease) in come {
+            let heard = &mut self.heard[number];
+            if now.saturating_sub(heard.last) > STEADY_GAP {
+                heard.steady_since = now;
+            }
+            if lease.revision > heard.lease.revision {
+                (heard.last, heard.lease) = (now, lease);
+            }
+        }
+        self.declare();
+    }
+
+    fn declare(&mut self) {
+        let (now, window) = (self.now, DURATION + MARGIN);
+        for number in 0..NODES {
+            let heard = &self.heard[number];
+            let steady = |other: usize| {
+                let other = &self.heard[other];
+                now.saturating_sub(other.last) <= STEADY_GAP && now.saturating_sub(other.steady_since) >= window
+            };
+            let witness = match &heard.lease.peers {
+                Some(peers) => (0..NODES).any(|other| peers.contains(&name(other)) && steady(other)),
+                None => (0..NODES).any(|other| other != number && steady(other)),
+            };
+            let on_its_revision = heard.lease.revision == self.leases[number].revision && heard.lease.revision > 0;
+            if self.api && on_its_revision && witness && now.saturating_sub(heard.last) >= window {
+                let until = self.nodes[number].rules.until().unwrap_or_default();
+                assert!(until + MARGIN <= now, "{} is declared at {now:?} and runs until {until:?}", name(number));
+                self.declared += 1;
+            }
+        }
+    }
+}
+
+#[derive(Clone, Debug)]
+enum Turn {
+    Api(bool),
+    Uplink(usize, bool),
+    Between(usize, usize, bool),
+}
+
+fn turn() -> impl Strategy<Value = Turn> {
+    prop_oneof![
+        any::<bool>().prop_map(Turn::Api),
+        (0..NODES, any::<bool>()).prop_map(|(node, up)| Turn::Uplink(node, up)),
+        (0..NODES, 0..NODES, any::<bool>()).prop_map(|(one, other, up)| Turn::Between(one, other, up)),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn whoever_is_declared_dead_is_dead_for_the_margin(
+        turns in proptest::collection::vec((turn(), proptest::collection::vec((0..5_u8, any::<u8>()), 1..90)), 1..25)
+    ) {
+        let mut world = World::new();
+        for (turn, ticks) in turns {
+            match turn {
+                Turn::Api(up) => world.api = up,
+                Turn::Uplink(node, up) => world.nodes[node].reaches_api = up,
+                Turn::Between(one, other, up) => (world.between[one][other], world.between[other][one]) = (up, up),
+            }
+            for (late, named) in ticks {
+                world.tick(late, named);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_node_that_is_cut_off_is_declared_and_one_that_all_are_like_is_not() {
+    let everybody = 0b1111;
+    let mut world = World::new();
+    (0..40).for_each(|_| world.tick(0, everybody));
+    world.nodes[0].reaches_api = false;
+    (0..70).for_each(|_| world.tick(0, everybody));
+    assert!(world.declared > 0);
+
+    let mut world = World::new();
+    (0..40).for_each(|_| world.tick(0, everybody));
+    world.api = false;
+    (0..200).for_each(|_| world.tick(0, everybody));
+    assert!(world.nodes.iter().all(|node| node.rules.is_held(world.now)), "no guest is fenced");
+    world.api = true;
+    (0..200).for_each(|_| world.tick(0, everybody));
+    assert_eq!(world.declared, 0);
+}
