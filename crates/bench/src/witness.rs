@@ -156,6 +156,25 @@ pub fn complaint(beats: &[Beat]) -> Option<String> {
     })
 }
 
+/// Whether two instances of a guest were heard side by side, in beats that are in the order of their times. Other than for
+/// [`complaint`] an instance may begin anew where the one before had ended, as a VM does that is started again.
+#[must_use]
+pub fn overlap(beats: &[Beat]) -> Option<String> {
+    let mut left: Vec<&str> = Vec::new();
+    for (last, beat) in beats.iter().zip(beats.iter().skip(1)) {
+        if last.port != beat.port {
+            left.push(&last.port);
+        }
+        if left.contains(&&*beat.port) {
+            return Some(format!(
+                "two instances run: beat {} from {} on {} came after beat {} from {} on {}",
+                beat.count, beat.port, beat.node, last.count, last.port, last.node
+            ));
+        }
+    }
+    None
+}
+
 /// The longest time between two beats that ends after `from`.
 #[must_use]
 pub fn longest_gap(beats: &[Beat], from: SystemTime) -> Duration {
@@ -183,6 +202,12 @@ mod tests {
     fn one_after_another_is_right() {
         assert_eq!(complaint(&[]), None);
         assert_eq!(complaint(&told(&[("va", 1), ("va", 2), ("vb", 3), ("vb", 5), ("vc", 6)])), None);
+    }
+
+    #[test]
+    fn one_that_begins_anew_runs_alone_unless_the_first_is_heard_again() {
+        assert_eq!(overlap(&told(&[("va", 1), ("va", 2), ("vb", 1), ("vb", 2)])), None);
+        assert!(overlap(&told(&[("va", 1), ("vb", 1), ("va", 2)])).is_some());
     }
 
     #[test]
