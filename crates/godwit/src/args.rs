@@ -28,6 +28,11 @@ pub enum Command {
     Status(Status),
     /// Boot a guest, move it between two nodes while it is pinged, and report
     Demo(Demo),
+    /// Say what would happen, without touching anything
+    #[command(subcommand)]
+    Plan(Plan),
+    /// Empty nodes: the plan, carried out by evictions; Ctrl-C takes it back
+    Drain(Drain),
     /// Build, import, list and remove images of the cluster's local store
     #[command(subcommand)]
     Image(Image),
@@ -124,6 +129,90 @@ impl From<Demo> for godwit_standalone::demo::DemoOptions {
     fn from(demo: Demo) -> Self {
         Self { guest: demo.guest, keep: demo.keep, data_dir: demo.data_dir }
     }
+}
+
+/// `godwit plan …`
+#[derive(Subcommand)]
+pub enum Plan {
+    /// What emptying nodes would do to each VM: where it goes, in which order, how long it takes, what blocks. Only reads.
+    /// Ends with 2 if something blocks
+    Drain(PlanDrain),
+}
+
+/// Which cluster, which nodes, and how.
+#[derive(clap::Args)]
+pub struct Drained {
+    /// The nodes to be emptied
+    #[arg(required = true)]
+    pub nodes: Vec<String>,
+    /// The cluster [default: KUBECONFIG, else the one in --data-dir, else as kubectl finds it]
+    #[arg(long)]
+    pub kubeconfig: Option<PathBuf>,
+    /// Where the standalone cluster keeps everything
+    #[arg(long, env = "GODWIT_DATA_DIR", default_value = DEFAULT_DATA_DIR)]
+    pub data_dir: PathBuf,
+    /// Leave pods of DaemonSets alone
+    #[arg(long, default_value_t = true, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true")]
+    pub ignore_daemonsets: bool,
+    /// Let pods go whose emptyDir is lost with them (VMs' pods always may)
+    #[arg(long)]
+    pub delete_emptydir_data: bool,
+    /// Let pods go that nobody makes again
+    #[arg(long)]
+    pub force: bool,
+}
+
+impl Drained {
+    /// How to go about other pods.
+    pub fn manner(&self) -> godwit_drain::Manner {
+        godwit_drain::Manner {
+            ignore_daemon_sets: self.ignore_daemonsets,
+            delete_empty_dir_data: self.delete_emptydir_data,
+            force: self.force,
+        }
+    }
+}
+
+/// `godwit plan drain`
+#[derive(clap::Args)]
+pub struct PlanDrain {
+    /// What is to be emptied.
+    #[command(flatten)]
+    pub what: Drained,
+    /// Text for people or JSON for programs
+    #[arg(long, short, value_enum, default_value_t = Output::Text)]
+    pub output: Output,
+}
+
+/// `godwit drain`
+#[derive(clap::Args)]
+pub struct Drain {
+    /// What is to be emptied.
+    #[command(flatten)]
+    pub what: Drained,
+    /// Take it back if it is not done after this many seconds, as `90`, `90s`, `5m` or `1h`; 0 is never
+    #[arg(long, default_value = "0", value_parser = seconds)]
+    pub timeout: u64,
+    /// Begin without asking, also when something will stay
+    #[arg(long, short)]
+    pub yes: bool,
+    /// So many VMs on their way or in line at the same time [default: one more for each node than may leave it]
+    #[arg(long)]
+    pub max_parallel: Option<usize>,
+}
+
+/// A time as kubectl takes it.
+fn seconds(text: &str) -> Result<u64, String> {
+    let (number, unit) = match text.char_indices().next_back() {
+        Some((end, 's')) => (text.get(..end), 1),
+        Some((end, 'm')) => (text.get(..end), 60),
+        Some((end, 'h')) => (text.get(..end), 3600),
+        _ => (Some(text), 1),
+    };
+    let number = number.and_then(|number| number.parse::<u64>().ok()).and_then(|number| number.checked_mul(unit));
+    number
+        .filter(|seconds| *seconds <= 31_622_400)
+        .ok_or_else(|| format!("{text} is no time such as 90s, 5m or 1h (a year at most)"))
 }
 
 /// `godwit webhook`

@@ -5,6 +5,7 @@ mod admission;
 mod args;
 mod bench;
 mod control_plane;
+mod drain;
 mod images;
 mod node;
 mod shutdown;
@@ -75,6 +76,8 @@ fn run(args: Args) -> anyhow::Result<ExitCode> {
         Command::Demo(demo) => runtime.block_on(godwit_standalone::demo::demo(&demo.into()))?,
         Command::Image(image) => runtime.block_on(images::run(image))?,
         Command::Bench(wanted) => return runtime.block_on(bench::run(wanted)),
+        Command::Plan(args::Plan::Drain(wanted)) => return runtime.block_on(drain::plan(wanted)),
+        Command::Drain(wanted) => return runtime.block_on(drain::run(wanted)),
         Command::Webhook(arguments) => {
             log_to_stderr();
             runtime.block_on(webhook::run(arguments))?;

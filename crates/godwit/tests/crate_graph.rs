@@ -23,6 +23,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("kubelet", &["images", "network"]),
     ("standalone", &["api", "images", "network"]),
     ("webhook", &["api"]),
+    ("drain", &["api", "control"]),
     ("simulator", &["api", "machinery", "control"]),
     ("bench", &["api", "guest-init", "guest-rom", "images", "launcher", "network", "qemu", "standalone"]),
 ];

@@ -21,6 +21,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
 use crate::object::{Name, Stored};
 use crate::plan::View;
+use crate::world::World;
 use crate::{hotplug, placement};
 use expect::{CORNERS, LIKELY};
 use schedule::{Course, Job, Work};
@@ -94,6 +95,14 @@ pub fn plan(view: &View<'_>, nodes: &[&str], terms: &Terms<'_>) -> DrainPlan {
     let stays = plan.vms.iter().any(|vm| vm.is(&DrainOutcome::Block));
     plan.blocked = Some(stays || plan.pods.iter().any(|pod| pod.is(&PodOutcome::Block)));
     plan
+}
+
+/// How many VMs should be on their way or in line at the same time, so that the limits are used up and the line is short: one
+/// more than may leave, for each node.
+pub fn window(world: &World, nodes: usize) -> usize {
+    let limits = schedule::Limits::of(world.configuration());
+    let outbound = usize::try_from(limits.outbound).unwrap_or(usize::MAX).saturating_add(1);
+    outbound.saturating_mul(nodes).min(usize::try_from(limits.cluster).unwrap_or(usize::MAX).saturating_add(1))
 }
 
 /// Lets time pass until everything that can leave has left.

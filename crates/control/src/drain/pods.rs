@@ -86,35 +86,13 @@ fn is_ready(pod: &Pod) -> bool {
 
 /// Says what becomes of a pod.
 pub fn verdict(pod: &Pod, node: &str, manner: Manner, budgets: &mut Budgets<'_>) -> DrainPod {
-    let owner = pod.metadata.owner_references.iter().flatten().find(|owner| owner.controller == Some(true));
-    let daemon = owner.is_some_and(|owner| owner.kind == "DaemonSet");
-    let (outcome, reasons) = if pod.annotation(MIRROR).is_some() {
-        (PodOutcome::Ignore, vec!["it is made from a file on the node".to_owned()])
-    } else if daemon && manner.ignore_daemon_sets {
-        (PodOutcome::Ignore, vec!["it is of a DaemonSet".to_owned()])
-    } else if pod.deleting() {
-        (PodOutcome::Evict, vec!["it is being deleted already".to_owned()])
-    } else {
-        let mut against = Vec::new();
-        if daemon {
-            against.push("it is of a DaemonSet, which would make it again; use --ignore-daemonsets".to_owned());
-        }
-        if owner.is_none() && !manner.force {
-            against.push("nobody makes it again elsewhere; use --force to let it go all the same".to_owned());
-        }
-        if has_empty_dir(pod) && !manner.delete_empty_dir_data {
-            against
-                .push("its emptyDir is lost with it; use --delete-emptydir-data to let it go all the same".to_owned());
-        }
-        if against.is_empty() {
-            match budgets.ask(pod) {
-                Say::Goes => (PodOutcome::Evict, Vec::new()),
-                Say::Later(why) => (PodOutcome::Wait, vec![why]),
-                Say::Never(why) => (PodOutcome::Block, vec![why]),
-            }
-        } else {
-            (PodOutcome::Block, against)
-        }
+    let (outcome, reasons) = match manner.of_pod(pod) {
+        (PodOutcome::Evict, reasons) if !pod.deleting() => match budgets.ask(pod) {
+            Say::Goes => (PodOutcome::Evict, reasons),
+            Say::Later(why) => (PodOutcome::Wait, vec![why]),
+            Say::Never(why) => (PodOutcome::Block, vec![why]),
+        },
+        (outcome, reasons) => (outcome, reasons),
     };
     DrainPod {
         namespace: pod.namespace().to_owned(),
@@ -122,6 +100,35 @@ pub fn verdict(pod: &Pod, node: &str, manner: Manner, budgets: &mut Budgets<'_>)
         node: node.to_owned(),
         outcome: Some(outcome),
         reasons,
+    }
+}
+
+impl Manner {
+    /// What becomes of a pod that is no VM's, and why, whatever the budgets say.
+    pub fn of_pod(self, pod: &Pod) -> (PodOutcome, Vec<String>) {
+        let owner = pod.metadata.owner_references.iter().flatten().find(|owner| owner.controller == Some(true));
+        let daemon = owner.is_some_and(|owner| owner.kind == "DaemonSet");
+        if pod.annotation(MIRROR).is_some() {
+            return (PodOutcome::Ignore, vec!["it is made from a file on the node".to_owned()]);
+        }
+        if daemon && self.ignore_daemon_sets {
+            return (PodOutcome::Ignore, vec!["it is of a DaemonSet".to_owned()]);
+        }
+        if pod.deleting() {
+            return (PodOutcome::Evict, vec!["it is being deleted already".to_owned()]);
+        }
+        let mut against = Vec::new();
+        if daemon {
+            against.push("it is of a DaemonSet, which would make it again; use --ignore-daemonsets".to_owned());
+        }
+        if owner.is_none() && !self.force {
+            against.push("nobody makes it again elsewhere; use --force to let it go all the same".to_owned());
+        }
+        if has_empty_dir(pod) && !self.delete_empty_dir_data {
+            against
+                .push("its emptyDir is lost with it; use --delete-emptydir-data to let it go all the same".to_owned());
+        }
+        if against.is_empty() { (PodOutcome::Evict, against) } else { (PodOutcome::Block, against) }
     }
 }
 

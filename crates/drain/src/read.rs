@@ -1,0 +1,150 @@
+//! Reads all of a cluster that a plan needs. Lists only; nothing is ever written.
+
+use godwit_api::drain::DrainPlan;
+use godwit_control::drain::{Manner, Terms};
+use godwit_control::{Kind, Object, Settings, Source, View, World, drain, names};
+use jiff::Timestamp;
+use k8s_openapi::api::policy::v1::PodDisruptionBudget;
+use kube::Client;
+use kube::api::{Api, ApiResource, DynamicObject, ListParams};
+use serde::de::DeserializeOwned;
+
+use crate::{Error, code, words};
+
+/// What a plan cannot do without.
+const NEEDED: [Kind; 3] = [Kind::VirtualMachineInstance, Kind::Pod, Kind::Node];
+/// What makes it better; a cluster may not have it, or not show it.
+const WANTED: [Kind; 8] = [
+    Kind::VirtualMachine,
+    Kind::Migration,
+    Kind::KubeVirt,
+    Kind::PersistentVolumeClaim,
+    Kind::PersistentVolume,
+    Kind::StorageClass,
+    Kind::Namespace,
+    Kind::MigrationPolicy,
+];
+/// Objects of one answer.
+const PAGE: u32 = 500;
+
+/// A cluster as it was read.
+pub struct Cluster {
+    /// Its objects.
+    pub world: World,
+    /// Its PodDisruptionBudgets; `None` if they could not be read.
+    pub budgets: Option<Vec<PodDisruptionBudget>>,
+    /// What could not be read, in sentences.
+    pub notes: Vec<String>,
+    settings: Settings,
+}
+
+/// Reads the cluster.
+///
+/// # Errors
+/// [`Error::NoKubeVirt`], or [`Error::Read`] when VMIs, pods or nodes cannot be listed. What else cannot be is noted.
+pub async fn cluster(client: &Client) -> Result<Cluster, Error> {
+    let settings = Settings::standalone("/");
+    let mut cluster = Cluster { world: World::default(), budgets: None, notes: Vec::new(), settings };
+    cluster.world.set_clock(Timestamp::now());
+    for kind in NEEDED {
+        let listed = list::<DynamicObject>(&all(client, kind)).await;
+        match listed {
+            Ok(objects) => cluster.take(kind, objects),
+            Err(error) if kind == Kind::VirtualMachineInstance && code(&error) == Some(404) => {
+                return Err(Error::NoKubeVirt);
+            }
+            Err(error) => return Err(Error::Read { what: kind.plural().to_owned(), why: words(&error) }),
+        }
+    }
+    for kind in WANTED {
+        match list::<DynamicObject>(&all(client, kind)).await {
+            Ok(objects) => cluster.take(kind, objects),
+            Err(error) if code(&error) == Some(404) => {}
+            Err(error) => cluster.notes.push(format!("{} could not be read: {}", kind.plural(), words(&error))),
+        }
+    }
+    // Two maps are meant: the old form of the configuration, and who has a turn.
+    let maps: Api<DynamicObject> =
+        Api::namespaced_with(client.clone(), names::KUBEVIRT_NAMESPACE, &resource(Kind::ConfigMap));
+    match list::<DynamicObject>(&maps).await {
+        Ok(objects) => cluster.take(Kind::ConfigMap, objects),
+        Err(error) if code(&error) == Some(404) => {}
+        Err(error) => cluster.notes.push(format!("configmaps could not be read: {}", words(&error))),
+    }
+    match list::<PodDisruptionBudget>(&Api::all(client.clone())).await {
+        Ok(budgets) => cluster.budgets = Some(budgets),
+        Err(error) => cluster.notes.push(format!("poddisruptionbudgets could not be read: {}", words(&error))),
+    }
+    Ok(cluster)
+}
+
+/// How to speak of a kind to the client.
+pub fn resource(kind: Kind) -> ApiResource {
+    ApiResource {
+        group: kind.group().to_owned(),
+        version: kind.version().to_owned(),
+        api_version: kind.api_version(),
+        kind: kind.kind().to_owned(),
+        plural: kind.plural().to_owned(),
+    }
+}
+
+fn all(client: &Client, kind: Kind) -> Api<DynamicObject> {
+    Api::all_with(client.clone(), &resource(kind))
+}
+
+async fn list<T: Clone + DeserializeOwned + std::fmt::Debug>(api: &Api<T>) -> Result<Vec<T>, kube::Error> {
+    let mut found = Vec::new();
+    let mut params = ListParams::default().limit(PAGE);
+    loop {
+        let page = api.list(&params).await?;
+        found.extend(page.items);
+        match page.metadata.continue_.filter(|token| !token.is_empty()) {
+            Some(token) => params = params.continue_token(&token),
+            None => return Ok(found),
+        }
+    }
+}
+
+/// An object of a kind, if it can be read as one.
+pub(crate) fn typed(kind: Kind, object: DynamicObject) -> Result<Object, serde_json::Error> {
+    serde_json::to_value(object).and_then(|value| Object::from_value(kind, value))
+}
+
+impl Cluster {
+    fn take(&mut self, kind: Kind, objects: Vec<DynamicObject>) {
+        let only = objects.len() == 1;
+        for object in objects {
+            let name = object.metadata.name.clone().unwrap_or_default();
+            match typed(kind, object) {
+                Ok(mut object) => {
+                    if kind == Kind::KubeVirt && only {
+                        // Some installations have it under another name; its configuration is meant all the same.
+                        let meta = object.metadata_mut();
+                        meta.namespace = Some(names::KUBEVIRT_NAMESPACE.to_owned());
+                        meta.name = Some(names::KUBEVIRT_NAME.to_owned());
+                    }
+                    self.world.apply(object, Source::Watch);
+                }
+                Err(error) => self.notes.push(format!("{} {name} could not be read: {error}", kind.kind())),
+            }
+        }
+    }
+
+    /// What would become of everything on these nodes if they were emptied now.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchNode`].
+    pub fn plan(&self, nodes: &[String], manner: Manner) -> Result<DrainPlan, Error> {
+        let known: Vec<String> = self.world.nodes.names().map(|name| name.name.to_string()).collect();
+        if let Some(name) = nodes.iter().find(|node| !known.contains(node)) {
+            return Err(Error::NoSuchNode { name: name.clone(), known });
+        }
+        let nodes: Vec<&str> = nodes.iter().map(String::as_str).collect();
+        let view = View { now: Timestamp::now(), world: &self.world, settings: &self.settings };
+        let terms = Terms { manner, budgets: self.budgets.as_deref() };
+        let mut plan = drain::plan(&view, &nodes, &terms);
+        plan.notes.extend(self.notes.iter().cloned());
+        Ok(plan)
+    }
+}

@@ -1,0 +1,289 @@
+//! `godwit plan drain` and `godwit drain` on real guests.
+
+#![allow(clippy::expect_used, clippy::unwrap_used)]
+
+mod common;
+
+use common::{Cluster, rom_vmi, status, text};
+use godwit_guest_rom::Parameters;
+use k8s_openapi::api::core::v1::Node;
+use kube::api::DynamicObject;
+use kube::{Api, ResourceExt};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+/// A kubeconfig of somebody who may look at everything and write nothing.
+async fn looker(cluster: &Cluster) -> PathBuf {
+    cluster
+        .apply_cluster(json!({
+            "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole", "metadata": {"name": "looks"},
+            "rules": [{"apiGroups": ["*"], "resources": ["*"], "verbs": ["get", "list"]}],
+        }))
+        .await;
+    cluster
+        .apply_cluster(json!({
+            "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRoleBinding", "metadata": {"name": "looks"},
+            "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "looks"},
+            "subjects": [{"apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": "looker"}],
+        }))
+        .await;
+    let text = std::fs::read_to_string(cluster.kubeconfig()).expect("kubeconfig");
+    let mut config: Value = serde_saphyr::from_str(&text).expect("YAML");
+    config["users"][0]["user"]["as"] = "looker".into();
+    let path = cluster.data_dir().join("looker.kubeconfig");
+    std::fs::write(&path, config.to_string()).expect("write");
+    path
+}
+
+trait ApplyCluster {
+    async fn apply_cluster(&self, object: Value);
+}
+
+impl ApplyCluster for Cluster {
+    async fn apply_cluster(&self, object: Value) {
+        let object: DynamicObject = serde_json::from_value(object).expect("an object");
+        let gvk = kube::api::GroupVersionKind::try_from(object.types.as_ref().expect("types")).expect("apiVersion");
+        let api: Api<DynamicObject> = Api::all_with(self.client.clone(), &kube::api::ApiResource::from_gvk(&gvk));
+        let params = kube::api::PatchParams::apply("test").force();
+        api.patch(&object.name_any(), &params, &kube::api::Patch::Apply(&object)).await.expect("apply");
+    }
+}
+
+fn godwit(kubeconfig: &Path, arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_godwit"));
+    command.args(arguments).arg("--kubeconfig").arg(kubeconfig);
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
+fn run(kubeconfig: &Path, arguments: &[&str]) -> Output {
+    godwit(kubeconfig, arguments).output().expect("godwit starts")
+}
+
+fn plan(kubeconfig: &Path, nodes: &[&str]) -> (Option<i32>, Value) {
+    let output = run(kubeconfig, &[&["plan", "drain", "-o", "json", "--force"], nodes].concat());
+    let plan = serde_json::from_slice(&output.stdout);
+    (output.status.code(), plan.unwrap_or_else(|error| panic!("{error}: {}", text(&output.stderr))))
+}
+
+/// A guest that is known to be migratable or not.
+fn is_known(vmi: &DynamicObject) -> bool {
+    let conditions = vmi.data["status"]["conditions"].as_array().cloned().unwrap_or_default();
+    status(vmi, "phase") == "Running" && conditions.iter().any(|condition| condition["type"] == "LiveMigratable")
+}
+
+fn vm(name: &str, run_strategy: &str, strategy: Option<&str>) -> Value {
+    let mut spec = rom_vmi(name)["spec"].clone();
+    if let Some(strategy) = strategy {
+        spec["evictionStrategy"] = strategy.into();
+    }
+    json!({
+        "apiVersion": "kubevirt.io/v1", "kind": "VirtualMachine", "metadata": {"name": name},
+        "spec": {"runStrategy": run_strategy, "template": {"spec": spec}},
+    })
+}
+
+fn nodes(cluster: &Cluster) -> Api<Node> {
+    Api::all(cluster.client.clone())
+}
+
+/// Starts these on one node.
+async fn start_on(cluster: &Cluster, node: &str, objects: Vec<Value>) {
+    let others: Vec<String> =
+        ["node1", "node2", "node3"].iter().filter(|other| **other != node).map(|other| (*other).to_owned()).collect();
+    for other in &others {
+        nodes(cluster).cordon(other).await.expect("cordon");
+    }
+    let mut names = Vec::new();
+    for object in objects {
+        names.push(object["metadata"]["name"].as_str().unwrap().to_owned());
+        cluster.apply(object).await.expect("apply");
+    }
+    for name in &names {
+        let vmi = cluster.wait(&cluster.vmis(), name, "it runs and is known", is_known).await;
+        assert_eq!(status(&vmi, "nodeName"), node);
+    }
+    for other in &others {
+        nodes(cluster).uncordon(other).await.expect("uncordon");
+    }
+}
+
+/// Ends a process when a test fails before it does.
+struct Ends(Option<Pid>);
+
+impl Drop for Ends {
+    fn drop(&mut self) {
+        if let Some(pid) = self.0 {
+            let _ = kill(pid, Signal::SIGKILL);
+        }
+    }
+}
+
+fn is_cordoned(node: &Node) -> bool {
+    node.spec.as_ref().and_then(|spec| spec.unschedulable) == Some(true)
+}
+
+/// The VMs of a plan: outcome and target.
+fn told(plan: &Value) -> BTreeMap<String, (String, String)> {
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    let vms = plan["vms"].as_array().cloned().unwrap_or_default();
+    vms.iter().map(|vm| (text(&vm["name"]), (text(&vm["outcome"]), text(&vm["targetNode"])))).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_plan_foretells_is_what_the_drain_does() {
+    let cluster = Cluster::start(3).await;
+    cluster.build_rom_image(Parameters::default());
+    cluster
+        .apply(json!({
+            "apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "own"},
+            "spec": {"storageClassName": "local", "accessModes": ["ReadWriteOnce"],
+                "resources": {"requests": {"storage": "1Mi"}}},
+        }))
+        .await
+        .expect("claim");
+    let mut stuck = rom_vmi("stuck");
+    stuck["spec"]["evictionStrategy"] = "LiveMigrate".into();
+    stuck["spec"]["volumes"] = json!([{"name": "data", "persistentVolumeClaim": {"claimName": "own"}}]);
+    stuck["spec"]["domain"]["devices"]["disks"] = json!([{"name": "data", "disk": {"bus": "virtio"}}]);
+    let guests = vec![
+        vm("mover", "Always", Some("LiveMigrate")),
+        vm("willing", "Always", Some("LiveMigrateIfPossible")),
+        vm("again", "Always", None),
+        vm("once", "RerunOnFailure", Some("None")),
+        stuck,
+    ];
+    start_on(&cluster, "node1", guests).await;
+
+    // Somebody who may only look gets the plan; whatever it wrote would be refused.
+    let eyes = looker(&cluster).await;
+    let (code, blocked) = plan(&eyes, &["node1"]);
+    assert_eq!(code, Some(2), "{blocked}");
+    let outcomes = told(&blocked);
+    let outcome = |name: &str| outcomes[name].0.as_str();
+    assert_eq!(
+        ["mover", "willing", "again", "once", "stuck"].map(outcome),
+        ["Migrate", "Migrate", "ShutDown", "ShutDown", "Block"],
+        "{blocked}"
+    );
+    let why =
+        blocked["vms"].as_array().unwrap().iter().find(|vm| vm["name"] == "stuck").unwrap()["reasons"].to_string();
+    assert!(why.contains("volume data") && why.contains("PVC own is not shared"), "{why}");
+    assert!(blocked["duration"]["milliseconds"].as_u64().is_some_and(|ms| ms > 0), "{blocked}");
+    assert!(!is_cordoned(&nodes(&cluster).get("node1").await.unwrap()));
+    let people = text(&run(&eyes, &["plan", "drain", "node1"]).stdout);
+    assert!(people.contains("default/stuck") && people.contains("BLOCK"), "{people}");
+    let unknown = run(&eyes, &["plan", "drain", "node7"]);
+    assert_eq!(unknown.status.code(), Some(1));
+    assert!(text(&unknown.stderr).contains("there is no node node7; the cluster has node1, node2, node3"));
+
+    // Something blocks: without a word nothing is begun, with one the rest leaves, and it is said what stays and why.
+    let own = cluster.kubeconfig();
+    let refused = run(&own, &["drain", "node1"]);
+    assert_eq!(refused.status.code(), Some(2));
+    assert!(!is_cordoned(&nodes(&cluster).get("node1").await.unwrap()));
+    let partly = tokio::task::block_in_place(|| run(&own, &["drain", "node1", "--yes", "--timeout", "300s"]));
+    let said = text(&partly.stdout) + &text(&partly.stderr);
+    assert_eq!(partly.status.code(), Some(2), "{said}\n{}", cluster.words());
+    assert!(said.contains("stays: default/stuck: VMI stuck is configured with an eviction strategy"), "{said}");
+    assert!(said.contains("PVC own is not shared"), "{said}");
+    assert!(is_cordoned(&nodes(&cluster).get("node1").await.unwrap()));
+    let runs_on = |vmi: &DynamicObject| match status(vmi, "phase").as_str() {
+        "Running" => status(vmi, "nodeName"),
+        _ => String::new(),
+    };
+    let mut came: BTreeMap<String, u32> = BTreeMap::new();
+    for name in ["mover", "willing"] {
+        let vmi = cluster.vmis().get(name).await.unwrap();
+        *came.entry(runs_on(&vmi)).or_default() += 1;
+    }
+    let mut foretold: BTreeMap<String, u32> = BTreeMap::new();
+    for name in ["mover", "willing"] {
+        *foretold.entry(outcomes[name].1.clone()).or_default() += 1;
+    }
+    assert_eq!(came, foretold, "{said}");
+    let vmi = cluster.wait(&cluster.vmis(), "again", "it is started again", |vmi| !runs_on(vmi).is_empty()).await;
+    assert_ne!(runs_on(&vmi), "node1");
+    assert_eq!(runs_on(&cluster.vmis().get("stuck").await.unwrap()), "node1");
+    let ended = cluster.vmis().get_opt("once").await.unwrap();
+    assert!(ended.is_none_or(|vmi| status(&vmi, "phase") == "Succeeded"));
+
+    // Without it the node is empty, and the drain has nothing left to do.
+    cluster.vmis().delete("stuck", &Default::default()).await.expect("delete");
+    cluster.wait_gone(&cluster.vmis(), "stuck").await;
+    let empty = tokio::task::block_in_place(|| run(&own, &["drain", "node1", "--timeout", "300s"]));
+    assert_eq!(empty.status.code(), Some(0), "{}{}", text(&empty.stdout), text(&empty.stderr));
+    assert_eq!(plan(&eyes, &["node1"]).1["vms"], Value::Null);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_drain_that_is_broken_off_leaves_nothing_behind() {
+    let cluster = Cluster::start(3).await;
+    cluster.build_rom_image(Parameters::default());
+    let names = ["a", "b", "c", "held"];
+    let guests = names.iter().map(|name| {
+        let mut vmi = rom_vmi(name);
+        // Nobody moves the last one, so the drain never comes to its end by itself.
+        vmi["spec"]["evictionStrategy"] = if *name == "held" { "External" } else { "LiveMigrate" }.into();
+        vmi
+    });
+    start_on(&cluster, "node1", guests.collect()).await;
+    let kubevirts: Api<DynamicObject> = Api::namespaced_with(
+        cluster.client.clone(),
+        "kubevirt",
+        &kube::api::ApiResource::from_gvk(&kube::api::GroupVersionKind::gvk("kubevirt.io", "v1", "KubeVirt")),
+    );
+    // Slowly, so that something is under way when it is broken off.
+    let slow = json!({"spec": {"configuration": {"migrations": {"bandwidthPerMigration": "1Ki"}}}});
+    let merge = kube::api::Patch::Merge(&slow);
+    kubevirts.patch("kubevirt", &Default::default(), &merge).await.expect("configure");
+
+    let drain = godwit(&cluster.kubeconfig(), &["drain", "node1"]).spawn().expect("godwit starts");
+    let pid = Pid::from_raw(i32::try_from(drain.id()).unwrap());
+    let mut guard = Ends(Some(pid));
+    let all = cluster.migrations();
+    let evacuated = |migration: &DynamicObject| {
+        migration.annotations().get("kubevirt.io/evacuationMigration").is_some_and(|node| node == "node1")
+    };
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(120);
+    loop {
+        let list = all.list(&Default::default()).await.expect("list").items;
+        let held = cluster.vmis().get("held").await.expect("VMI");
+        if list.iter().any(|one| evacuated(one)) && status(&held, "evacuationNodeName") == "node1" {
+            break;
+        }
+        assert!(std::time::Instant::now() < deadline, "no migration runs: {}", cluster.words());
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+    assert!(is_cordoned(&nodes(&cluster).get("node1").await.unwrap()));
+    kill(pid, Signal::SIGINT).expect("SIGINT");
+    guard.0 = None;
+    let output = tokio::task::block_in_place(|| drain.wait_with_output().expect("it ends"));
+    let said = text(&output.stdout) + &text(&output.stderr);
+    assert_eq!(output.status.code(), Some(130), "{said}\n{}", cluster.words());
+    assert!(said.contains("taken back: no VM is to leave, and node1 may take pods again"), "{said}");
+
+    assert!(!is_cordoned(&nodes(&cluster).get("node1").await.unwrap()), "{said}");
+    for migration in all.list(&Default::default()).await.expect("list").items {
+        assert!(["Succeeded", "Failed"].contains(&status(&migration, "phase").as_str()), "{migration:?}");
+    }
+    for name in names {
+        let vmi = cluster.vmis().get(name).await.unwrap();
+        assert_eq!(status(&vmi, "phase"), "Running");
+        assert_eq!(status(&vmi, "evacuationNodeName"), "", "{said}");
+    }
+    // What was cordoned before is so afterwards.
+    nodes(&cluster).cordon("node1").await.expect("cordon");
+    let timed = tokio::task::block_in_place(|| run(&cluster.kubeconfig(), &["drain", "node1", "--timeout", "1s"]));
+    let said = text(&timed.stdout) + &text(&timed.stderr);
+    assert_eq!(timed.status.code(), Some(130), "{said}\n{}", cluster.words());
+    assert!(said.contains("what was cordoned before is (node1)"), "{said}");
+    assert!(is_cordoned(&nodes(&cluster).get("node1").await.unwrap()));
+    for name in names {
+        assert_eq!(status(&cluster.vmis().get(name).await.unwrap(), "evacuationNodeName"), "", "{said}");
+    }
+}
