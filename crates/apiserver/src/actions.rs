@@ -1,21 +1,27 @@
-//! Actions: subresources of a group of their own, each of which changes objects of another group (KubeVirt's
-//! `subresources.kubevirt.io`). What an action comes to is a plugin's to say; it is written as any other update is.
+//! Actions: subresources of a group of their own, about objects of another group (KubeVirt's `subresources.kubevirt.io`).
+//! What an action comes to is a plugin's to say: writes, which are made as any other update is, an answer from elsewhere, or a
+//! stream over a websocket.
 
 use crate::Lookup;
 use crate::create;
 use crate::intake;
 use crate::managed;
 use crate::respond::{self, Reply};
-use crate::server::Context;
+use crate::server::{Context, stopped};
 use crate::update::{ATTEMPTS, Change, change_object};
 use crate::user::User;
 use bytes::Bytes;
+use futures::future::BoxFuture;
 use godwit_machinery::patch::merge_patch;
 use godwit_machinery::resource::{GroupVersion, Resource};
 use godwit_machinery::status::{Status, success};
-use http::StatusCode;
+use http::header::SEC_WEBSOCKET_PROTOCOL;
+use http::{HeaderValue, StatusCode};
+use hyper_util::rt::TokioIo;
 use serde_json::{Value, json};
 use std::sync::Arc;
+use tokio_tungstenite::tungstenite::handshake::server as handshake;
+use tokio_tungstenite::tungstenite::protocol::Role;
 
 /// One request for an action.
 pub struct ActionRequest<'a> {
@@ -31,16 +37,50 @@ pub struct ActionRequest<'a> {
     pub body: &'a Value,
     /// Who asks. That they may has been checked.
     pub user: &'a User,
-    /// Stored objects.
-    pub lookup: &'a dyn Lookup,
+    /// The query's parameters, in their order.
+    pub query: &'a [(String, String)],
+    /// Stored objects, now and later.
+    pub lookup: Arc<dyn Lookup>,
 }
+
+/// What becomes of an action.
+pub enum Outcome {
+    /// It is a change of objects.
+    Write(Deed),
+    /// Somebody else carries it out, or knows the answer.
+    Call(BoxFuture<'static, Result<Answer, Status>>),
+    /// It is a stream.
+    Stream(Stream),
+}
+
+/// An answer.
+pub struct Answer {
+    /// The HTTP code.
+    pub code: u16,
+    /// The body; none is an empty one.
+    pub body: Option<Value>,
+}
+
+/// An action that is a stream over a websocket.
+pub struct Stream {
+    /// The websocket's subprotocol, for clients that offer some.
+    pub protocol: &'static str,
+    /// Opens the other end; the client's becomes a websocket when that has been done.
+    pub open: BoxFuture<'static, Result<Session, Status>>,
+}
+
+/// Carries a stream until its end.
+pub type Session = Box<dyn FnOnce(WebSocket) -> BoxFuture<'static, ()> + Send>;
+
+/// The client's end of a stream.
+pub type WebSocket = tokio_tungstenite::WebSocketStream<TokioIo<hyper::upgrade::Upgraded>>;
 
 /// What an action comes to.
 pub struct Deed {
     /// The HTTP code of the answer.
     pub code: u16,
-    /// What is written, in this order. When an object has changed since, the action is decided anew, and earlier writes are
-    /// made again.
+    /// What is written, in this order. When the first finds its object changed, the action is decided anew. The others follow
+    /// from it, and are left out where their object is gone by then.
     pub writes: Vec<ActionWrite>,
     /// Who writes.
     pub user: User,
@@ -60,7 +100,7 @@ pub enum ActionWrite {
         name: String,
         /// Its `status` subresource is written.
         status: bool,
-        /// A merge patch that carries the `metadata.resourceVersion` that it was decided on.
+        /// A merge patch that carries the `metadata.resourceVersion` that it was decided on, or at least the `metadata.uid`.
         patch: Value,
     },
     /// Makes an object. When that is refused, the answer is an internal error with the refusal in it.
@@ -79,8 +119,8 @@ pub trait Actions: Send + Sync {
     /// What discovery says of them: resources that have nothing but subresources ([`Resource::actions_only`]).
     fn resources(&self) -> Vec<Resource>;
 
-    /// Decides what an action comes to. A Status refuses it.
-    fn act(&self, request: &ActionRequest<'_>) -> Result<Deed, Status>;
+    /// Decides what becomes of an action. A Status refuses it.
+    fn act(&self, request: &ActionRequest<'_>) -> Result<Outcome, Status>;
 
     /// What is answered to a path right below one of the group's versions, such as `version`; none where there is nothing.
     fn root(&self, _path: &str, _lookup: &dyn Lookup) -> Option<Result<Value, Status>> {
@@ -110,7 +150,7 @@ pub(crate) fn root(cx: &Context) -> Reply {
     Ok(respond::json(StatusCode::OK, &answer))
 }
 
-/// `PUT` to an action.
+/// `PUT` to an action, or `GET` of one that tells something or opens a stream.
 pub(crate) async fn act(cx: &Context, resource: &Resource, bytes: &Bytes) -> Reply {
     let info = &cx.info;
     let plugin = plugin(cx, &resource.gv).ok_or_else(Status::no_such_resource)?;
@@ -120,7 +160,8 @@ pub(crate) async fn act(cx: &Context, resource: &Resource, bytes: &Bytes) -> Rep
         let said = unknown.iter().find_map(|action| plugin.unknown(&info.resource, action));
         return Err(said.unwrap_or_else(Status::no_such_resource));
     }
-    if info.verb != "update" {
+    let verb = if resource.gettable.contains(&info.subresource) { "get" } else { "update" };
+    if info.verb != verb {
         return Err(Status::method_not_allowed());
     }
     let body = if bytes.iter().all(u8::is_ascii_whitespace) { Value::Null } else { intake::other(cx, bytes, &[])? };
@@ -131,10 +172,15 @@ pub(crate) async fn act(cx: &Context, resource: &Resource, bytes: &Bytes) -> Rep
         name: &info.name,
         body: &body,
         user: &cx.user,
-        lookup: cx.inner.as_ref(),
+        query: cx.params.pairs(),
+        lookup: cx.inner.clone(),
     };
     for attempt in 1.. {
-        let deed = plugin.act(&request)?;
+        let deed = match plugin.act(&request)? {
+            Outcome::Write(deed) => deed,
+            Outcome::Call(call) => return answered(call.await?),
+            Outcome::Stream(stream) => return open(cx, stream).await,
+        };
         let code = StatusCode::from_u16(deed.code).map_err(Status::internal_error)?;
         match carry_out(cx, deed).await {
             Ok(()) => {
@@ -149,11 +195,52 @@ pub(crate) async fn act(cx: &Context, resource: &Resource, bytes: &Bytes) -> Rep
     Err(Status::internal_error("the action was not carried out"))
 }
 
+fn answered(answer: Answer) -> Reply {
+    let code = StatusCode::from_u16(answer.code).map_err(Status::internal_error)?;
+    match answer.body {
+        Some(body) => Ok(respond::json(code, &body)),
+        None => Ok(respond::text(code, "")),
+    }
+}
+
+/// Opens a stream: first its other end, so that a refusal is an answer like any other.
+async fn open(cx: &Context, stream: Stream) -> Reply {
+    let Stream { protocol, open } = stream;
+    let mut request = http::Request::new(());
+    *request.headers_mut() = cx.headers.clone();
+    let accepted = handshake::create_response(&request).map_err(|error| {
+        Status::bad_request(format!("{}/{} is a websocket: {error}", cx.info.resource, cx.info.subresource))
+    })?;
+    let upgrade = cx.take_upgrade().ok_or_else(|| Status::bad_request("this connection cannot become a websocket"))?;
+    let session = open.await?;
+    let (mut parts, ()) = accepted.into_parts();
+    let offered = cx.headers.get_all(SEC_WEBSOCKET_PROTOCOL).iter().filter_map(|value| value.to_str().ok());
+    if offered.flat_map(|list| list.split(',')).any(|one| one.trim() == protocol) {
+        parts.headers.insert(SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(protocol));
+    }
+    let mut stopping = cx.inner.stopping.subscribe();
+    tokio::spawn(async move {
+        let upgraded = match upgrade.await {
+            Ok(upgraded) => upgraded,
+            Err(error) => {
+                tracing::debug!(%error, "a client left before its stream began");
+                return;
+            }
+        };
+        let socket = WebSocket::from_raw_socket(TokioIo::new(upgraded), Role::Server, None).await;
+        tokio::select! {
+            () = session(socket) => {}
+            () = stopped(&mut stopping) => {}
+        }
+    });
+    Ok(http::Response::from_parts(parts, respond::full(Bytes::new())))
+}
+
 async fn carry_out(cx: &Context, deed: Deed) -> Result<(), Status> {
     let dry_run = deed.dry_run || cx.dry_run()?;
     let user = Arc::new(deed.user);
     let namespace = cx.info.namespace.as_str();
-    for write in deed.writes {
+    for (index, write) in deed.writes.into_iter().enumerate() {
         let mut own = Context::internal(&cx.inner);
         own.user = user.clone();
         let manager = managed::Manager::of(cx)?;
@@ -165,12 +252,16 @@ async fn carry_out(cx: &Context, deed: Deed) -> Result<(), Status> {
                     own.info.subresource = "status".to_owned();
                 }
                 let change = Change { namespace, name: &name, dry_run, manager };
-                change_object(&own, &kind, &change, |old| {
+                let written = change_object(&own, &kind, &change, |old| {
                     let mut new = merge_patch(old, &patch)?;
                     intake::shape(&kind, &mut new)?;
                     Ok(new)
-                })
-                .await?;
+                });
+                match written.await {
+                    // Gone, or another one of its name: the first write was enough.
+                    Err(why) if index > 0 && matches!(why.code, 404 | 409) => {}
+                    written => drop(written?),
+                }
             }
             ActionWrite::Create { group, plural, object } => {
                 let missing = || Status::not_found(&group, &plural, "");

@@ -34,10 +34,11 @@ mod update;
 mod user;
 mod watch;
 
-pub use actions::{ActionRequest, ActionWrite, Actions, Deed};
+pub use actions::{ActionRequest, ActionWrite, Actions, Answer, Deed, Outcome, Session, Stream, WebSocket};
 pub use admission::{Admission, AdmissionRequest, EvictionVerdict, Lookup, MutateOutcome, Operation, OwnWrite};
 pub use respond::Body;
 pub use server::Service;
+pub use tokio_tungstenite::tungstenite::Message;
 pub use user::User;
 
 use futures::future::BoxFuture;

@@ -16,6 +16,7 @@ use godwit_machinery::status::{Attributes, Status};
 use godwit_store::Store;
 use http::{HeaderMap, Request, Response};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
+use hyper::upgrade::OnUpgrade;
 use serde_json::Value;
 use std::convert::Infallible;
 use std::panic::AssertUnwindSafe;
@@ -58,6 +59,8 @@ pub(crate) struct Context {
     pub(crate) user: Arc<User>,
     pub(crate) kinds: Arc<Kinds>,
     warnings: Mutex<Vec<String>>,
+    /// The connection, where it may become something else than HTTP.
+    upgrade: Mutex<Option<OnUpgrade>>,
 }
 
 impl Context {
@@ -71,7 +74,13 @@ impl Context {
             user: Arc::new(User::system()),
             kinds: inner.registry.kinds(),
             warnings: Mutex::default(),
+            upgrade: Mutex::default(),
         }
+    }
+
+    /// The connection, once.
+    pub(crate) fn take_upgrade(&self) -> Option<OnUpgrade> {
+        self.upgrade.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take()
     }
 
     pub(crate) fn store(&self) -> &Store {
@@ -126,7 +135,8 @@ pub(crate) async fn handle(inner: Arc<Inner>, user: Arc<User>, request: Request<
 }
 
 async fn answer(inner: Arc<Inner>, user: Arc<User>, request: Request<RequestBody>) -> Response<Body> {
-    let (parts, body) = request.into_parts();
+    let (mut parts, body) = request.into_parts();
+    let upgrade = Mutex::new(parts.extensions.remove::<OnUpgrade>());
     let params = Params::parse(&parts.uri);
     let mut info = RequestInfo::parse(&parts.method, &parts.uri, &params);
     let kinds = inner.registry.kinds();
@@ -134,7 +144,8 @@ async fn answer(inner: Arc<Inner>, user: Arc<User>, request: Request<RequestBody
     {
         info.take_action(&kind.resource.subresources);
     }
-    let mut cx = Context { inner, info, params, headers: parts.headers, user, kinds, warnings: Mutex::default() };
+    let mut cx =
+        Context { inner, info, params, headers: parts.headers, user, kinds, warnings: Mutex::default(), upgrade };
     let endless = cx.info.verb == "watch" || cx.info.subresource == "log";
     let reply = async {
         if cx.user.name == ANONYMOUS && cx.headers.contains_key(http::header::AUTHORIZATION) {

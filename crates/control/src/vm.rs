@@ -61,9 +61,10 @@ pub fn decide(name: &Name, view: &View<'_>) -> Plan {
         settle_requests(&mut after, vmi.map(AsRef::as_ref));
         if vmi.is_none()
             && after.spec.effective_run_strategy() == RunStrategy::Halted
-            && asked_to_start(&after).is_some()
+            && asked_to_start(&after).is_some_and(|request| !request.data.is_empty())
         {
-            // Only a start with a wish of its own is left to us; it turns the VM on as any other does.
+            // Only a start with a wish of its own is left to us; it turns the VM on as any other does. One without is what a
+            // restart has left that a stop came after.
             match after.spec.running.as_mut().filter(|_| after.spec.run_strategy.is_none()) {
                 Some(running) => *running = true,
                 None => after.spec.run_strategy = Some(RunStrategy::Always),

@@ -544,6 +544,17 @@ fn a_vm_starts_paused_once_when_that_is_asked_for() {
 }
 
 #[test]
+fn a_stop_outdoes_the_restart_before_it() {
+    let mut cluster = cluster();
+    add_vm(&mut cluster, "Halted");
+    let requests = json!([{"action": "Start"}]);
+    cluster.patch(Kind::VirtualMachine, &name("demo"), json!({"status": {"stateChangeRequests": requests}}));
+    live(&mut cluster);
+    assert_eq!(uid(&cluster), "");
+    assert_eq!(vm(&cluster)["spec"]["runStrategy"], "Halted");
+}
+
+#[test]
 fn deleting_a_vm_takes_its_vmi_along() {
     let mut cluster = cluster();
     add_vm(&mut cluster, "Always");

@@ -7,6 +7,7 @@ use crate::shutdown::until;
 use anyhow::Context;
 use futures::future::BoxFuture;
 use godwit_apiserver::{Dialer, Options, Prepared, TlsFiles, User};
+use godwit_handler::front::FrontClient;
 use godwit_network::Namespace;
 use godwit_standalone::{CONTROL_PLANE_ADDRESS, Cluster, FABRIC_API_PORT, Layout, fabric, pki};
 use kube::api::{ApiResource, DynamicObject, GroupVersionKind, Patch, PatchParams};
@@ -32,14 +33,19 @@ async fn serve(layout: &Layout, cluster: &Cluster) -> anyhow::Result<()> {
     let local = TcpListener::bind((Ipv4Addr::LOCALHOST, cluster.api_port))
         .with_context(|| format!("listen on 127.0.0.1:{}", cluster.api_port))?;
     let inner = switch.listen(SocketAddr::from((CONTROL_PLANE_ADDRESS, FABRIC_API_PORT)))?;
+    let dialer = Arc::new(FabricDialer(switch));
+    let handlers = pki::pair(layout, pki::HANDLER_CLIENT);
+    let handlers = godwit_handler::TlsPaths { ca: pki::ca(layout), cert: handlers.cert, key: handlers.key };
+    let dial = dialer.clone();
+    let front = FrontClient::new(handlers, Arc::new(move |address| dial.dial(address)));
     let options = Options {
         store: godwit_store::Store::open(layout.store())?,
         listeners: vec![local, inner],
         tls: files(layout, pki::API_SERVER),
         kubelet_client: Some(files(layout, pki::KUBELET_CLIENT)),
         admission: vec![Arc::new(KubeVirtAdmission)],
-        actions: vec![Arc::new(KubeVirtActions)],
-        dialer: Arc::new(FabricDialer(switch)),
+        actions: vec![Arc::new(KubeVirtActions::new(front))],
+        dialer,
     };
     let prepared = Prepared::new(options).await.context("API server")?;
     // Before the first request is taken: whoever reaches the API finds KubeVirt's kinds and objects.

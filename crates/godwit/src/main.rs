@@ -4,6 +4,7 @@ mod actions;
 mod admission;
 mod args;
 mod bench;
+mod console;
 mod control_plane;
 mod drain;
 mod images;

@@ -149,6 +149,7 @@ async fn a_vm_is_started_moved_restarted_and_stopped() {
     granted(&ask(&cluster, VMS, "walker", "start", json!({})).await, 202);
     assert_eq!(strategy().await, "Always");
     let first = runs_anew(&cluster, "walker", "").await;
+    cluster.wait(&cluster.vms(), "walker", "it knows of its VMI", |vm| status(vm, "created") == "true").await;
     assert_eq!(ask(&cluster, VMS, "walker", "start", json!({})).await, conflict("walker", "VM is already running"));
     roles_are_kubevirts(&cluster).await;
 

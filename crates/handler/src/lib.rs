@@ -19,6 +19,7 @@ pub mod facts;
 pub mod fence;
 mod follow;
 pub mod frames;
+pub mod front;
 pub mod heartbeat;
 mod lend;
 mod links;
@@ -123,8 +124,10 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
         fence,
         events,
     });
+    let door = tokio::spawn(front::run(context.clone()));
     let watching = tokio::spawn(watch::run(context));
     heartbeat::run(options.client, options.node_name.clone(), offered, shutdown).await;
+    door.abort();
     watching.abort();
     fencing.abort();
     probe.abort();

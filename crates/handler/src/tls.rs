@@ -149,6 +149,16 @@ pub fn check_node(cert: &CertificateDer<'_>, node: &str) -> Result<(), String> {
     if is_node { Ok(()) } else { Err(format!("peer is [{}], expected node {node}", names(cert)?)) }
 }
 
+/// Whether `cert` has this common name; otherwise the names that it carries.
+///
+/// # Errors
+/// A sentence for the log, naming what the certificate says.
+pub(crate) fn check_name(cert: &CertificateDer<'_>, name: &str) -> Result<(), String> {
+    let (_, parsed) = X509Certificate::from_der(cert).map_err(malformed)?;
+    let is_it = common_names(&parsed).any(|common| common == name);
+    if is_it { Ok(()) } else { Err(format!("peer is [{}], expected CN={name}", names(cert)?)) }
+}
+
 /// The names that a certificate carries, for the log.
 ///
 /// # Errors

@@ -1,6 +1,6 @@
 //! What the guest agent says: a small client of `qemu-ga`'s protocol (QEMU `docs/interop/qemu-ga-ref`).
 
-use crate::rpc::{GuestAgentFacts, GuestInterface, GuestOs};
+use crate::rpc::{GuestAgentFacts, GuestAnswers, GuestInterface, GuestOs};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::path::Path;
@@ -54,6 +54,38 @@ pub async fn ask(socket: &Path) -> Result<GuestAgentFacts, Error> {
         facts.interfaces = interfaces.into_iter().filter(|i| i.name != "lo").map(Into::into).collect();
     }
     Ok(facts)
+}
+
+/// What is asked when somebody wants to know all that the agent can tell.
+const QUESTIONS: [&str; 7] = [
+    "guest-info",
+    "guest-get-host-name",
+    "guest-get-osinfo",
+    "guest-get-timezone",
+    "guest-get-users",
+    "guest-get-fsinfo",
+    "guest-fsfreeze-status",
+];
+
+/// The agent's own answers to all of it.
+pub async fn answers(socket: &Path) -> Result<GuestAnswers, Error> {
+    let mut agent = Agent::connect(socket).await?;
+    let mut answers = GuestAnswers::new();
+    for question in QUESTIONS {
+        if let Some(answer) = agent.ask(question).await? {
+            answers.insert(question.to_owned(), answer);
+        }
+    }
+    Ok(answers)
+}
+
+/// Has the agent reboot the guest. It says nothing when it does.
+pub async fn reboot(socket: &Path) -> Result<(), Error> {
+    let mut agent = Agent::connect(socket).await?;
+    match agent.call("guest-shutdown", json!({"mode": "reboot"})).await {
+        Err(Error::Refused { command, text, unknown }) => Err(Error::Refused { command, text, unknown }),
+        Ok(_) | Err(_) => Ok(()),
+    }
 }
 
 /// Sets the guest's clock to this host's, and `ahead_seconds` ahead of it.
@@ -228,6 +260,27 @@ mod tests {
         assert!(facts.connected && facts.os.is_none());
         assert_eq!(facts.hostname.as_deref(), Some("flyer"));
         assert_eq!((facts.interfaces.len(), facts.interfaces[0].addresses[0].as_str()), (1, "10.0.2.2"));
+    }
+
+    #[tokio::test]
+    async fn all_answers_are_handed_on_and_a_reboot_may_be_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("qga");
+        let listener = UnixListener::bind(&socket).unwrap();
+        let said = |asked: &Value| match asked["execute"].as_str().unwrap() {
+            "guest-info" => r#"{"return": {"version": "7.2.0"}}"#.to_string(),
+            "guest-get-users" => r#"{"return": [{"user": "root", "login-time": 12.5}]}"#.to_string(),
+            _ => r#"{"error": {"class": "CommandNotFound", "desc": "x"}}"#.to_string(),
+        };
+        let (answers, ()) = tokio::join!(answers(&socket), agent(listener, said));
+        let answers = answers.unwrap();
+        assert_eq!(answers.keys().collect::<Vec<_>>(), ["guest-get-users", "guest-info"]);
+        assert_eq!(answers["guest-info"]["version"], "7.2.0");
+
+        std::fs::remove_file(&socket).unwrap();
+        let listener = UnixListener::bind(&socket).unwrap();
+        let (refused, ()) = tokio::join!(reboot(&socket), agent(listener, said));
+        assert!(matches!(refused, Err(Error::Refused { unknown: true, .. })), "{refused:?}");
     }
 
     #[tokio::test]

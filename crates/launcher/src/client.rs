@@ -233,6 +233,21 @@ impl Client {
         self.call(Method::POST, rpc::UNPAUSE, None::<&()>).await
     }
 
+    /// Press the machine's reset button.
+    pub async fn reset(&self) -> Result<rpc::State, Error> {
+        self.call(Method::POST, rpc::RESET, None::<&()>).await
+    }
+
+    /// Have the guest agent reboot the guest.
+    pub async fn reboot(&self) -> Result<rpc::State, Error> {
+        self.call(Method::POST, rpc::REBOOT, None::<&()>).await
+    }
+
+    /// What the guest agent says now.
+    pub async fn guest(&self) -> Result<rpc::GuestAnswers, Error> {
+        self.call(Method::GET, rpc::GUEST, None::<&()>).await
+    }
+
     async fn about<T: DeserializeOwned>(&self, path: &str, migration_uid: &str) -> Result<T, Error> {
         self.call(Method::POST, path, Some(&rpc::MigrationRef { migration_uid: migration_uid.into() })).await
     }

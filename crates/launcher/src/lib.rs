@@ -107,8 +107,9 @@ pub async fn serve(uid: String, paths: Paths, terminate: mpsc::Receiver<()>) -> 
     let _ = std::fs::remove_file(&socket);
     let listener = UnixListener::bind(&socket).map_err(io("listening on", &socket))?;
     let (orders, requests) = mpsc::channel(16);
+    let router = server::router(orders, states, fence, paths.sockets.join(plan::AGENT));
     let server = tokio::spawn(async move {
-        if let Err(error) = axum::serve(listener, server::router(orders, states, fence)).await {
+        if let Err(error) = axum::serve(listener, router).await {
             tracing::error!(%error, "the RPC has ended");
         }
     });

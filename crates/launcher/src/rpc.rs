@@ -52,6 +52,12 @@ pub const RUN_UNTIL: &str = "/v1/run-until";
 pub const PAUSE: &str = "/v1/pause";
 /// Path that lets the guest's CPUs run again.
 pub const UNPAUSE: &str = "/v1/unpause";
+/// Path that presses the machine's reset button. An older launcher does not know it.
+pub const RESET: &str = "/v1/reset";
+/// Path that has the guest agent reboot the guest. An older launcher does not know it.
+pub const REBOOT: &str = "/v1/reboot";
+/// Path of what the guest agent says when it is asked now ([`GuestAnswers`]). An older launcher does not know it.
+pub const GUEST: &str = "/v1/guest";
 
 /// The newest way to build a guest's machine, beyond what its VMI says. What a guest was started with it keeps wherever it
 /// goes ([`State::machine_revision`], `status.machineRevision`), until it is started anew.
@@ -305,6 +311,9 @@ pub struct MigrationRef {
     /// UID of the VirtualMachineInstanceMigration.
     pub migration_uid: String,
 }
+
+/// The guest agent's own answers (QEMU `docs/interop/qemu-ga-ref`), by command; what it does not know is left out.
+pub type GuestAnswers = BTreeMap<String, serde_json::Value>;
 
 /// Shut the guest down: ACPI power button, then kill.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

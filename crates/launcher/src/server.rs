@@ -1,5 +1,6 @@
 //! The RPC's door: HTTP on `launcher.sock`.
 
+use crate::agent;
 use crate::fence::Fence;
 use crate::rpc::{self, DomainPhase, ErrorBody, MigrationMode, Refusal, State};
 use crate::vm::{Answer, Order, Refused, Request};
@@ -13,6 +14,7 @@ use http::{StatusCode, header};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::convert::Infallible;
+use std::path::PathBuf;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
@@ -27,10 +29,12 @@ struct Door {
     orders: mpsc::Sender<Request>,
     state: watch::Receiver<State>,
     fence: Fence,
+    /// Where the guest agent is.
+    agent: PathBuf,
 }
 
 /// The routes of docs/architecture.md, "Launcher RPC".
-pub fn router(orders: mpsc::Sender<Request>, state: watch::Receiver<State>, fence: Fence) -> Router {
+pub fn router(orders: mpsc::Sender<Request>, state: watch::Receiver<State>, fence: Fence, agent: PathBuf) -> Router {
     Router::new()
         .route(rpc::STATE, get(state_now))
         .route(rpc::WATCH, get(watch_states))
@@ -52,10 +56,13 @@ pub fn router(orders: mpsc::Sender<Request>, state: watch::Receiver<State>, fenc
         .route(rpc::PAUSE, post(|door: Shared<Door>| order(door, Order::Pause)))
         .route(rpc::RUN_UNTIL, put(run_until))
         .route(rpc::UNPAUSE, post(|door: Shared<Door>| order(door, Order::Unpause)))
+        .route(rpc::RESET, post(|door: Shared<Door>| order(door, Order::Reset)))
+        .route(rpc::REBOOT, post(reboot))
+        .route(rpc::GUEST, get(guest))
         .fallback(|| async { refuse(Refusal::NotFound, "no such call".into()) })
         .method_not_allowed_fallback(|| async { refuse(Refusal::NotFound, "no such method on this call".into()) })
         .layer(DefaultBodyLimit::max(LARGEST_ORDER))
-        .with_state(Door { orders, state, fence })
+        .with_state(Door { orders, state, fence, agent })
 }
 
 async fn with<T: DeserializeOwned>(door: Shared<Door>, body: Bytes, make: impl FnOnce(T) -> Order) -> Response {
@@ -111,6 +118,40 @@ fn refuse_for(reason: Refusal, message: String, cause: Option<rpc::Cause>) -> Re
         Refusal::Failed => StatusCode::INTERNAL_SERVER_ERROR,
     };
     json(status, &ErrorBody { reason, message, cause })
+}
+
+/// A guest whose agent can be talked to. The channel carries one talk at a time; QEMU lets the next one wait.
+fn has_agent(door: &Door) -> Result<(), Box<Response>> {
+    let why = {
+        let state = door.state.borrow();
+        match state.phase {
+            DomainPhase::Running if state.guest_agent.connected => return Ok(()),
+            DomainPhase::Running => "its guest agent does not answer",
+            DomainPhase::Paused => "the guest is paused",
+            _ => "no guest runs here",
+        }
+    };
+    Err(Box::new(refuse(Refusal::Conflict, format!("the guest agent cannot be asked: {why}"))))
+}
+
+async fn reboot(Shared(door): Shared<Door>) -> Response {
+    if let Err(refused) = has_agent(&door) {
+        return *refused;
+    }
+    match agent::reboot(&door.agent).await {
+        Ok(()) => state_now(Shared(door)).await,
+        Err(error) => refuse(Refusal::Failed, error.to_string()),
+    }
+}
+
+async fn guest(Shared(door): Shared<Door>) -> Response {
+    if let Err(refused) = has_agent(&door) {
+        return *refused;
+    }
+    match agent::answers(&door.agent).await {
+        Ok(answers) => json(StatusCode::OK, &answers),
+        Err(error) => refuse(Refusal::Failed, error.to_string()),
+    }
 }
 
 async fn state_now(Shared(door): Shared<Door>) -> Response {

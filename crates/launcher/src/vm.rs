@@ -65,6 +65,7 @@ pub enum Order {
     Abandon(MigrationRef),
     Shutdown(ShutdownOrder),
     Pause,
+    Reset,
     Unpause,
     Measure,
     Events,
@@ -310,6 +311,7 @@ impl Vm {
             Order::Abandon(order) => self.abandon(&order.migration_uid).await?,
             Order::Shutdown(order) => self.shut_down(Duration::from_secs(order.grace_seconds)).await,
             Order::Pause => self.pause(true).await?,
+            Order::Reset => self.reset().await?,
             Order::Unpause => self.pause(false).await?,
             Order::Measure => self.measure(true),
             Order::Events => return Ok(Answer::Events(self.event_records())),
@@ -574,6 +576,18 @@ impl Vm {
         }
         self.refresh().await;
         Ok(())
+    }
+
+    async fn reset(&mut self) -> Result<(), Refused> {
+        let Stage::Running(running) = &self.stage else {
+            let what = if matches!(self.stage, Stage::Empty | Stage::Ended) {
+                "no guest runs here"
+            } else {
+                "it is migrating"
+            };
+            return Err(refused(Refusal::Conflict, format!("the guest cannot be reset: {what}")));
+        };
+        running.reset().await.map_err(|e| refused(Refusal::Failed, e.to_string()))
     }
 
     fn event_records(&self) -> Vec<EventRecord> {

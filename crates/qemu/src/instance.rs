@@ -433,6 +433,11 @@ impl Running {
         Ok(())
     }
 
+    /// Presses the machine's reset button: the guest starts over without being asked.
+    pub async fn reset(&self) -> Result<(), qmp::Error> {
+        self.qemu.qmp.execute(&commands::SystemReset {}).await.map(drop)
+    }
+
     /// Gives the guest a disk, at its [`Disk::place`].
     pub async fn plug(&mut self, disk: &Disk) -> Result<(), Error> {
         let Some(place) = disk.place else { return Err(Error::Unsupported("this disk is there from the start")) };

@@ -13,6 +13,8 @@ use std::path::{Path, PathBuf};
 pub const API_SERVER: &str = "apiserver";
 /// The API server as a client of kubelets.
 pub const KUBELET_CLIENT: &str = "apiserver-kubelet-client";
+/// The API server as a client of handlers.
+pub const HANDLER_CLIENT: &str = "apiserver-handler-client";
 /// Cluster administrator.
 pub const ADMIN: &str = "admin";
 /// The controllers and the scheduler.
@@ -123,6 +125,8 @@ fn identities(cluster: &Cluster) -> Result<Vec<Identity>, Error> {
             serves: true,
         },
         client(KUBELET_CLIENT, "kube-apiserver", "system:masters"),
+        // KubeVirt's name; it has no rights in the API.
+        client(HANDLER_CLIENT, "kubevirt.io:system:client:virt-handler", "kubevirt.io:system"),
         client(ADMIN, "kubernetes-admin", "system:masters"),
         client(CONTROLLER, "system:serviceaccount:kubevirt:kubevirt-controller", "system:serviceaccounts"),
     ];

@@ -85,9 +85,6 @@ pub(super) fn stop(request: &Request<'_>) -> Result<Deed, Refusal> {
     }
     let strategy = vm.read.spec.effective_run_strategy();
     let mut writes = Vec::new();
-    if let (Some(vmi), Some(seconds)) = (&vmi, options.grace_period) {
-        writes.push(grace(vmi, seconds));
-    }
     match (&strategy, &vmi) {
         (RunStrategy::Halted | RunStrategy::RerunOnFailure | RunStrategy::Manual, None) => {
             return Err(conflict(NOT_RUNNING));
@@ -106,6 +103,9 @@ pub(super) fn stop(request: &Request<'_>) -> Result<Deed, Refusal> {
             writes.push(ask(&vm, vec![change("Stop", Some(vmi), &Value::Null)])?);
         }
         _ => writes.push(run(&vm, false)),
+    }
+    if let (Some(vmi), Some(seconds)) = (&vmi, options.grace_period) {
+        writes.push(grace(vmi, seconds));
     }
     Ok(Deed { code: 202, writes, dry_run: dry_run(&options.dry_run)? })
 }
@@ -126,11 +126,10 @@ pub(super) fn restart(request: &Request<'_>) -> Result<Deed, Refusal> {
     }
     let vmi = request.maybe_instance()?.ok_or_else(|| conflict(format!("{NOT_RUNNING}: {}", RunStrategy::Halted)))?;
     let changes = vec![change("Stop", Some(&vmi), &Value::Null), change("Start", None, &Value::Null)];
-    let mut writes = Vec::new();
+    let mut writes = vec![ask(&vm, changes)?];
     if options.grace_period_seconds.is_some() {
         writes.push(grace(&vmi, FORCED_GRACE));
     }
-    writes.push(ask(&vm, changes)?);
     Ok(Deed { code: 202, writes, dry_run: dry_run(&options.dry_run)? })
 }
 
@@ -188,7 +187,7 @@ fn run(vm: &Found<VirtualMachine>, running: bool) -> Write {
     vm.patch(MACHINES, false, json!({ "spec": spec }))
 }
 
-/// Gives a guest another time to end.
+/// Gives a guest another time to end, also when that has begun: its node's handler orders the end anew for a shorter one.
 fn grace(vmi: &Found<VirtualMachineInstance>, seconds: i64) -> Write {
-    vmi.patch(INSTANCES, false, json!({ "spec": {"terminationGracePeriodSeconds": seconds} }))
+    vmi.follow_up(INSTANCES, json!({ "spec": {"terminationGracePeriodSeconds": seconds} }))
 }

@@ -4,8 +4,11 @@
 //! A decision says what is to be written; whoever serves the group carries it out. Codes and texts are KubeVirt's.
 
 mod evacuation;
+pub mod guest;
 pub mod hotplug;
 mod lifecycle;
+mod node;
+pub mod place;
 #[cfg(test)]
 mod tests;
 
@@ -25,10 +28,28 @@ pub const MACHINES: &str = "virtualmachines";
 pub const INSTANCES: &str = "virtualmachineinstances";
 
 const EVACUATE_CANCEL: &str = "evacuate/cancel";
+/// The serial console, a stream.
+pub const CONSOLE: &str = "console";
+/// The websocket subprotocol of KubeVirt's streams: the bytes as they are, in binary messages.
+pub const PLAIN: &str = "plain.kubevirt.io";
 /// What can be asked of a VM.
 const OF_MACHINES: &[&str] = &["start", "stop", "restart", "migrate", hotplug::ADD, hotplug::REMOVE, EVACUATE_CANCEL];
 /// What can be asked of a VMI.
-const OF_INSTANCES: &[&str] = &[hotplug::ADD, hotplug::REMOVE, EVACUATE_CANCEL];
+const OF_INSTANCES: &[&str] = &[
+    "pause",
+    "unpause",
+    "reset",
+    "softreboot",
+    "guestosinfo",
+    "userlist",
+    "filesystemlist",
+    CONSOLE,
+    hotplug::ADD,
+    hotplug::REMOVE,
+    EVACUATE_CANCEL,
+];
+/// Those that are asked with GET.
+const READ: &[&str] = &["guestosinfo", "userlist", "filesystemlist", CONSOLE];
 /// What KubeVirt serves besides, and godwit does not.
 const NOT_OF_MACHINES: &[&str] = &["memorydump", "removememorydump", "expand-spec", "objectgraph", "portforward"];
 const NOT_OF_INSTANCES: &[&str] = &[
@@ -37,6 +58,7 @@ const NOT_OF_INSTANCES: &[&str] = &[
     "backup",
     "redefine-checkpoint",
     "usbredir",
+    "vnc",
     "vsock",
     "portforward",
     "vnc/screenshot",
@@ -57,6 +79,11 @@ pub fn served(resource: &str) -> &'static [&'static str] {
         INSTANCES => OF_INSTANCES,
         _ => &[],
     }
+}
+
+/// Those of [`served`] that are asked with GET: they tell something, or are streams.
+pub fn read(resource: &str) -> &'static [&'static str] {
+    if resource == INSTANCES { READ } else { &[] }
 }
 
 /// Whether KubeVirt serves an action (or with an empty `resource` a path about no object) that godwit does not: the answer then
@@ -104,6 +131,8 @@ pub fn root(path: &str, kubernetes: &Value, configuration: Option<&Value>) -> Op
 pub enum Refusal {
     /// 400.
     BadRequest(String),
+    /// 403, about the object that was asked for.
+    Forbidden(String),
     /// 404: there is none of that name. The singular of what there is not.
     NotFound(&'static str),
     /// 409, about the object that was asked for.
@@ -133,8 +162,30 @@ pub struct Request<'a> {
     pub lookup: &'a dyn Lookup,
 }
 
-/// What a request comes to. Everything is decided on objects as they are: a write that finds its object changed is not made,
-/// and the whole is decided anew.
+/// What a request comes to.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Decision {
+    /// Objects are changed.
+    Deed(Deed),
+    /// The guest's node carries it out, or knows the answer. The answer is 200.
+    Errand(Errand),
+}
+
+/// Something that is for the node of the guest to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Errand {
+    /// The action.
+    pub action: String,
+    /// The VMI's uid.
+    pub vmi_uid: String,
+    /// Where the guest is.
+    pub place: place::Place,
+    /// Everything is checked and nothing is done.
+    pub dry_run: bool,
+}
+
+/// A change of objects. It is decided on objects as they are: when the first write finds its object changed it is not made, and
+/// the whole is decided anew. The others follow from it, whatever has changed since; what is gone by then does not need them.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Deed {
     /// The HTTP code of the answer.
@@ -168,7 +219,8 @@ pub struct Patch {
     pub name: String,
     /// It is the status that changes, of a kind that has it apart.
     pub status: bool,
-    /// A merge patch that carries the `metadata.resourceVersion` that it was decided on.
+    /// A merge patch that carries the `metadata.resourceVersion` that it was decided on, or the `metadata.uid` of the only
+    /// object that it is for.
     pub patch: Value,
 }
 
@@ -176,16 +228,18 @@ pub struct Patch {
 ///
 /// # Errors
 /// When the request, or the object as it is, does not allow it.
-pub fn decide(request: &Request<'_>) -> Result<Deed, Refusal> {
-    match (request.resource, request.action) {
+pub fn decide(request: &Request<'_>) -> Result<Decision, Refusal> {
+    let deed = match (request.resource, request.action) {
         (MACHINES, "start") => lifecycle::start(request),
         (MACHINES, "stop") => lifecycle::stop(request),
         (MACHINES, "restart") => lifecycle::restart(request),
         (MACHINES, "migrate") => lifecycle::migrate(request),
         (MACHINES | INSTANCES, EVACUATE_CANCEL) => evacuation::cancel(request),
         (MACHINES | INSTANCES, hotplug::ADD | hotplug::REMOVE) => hotplug::decide(request),
+        (INSTANCES, _) => return node::decide(request).map(Decision::Errand),
         (resource, action) => Err(Refusal::Internal(missing(resource, action))),
-    }
+    };
+    deed.map(Decision::Deed)
 }
 
 impl Request<'_> {
@@ -230,6 +284,13 @@ struct Found<T> {
 }
 
 impl<T> Found<T> {
+    /// A change of the object that is made after another one, as long as it is this object.
+    fn follow_up(&self, resource: &'static str, mut patch: Value) -> Write {
+        let name = self.raw.pointer("/metadata/name").and_then(Value::as_str).unwrap_or_default();
+        patch["metadata"] = json!({ "uid": self.raw.pointer("/metadata/uid") });
+        Write::Patch(Patch { resource, name: name.to_owned(), status: false, patch })
+    }
+
     /// A change of the object as it was found.
     fn patch(&self, resource: &'static str, status: bool, mut patch: Value) -> Write {
         let name = self.raw.pointer("/metadata/name").and_then(Value::as_str).unwrap_or_default();

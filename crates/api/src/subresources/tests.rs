@@ -32,7 +32,74 @@ fn with(mut object: Value, path: &str, value: Value) -> Value {
 fn ask(objects: &[&Value], resource: &str, action: &str, body: Value) -> Result<Deed, Refusal> {
     let world = World::new(objects.iter().map(|object| (*object).clone()).collect());
     let user = "alice";
-    decide(&Request { resource, action, namespace: "default", name: "db", body: &body, user, lookup: &world })
+    match decide(&Request { resource, action, namespace: "default", name: "db", body: &body, user, lookup: &world })? {
+        Decision::Deed(deed) => Ok(deed),
+        Decision::Errand(errand) => panic!("{errand:?}"),
+    }
+}
+
+/// What the node is to do about the VMI.
+fn of_node(objects: &[&Value], action: &str, body: Value) -> Result<Errand, Refusal> {
+    let world = World::new(objects.iter().map(|object| (*object).clone()).collect());
+    let user = "alice";
+    let request =
+        Request { resource: INSTANCES, action, namespace: "default", name: "db", body: &body, user, lookup: &world };
+    match decide(&request)? {
+        Decision::Errand(errand) => Ok(errand),
+        Decision::Deed(deed) => panic!("{deed:?}"),
+    }
+}
+
+#[test]
+fn the_guests_node_is_asked_what_only_it_can_do() {
+    let pod = json!({"kind": "Pod", "metadata": {"name": "virt-launcher-db-x", "namespace": "default", "uid": "uid-pod",
+        "labels": {"kubevirt.io/created-by": "uid-db"}}, "spec": {"containers": [], "nodeName": "node1"}});
+    let condition = |type_: &str| json!([{"type": type_, "status": "True"}]);
+    let paused = with(running(), "/status/conditions", condition("Paused"));
+    let agent = with(running(), "/status/conditions", condition("AgentConnected"));
+    let starting = with(running(), "/status/phase", json!("Scheduled"));
+    let place = place::Place { node: "node1".to_owned(), pod_uid: "uid-pod".to_owned() };
+    let said = |text: &str| Err(Refusal::Conflict(text.to_owned()));
+    for (vmi, action) in [
+        (&running(), "pause"),
+        (&paused, "unpause"),
+        (&running(), "reset"),
+        (&agent, "softreboot"),
+        (&agent, "guestosinfo"),
+        (&agent, "userlist"),
+        (&agent, "filesystemlist"),
+        (&running(), "console"),
+    ] {
+        let errand = of_node(&[vmi, &pod], action, Value::Null).unwrap();
+        assert_eq!((errand.action.as_str(), &errand.place, errand.dry_run), (action, &place, false));
+        assert!(of_node(&[vmi, &pod], action, json!({"dryRun": ["All"]})).unwrap().dry_run || action == "console");
+        assert_eq!(of_node(&[], action, Value::Null), Err(Refusal::NotFound("virtualmachineinstance")));
+        assert!(matches!(of_node(&[vmi], action, Value::Null), Err(Refusal::Internal(_))), "no pod");
+    }
+    assert_eq!(of_node(&[&starting], "pause", Value::Null), said("VM is not running"));
+    assert_eq!(of_node(&[&paused], "pause", Value::Null), said("VMI is already paused"));
+    let probed = with(running(), "/spec/livenessProbe", json!({"tcpSocket": {"port": 80}}));
+    assert!(matches!(of_node(&[&probed, &pod], "pause", Value::Null), Err(Refusal::Forbidden(_))));
+    let pinged = with(running(), "/spec/livenessProbe", json!({"guestAgentPing": {}}));
+    assert!(of_node(&[&pinged, &pod], "pause", Value::Null).is_ok());
+    assert_eq!(of_node(&[&starting], "unpause", Value::Null), said("VMI is not running"));
+    assert_eq!(of_node(&[&running()], "unpause", Value::Null), said("VMI is not paused"));
+    assert!(matches!(of_node(&[&starting], "reset", Value::Null), Err(Refusal::Internal(_))));
+    assert_eq!(of_node(&[&starting], "softreboot", Value::Null), said("VM is not running"));
+    assert_eq!(of_node(&[&paused], "softreboot", Value::Null), said("VMI is paused"));
+    let without = with(running(), "/spec/domain/features", json!({"acpi": {"enabled": false}}));
+    let neither = "VMI neither have the agent connected nor the ACPI feature enabled";
+    assert_eq!(of_node(&[&without], "softreboot", Value::Null), said(neither));
+    for action in ["guestosinfo", "userlist", "filesystemlist"] {
+        assert_eq!(of_node(&[&starting], action, Value::Null), said("VMI is not running"));
+        assert_eq!(of_node(&[&running()], action, Value::Null), said("VMI does not have guest agent connected"));
+    }
+    let bad = |text: &str| Err(Refusal::BadRequest(text.to_owned()));
+    assert_eq!(of_node(&[&starting], "console", Value::Null), bad("VMI is not running"));
+    let failed = with(running(), "/status/phase", json!("Failed"));
+    assert_eq!(of_node(&[&failed], "console", Value::Null), said("VMI is in failed status"));
+    let silent = with(running(), "/spec/domain/devices/autoattachSerialConsole", json!(false));
+    assert_eq!(of_node(&[&silent], "console", Value::Null), bad("No serial consoles are present."));
 }
 
 fn of_vm(objects: &[&Value], action: &str, body: Value) -> Result<Deed, Refusal> {
@@ -64,7 +131,7 @@ fn spec(field: &str, value: Value) -> (String, Value) {
 
 fn grace(seconds: i64) -> (String, Value) {
     let spec = json!({ "terminationGracePeriodSeconds": seconds });
-    ("virtualmachineinstances".to_owned(), json!({ "metadata": {"resourceVersion": "7"}, "spec": spec }))
+    ("virtualmachineinstances".to_owned(), json!({ "metadata": {"uid": "uid-db"}, "spec": spec }))
 }
 
 fn said(text: &str) -> Result<Deed, Refusal> {
@@ -114,7 +181,7 @@ fn a_vm_is_stopped_with_the_grace_that_is_asked_for() {
         assert_eq!(written(stop(&[&vm(strategy)], json!({"gracePeriod": 3}))), [halted()]);
         let deed = stop(&[&vm(strategy), &running()], json!({"gracePeriod": 0, "dryRun": ["All"]}));
         assert!(deed.as_ref().unwrap().dry_run);
-        assert_eq!(written(deed), [grace(0), halted()]);
+        assert_eq!(written(deed), [halted(), grace(0)]);
     }
     for strategy in ["Manual", "RerunOnFailure"] {
         assert_eq!(written(stop(&[&vm(strategy), &running()], Value::Null)), [wish()]);
@@ -123,7 +190,7 @@ fn a_vm_is_stopped_with_the_grace_that_is_asked_for() {
     let shorter = "Halted only supports manual stop requests with a shorter graceperiod";
     assert_eq!(stop(&[&vm("Halted"), &running()], Value::Null), said(shorter));
     assert_eq!(stop(&[&vm("Halted"), &running()], json!({"gracePeriod": 30})), said(shorter));
-    assert_eq!(written(stop(&[&vm("Halted"), &running()], json!({"gracePeriod": 29}))), [grace(29), wish()]);
+    assert_eq!(written(stop(&[&vm("Halted"), &running()], json!({"gracePeriod": 29}))), [wish(), grace(29)]);
     assert_eq!(stop(&[&vm("Halted")], Value::Null), said("VM is not running"));
     // A stop takes the place of what was wished for.
     let starting = with(vm("Manual"), "/status/stateChangeRequests", json!([{"action": "Start"}]));
@@ -141,7 +208,7 @@ fn a_restart_is_a_stop_and_a_start() {
     for strategy in ["Always", "Manual", "RerunOnFailure"] {
         assert_eq!(written(restart(&[&vm(strategy), &running()], Value::Null)), [both()]);
         let forced = restart(&[&vm(strategy), &running()], json!({"gracePeriodSeconds": 0}));
-        assert_eq!(written(forced), [grace(1), both()]);
+        assert_eq!(written(forced), [both(), grace(1)]);
         assert_eq!(restart(&[&vm(strategy)], Value::Null), said("VM is not running: Halted"));
     }
     for strategy in ["Halted", "Once"] {

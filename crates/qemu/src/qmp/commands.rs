@@ -79,6 +79,8 @@ commands! {
     Cont = "cont" -> Nothing;
     /// Ends QEMU.
     Quit = "quit" -> Nothing;
+    /// Presses the reset button.
+    SystemReset = "system_reset" -> Nothing;
     /// Presses the power button.
     SystemPowerdown = "system_powerdown" -> Nothing;
     /// Starts QEMU's NBD server.

@@ -1,0 +1,203 @@
+//! A console that stays with its guest: what the guest says comes from whichever launcher has it, without a gap and without
+//! anything twice.
+//!
+//! Each launcher counts what its guest has said there and keeps the last of it. A launcher that the guest has left says so when
+//! all has been sent; then its successor is asked for everything from its first byte on. A connection that breaks is taken up
+//! again at the byte where it broke.
+
+use std::net::IpAddr;
+use std::time::Duration;
+
+use bytes::Bytes;
+use godwit_launcher::console::{Frame, Hello};
+use hyper::upgrade::Upgraded;
+use hyper_util::rt::TokioIo;
+use tokio::io::AsyncWriteExt;
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+
+use super::client::{CallError, FrontClient};
+
+/// Between two looks at where the guest is while it is on its way.
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
+/// Between two looks while its console is open.
+const LOOK: Duration = Duration::from_secs(1);
+/// How long the console of a launcher that the guest has left is waited for: its node may be gone without a word.
+const LAST_WORDS: Duration = Duration::from_secs(5);
+
+/// A launcher pod that can be reached.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Spot {
+    /// The node.
+    pub node: String,
+    /// Its address.
+    pub address: IpAddr,
+    /// The pod's uid.
+    pub pod_uid: String,
+}
+
+/// What is known of a guest's place.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Sight {
+    /// Its run is over, or it is another guest of the same name.
+    pub over: bool,
+    /// Where it is.
+    pub now: Option<Spot>,
+    /// Where it goes when it leaves the pod that was asked about.
+    pub next: Option<Spot>,
+}
+
+/// Who knows where a guest is.
+pub trait Whereabouts: Send + Sync {
+    /// Looks. `left` is the uid of the pod where it was last.
+    fn look(&self, left: &str) -> Sight;
+}
+
+/// An open console.
+pub struct Here {
+    spot: Spot,
+    stream: TokioIo<Upgraded>,
+    /// The place of the next byte; none while the launcher has not told.
+    at: Option<u64>,
+}
+
+impl Here {
+    /// Opens the console of the guest in a pod; what it said before is not sent.
+    ///
+    /// # Errors
+    /// A node that is not reached, or refuses.
+    pub async fn open(front: &FrontClient, spot: Spot) -> Result<Self, CallError> {
+        Self::open_from(front, spot, None).await
+    }
+
+    async fn open_from(front: &FrontClient, spot: Spot, from: Option<u64>) -> Result<Self, CallError> {
+        let stream = front.console((&spot.node, spot.address), &spot.pod_uid, Hello { from }).await?;
+        Ok(Self { spot, stream, at: from })
+    }
+}
+
+/// Why a console was left.
+enum Left {
+    /// Nobody wants it any more, or somebody else has it.
+    ForGood,
+    /// The guest says nothing more there.
+    Ended,
+    /// It broke at this byte.
+    Broken(Option<u64>),
+}
+
+/// Carries a console until the guest's run is over, the client goes (its end of `typed` or `said` is closed), or a newer client
+/// takes its place.
+pub async fn follow(
+    front: &FrontClient,
+    guest: &dyn Whereabouts,
+    mut here: Here,
+    mut typed: mpsc::Receiver<Bytes>,
+    said: mpsc::Sender<Bytes>,
+) {
+    loop {
+        let spot = here.spot.clone();
+        let left = carry(guest, here, &mut typed, &said).await;
+        here = match left {
+            Left::ForGood => return,
+            Left::Ended => match found(front, guest, &spot, None, &said).await {
+                Some(here) => here,
+                None => return,
+            },
+            Left::Broken(at) => match found(front, guest, &spot, Some(at), &said).await {
+                Some(here) => here,
+                None => return,
+            },
+        };
+        tracing::info!(from = spot.node, to = here.spot.node, "an open console follows its guest");
+    }
+}
+
+async fn carry(
+    guest: &dyn Whereabouts,
+    here: Here,
+    typed: &mut mpsc::Receiver<Bytes>,
+    said: &mpsc::Sender<Bytes>,
+) -> Left {
+    let Here { spot, stream, mut at } = here;
+    let (mut read, mut write) = tokio::io::split(stream);
+    let (tell, mut frames) = mpsc::channel(4);
+    // Reading a frame is not to be broken off in the middle.
+    let mut reading = tokio::task::JoinSet::new();
+    reading.spawn(async move {
+        while let Ok(Some(frame)) = Frame::read(&mut read).await {
+            if tell.send(frame).await.is_err() {
+                return;
+            }
+        }
+    });
+    let mut look = tokio::time::interval(LOOK);
+    let mut gone_since: Option<Instant> = None;
+    loop {
+        tokio::select! {
+            frame = frames.recv() => match frame {
+                Some(Frame::At(place)) => at = Some(place),
+                Some(Frame::Said(bytes)) => {
+                    // As long as it talks, it is listened to.
+                    gone_since = None;
+                    at = at.map(|at| at + bytes.len() as u64);
+                    if said.send(bytes).await.is_err() {
+                        return Left::ForGood;
+                    }
+                }
+                Some(Frame::End) => return Left::Ended,
+                Some(Frame::Replaced) => return Left::ForGood,
+                None => return Left::Broken(at),
+            },
+            bytes = typed.recv() => match bytes {
+                Some(bytes) => {
+                    if write.write_all(&bytes).await.and(write.flush().await).is_err() {
+                        return Left::Broken(at);
+                    }
+                }
+                None => return Left::ForGood,
+            },
+            () = said.closed() => return Left::ForGood,
+            _ = look.tick() => {
+                let sight = guest.look(&spot.pod_uid);
+                let elsewhere = sight.over || sight.now.as_ref().is_some_and(|now| now.pod_uid != spot.pod_uid);
+                match (elsewhere, gone_since) {
+                    (false, _) => gone_since = None,
+                    (true, None) => gone_since = Some(Instant::now()),
+                    (true, Some(since)) if since.elapsed() >= LAST_WORDS => return Left::Broken(at),
+                    (true, Some(_)) => {}
+                }
+            }
+        }
+    }
+}
+
+/// Opens the console anew where the guest is. `broken`: the connection broke at this byte; else the guest has left the pod.
+async fn found(
+    front: &FrontClient,
+    guest: &dyn Whereabouts,
+    left: &Spot,
+    broken: Option<Option<u64>>,
+    said: &mpsc::Sender<Bytes>,
+) -> Option<Here> {
+    loop {
+        let sight = guest.look(&left.pod_uid);
+        let elsewhere = |spot: &Spot| spot.pod_uid != left.pod_uid;
+        let spot = match broken {
+            None => sight.next.or(sight.now).filter(elsewhere),
+            Some(_) => sight.now,
+        };
+        if sight.over || said.is_closed() {
+            return None;
+        }
+        if let Some(spot) = spot {
+            // At a launcher that it has just come to, all that it says is news.
+            let from = if elsewhere(&spot) { Some(0) } else { broken.flatten() };
+            match Here::open_from(front, spot, from).await {
+                Ok(here) => return Some(here),
+                Err(error) => tracing::debug!(%error, "opening a console again"),
+            }
+        }
+        tokio::time::sleep(LOOK_AGAIN).await;
+    }
+}

@@ -1,0 +1,116 @@
+//! The door's listening half: TLS, and who may come in.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Semaphore, mpsc};
+use tokio::task::JoinHandle;
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
+
+use super::CLIENT_NAME;
+use crate::tls::{self, TlsPaths};
+
+/// How long a client may take for its handshake.
+const HANDSHAKE_TIME: Duration = Duration::from_secs(5);
+/// Handshakes in progress; more wait in the backlog.
+const HANDSHAKES: usize = 8;
+/// Before the next attempt when the address cannot be had.
+const RETRY: Duration = Duration::from_secs(2);
+
+/// Connections of clients that have shown who they are.
+pub(super) struct Listener {
+    address: SocketAddr,
+    accepted: mpsc::Receiver<(TlsStream<TcpStream>, SocketAddr)>,
+    task: JoinHandle<()>,
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Listener {
+    /// Listens, as soon as the address can be had.
+    pub(super) async fn bind(address: SocketAddr, files: TlsPaths) -> Self {
+        let listener = loop {
+            match TcpListener::bind(address).await {
+                Ok(listener) => break listener,
+                Err(error) => {
+                    tracing::warn!(%error, %address, "the API server cannot reach this node's guests; trying again");
+                    tokio::time::sleep(RETRY).await;
+                }
+            }
+        };
+        let address = listener.local_addr().unwrap_or(address);
+        let (entered, accepted) = mpsc::channel(1);
+        let task = tokio::spawn(accept(listener, files, entered));
+        Self { address, accepted, task }
+    }
+}
+
+impl axum::serve::Listener for Listener {
+    type Io = TlsStream<TcpStream>;
+    type Addr = SocketAddr;
+
+    async fn accept(&mut self) -> (Self::Io, Self::Addr) {
+        match self.accepted.recv().await {
+            Some(accepted) => accepted,
+            // The task has been aborted: nobody comes any more.
+            None => std::future::pending().await,
+        }
+    }
+
+    fn local_addr(&self) -> io::Result<Self::Addr> {
+        Ok(self.address)
+    }
+}
+
+async fn accept(listener: TcpListener, files: TlsPaths, entered: mpsc::Sender<(TlsStream<TcpStream>, SocketAddr)>) {
+    let files = Arc::new(files);
+    let handshakes = Arc::new(Semaphore::new(HANDSHAKES));
+    let mut connections = tokio::task::JoinSet::new();
+    loop {
+        while connections.try_join_next().is_some() {}
+        let Ok(permit) = handshakes.clone().acquire_owned().await else { return };
+        let (stream, peer) = match listener.accept().await {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept; trying again");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        let (files, entered) = (files.clone(), entered.clone());
+        connections.spawn(async move {
+            let shaken = match tokio::time::timeout(HANDSHAKE_TIME, enter(stream, &files)).await {
+                Ok(result) => result,
+                Err(_) => Err("no handshake in time".to_owned()),
+            };
+            drop(permit);
+            match shaken {
+                // Nobody takes it any more at the handler's end.
+                Ok(stream) => drop(entered.send((stream, peer)).await),
+                Err(reason) => tracing::warn!(%peer, reason, "refused at the door for the API server"),
+            }
+        });
+    }
+}
+
+async fn enter(stream: TcpStream, files: &TlsPaths) -> Result<TlsStream<TcpStream>, String> {
+    // What is typed goes at once.
+    stream.set_nodelay(true).map_err(|e| e.to_string())?;
+    // Read anew for each, so that a rotated certificate counts.
+    let identity = tls::Identity::load(files).map_err(|e| e.to_string())?;
+    let config = identity.server().map_err(|e| e.to_string())?;
+    let stream = TlsAcceptor::from(config).accept(stream).await.map_err(|e| format!("handshake: {e}"))?;
+    match stream.get_ref().1.peer_certificates().and_then(|chain| chain.first()) {
+        Some(cert) => tls::check_name(cert, CLIENT_NAME)?,
+        None => return Err("peer shows no certificate".to_owned()),
+    }
+    Ok(stream)
+}
