@@ -4,6 +4,7 @@ use schemars::generate::SchemaSettings;
 use schemars::{JsonSchema, SchemaGenerator};
 use serde_json::{Map, Value, json};
 
+use crate::maintenance::{self, medik8s::NodeMaintenance};
 use crate::unimplemented::{Field, VM_FIELDS, VMI_FIELDS};
 use crate::{
     KubeVirt, MigrationPolicy, MigrationRecord, NetworkAttachmentDefinition, VirtualMachine, VirtualMachineInstance,
@@ -167,7 +168,36 @@ pub fn crds() -> Vec<Value> {
         schema: schema_of::<MigrationRecord>(),
         cluster_scoped: false,
     };
-    [vmi, vm, vmim, kubevirt, nad, policy, record].into_iter().map(manifest).collect()
+    let maintenances = maintenance::GROUPS.map(|(group, version)| maintenance_definition(group, version));
+    [vmi, vm, vmim, kubevirt, nad, policy, record].into_iter().chain(maintenances).map(manifest).collect()
+}
+
+/// NodeMaintenance of one of its groups: without columns, so that `kubectl get` shows NAME and AGE.
+fn maintenance_definition(group: &'static str, version: &'static str) -> Definition {
+    let mut schema = schema_of::<NodeMaintenance>();
+    require(&mut schema, "spec", &["nodeName"]);
+    if let Some(action) = node(&mut schema, "spec.onDeadline") {
+        set(action, "enum", json!(["Abort", "Continue"]));
+    }
+    if let Some(number) = node(&mut schema, "spec.maxParallel") {
+        set(number, "minimum", json!(1));
+    }
+    Definition {
+        group,
+        kind: "NodeMaintenance",
+        plural: "nodemaintenances",
+        singular: "nodemaintenance",
+        short_names: if group == maintenance::GROUP_MEDIK8S { &["nm"] } else { &[] },
+        categories: &[],
+        columns: vec![],
+        status_subresource: true,
+        versions: match version {
+            "v1alpha1" => &["v1alpha1"],
+            _ => &["v1beta1"],
+        },
+        schema,
+        cluster_scoped: true,
+    }
 }
 
 fn manifest(definition: Definition) -> Value {

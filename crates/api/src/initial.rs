@@ -127,6 +127,17 @@ fn user_roles() -> Vec<Value> {
         ),
         cluster_role("kubevirt.io:default", None, &[rule(sub, &["version", "guestfs"], &["get", "list"])]),
     ];
+    // The reference's roles for those who put nodes into maintenance, and for those who look on.
+    let groups: Vec<&str> = crate::maintenance::GROUPS.iter().map(|(group, _)| *group).collect();
+    let maintenance =
+        |resource: &str, verbs: &[&str]| json!({ "apiGroups": groups, "resources": [resource], "verbs": verbs });
+    for (name, verbs) in [
+        ("nodemaintenance-editor-role", &["create", "delete", "get", "list", "patch", "update", "watch"][..]),
+        ("nodemaintenance-viewer-role", &read),
+    ] {
+        let rules = [maintenance("nodemaintenances", verbs), maintenance("nodemaintenances/status", &["get"])];
+        roles.push(cluster_role(name, None, &rules));
+    }
     let subject = |name: &str| json!({ "apiGroup": "rbac.authorization.k8s.io", "kind": "Group", "name": name });
     roles.push(json!({
         "apiVersion": "rbac.authorization.k8s.io/v1",

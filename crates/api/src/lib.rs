@@ -16,6 +16,7 @@ pub mod failure;
 pub mod gates;
 pub mod initial;
 pub mod kubevirt;
+pub mod maintenance;
 pub mod migratability;
 pub mod migration;
 pub mod nad;

@@ -258,6 +258,8 @@ fn components(read_write: &[&str]) -> Vec<Value> {
                 rule(&[""], &["pods/eviction", "pods/binding"], &["create"]),
                 rule(&[""], &["nodes", "nodes/status"], &["get", "list", "watch", "patch", "update"]),
                 rule(&[""], &["namespaces", "resourcequotas"], &READ),
+                // those of the leases of nodes in maintenance
+                rule(&[""], &["namespaces"], &["create"]),
                 rule(&["policy"], &["poddisruptionbudgets"], read_write),
                 rule(&["policy"], &["poddisruptionbudgets/status"], &["get", "patch", "update"]),
                 rule(&["apps"], &["*"], &READ),

@@ -23,7 +23,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
 use crate::object::{Name, Object, Stored};
 use crate::plan::{EventType, Plan, VM_CONTROLLER, View};
 use crate::world::{Change, World};
-use crate::{kubevirt, names, placement, turns};
+use crate::{kubevirt, maintenance, names, placement, turns};
 
 /// The pause after the first failure; each further one doubles it (KubeVirt's).
 const FIRST_PAUSE: SignedDuration = SignedDuration::from_secs(20);
@@ -67,7 +67,9 @@ pub fn all(world: &World) -> impl Iterator<Item = Name> {
 
 /// The VMIs whose evacuation a change touches.
 pub fn affected(change: &Change, world: &World) -> impl Iterator<Item = Name> {
+    let maintained = change.latest().and_then(maintenance::node_of);
     let vmis: Vec<_> = match change.latest() {
+        _ if maintained.is_some() => maintained.into_iter().flat_map(|node| world.vmis_on(node)).collect(),
         Some(Object::VirtualMachineInstance(vmi)) => vec![vmi],
         Some(Object::Migration(migration)) => {
             world.vmis.get(&Name::new(migration.namespace(), migration.vmi_name())).into_iter().collect()
@@ -138,7 +140,7 @@ fn wish<'a>(
 }
 
 /// It has left, or shall not leave any more.
-fn call_off(after: &mut VirtualMachineInstance) {
+pub(crate) fn call_off(after: &mut VirtualMachineInstance) {
     if after.status.evacuation_node_name.take().is_some()
         && let Some(annotations) = &mut after.metadata.annotations
     {
@@ -219,7 +221,7 @@ fn pursue(
 }
 
 /// The eviction strategy that counts: the VMI's own, or the cluster's.
-fn strategy(vmi: &VirtualMachineInstance, world: &World) -> EvictionStrategy {
+pub(crate) fn strategy(vmi: &VirtualMachineInstance, world: &World) -> EvictionStrategy {
     strategy_and_source(vmi, world).0
 }
 
@@ -269,6 +271,11 @@ fn attempt(
     let busy = view.world.migrations_of(&key).any(|one| open(one));
     let pods = view.world.pods_of_vmi(vmi.uid()).filter(|pod| !placement::is_finished(pod)).count();
     if busy || pods > 1 || vmi.status.phase != VmiPhase::Running || turns::is_on_its_way(vmi) {
+        return;
+    }
+    if maintenance::holds_back(vmi, wish.node, view.world) {
+        // A change of the maintenance wakes it.
+        after.status.evacuation = Some(state);
         return;
     }
     let named = state.migration_name.as_ref().map(|name| Name::new(vmi.namespace(), name.as_str()));

@@ -13,8 +13,8 @@ use crate::object::{Kind, Name, Object, Stored};
 use crate::plan::{Plan, View};
 use crate::world::{Change, World, claims_of, vmi_of_pod};
 use crate::{
-    confirm, evacuation, fence, history, hotplug, kubevirt, migration, node, placement, turns, vm, vmi, volumes,
-    workloads,
+    confirm, evacuation, fence, history, homecoming, hotplug, kubevirt, maintenance, migration, node, placement, turns,
+    vm, vmi, volumes, workloads,
 };
 
 /// A group of decisions that can be switched on and off: cluster mode leaves placement, volumes and nodes to Kubernetes.
@@ -28,6 +28,8 @@ pub enum Noun {
     Migration,
     /// VMIs that are to leave their node.
     Evacuation,
+    /// Nodes that are to be empty.
+    Maintenance,
     /// Records of migrations.
     History,
     /// Pods that need a node.
@@ -49,6 +51,7 @@ impl Noun {
         Noun::Vmi,
         Noun::Migration,
         Noun::Evacuation,
+        Noun::Maintenance,
         Noun::History,
         Noun::Placement,
         Noun::Volumes,
@@ -69,6 +72,10 @@ pub enum Key {
     Vmi(Name),
     /// Whether a VMI leaves its node.
     Evacuation(Name),
+    /// A NodeMaintenance of one of its groups.
+    Maintenance(Kind, SmolStr),
+    /// Who comes back to a node after its maintenance.
+    Homecoming(SmolStr),
     /// The records of a VMI's migrations.
     History(Name),
     /// A VM.
@@ -94,6 +101,8 @@ impl fmt::Display for Key {
             Key::Turns => write!(f, "turns of migrations"),
             Key::Vmi(name) => write!(f, "vmi {name}"),
             Key::Evacuation(name) => write!(f, "evacuation of vmi {name}"),
+            Key::Maintenance(kind, name) => write!(f, "maintenance {name} of {}", kind.group()),
+            Key::Homecoming(node) => write!(f, "homecoming to {node}"),
             Key::History(name) => write!(f, "history of vmi {name}"),
             Key::Vm(name) => write!(f, "vm {name}"),
             Key::Placement(name) => write!(f, "placement of pod {name}"),
@@ -126,6 +135,7 @@ impl Key {
             Key::Migration(_) | Key::Turns => Noun::Migration,
             Key::Vmi(_) => Noun::Vmi,
             Key::Evacuation(_) => Noun::Evacuation,
+            Key::Maintenance(..) | Key::Homecoming(_) => Noun::Maintenance,
             Key::History(_) => Noun::History,
             Key::Vm(_) => Noun::Vm,
             Key::Placement(_) => Noun::Placement,
@@ -157,6 +167,8 @@ impl Key {
             Key::Turns => turns::decide(view),
             Key::Vmi(name) => vmi::decide(name, view),
             Key::Evacuation(name) => evacuation::decide(name, view),
+            Key::Maintenance(kind, name) => maintenance::decide(*kind, name, view),
+            Key::Homecoming(node) => homecoming::decide(node, view),
             Key::History(name) => history::decide(name, view),
             Key::Vm(name) => vm::decide(name, view),
             Key::Placement(name) => placement::decide(name, view),
@@ -300,6 +312,12 @@ impl Key {
                 keys.extend(world.unbound_claims().map(|claim| Key::Claim(claim.key())));
                 keys.extend(unstarted(world.vmis.iter()));
             }
+            Object::NodeMaintenance(_) | Object::KubeVirtNodeMaintenance(_) | Object::OldestNodeMaintenance(_) => {
+                if maintenance::changes_room(change) {
+                    keys.extend(unplaced(world));
+                    keys.push(Key::Turns);
+                }
+            }
             Object::Lease(_)
             | Object::ConfigMap(_)
             | Object::NetworkAttachmentDefinition(_)
@@ -308,6 +326,8 @@ impl Key {
         }
         keys.extend(evacuation::affected(change, world).map(Key::Evacuation));
         keys.extend(history::affected(change).map(Key::History));
+        keys.extend(maintenance::affected(change, world));
+        keys.extend(homecoming::affected(change, world).into_iter().map(Key::Homecoming));
         keys.sort();
         keys.dedup();
         keys
@@ -323,6 +343,8 @@ impl Key {
         keys.extend(world.vmis.names().cloned().map(Key::Vmi));
         keys.extend(evacuation::all(world).map(Key::Evacuation));
         keys.extend(history::all(world).map(Key::History));
+        keys.extend(maintenance::all(world));
+        keys.extend(homecoming::all(world).map(Key::Homecoming));
         keys.extend(world.migrations.names().cloned().map(Key::Migration));
         keys.extend(world.claims.names().cloned().map(Key::Claim));
         keys.extend(world.volumes.names().cloned().map(Key::Volume));
@@ -459,7 +481,7 @@ pub fn kinds_for(nouns: &[Noun]) -> Vec<Kind> {
         Kind::StorageClass => {
             nouns.iter().any(|noun| matches!(noun, Noun::Volumes | Noun::Placement | Noun::Vmi | Noun::Migration))
         }
-        Kind::Lease => nouns.iter().any(|noun| matches!(noun, Noun::Node | Noun::Fence)),
+        Kind::Lease => nouns.iter().any(|noun| matches!(noun, Noun::Node | Noun::Fence | Noun::Maintenance)),
         Kind::NetworkAttachmentDefinition => false,
         _ => true,
     };

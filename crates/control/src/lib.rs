@@ -15,6 +15,9 @@ mod fence_tests;
 pub mod history;
 #[cfg(test)]
 mod history_tests;
+pub mod homecoming;
+#[cfg(test)]
+mod homecoming_tests;
 pub mod hotplug;
 #[cfg(test)]
 mod hotplug_tests;
@@ -22,6 +25,7 @@ mod key;
 pub mod kubevirt;
 pub mod launcher_pod;
 pub mod lease;
+pub mod maintenance;
 pub mod migration;
 pub mod names;
 pub mod node;

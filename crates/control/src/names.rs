@@ -50,6 +50,11 @@ pub fn workload_update(seed: &str) -> String {
     format!("{WORKLOAD_UPDATE_GENERATE_NAME}{}", letters(seed, 10))
 }
 
+/// The name of a migration that brings a VM back after a maintenance.
+pub fn homecoming(seed: &str) -> String {
+    format!("{HOMECOMING_GENERATE_NAME}{}", letters(seed, 10))
+}
+
 /// The name of the record of a migration: its own with the start of its UID, so that a later one of the same name has
 /// another.
 pub fn record(migration: &str, uid: &str) -> String {

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
+use godwit_api::maintenance::{kubevirt, medik8s, oldest};
 use godwit_api::{
     KubeVirt, MigrationPolicy, MigrationRecord, NetworkAttachmentDefinition, VirtualMachine, VirtualMachineInstance,
     VirtualMachineInstanceMigration,
@@ -197,6 +198,12 @@ kinds! {
     MigrationPolicy(MigrationPolicy):
         "migrations.kubevirt.io" "v1alpha1" "MigrationPolicy" "migrationpolicies" false;
     MigrationRecord(MigrationRecord): "godwit.io" "v1alpha1" "MigrationRecord" "migrationrecords" true;
+    NodeMaintenance(medik8s::NodeMaintenance):
+        "nodemaintenance.medik8s.io" "v1beta1" "NodeMaintenance" "nodemaintenances" false;
+    KubeVirtNodeMaintenance(kubevirt::NodeMaintenance):
+        "nodemaintenance.kubevirt.io" "v1beta1" "NodeMaintenance" "nodemaintenances" false;
+    OldestNodeMaintenance(oldest::NodeMaintenance):
+        "kubevirt.io" "v1alpha1" "NodeMaintenance" "nodemaintenances" false;
     Lease(Lease): "coordination.k8s.io" "v1" "Lease" "leases" true;
 }
 

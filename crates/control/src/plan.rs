@@ -67,6 +67,8 @@ pub enum Effect {
         pod: Ref,
         /// Its UID.
         uid: String,
+        /// The server may say "not now" (429): that is learned ([`World::refuse_eviction`]) and the plan goes on.
+        or_learn: bool,
     },
     /// Tell people about it.
     Record(EventRecord),
@@ -217,6 +219,9 @@ pub fn has_status_subresource(kind: Kind) -> bool {
             | Kind::Node
             | Kind::PersistentVolume
             | Kind::PersistentVolumeClaim
+            | Kind::NodeMaintenance
+            | Kind::KubeVirtNodeMaintenance
+            | Kind::OldestNodeMaintenance
     )
 }
 

@@ -1,5 +1,6 @@
 //! A small cluster for tests: carries out plans on a world the way an API server would.
 
+use godwit_api::admission::eviction;
 use jiff::{SignedDuration, Timestamp};
 use serde_json::{Value, json};
 
@@ -147,7 +148,11 @@ impl Cluster {
                 }
                 Effect::Delete { target, .. } => self.delete(&target),
                 Effect::Bind { pod, node, .. } => self.patch(Kind::Pod, &pod.name, json!({"spec": {"nodeName": node}})),
-                Effect::Evict { pod, .. } => self.delete(&pod),
+                Effect::Evict { pod, uid, or_learn } => match self.refuses_eviction(&pod) {
+                    Some(why) if or_learn => self.world.refuse_eviction(&pod.name, &uid, why, self.now),
+                    Some(_) => return,
+                    None => self.delete(&pod),
+                },
                 Effect::Confirm { target, revision } => {
                     let held = self.world.get(target.kind, &target.name);
                     if held.and_then(|held| held.metadata().resource_version.clone()) != revision {
@@ -155,6 +160,31 @@ impl Cluster {
                     }
                 }
                 Effect::Record(event) => self.events.push(event),
+            }
+        }
+    }
+
+    /// What the rules say to an eviction; they may mark the pod's VMI.
+    fn refuses_eviction(&mut self, pod: &Ref) -> Option<String> {
+        let pod = self.get(pod.kind, &pod.name)?;
+        if let Some(why) = pod["metadata"]["annotations"]["test/budget"].as_str() {
+            return Some(why.to_owned());
+        }
+        let vmi = eviction::domain_of(&pod)?;
+        let name = Name::new(pod["metadata"]["namespace"].as_str().unwrap(), vmi.as_str());
+        let vmi = self.get(Kind::VirtualMachineInstance, &name);
+        let asked = eviction::Eviction {
+            pod: &pod,
+            vmi: vmi.as_ref().ok_or_else(|| eviction::not_found(&name.name)),
+            eviction: &json!({}),
+            cluster_strategy: None,
+        };
+        match eviction::evict(&asked) {
+            eviction::Answer::Allowed => None,
+            eviction::Answer::Refused(denial) => Some(denial.text().to_owned()),
+            eviction::Answer::Marks(mark, denial) => {
+                self.patch(Kind::VirtualMachineInstance, &name, mark.patch);
+                Some(denial.text().to_owned())
             }
         }
     }

@@ -201,7 +201,7 @@ fn evict(
     let pods = vmis.iter().filter_map(|vmi| Some((vmi, vmi::current_pod(vmi, view.world)?)));
     let batch: Vec<_> = pods.filter(|(_, pod)| !pod.deleting()).take(most).collect();
     for (vmi, pod) in &batch {
-        plan.push(Effect::Evict { pod: pod.reference(), uid: pod.uid().to_owned() });
+        plan.push(Effect::Evict { pod: pod.reference(), uid: pod.uid().to_owned(), or_learn: false });
         let text = events::evicted_for_update(Stored::name(vmi.as_ref()));
         plan.record(vmi.as_ref(), events::COMPONENT_WORKLOAD_UPDATE, EventType::Normal, reason::SUCCESSFUL_EVICT, text);
     }

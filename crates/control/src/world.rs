@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, LazyLock};
 
+use godwit_api::maintenance::{kubevirt as nm_kubevirt, medik8s as nm_medik8s, oldest as nm_oldest};
 use godwit_api::{
     KubeVirt, MigrationConfiguration, MigrationPolicy, MigrationRecord, NetworkAttachmentDefinition, VirtualMachine,
     VirtualMachineInstance, VirtualMachineInstanceMigration,
@@ -18,7 +19,7 @@ use smol_str::SmolStr;
 use crate::fence::{self, Heard};
 use crate::object::{Kind, Name, Object, Stored};
 use crate::ordered::Ordered;
-use crate::{hotplug, kubevirt, names, node, persistent_state, placement, turns, volumes};
+use crate::{homecoming, hotplug, kubevirt, names, node, persistent_state, placement, turns, volumes};
 
 /// All objects of one type, by name.
 #[derive(Clone, Debug)]
@@ -101,7 +102,7 @@ impl Change {
 /// A map from something objects refer to, to the objects that refer to it.
 type Index = BTreeMap<String, BTreeSet<Name>>;
 
-/// That the server would not make a pod.
+/// That the server would not make a pod, or evict it.
 #[derive(Clone, Debug)]
 pub struct Refusal {
     /// Why, in the server's words.
@@ -152,6 +153,12 @@ pub struct World {
     pub policies: Table<MigrationPolicy>,
     /// What remains of finished migrations.
     pub records: Table<MigrationRecord>,
+    /// NodeMaintenances of `nodemaintenance.medik8s.io`.
+    pub maintenances: Table<nm_medik8s::NodeMaintenance>,
+    /// NodeMaintenances of `nodemaintenance.kubevirt.io`.
+    pub kubevirt_maintenances: Table<nm_kubevirt::NodeMaintenance>,
+    /// NodeMaintenances of `kubevirt.io`.
+    pub oldest_maintenances: Table<nm_oldest::NodeMaintenance>,
     /// Leases.
     pub leases: Table<Lease>,
 
@@ -174,9 +181,12 @@ pub struct World {
     claims_unbound: Index,
     claims_by_guest: Index,
     records_by_vmi: Index,
+    vmis_by_home: Index,
 
     /// Target pods that the server would not make.
     refusals: BTreeMap<Name, Refusal>,
+    /// Pods that the server would not evict, by their UIDs.
+    unevicted: BTreeMap<SmolStr, Refusal>,
     /// Who waits for a turn, and who has it.
     turns: turns::Index,
     /// What the pods of each node ask for.
@@ -211,6 +221,7 @@ struct Terms {
     claims_unbound: Vec<String>,
     claims_by_guest: Vec<String>,
     records_by_vmi: Vec<String>,
+    vmis_by_home: Vec<String>,
 }
 
 impl World {
@@ -298,11 +309,28 @@ impl World {
         self.refusals.get(pod)
     }
 
+    /// Takes in that the server would not evict a pod now, and why.
+    pub fn refuse_eviction(&mut self, pod: &Name, uid: &str, message: String, now: Timestamp) {
+        if self.pods.get(pod).is_some_and(|pod| pod.uid() == uid) {
+            let first = self.unevicted.get(uid).map_or(now, |before| before.first);
+            self.unevicted.insert(SmolStr::new(uid), Refusal { message, first, last: now });
+        }
+    }
+
+    /// Why the server would not evict the pod with this UID when it was last asked to.
+    pub fn eviction_refusal(&self, uid: &str) -> Option<&Refusal> {
+        self.unevicted.get(uid)
+    }
+
     /// Brings everything that is derived from the objects up to date after a change of one of them.
     fn follow(&mut self, change: &Change) {
         match change.latest() {
             Some(Object::Pod(pod)) => {
                 self.refusals.remove(&pod.key());
+                // Whoever is over may go by now.
+                if change.after.is_none() || placement::is_finished(pod) {
+                    self.unevicted.remove(pod.uid());
+                }
             }
             // It is not made any more.
             Some(Object::Migration(migration)) if change.after.is_none() || migration.is_final() => {
@@ -396,6 +424,7 @@ impl World {
             (&mut self.claims_unbound, &old.claims_unbound, &new.claims_unbound),
             (&mut self.claims_by_guest, &old.claims_by_guest, &new.claims_by_guest),
             (&mut self.records_by_vmi, &old.records_by_vmi, &new.records_by_vmi),
+            (&mut self.vmis_by_home, &old.vmis_by_home, &new.vmis_by_home),
         ] {
             for term in old.iter().filter(|term| !new.contains(term)) {
                 if let Some(names) = index.get_mut(term) {
@@ -439,6 +468,16 @@ impl World {
     /// VMIs whose `status.nodeName` is this node.
     pub fn vmis_on(&self, node: &str) -> impl Iterator<Item = &Arc<VirtualMachineInstance>> {
         self.vmis.pick(self.vmis_by_node.get(node))
+    }
+
+    /// VMIs that are to come back to a node after its maintenance.
+    pub fn expected_at(&self, home: &str) -> impl Iterator<Item = &Arc<VirtualMachineInstance>> {
+        self.vmis.pick(self.vmis_by_home.get(home))
+    }
+
+    /// Nodes that VMIs are to come back to.
+    pub fn homes(&self) -> impl Iterator<Item = &str> {
+        self.vmis_by_home.keys().map(String::as_str)
     }
 
     /// The VMI with this UID.
@@ -548,6 +587,9 @@ tables! {
     ResourceQuota quotas,
     MigrationPolicy policies,
     MigrationRecord records,
+    NodeMaintenance maintenances,
+    KubeVirtNodeMaintenance kubevirt_maintenances,
+    OldestNodeMaintenance oldest_maintenances,
     Lease leases,
 }
 
@@ -570,6 +612,7 @@ fn terms(object: &Object) -> Terms {
         }
         Object::VirtualMachineInstance(vmi) => {
             terms.vmis_by_uid.extend(vmi.metadata.uid.clone());
+            terms.vmis_by_home.extend(homecoming::home_of(vmi).map(str::to_owned));
             let node = vmi.status.node_name.clone();
             terms.vmis_by_node.extend(node.filter(|node| !node.is_empty()));
             let claims = vmi.spec.volumes.iter().filter_map(|volume| volume.persistent_volume_claim.as_ref());

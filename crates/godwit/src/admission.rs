@@ -122,12 +122,12 @@ fn plural(kind: &str) -> String {
 
 impl rules::Lookup for ByKind<'_> {
     fn get(&self, kind: &str, namespace: &str, name: &str) -> Option<Value> {
-        let (group, plural) = rules::resource_of(kind);
+        let (group, _, plural) = rules::resource_of(kind);
         self.0.get(group, &plural, namespace, name).map(|object| (*object).clone())
     }
 
     fn list(&self, kind: &str, namespace: &str, label: Option<(&str, &str)>) -> Vec<Value> {
-        let (group, plural) = rules::resource_of(kind);
+        let (group, _, plural) = rules::resource_of(kind);
         let carries =
             |object: &Value| label.is_none_or(|(key, value)| object["metadata"]["labels"][key].as_str() == Some(value));
         let all = self.0.list(group, &plural, namespace);

@@ -95,7 +95,7 @@ impl Dialer for FabricDialer {
 }
 
 async fn control(layout: Layout, stopped: watch::Receiver<bool>) -> anyhow::Result<()> {
-    let client = godwit_standalone::client(&pki::kubeconfig(&layout, pki::CONTROLLER)).await?;
+    let client = godwit_standalone::impatient_client(&pki::kubeconfig(&layout, pki::CONTROLLER)).await?;
     let data_dir = layout.root().to_str().context("the data directory's path is not UTF-8")?;
     let options = godwit_runtime::Options::standalone("godwit-standalone", data_dir);
     godwit_runtime::run(client, options, until(stopped)).await?;

@@ -198,7 +198,7 @@ fn collection(object: &Value, namespace: &str) -> String {
     let root = if version.contains('/') { format!("/apis/{version}") } else { format!("/api/{version}") };
     let namespace = object["metadata"]["namespace"].as_str().unwrap_or(namespace);
     let plural = plural(object["kind"].as_str().unwrap());
-    if namespace.is_empty() || plural == "migrationpolicies" {
+    if namespace.is_empty() || table::is_cluster_scoped(object) {
         format!("{root}/{plural}")
     } else {
         format!("{root}/namespaces/{namespace}/{plural}")
@@ -312,6 +312,7 @@ impl Test {
     async fn webhooks(&self, mut request: Value) -> Result<Value, (&'static str, Value)> {
         let here = |route: &&godwit_webhook::routes::Route| {
             request["resource"]["resource"] == route.resource
+                && request["resource"]["group"] == route.group
                 && request["operation"].as_str().is_some_and(|operation| route.operations.contains(&operation))
         };
         let (mutating, validating): (Vec<&godwit_webhook::routes::Route>, Vec<_>) = godwit_webhook::routes::ROUTES
@@ -343,6 +344,15 @@ impl Test {
         let at = format!("{} ({namespace})", case.name);
         ok(&self.admin, "POST", "/api/v1/namespaces", JSON, &json!({"metadata": {"name": namespace}})).await;
         self.configure(case).await;
+        // what the case before had beside its namespace
+        for path in [
+            "/api/v1/nodes",
+            "/apis/nodemaintenance.medik8s.io/v1beta1/nodemaintenances",
+            "/apis/nodemaintenance.kubevirt.io/v1beta1/nodemaintenances",
+            "/apis/kubevirt.io/v1alpha1/nodemaintenances",
+        ] {
+            ok(&self.admin, "DELETE", path, JSON, &json!({})).await;
+        }
         let mut uids = BTreeMap::new();
         for part in &case.world {
             let made = self.make(&namespace, &part.object).await;
@@ -385,7 +395,7 @@ impl Test {
             says = says.replace(mark, uid);
         }
         let message = format!("admission webhook \"{}\" denied the request: {says}", case.webhook);
-        let (expected, reason) = if case.field.is_some() { (422, "Invalid") } else { (400, "BadRequest") };
+        let (expected, reason) = case.refused_with();
         assert_eq!((code, body["message"].as_str()), (expected, Some(message.as_str())), "{at}");
         assert_eq!(body["reason"], reason, "{at}");
         let fields = |causes: &Value| -> Vec<String> {
@@ -413,7 +423,7 @@ fn request(case: &Case, namespace: &str, object: &Value, old: Option<&Value>) ->
     let (group, version) = object["apiVersion"].as_str().unwrap().split_once('/').expect("a group");
     let namespace = object["metadata"]["namespace"].as_str().unwrap_or(namespace);
     let mut object = object.clone();
-    if case.kind != "MigrationPolicy" {
+    if !table::is_cluster_scoped(&object) {
         object["metadata"]["namespace"] = json!(namespace);
     }
     let (name, node) = who(&case.user);

@@ -21,6 +21,8 @@ pub enum Learned {
     Gone(Ref),
     /// The server would not make this target pod of a migration, in its own words.
     Refused(Ref, String),
+    /// The server would not evict this pod with this UID now, in its own words.
+    NotEvicted(Ref, String, String),
 }
 
 /// Why a plan was not carried out to its end.
@@ -104,21 +106,21 @@ impl Executor {
                     "metadata": {"name": pod.name.name, "namespace": pod.name.namespace, "uid": uid},
                     "target": {"apiVersion": "v1", "kind": "Node", "name": node},
                 });
-                self.post_to(&pod, "binding", &binding, learned).await
+                self.post_to(&pod, "binding", &binding, false, learned).await
             }
             Effect::Confirm { target, revision } => {
                 let found = self.look(&target, learned).await?;
                 let found = found.and_then(|object| object.metadata().resource_version.clone());
                 if found == revision { Ok(()) } else { Err(Failure::Conflict) }
             }
-            Effect::Evict { pod, uid } => {
+            Effect::Evict { pod, uid, or_learn } => {
                 let eviction = json!({
                     "apiVersion": "policy/v1",
                     "kind": "Eviction",
                     "metadata": {"name": pod.name.name, "namespace": pod.name.namespace},
                     "deleteOptions": {"preconditions": {"uid": uid}},
                 });
-                self.post_to(&pod, "eviction", &eviction, learned).await
+                self.post_to(&pod, "eviction", &eviction, or_learn, learned).await
             }
             Effect::Record(event) => {
                 // Events are told on the side; a full queue means that more is told than anybody reads.
@@ -288,18 +290,28 @@ impl Executor {
         pod: &Ref,
         subresource: &str,
         body: &Value,
+        or_learn: bool,
         learned: &mut Vec<Learned>,
     ) -> Result<(), Failure> {
         let what = format!("{subresource} of {pod}");
+        let uid = body.pointer("/deleteOptions/preconditions/uid").and_then(Value::as_str).unwrap_or_default();
+        let uid = uid.to_owned();
         let body = serde_json::to_vec(body).map_err(|error| Failure::Refused(format!("{what}: {error}")))?;
         let params = PostParams { field_manager: Some(FIELD_MANAGER.to_owned()), ..PostParams::default() };
         let request = requests(pod).create_subresource(subresource, &pod.name.name, &params, body);
         match self.send(request).await {
             // The answer is no pod, and the next decision must know.
             Ok(_) => self.look(pod, learned).await.map(|_| ()),
+            // It has gone by itself, or is another one by now: nobody need be asked.
+            Err(error) if or_learn && (is(&error, 409) || is(&error, 404)) => self.look(pod, learned).await.map(|_| ()),
             Err(error) if is(&error, 409) || is(&error, 404) => {
                 self.look(pod, learned).await?;
                 Err(Failure::Conflict)
+            }
+            Err(error) if or_learn && status_of(&error).is_some_and(|status| matches!(status.code, 400..=499)) => {
+                let why = status_of(&error).map(|status| status.message.clone()).unwrap_or_default();
+                learned.push(Learned::NotEvicted(pod.clone(), uid, why));
+                Ok(())
             }
             Err(error) => Err(refused(&what, &error)),
         }

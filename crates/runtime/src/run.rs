@@ -272,6 +272,10 @@ impl Shell {
                     self.world.refuse(target.name, why, Timestamp::now());
                     None
                 }
+                Learned::NotEvicted(pod, uid, why) => {
+                    self.world.refuse_eviction(&pod.name, &uid, why, Timestamp::now());
+                    None
+                }
                 Learned::Gone(target) => {
                     // Under the same name something newer may have appeared by now.
                     let held = self.world.get(target.kind, &target.name).map_or(0, |object| object.revision());

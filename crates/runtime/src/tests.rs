@@ -78,6 +78,7 @@ fn revisions(learned: &[Learned]) -> Vec<String> {
         Learned::Here(object) => object.revision().to_string(),
         Learned::Gone(target) => format!("{target} gone"),
         Learned::Refused(target, why) => format!("{target} refused: {why}"),
+        Learned::NotEvicted(target, uid, why) => format!("{target} {uid} not evicted: {why}"),
     };
     learned.iter().map(revision).collect()
 }

@@ -70,6 +70,7 @@ struct Chain {
 enum Learned {
     Here(Object),
     Gone(Ref),
+    NotEvicted(Ref, String, String),
 }
 
 impl Controllers {
@@ -445,7 +446,18 @@ impl Sim {
                 answer => answer,
             },
             Effect::Bind { uid, node, .. } => self.store.bind(&target, &uid, &node).map(Some),
-            Effect::Evict { uid, .. } => self.store.delete(&target, &uid, None, now),
+            Effect::Evict { uid, or_learn, .. } => {
+                if let Some(why) = self.store.refuses_eviction(&target, &uid) {
+                    self.note(format!("{who} [{key}] may not evict {target}: {why}"));
+                    self.spread();
+                    learned.push(Learned::NotEvicted(target, uid, why));
+                    return or_learn;
+                }
+                match self.store.delete(&target, &uid, None, now) {
+                    Err(Refusal::NotFound) => Ok(None),
+                    answer => answer,
+                }
+            }
             Effect::Confirm { .. } | Effect::Record(_) => return true,
         };
         match &answer {
@@ -485,6 +497,10 @@ impl Sim {
             let world = &mut one.world;
             let change = match piece {
                 Learned::Here(object) => world.apply(object, Source::Answer),
+                Learned::NotEvicted(pod, uid, why) => {
+                    world.refuse_eviction(&pod.name, &uid, why, now);
+                    None
+                }
                 Learned::Gone(target) => {
                     let held = world.get(target.kind, &target.name).map_or(0, |object| object.revision());
                     let known = chain.seen.iter().find(|(other, _)| *other == target).map_or(0, |(_, seen)| *seen);

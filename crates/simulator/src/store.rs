@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use godwit_api::admission::{self, Lookup, Operation, Request, User};
+use godwit_api::admission::{self, Lookup, Operation, Request, User, eviction};
 use godwit_control::{Kind, Name, Object, Ordered, Ref, Stored, has_status_subresource, names};
 use godwit_machinery::patch;
 use jiff::Timestamp;
@@ -89,7 +89,8 @@ impl Store {
         if self.objects.contains_key(&Ref::new(kind, name_of(&value))) {
             return Err(Refusal::Exists);
         }
-        let admitted = if kind.group() == "kubevirt.io" { self.admit(kind, value, user)? } else { value };
+        let admitted =
+            if admission::concerns(kind.group(), kind.kind()) { self.admit(kind, value, user)? } else { value };
         self.insert(kind, admitted, now, random)
     }
 
@@ -290,6 +291,30 @@ impl Store {
         self.put(target.clone(), object).map(Some)
     }
 
+    /// What the rules say to the eviction of a pod, if they do not let it go; they may mark its VMI.
+    pub fn refuses_eviction(&mut self, pod: &Ref, uid: &str) -> Option<String> {
+        let found = self.objects.get(pod).filter(|pod| pod.metadata().uid.as_deref() == Some(uid))?;
+        let found = found.to_value().ok()?;
+        let vmi = eviction::domain_of(&found)?;
+        let target = Ref::new(Kind::VirtualMachineInstance, Name::new(pod.name.namespace.clone(), vmi.as_str()));
+        let vmi = self.objects.get(&target).and_then(|vmi| vmi.to_value().ok());
+        let asked = eviction::Eviction {
+            pod: &found,
+            vmi: vmi.as_ref().ok_or_else(|| eviction::not_found(&target.name.name)),
+            eviction: &Value::Null,
+            cluster_strategy: None,
+        };
+        match eviction::evict(&asked) {
+            eviction::Answer::Allowed => None,
+            eviction::Answer::Refused(denial) => Some(denial.text().to_owned()),
+            eviction::Answer::Marks(mark, denial) => {
+                // Nothing comes between here: the store is asked and written in one go.
+                let _ = self.merge(&target, false, &mark.patch);
+                Some(denial.text().to_owned())
+            }
+        }
+    }
+
     /// Binds a pod to a node.
     pub fn bind(&mut self, pod: &Ref, uid: &str, node: &str) -> Result<Object, Refusal> {
         let Some(Object::Pod(found)) = self.objects.get(pod) else { return Err(Refusal::NotFound) };
@@ -362,14 +387,20 @@ impl Store {
     }
 }
 
+/// The kind that a rule looks up; where several groups have it, it is named with its group.
+fn kind_of(wanted: &str) -> Option<Kind> {
+    let (kind, group) = wanted.split_once('.').map_or((wanted, None), |(kind, group)| (kind, Some(group)));
+    Kind::ALL.iter().copied().find(|known| known.kind() == kind && group.is_none_or(|group| known.group() == group))
+}
+
 impl Lookup for Store {
     fn get(&self, kind: &str, namespace: &str, name: &str) -> Option<Value> {
-        let kind = Kind::ALL.iter().find(|known| known.kind() == kind)?;
-        self.objects.get(&Ref::new(*kind, Name::new(namespace, name))).and_then(|object| object.to_value().ok())
+        let kind = kind_of(kind)?;
+        self.objects.get(&Ref::new(kind, Name::new(namespace, name))).and_then(|object| object.to_value().ok())
     }
 
     fn list(&self, kind: &str, namespace: &str, label: Option<(&str, &str)>) -> Vec<Value> {
-        let Some(kind) = Kind::ALL.iter().copied().find(|known| known.kind() == kind) else { return Vec::new() };
+        let Some(kind) = kind_of(kind) else { return Vec::new() };
         let carries = |object: &Object| {
             label.is_none_or(|(key, wanted)| {
                 let labels = object.metadata().labels.as_ref();

@@ -19,4 +19,4 @@ pub use layout::{CLIENT_ADDRESS, CONTROL_PLANE_ADDRESS, Cluster, FABRIC_API_PORT
 pub use offer::offers;
 pub use process::{Process, find};
 pub use status::status;
-pub use up::{CONTROL_PLANE, Options, Up, admin_client, client, is_ready, start_missing, up};
+pub use up::{CONTROL_PLANE, Options, Up, admin_client, client, impatient_client, is_ready, start_missing, up};

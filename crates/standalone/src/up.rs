@@ -96,12 +96,20 @@ pub async fn admin_client(layout: &Layout) -> Result<Client, Error> {
 /// # Errors
 /// No such kubeconfig, or one that cannot be used.
 pub async fn client(kubeconfig: &Path) -> Result<Client, Error> {
+    Ok(Client::try_from(config(kubeconfig).await?)?)
+}
+
+/// The same for controllers: a "not now" (429) is an answer to them, on which they decide; kube would ask again for minutes.
+pub async fn impatient_client(kubeconfig: &Path) -> Result<Client, Error> {
+    let mut config = config(kubeconfig).await?;
+    config.default_retry = false;
+    Ok(Client::try_from(config)?)
+}
+
+async fn config(kubeconfig: &Path) -> Result<kube::Config, Error> {
     let failed = |error: kube::config::KubeconfigError| Error::io("use", kubeconfig, std::io::Error::other(error));
     let file = kube::config::Kubeconfig::read_from(kubeconfig).map_err(failed)?;
-    let config = kube::Config::from_custom_kubeconfig(file, &kube::config::KubeConfigOptions::default())
-        .await
-        .map_err(failed)?;
-    Ok(Client::try_from(config)?)
+    kube::Config::from_custom_kubeconfig(file, &kube::config::KubeConfigOptions::default()).await.map_err(failed)
 }
 
 fn require_root() -> Result<(), Error> {

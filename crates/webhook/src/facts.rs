@@ -146,10 +146,10 @@ async fn read(client: &kube::Client, question: &Question) -> Result<Vec<Value>, 
 
 /// The objects of a kind that the rules look up.
 pub(crate) fn api(client: &kube::Client, kind: &str, namespace: &str) -> Api<DynamicObject> {
-    let (group, plural) = resource_of(kind);
-    let version = "v1".to_owned();
-    let api_version = if group.is_empty() { version.clone() } else { format!("{group}/{version}") };
-    let resource = ApiResource { group: group.to_owned(), version, api_version, kind: kind.to_owned(), plural };
+    let (group, version, plural) = resource_of(kind);
+    let api_version = if group.is_empty() { version.to_owned() } else { format!("{group}/{version}") };
+    let kind = kind.split('.').next().unwrap_or(kind).to_owned();
+    let resource = ApiResource { group: group.to_owned(), version: version.to_owned(), api_version, kind, plural };
     match namespace {
         "" => Api::all_with(client.clone(), &resource),
         _ => Api::namespaced_with(client.clone(), namespace, &resource),

@@ -44,6 +44,11 @@ const fn route(
     Route { path, webhook, act, group: "kubevirt.io", resource, subresource: "", operations }
 }
 
+const fn maintenance(path: &'static str, group: &'static str) -> Route {
+    let webhook = "vnodemaintenance.kb.io";
+    Route { path, webhook, act: Act::Validate, group, resource: "nodemaintenances", subresource: "", operations: BOTH }
+}
+
 /// Every webhook. Godwit's own are: migrations are mutated on updates too (who asked for one stays), and the ConfigMap
 /// `kubevirt-config` is looked at for warnings.
 pub const ROUTES: &[Route] = &[
@@ -102,6 +107,9 @@ pub const ROUTES: &[Route] = &[
         subresource: "",
         operations: BOTH,
     },
+    maintenance("/validate-nodemaintenance-medik8s-io-v1beta1-nodemaintenance", "nodemaintenance.medik8s.io"),
+    maintenance("/validate-nodemaintenance-kubevirt-io-v1beta1-nodemaintenances", "nodemaintenance.kubevirt.io"),
+    maintenance("/validate-kubevirt-io-v1alpha1-nodemaintenance", "kubevirt.io"),
     Route {
         path: "/kubevirt-config-validate",
         webhook: "kubevirt-config-validator.godwit.io",

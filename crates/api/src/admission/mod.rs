@@ -7,6 +7,7 @@
 mod clock;
 pub mod eviction;
 mod kubevirt;
+mod maintenance;
 mod migration;
 mod policy;
 pub(crate) mod spec;
@@ -19,6 +20,7 @@ use serde_json::Value;
 
 use crate::gates::Gates;
 use crate::kubevirt::{KubeVirt, KubeVirtConfiguration};
+use crate::maintenance::{GROUP_KUBEVIRT, GROUP_MEDIK8S, GROUPS};
 use crate::names::{
     CONFIG_MAP_NAME, EXTRA_NODE_NAME, GROUP, GROUP_MIGRATIONS, KUBEVIRT_NAME, KUBEVIRT_NAMESPACE, OWN_USERS_PREFIX,
 };
@@ -59,19 +61,22 @@ impl User {
 
 /// Other objects, as they are now.
 pub trait Lookup {
-    /// One object of a kind that [`resource_of`] knows, or none.
+    /// One object of a kind that [`resource_of`] knows, or none; without a namespace where the kind has none.
     fn get(&self, kind: &str, namespace: &str, name: &str) -> Option<Value>;
     /// The objects of a kind in a namespace (all namespaces when empty) that carry the label, or all without one.
     fn list(&self, kind: &str, namespace: &str, label: Option<(&str, &str)>) -> Vec<Value>;
 }
 
-/// Group and plural of a kind that the rules look up.
-pub fn resource_of(kind: &str) -> (&'static str, String) {
-    let group = match kind {
-        "ConfigMap" | "Node" | "Pod" => "",
-        _ => GROUP,
+/// Group, version and plural of a kind that the rules look up. A kind that several groups have is named with its group:
+/// `NodeMaintenance.nodemaintenance.medik8s.io`.
+pub fn resource_of(kind: &str) -> (&'static str, &'static str, String) {
+    let (kind, group) = kind.split_once('.').map_or((kind, None), |(kind, group)| (kind, Some(group)));
+    let (group, version) = match (kind, group) {
+        ("ConfigMap" | "Pod" | "Node", _) => ("", "v1"),
+        (_, Some(group)) => GROUPS.into_iter().find(|(known, _)| *known == group).unwrap_or((GROUP, "v1")),
+        _ => (GROUP, "v1"),
     };
-    (group, format!("{}s", kind.to_lowercase()))
+    (group, version, format!("{}s", kind.to_lowercase()))
 }
 
 /// A [`Lookup`] that finds nothing.
@@ -135,7 +140,7 @@ pub struct Denial {
     pub webhook: String,
     /// The HTTP status.
     pub code: u16,
-    /// The Status reason: `BadRequest` or `Invalid`.
+    /// The Status reason: `BadRequest`, `Invalid` or `Forbidden`.
     pub reason: String,
     /// The complete message, beginning with `admission webhook "…" denied the request: `.
     pub message: String,
@@ -191,6 +196,11 @@ impl Denial {
         }
     }
 
+    /// The refusal of a webhook that only says no: 403.
+    fn forbidden(webhook: &str, message: impl AsRef<str>) -> Self {
+        Self { code: 403, reason: "Forbidden".to_owned(), ..Self::plain(webhook, message) }
+    }
+
     /// The message without the webhook's name before it: what a webhook answers, for the API server puts the name there.
     pub fn text(&self) -> &str {
         let prefix = format!("admission webhook \"{}\" denied the request: ", self.webhook);
@@ -234,7 +244,8 @@ pub fn mutate(request: &Request<'_>) -> Result<Mutation, Box<Denial>> {
 
 /// Whether there are rules for a resource of this group.
 pub fn concerns(group: &str, kind: &str) -> bool {
-    matches!(group, GROUP | GROUP_MIGRATIONS) || (group.is_empty() && kind == "ConfigMap")
+    matches!(group, GROUP | GROUP_MIGRATIONS | GROUP_KUBEVIRT | GROUP_MEDIK8S)
+        || (group.is_empty() && kind == "ConfigMap")
 }
 
 /// Says whether the object may come in. Kinds that godwit does not know may.
@@ -252,6 +263,7 @@ pub fn validate(request: &Request<'_>) -> Verdict {
         (GROUP, "VirtualMachine") => vm::validate(request),
         (GROUP, "KubeVirt") => kubevirt::validate(request),
         (GROUP_MIGRATIONS, "MigrationPolicy") => policy::validate(request),
+        (GROUP | GROUP_KUBEVIRT | GROUP_MEDIK8S, "NodeMaintenance") => maintenance::validate(request),
         ("", "ConfigMap") if (request.namespace, request.name) == (KUBEVIRT_NAMESPACE, CONFIG_MAP_NAME) => {
             kubevirt::config_map(request)
         }

@@ -31,7 +31,7 @@ fn user(name: &str) -> User {
 fn stored(world: &World, object: &Value) -> Value {
     let mut object = object.clone();
     object["metadata"]["uid"] = json!(format!("uid-{}", object["metadata"]["name"].as_str().unwrap_or_default()));
-    if object["metadata"]["namespace"].is_null() && object["kind"] != "MigrationPolicy" {
+    if object["metadata"]["namespace"].is_null() && !table::is_cluster_scoped(&object) {
         object["metadata"]["namespace"] = json!("default");
     }
     let status = object["status"].take();
@@ -44,7 +44,8 @@ fn stored(world: &World, object: &Value) -> Value {
 fn request<'a>(world: &'a World, operation: Operation, object: &'a Value, old: Option<&'a Value>) -> Request<'a> {
     let group =
         object["apiVersion"].as_str().and_then(|version| version.split_once('/')).map_or("", |(group, _)| group);
-    let namespace = object["metadata"]["namespace"].as_str().unwrap_or("default");
+    let namespace = if table::is_cluster_scoped(object) { "" } else { "default" };
+    let namespace = object["metadata"]["namespace"].as_str().unwrap_or(namespace);
     Request { group, namespace, ..world.request(operation, Some(object), old) }
 }
 
@@ -97,8 +98,7 @@ fn every_request_is_answered_as_the_table_says() {
                 let says = says.replace("<namespace>", "default").replace("<uid:first>", "uid-first");
                 let expected = format!("admission webhook \"{}\" denied the request: {says}", case.webhook);
                 assert_eq!(denial.message, expected, "{}", case.name);
-                let code = if case.field.is_some() { (422, "Invalid") } else { (400, "BadRequest") };
-                assert_eq!((denial.code, denial.reason.as_str()), code, "{}", case.name);
+                assert_eq!((denial.code, denial.reason.as_str()), case.refused_with(), "{}", case.name);
                 let fields: Vec<&str> = denial.causes.iter().map(|cause| cause.field.as_str()).collect();
                 assert_eq!(fields, case.field.as_deref().into_iter().collect::<Vec<_>>(), "{}", case.name);
             }
@@ -115,7 +115,7 @@ fn page() -> String {
          embedded API server\nand against `godwit webhook`, so that both say the same.\n\n\
          A client reads `admission webhook \"<webhook>\" denied the request: <text>`. Texts, webhooks' names and fields are \
          KubeVirt's where\nKubeVirt has the rule. A refusal that names a field is HTTP 422 (`Invalid`, the field in \
-         `details.causes`), one that does not is\n400 (`BadRequest`). Evictions are refused with 429 (docs/evacuation.md). \
+         `details.causes`), one that does not is\n400 (`BadRequest`), or 403 (`Forbidden`) where the reference's webhook is one that only says no. Evictions are refused with 429 (docs/evacuation.md). \
          Fields of KubeVirt's API that godwit does not\nimplement are refused when the guest would differ without them, and \
          warned of otherwise; the answer names the field.\nDeleting a migration is never refused: it cancels it.\n",
     );
@@ -126,7 +126,7 @@ fn page() -> String {
     for (webhook, cases) in by_webhook {
         let _ = writeln!(page, "\n## {webhook}\n\n| request | code | field | text |\n|---|---|---|---|");
         for case in cases {
-            let code = if case.field.is_some() { 422 } else { 400 };
+            let code = case.refused_with().0;
             let field =
                 case.field.filter(|field| !field.is_empty()).map(|field| format!("`{field}`")).unwrap_or_default();
             let says = case.says.unwrap_or_default().replace('|', "\\|");

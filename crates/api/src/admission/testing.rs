@@ -9,16 +9,26 @@ pub(crate) struct World {
     pub user: User,
 }
 
+/// Whether an object is of a kind as lookups name it.
+fn is(object: &Value, kind: &str) -> bool {
+    let (kind, group) = kind.split_once('.').map_or((kind, None), |(kind, group)| (kind, Some(group)));
+    let of = object["apiVersion"].as_str().and_then(|version| version.split_once('/')).map(|(group, _)| group);
+    object["kind"] == kind && (group.is_none() || group == of)
+}
+
 impl Lookup for World {
     fn get(&self, kind: &str, namespace: &str, name: &str) -> Option<Value> {
-        let found =
-            |o: &&Value| o["kind"] == kind && o["metadata"]["namespace"] == namespace && o["metadata"]["name"] == name;
+        let found = |o: &&Value| {
+            is(o, kind)
+                && o["metadata"]["namespace"].as_str().unwrap_or_default() == namespace
+                && o["metadata"]["name"] == name
+        };
         self.objects.iter().find(found).cloned()
     }
 
     fn list(&self, kind: &str, namespace: &str, label: Option<(&str, &str)>) -> Vec<Value> {
         let found = |o: &&Value| {
-            o["kind"] == kind
+            is(o, kind)
                 && (namespace.is_empty() || o["metadata"]["namespace"] == namespace)
                 && label.is_none_or(|(key, value)| o["metadata"]["labels"][key] == value)
         };

@@ -10,6 +10,8 @@ pub const COMPONENT_NODE: &str = "node-controller";
 pub const COMPONENT_WORKLOAD_UPDATE: &str = "workload-update-controller";
 /// Source component of the disruption budget controller.
 pub const COMPONENT_DISRUPTION_BUDGET: &str = "disruptionbudget-controller";
+/// Source component of the NodeMaintenance controller.
+pub const COMPONENT_MAINTENANCE: &str = "nodemaintenance-controller";
 /// Source component of the handler (its host is the node).
 pub const COMPONENT_HANDLER: &str = "virt-handler";
 
@@ -224,4 +226,23 @@ pub fn migration_failed(migration_uid: &str, reason: &str) -> String {
 /// On the VMI, a warning with reason `Migrated`: an eviction strategy that cannot be kept.
 pub fn not_migratable(message: &str) -> String {
     format!("EvictionStrategy is set but vmi is not migratable; {message}")
+}
+
+/// Events of node maintenances, as (reason, message); the reference's but for the last.
+pub mod maintenance {
+    /// On the NodeMaintenance: it has been seen.
+    pub const BEGIN: (&str, &str) = ("BeginMaintenance", "Begin a node maintenance");
+    /// On the NodeMaintenance, a warning: it was given up.
+    pub const FAILED: (&str, &str) = ("FailedMaintenance", "Failed a node maintenance");
+    /// On the NodeMaintenance: the node is empty.
+    pub const SUCCEED: (&str, &str) = ("SucceedMaintenance", "Node maintenance was succeeded");
+    /// On the Node: it takes pods again.
+    pub const UNCORDON: (&str, &str) = ("UncordonNode", "Uncordon a node");
+    /// On the NodeMaintenance: it is over and gone.
+    pub const REMOVED: (&str, &str) = ("RemovedMaintenance", "Removed a node maintenance");
+    /// On the NodeMaintenance, a warning: the node is not empty at its deadline, and it goes on.
+    pub const DEADLINE_PASSED: (&str, &str) = ("DeadlinePassed", "The node was not empty at its deadline");
+    /// On the VMI, a warning: it was to come back after a maintenance, and does not.
+    pub const STAYS_AWAY: (&str, &str) =
+        ("StaysAway", "It stays where it is: the node that it left for a maintenance does not take it back");
 }

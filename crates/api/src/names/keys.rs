@@ -135,6 +135,16 @@ pub const FINALIZER_VMI: &str = "kubevirt.io/foregroundDeleteVirtualMachine";
 pub const FINALIZER_VM: &str = "kubevirt.io/virtualMachineControllerFinalize";
 /// KubeVirt's readiness gate of launcher pods.
 pub const READINESS_GATE_UNPAUSED: &str = "kubevirt.io/virtual-machine-unpaused";
+/// The taint of nodes in a maintenance of `nodemaintenance.medik8s.io`.
+pub const TAINT_DRAIN_MEDIK8S: &str = "medik8s.io/drain";
+/// Keeps other operators from repairing a node in a maintenance of `nodemaintenance.medik8s.io`.
+pub const LABEL_EXCLUDE_FROM_REMEDIATION: &str = "remediation.medik8s.io/exclude-from-remediation";
+/// Godwit's own: what a NodeMaintenance has done to its node, on the node.
+pub const ANNOTATION_MAINTENANCE: &str = "godwit.io/maintenance";
+/// Godwit's own: the node that a VM comes back to after its maintenance, on VMIs.
+pub const ANNOTATION_HOME: &str = "godwit.io/home";
+/// Godwit's own: the node that a migration brings its VM back to, on VMIMs.
+pub const ANNOTATION_HOMECOMING: &str = "godwit.io/homecoming";
 /// The taint that empties a node.
 pub const TAINT_DRAIN: &str = "kubevirt.io/drain";
 /// Godwit's own, on a node's fence lease: the nodes whose handlers this one asks before it puts its fence off, sorted, with commas

@@ -35,6 +35,8 @@ pub const EVACUATION_GENERATE_NAME: &str = "kubevirt-evacuation-";
 pub const MIGRATE_VM_GENERATE_NAME: &str = "kubevirt-migrate-vm-";
 /// `generateName` of migrations that a workload update makes.
 pub const WORKLOAD_UPDATE_GENERATE_NAME: &str = "kubevirt-workload-update-";
+/// `generateName` of migrations that bring a VM back after a maintenance.
+pub const HOMECOMING_GENERATE_NAME: &str = "godwit-homecoming-";
 /// Launcher pods are named `virt-launcher-<vmi>-<5 random>`.
 pub const LAUNCHER_POD_PREFIX: &str = "virt-launcher-";
 /// Attachment pods, which hold the claims of disks that are plugged in while the guest runs, are named `hp-volume-<random>`.

@@ -1,7 +1,7 @@
 //! Which nodes a pod fits on, why not on the others, and which it fits on best.
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use k8s_openapi::api::core::v1::{Node, NodeSelector, PersistentVolumeClaim, Pod, PodSpec, Taint, Toleration};
@@ -10,6 +10,7 @@ use super::is_ready;
 use super::load::{Requests, requests};
 use super::neighbours::Neighbours;
 use crate::fence;
+use crate::maintenance;
 use crate::names;
 use crate::object::{Name, Stored, labels};
 use crate::selector;
@@ -20,6 +21,9 @@ use crate::world::{World, claims_of};
 const ALL_NODES: usize = 100;
 /// Why a node that could take a migration's target does not take it now.
 const RECEIVES_ENOUGH: &str = "node(s) receive as many migrations as they may (parallelInboundMigrationsPerNode)";
+
+/// Why a guest does not go where a maintenance has begun.
+const TO_BE_EMPTY: &str = "node(s) are to be empty (NodeMaintenance)";
 
 /// A reason in Kubernetes' words.
 pub type Reason = Cow<'static, str>;
@@ -43,6 +47,8 @@ pub struct Fit<'a> {
     volumes: Vec<&'a NodeSelector>,
     tolerates_cordon: bool,
     is_launcher: bool,
+    /// Nodes that are to be empty, closed or not.
+    emptied: BTreeSet<&'a str>,
     /// Claims of the pod that wait for their first consumer and are to be bound for its node first.
     pub unbound: Vec<Arc<PersistentVolumeClaim>>,
 }
@@ -96,6 +102,7 @@ impl<'a> Fit<'a> {
             volumes: reach,
             tolerates_cordon: tolerated(&cordon, spec.tolerations.as_deref().unwrap_or_default()),
             is_launcher: pod.label(names::LABEL_APP) == Some(names::APP_VIRT_LAUNCHER),
+            emptied: maintenance::nodes(world).collect(),
             unbound,
         })
     }
@@ -189,6 +196,10 @@ impl<'a> Fit<'a> {
         let node_spec = node.spec.as_ref();
         if node_spec.and_then(|spec| spec.unschedulable).unwrap_or(false) && !self.tolerates_cordon {
             return one(1, "node(s) were unschedulable".into());
+        }
+        // Before it is closed, and whatever the guest tolerates: it would have to leave at once.
+        if self.is_launcher && self.emptied.contains(node.name()) {
+            return one(1, TO_BE_EMPTY.into());
         }
         let tolerations = self.spec.tolerations.as_deref().unwrap_or_default();
         let taints = node_spec.and_then(|spec| spec.taints.as_deref()).unwrap_or_default();

@@ -126,7 +126,7 @@ impl Race {
                 let held = value(target);
                 (target.clone(), held.is_some_and(|held| uid.is_empty() || held["metadata"]["uid"] == json!(uid)))
             }
-            Effect::Bind { pod, uid, .. } | Effect::Evict { pod, uid } => {
+            Effect::Bind { pod, uid, .. } | Effect::Evict { pod, uid, .. } => {
                 let held = value(pod);
                 let free = held
                     .is_some_and(|held| held["metadata"]["uid"] == json!(uid) && held["spec"]["nodeName"].is_null());

@@ -1,0 +1,170 @@
+//! Coming home: VMs that a maintenance has moved off its node (`returnHome`) come back when it has ended.
+//!
+//! While the maintenance lasts its VMIs carry the annotation [`ANNOTATION_HOME`](names::ANNOTATION_HOME) with the node's name. What
+//! follows is decided for each home by itself, so that its VMs come one after the other: with the lowest priority, under the
+//! limits of all migrations, and only while nobody wants the node empty. A VM that somebody else has moved meanwhile, or that
+//! its home does not take any more, stays where it is.
+
+use std::sync::Arc;
+
+use godwit_api::migration::MigrationPriority;
+use godwit_api::names::conditions::LIVE_MIGRATABLE;
+use godwit_api::names::events::{COMPONENT_MAINTENANCE, created_migration, maintenance as told, reason};
+use godwit_api::{Condition, MigrationPhase, VirtualMachineInstance, VirtualMachineInstanceMigration, VmiPhase};
+use k8s_openapi::api::core::v1::Node;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use smol_str::SmolStr;
+
+use crate::launcher_pod::{self, Role};
+use crate::object::{Name, Object, Stored};
+use crate::placement::{self, Room};
+use crate::plan::{EventType, Plan, View};
+use crate::world::{Change, World};
+use crate::{maintenance, names, turns};
+
+/// The node that a VM is to come back to.
+pub fn home_of(vmi: &VirtualMachineInstance) -> Option<&str> {
+    vmi.annotation(names::ANNOTATION_HOME).filter(|home| !home.is_empty())
+}
+
+/// All nodes that VMs are to come back to.
+pub fn all(world: &World) -> impl Iterator<Item = SmolStr> {
+    world.homes().map(SmolStr::new)
+}
+
+/// The homes that a change touches.
+pub fn affected(change: &Change, world: &World) -> Vec<SmolStr> {
+    let home = |name: &str| world.expected_at(name).next().is_some().then(|| SmolStr::new(name));
+    change
+        .sides()
+        .filter_map(|object| match object {
+            Object::VirtualMachineInstance(vmi) => home_of(vmi).map(SmolStr::new),
+            Object::Node(node) => home(Stored::name(node.as_ref())),
+            Object::Migration(migration) => {
+                let vmi = world.vmis.get(&Name::new(migration.namespace(), migration.vmi_name()))?;
+                home_of(vmi).map(SmolStr::new)
+            }
+            other => maintenance::node_of(other).and_then(home),
+        })
+        .collect()
+}
+
+/// Decides who comes home to this node.
+pub fn decide(home: &str, view: &View<'_>) -> Plan {
+    let mut plan = Plan::nothing();
+    if maintenance::of(home, view.world).is_some() {
+        return plan;
+    }
+    let node = view.world.nodes.get(&Name::cluster(home));
+    let all: Vec<_> = view.world.expected_at(home).filter(|vmi| !vmi.is_deleting()).collect();
+    let mut busy = false;
+    let mut waiting = Vec::new();
+    for vmi in all {
+        let migrations: Vec<_> = view.world.migrations_of(&vmi.key()).collect();
+        if migrations.iter().any(|one| !one.is_final() || one.has_finalizer(names::FINALIZER_MIGRATION)) {
+            busy |=
+                migrations.iter().any(|one| !one.is_final() && one.annotation(names::ANNOTATION_HOMECOMING).is_some());
+            continue;
+        }
+        let there = vmi.status.node_name.as_deref() == Some(home);
+        if there || vmi.is_final() || node.is_none() || !was_evacuated(vmi, view.world) {
+            // It has come, never left, cannot come, or somebody else has moved it meanwhile.
+            stay(vmi, &mut plan);
+        } else if failed(&migrations) {
+            plan.record(
+                vmi.as_ref(),
+                COMPONENT_MAINTENANCE,
+                EventType::Warning,
+                told::STAYS_AWAY.0,
+                told::STAYS_AWAY.1,
+            );
+            stay(vmi, &mut plan);
+        } else {
+            waiting.push(vmi);
+        }
+    }
+    let open = node.is_some_and(|node| is_open(node));
+    let Some(vmi) = waiting.first().filter(|_| open && !busy && plan.effects.is_empty()) else { return plan };
+    let migratable = vmi.condition(LIVE_MIGRATABLE).is_some_and(Condition::is_true);
+    if !migratable || vmi.status.phase != VmiPhase::Running || turns::is_on_its_way(vmi) {
+        if !migratable {
+            stay(vmi, &mut plan);
+        }
+        return plan;
+    }
+    let migration = journey(vmi, home);
+    let mut probe = migration.clone();
+    probe.metadata.uid = Some(String::new());
+    let pod = launcher_pod::build(vmi, Role::Receive(&probe), view);
+    if placement::room(&pod, view.world, |_| 0, u32::MAX) == Room::Nowhere {
+        plan.record(vmi.as_ref(), COMPONENT_MAINTENANCE, EventType::Warning, told::STAYS_AWAY.0, told::STAYS_AWAY.1);
+        stay(vmi, &mut plan);
+        return plan;
+    }
+    let text = created_migration(Stored::name(&migration));
+    plan.create(migration);
+    plan.record(vmi.as_ref(), COMPONENT_MAINTENANCE, EventType::Normal, reason::SUCCESSFUL_CREATE, text);
+    plan
+}
+
+/// Whether the node takes guests, as far as itself says.
+fn is_open(node: &Node) -> bool {
+    let spec = node.spec.as_ref();
+    let tainted = spec.and_then(|spec| spec.taints.as_ref()).is_some_and(|taints| !taints.is_empty());
+    placement::is_ready(node) && !tainted && spec.and_then(|spec| spec.unschedulable) != Some(true)
+}
+
+/// Whether an evacuation has brought it where it is: nobody else has moved it since.
+fn was_evacuated(vmi: &VirtualMachineInstance, world: &World) -> bool {
+    let Some(state) = &vmi.status.migration_state else { return false };
+    let Some(uid) = state.migration_uid.as_deref() else { return false };
+    match world.migration_by_uid(uid) {
+        Some(last) => last.annotation(names::ANNOTATION_EVACUATION_MIGRATION).is_some() || is_homecoming(last),
+        None => {
+            let key = vmi.key();
+            let mut records = world.records_of(&key);
+            records.any(|record| record.spec.migration_uid == uid && record.spec.evacuated_node.is_some())
+        }
+    }
+}
+
+fn is_homecoming(migration: &VirtualMachineInstanceMigration) -> bool {
+    migration.annotation(names::ANNOTATION_HOMECOMING).is_some()
+}
+
+/// Whether a journey home since it was evacuated did not end there. It is not tried again: nothing depends on it.
+fn failed(migrations: &[&Arc<VirtualMachineInstanceMigration>]) -> bool {
+    let made = |one: &VirtualMachineInstanceMigration| one.metadata.creation_timestamp.as_ref().map(|time| time.0);
+    let evacuations = migrations.iter().filter(|one| one.annotation(names::ANNOTATION_EVACUATION_MIGRATION).is_some());
+    let left = evacuations.map(|one| made(one)).max();
+    migrations
+        .iter()
+        .any(|one| is_homecoming(one) && one.status.phase == MigrationPhase::Failed && Some(made(one)) >= left)
+}
+
+/// It is expected nowhere any more.
+fn stay(vmi: &Arc<VirtualMachineInstance>, plan: &mut Plan) {
+    let mut after = vmi.as_ref().clone();
+    if let Some(annotations) = &mut after.metadata.annotations {
+        annotations.remove(names::ANNOTATION_HOME);
+    }
+    plan.update(vmi.as_ref(), &after);
+}
+
+fn journey(vmi: &VirtualMachineInstance, home: &str) -> VirtualMachineInstanceMigration {
+    let last = vmi.status.migration_state.as_ref().and_then(|state| state.migration_uid.as_deref()).unwrap_or_default();
+    let mut migration = VirtualMachineInstanceMigration {
+        metadata: ObjectMeta {
+            namespace: vmi.metadata.namespace.clone(),
+            // The same for the same journey: made twice, it is one.
+            name: Some(names::homecoming(&format!("{}/{home}/{last}", vmi.uid()))),
+            annotations: Some([(names::ANNOTATION_HOMECOMING.to_owned(), home.to_owned())].into()),
+            ..ObjectMeta::default()
+        },
+        ..VirtualMachineInstanceMigration::default()
+    };
+    migration.spec.vmi_name = vmi.metadata.name.clone();
+    migration.spec.priority = Some(MigrationPriority::SystemMaintenance);
+    migration.spec.added_node_selector.insert(names::HOSTNAME.to_owned(), home.to_owned());
+    migration
+}
