@@ -253,7 +253,7 @@ async fn a_drain_that_is_broken_off_leaves_nothing_behind() {
     loop {
         let list = all.list(&Default::default()).await.expect("list").items;
         let held = cluster.vmis().get("held").await.expect("VMI");
-        if list.iter().any(|one| evacuated(one)) && status(&held, "evacuationNodeName") == "node1" {
+        if list.iter().any(evacuated) && status(&held, "evacuationNodeName") == "node1" {
             break;
         }
         assert!(std::time::Instant::now() < deadline, "no migration runs: {}", cluster.words());
