@@ -10,8 +10,7 @@ use godwit_api::names::fence::{DURATION, MARGIN};
 use godwit_api::names::{ANNOTATION_FENCE_PEERS, ANNOTATION_FENCED};
 use godwit_bench::witness::{Beat, Station, Witness, complaint};
 use godwit_guest_rom::Parameters;
-use godwit_network::Namespace;
-use godwit_standalone::{Layout, fabric};
+use godwit_standalone::Layout;
 use kube::Api;
 use kube::api::{ApiResource, DynamicObject, GroupVersionKind};
 use nix::sys::signal::{Signal, kill};
@@ -44,7 +43,6 @@ impl Drop for Stopped {
 struct Stage {
     cluster: Cluster,
     witness: Witness,
-    layout: godwit_standalone::Cluster,
 }
 
 fn station(number: u8) -> Station {
@@ -86,7 +84,7 @@ impl Stage {
         let layout =
             Layout::open(cluster.data_dir()).expect("layout").load().expect("cluster.json").expect("a cluster");
         let witness = Witness::start(&layout).expect("a witness");
-        let stage = Self { cluster, witness, layout };
+        let stage = Self { cluster, witness };
         for number in 1..=nodes {
             stage.cluster.apply(vmi(number)).await.expect("apply VMI");
         }
@@ -149,11 +147,6 @@ impl Stage {
         Api::all_with(self.cluster.client.clone(), &ApiResource::from_gvk(&GroupVersionKind::gvk("", "v1", "Node")))
     }
 
-    async fn uplink(&self, number: u8, up: bool) {
-        let switch = Namespace::open(&fabric::switch(&self.layout)).expect("the switch");
-        switch.links().expect("links").set_up(&format!("node{number}"), up).await.expect("set the port");
-    }
-
     /// The node says that it has fenced its guest.
     async fn says_that_it_fenced(&self, number: u8) {
         let node = format!("node{number}");
@@ -183,16 +176,16 @@ async fn a_node_without_its_lease_stops_its_guests_whatever_hangs_and_says_so_wh
     let parent = std::fs::read_to_string(format!("/proc/{}/stat", guests[1])).expect("stat");
     let parent = parent.rsplit_once(") ").and_then(|(_, rest)| rest.split(' ').nth(1)).expect("its parent");
     let launcher = Stopped::stop(Pid::from_raw(parent.parse().expect("a pid")));
-    stage.uplink(2, false).await;
+    stage.cluster.uplink("node2", false).await;
     let hung = Stopped::stop(guests[2]);
-    stage.uplink(3, false).await;
+    stage.cluster.uplink("node3", false).await;
     for number in 1..=3_u8 {
         stage.dies(number, guests[usize::from(number) - 1]).await;
         stage.was_silent_in_time(number, cut);
     }
     drop((handler, launcher, hung));
-    stage.uplink(2, true).await;
-    stage.uplink(3, true).await;
+    stage.cluster.uplink("node2", true).await;
+    stage.cluster.uplink("node3", true).await;
     for number in 1..=3 {
         stage.says_that_it_fenced(number).await;
     }

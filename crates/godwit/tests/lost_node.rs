@@ -1,5 +1,6 @@
 //! A node dies with all that runs on it. Its VMs are started elsewhere, as their run strategies say, and nobody has to delete a pod; a
-//! migration that was on its way ends as it should, whichever end died. Who runs when is told by the guests' own frames.
+//! migration that was on its way ends as it should, whichever end died. A node that was only cut off has ended its guests before.
+//! Who runs when is told by the guests' own frames.
 
 #![allow(clippy::expect_used, clippy::unwrap_used)]
 
@@ -275,4 +276,40 @@ async fn the_vms_of_a_node_that_dies_run_elsewhere_and_never_twice() {
     }
     let ports: std::collections::BTreeSet<_> = stage.beats("coming").into_iter().map(|beat| beat.port).collect();
     assert_eq!(ports.len(), 1, "it never left {stayed:?}");
+}
+
+/// The link is down, and the guest runs on where nobody sees it but the witness of its own node.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_was_cut_off_comes_back_without_the_guest_that_runs_elsewhere() {
+    let stage = Stage::start().await;
+    stage.run(vm("always", "Always", DEAD), DEAD).await;
+    let uid = stage.cluster.vmis().get("always").await.expect("VMI").metadata.uid;
+    stage.cluster.uplink(DEAD, false).await;
+    let cut = SystemTime::now();
+    let again = |vmi: &DynamicObject| {
+        status(vmi, "phase") == "Running" && status(vmi, "nodeName") != DEAD && vmi.metadata.uid != uid
+    };
+    let vmi = stage.vmi("always", "it runs elsewhere", again).await;
+    let beat = stage.beats_after("always", SystemTime::now()).await;
+    assert_ne!(&*beat.node, DEAD);
+    let beats = stage.beats("always");
+    let last = beats.iter().rfind(|beat| &*beat.node == DEAD).expect("it was heard there").at;
+    let first = beats.iter().find(|beat| &*beat.node != DEAD).expect("it is heard elsewhere").at;
+    println!(
+        "it ran for {:.1} s on the node that was cut off, and elsewhere after {:.1} s",
+        last.duration_since(cut).unwrap_or_default().as_secs_f64(),
+        first.duration_since(cut).unwrap_or_default().as_secs_f64(),
+    );
+
+    stage.cluster.uplink(DEAD, true).await;
+    let fenced = |said: &common::events::Said| said.reason == "NodeFenced" && said.message.contains("always");
+    stage.cluster.hears_of("Node", DEAD, "that its guest was fenced", fenced).await;
+    // It takes guests again, and has not got the old one back.
+    let mut newcomer = vm("once", "Once", DEAD);
+    newcomer["spec"]["template"]["spec"]["nodeSelector"] = json!({"kubernetes.io/hostname": DEAD});
+    stage.run(newcomer, DEAD).await;
+    stage.beats_after("always", SystemTime::now()).await;
+    assert_eq!(overlap(&stage.beats("always")), None);
+    let now = stage.cluster.vmis().get("always").await.expect("VMI");
+    assert_eq!((&now.metadata.uid, status(&now, "nodeName")), (&vmi.metadata.uid, status(&vmi, "nodeName")));
 }

@@ -47,6 +47,14 @@ impl Cluster {
         layout.load().expect("cluster.json").expect("a cluster").namespace(what)
     }
 
+    /// Plugs a node's link into the switch, or pulls it out.
+    pub async fn uplink(&self, node: &str, up: bool) {
+        let layout = godwit_standalone::Layout::open(self.folder.path()).expect("layout");
+        let cluster = layout.load().expect("cluster.json").expect("a cluster");
+        let switch = godwit_network::Namespace::open(&godwit_standalone::fabric::switch(&cluster)).expect("the switch");
+        switch.links().expect("links").set_up(node, up).await.expect("set the port");
+    }
+
     pub fn kubeconfig(&self) -> PathBuf {
         self.folder.path().join("kubeconfig")
     }
