@@ -21,7 +21,7 @@ use k8s_openapi::api::core::v1::Node;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
 
 use crate::object::{Name, Object, Stored};
-use crate::plan::{EventType, Plan, VM_CONTROLLER, View};
+use crate::plan::{EventType, Plan, VM_CONTROLLER, View, later};
 use crate::world::{Change, World};
 use crate::{kubevirt, maintenance, names, placement, turns};
 
@@ -69,6 +69,8 @@ pub fn all(world: &World) -> impl Iterator<Item = Name> {
 pub fn affected(change: &Change, world: &World) -> impl Iterator<Item = Name> {
     let maintained = change.latest().and_then(maintenance::node_of);
     let vmis: Vec<_> = match change.latest() {
+        // Each guest's progress is written there.
+        _ if maintained.is_some() && !maintenance::changes_turns(change) => Vec::new(),
         _ if maintained.is_some() => maintained.into_iter().flat_map(|node| world.vmis_on(node)).collect(),
         Some(Object::VirtualMachineInstance(vmi)) => vec![vmi],
         Some(Object::Migration(migration)) => {
@@ -100,8 +102,15 @@ fn opens_or_closes(change: &Change) -> bool {
     of(&change.before) != of(&change.after)
 }
 
-fn is_cordoned(node: &Node) -> bool {
+/// Whether somebody has closed the node.
+pub(crate) fn is_cordoned(node: &Node) -> bool {
     node.spec.as_ref().and_then(|spec| spec.unschedulable) == Some(true)
+}
+
+/// Whether the node carries the drain taint.
+pub(crate) fn is_drained(node: &Node, configuration: &MigrationConfiguration) -> bool {
+    let key = configuration.node_drain_taint_key.as_deref().unwrap_or(names::TAINT_DRAIN);
+    taints(node).any(|taint| taint == key)
 }
 
 /// Decides about the evacuation of one VMI.
@@ -131,8 +140,7 @@ fn wish<'a>(
     let node = vmi.status.node_name.as_deref().filter(|node| !node.is_empty())?;
     let marked = vmi.status.evacuation_node_name.as_deref() == Some(node);
     let object = world.nodes.get(&Name::cluster(node));
-    let key = configuration.node_drain_taint_key.as_deref().unwrap_or(names::TAINT_DRAIN);
-    let drained = object.is_some_and(|object| taints(object).any(|taint| taint == key));
+    let drained = object.is_some_and(|object| is_drained(object, configuration));
     let closed = drained || object.is_some_and(|object| is_cordoned(object));
     let known = vmi.status.evacuation.as_ref().filter(|known| known.node_name.as_deref() == Some(node));
     let reopened = object.is_some() && !closed && known.is_some_and(|known| known.cordoned == Some(true));
@@ -178,22 +186,29 @@ fn pursue(
         // Not moved, or moved by somebody else.
         _ => false,
     };
-    if !ours {
+    if !ours && !wish.marked {
         after.status.evacuation = None;
         condition::remove(&mut after.status.conditions, EVACUATION_STOPPED);
         return;
     }
     let state = after.status.evacuation.get_or_insert_default();
     if state.node_name.as_deref() != Some(wish.node) {
-        *state = EvacuationStatus {
-            node_name: Some(wish.node.to_owned()),
-            start_timestamp: Some(now.clone()),
-            ..EvacuationStatus::default()
-        };
+        *state = EvacuationStatus { node_name: Some(wish.node.to_owned()), ..EvacuationStatus::default() };
     }
     if wish.closed {
         state.cordoned = Some(true);
     }
+    if !ours {
+        // When the node is open again its mark goes as well. Attempts begin anew if it is to be moved after all.
+        *state = EvacuationStatus {
+            node_name: state.node_name.take(),
+            cordoned: state.cordoned,
+            ..EvacuationStatus::default()
+        };
+        condition::remove(&mut after.status.conditions, EVACUATION_STOPPED);
+        return;
+    }
+    state.start_timestamp.get_or_insert_with(|| now.clone());
     let state = state.clone();
     let stop = match migratable.filter(|migratable| migratable.is_false()) {
         Some(blocked) => {
@@ -289,7 +304,7 @@ fn attempt(
     }
     // What the server refuses is not asked for again at once, which each write to the VMI would bring about.
     let asked = state.attempt_timestamp.as_ref().filter(|_| state.migration_name.is_some());
-    if let Some(again) = asked.map(|asked| asked.0 + ASK_AGAIN).filter(|again| view.now < *again) {
+    if let Some(again) = asked.map(|asked| later(asked.0, ASK_AGAIN)).filter(|again| view.now < *again) {
         return then.wake(again);
     }
     let name = state.migration_name.get_or_insert_with(|| {

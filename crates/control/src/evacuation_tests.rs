@@ -310,6 +310,57 @@ fn a_node_that_was_open_all_the_time_ends_no_evacuation() {
 }
 
 #[test]
+fn the_mark_of_one_that_is_not_moved_goes_when_the_node_is_opened() {
+    let gone = |cluster: &Cluster| {
+        let status = vmi(cluster)["status"].clone();
+        assert_eq!((&status["evacuationNodeName"], &status["evacuation"]), (&Value::Null, &Value::Null), "{status}");
+        assert_eq!(condition(cluster, "EvictionRequested"), None);
+    };
+    // Somebody else is to move it.
+    let mut external = cluster();
+    set(&mut external, json!({"spec": {"evictionStrategy": "External"}}));
+    node(&mut external, json!({"unschedulable": true}));
+    mark(&mut external);
+    assert!(open(&external.world).is_empty() && condition(&external, "EvictionRequested").is_some());
+    node(&mut external, json!({"unschedulable": null}));
+    gone(&external);
+
+    // It could be moved at first.
+    let mut cluster = cluster();
+    set(&mut cluster, json!({"spec": {"evictionStrategy": "LiveMigrateIfPossible"}}));
+    node(&mut cluster, json!({"unschedulable": true}));
+    mark(&mut cluster);
+    let first = open(&cluster.world).remove(0);
+    fail_and_settle(&mut cluster);
+    assert_eq!(vmi(&cluster)["status"]["evacuation"]["failedAttempts"], 1);
+    set(&mut cluster, json!({"status": {"conditions": [{"type": "LiveMigratable", "status": "False"}]}}));
+    pass_and_settle(&mut cluster, 60);
+    assert_eq!(vmi(&cluster)["status"]["evacuation"], json!({"nodeName": "node1", "cordoned": true}));
+    assert!(open(&cluster.world).is_empty());
+    let mut again = cluster.clone();
+    set(&mut again, json!({"status": {"conditions": [{"type": "LiveMigratable", "status": "True"}]}}));
+    again.settle();
+    let second = open(&again.world).remove(0);
+    assert_ne!(first["metadata"]["name"], second["metadata"]["name"], "a migration of its own");
+    assert_eq!(vmi(&again)["status"]["evacuation"]["failedAttempts"], Value::Null);
+    node(&mut cluster, json!({"unschedulable": null}));
+    gone(&cluster);
+}
+
+#[test]
+fn an_attempt_at_the_end_of_time_is_waited_for() {
+    let mut cluster = cluster();
+    set(
+        &mut cluster,
+        json!({"status": {"evacuationNodeName": "node1", "evacuation": {
+            "nodeName": "node1", "migrationName": "not-there", "attemptTimestamp": "9999-12-30T22:00:00Z",
+        }}}),
+    );
+    cluster.settle();
+    assert!(open(&cluster.world).is_empty());
+}
+
+#[test]
 fn a_migration_of_a_user_comes_first() {
     let mut cluster = cluster();
     cluster.put(

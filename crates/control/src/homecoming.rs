@@ -20,7 +20,7 @@ use crate::object::{Name, Object, Stored};
 use crate::placement::{self, Room};
 use crate::plan::{EventType, Plan, View};
 use crate::world::{Change, World};
-use crate::{maintenance, names, turns};
+use crate::{evacuation, kubevirt, maintenance, names, turns};
 
 /// The node that a VM is to come back to.
 pub fn home_of(vmi: &VirtualMachineInstance) -> Option<&str> {
@@ -83,8 +83,12 @@ pub fn decide(home: &str, view: &View<'_>) -> Plan {
             waiting.push(vmi);
         }
     }
-    let open = node.is_some_and(|node| is_open(node));
-    let Some(vmi) = waiting.first().filter(|_| open && !busy && plan.effects.is_empty()) else { return plan };
+    let closed = |vmi: &VirtualMachineInstance| node.and_then(|node| closed(node, vmi, view.world));
+    for vmi in &waiting {
+        tell_wait(vmi, closed(vmi).as_deref(), &mut plan);
+    }
+    let next = waiting.iter().find(|vmi| closed(vmi).is_none());
+    let Some(vmi) = next.filter(|_| !busy && plan.effects.is_empty()) else { return plan };
     let migratable = vmi.condition(LIVE_MIGRATABLE).is_some_and(Condition::is_true);
     if !migratable || vmi.status.phase != VmiPhase::Running || turns::is_on_its_way(vmi) {
         if !migratable {
@@ -107,11 +111,39 @@ pub fn decide(home: &str, view: &View<'_>) -> Plan {
     plan
 }
 
-/// Whether the node takes guests, as far as itself says.
-fn is_open(node: &Node) -> bool {
-    let spec = node.spec.as_ref();
-    let tainted = spec.and_then(|spec| spec.taints.as_ref()).is_some_and(|taints| !taints.is_empty());
-    placement::is_ready(node) && !tainted && spec.and_then(|spec| spec.unschedulable) != Some(true)
+/// Why the node does not take this guest for now, as far as itself says. Taints that the guest tolerates do not count, but
+/// for the drain taint: the guest would have to leave at once.
+fn closed(node: &Node, vmi: &VirtualMachineInstance, world: &World) -> Option<String> {
+    let name = Stored::name(node);
+    if evacuation::is_cordoned(node) {
+        return Some(format!("{name} is cordoned"));
+    }
+    if !placement::is_ready(node) {
+        return Some(format!("{name} is not ready"));
+    }
+    if evacuation::is_drained(node, &kubevirt::migration_configuration(world)) {
+        return Some(format!("{name} carries the drain taint"));
+    }
+    let taint = placement::repelling_taint(node, &vmi.spec.tolerations)?;
+    Some(format!("{name} has the taint {}, which it does not tolerate", taint.key))
+}
+
+/// Says once of each reason that it has to wait, and what for.
+fn tell_wait(vmi: &Arc<VirtualMachineInstance>, why: Option<&str>, plan: &mut Plan) {
+    if vmi.annotation(names::ANNOTATION_HOME_CLOSED) == why {
+        return;
+    }
+    let mut after = vmi.as_ref().clone();
+    let annotations = after.metadata.annotations.get_or_insert_default();
+    match why {
+        Some(why) => annotations.insert(names::ANNOTATION_HOME_CLOSED.to_owned(), why.to_owned()),
+        None => annotations.remove(names::ANNOTATION_HOME_CLOSED),
+    };
+    plan.update(vmi.as_ref(), &after);
+    if let Some(why) = why {
+        let (reason, text) = (told::WAITS_TO_RETURN, told::waits_to_return(why));
+        plan.record(vmi.as_ref(), COMPONENT_MAINTENANCE, EventType::Normal, reason, text);
+    }
 }
 
 /// Whether an evacuation has brought it where it is: nobody else has moved it since.
@@ -147,6 +179,7 @@ fn stay(vmi: &Arc<VirtualMachineInstance>, plan: &mut Plan) {
     let mut after = vmi.as_ref().clone();
     if let Some(annotations) = &mut after.metadata.annotations {
         annotations.remove(names::ANNOTATION_HOME);
+        annotations.remove(names::ANNOTATION_HOME_CLOSED);
     }
     plan.update(vmi.as_ref(), &after);
 }

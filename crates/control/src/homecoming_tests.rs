@@ -169,3 +169,51 @@ fn a_journey_that_fails_is_not_made_again() {
     assert_eq!(going_home(&cluster), ["b"]);
     assert_eq!(home(&cluster, "a"), Value::Null);
 }
+
+#[test]
+fn only_taints_that_a_guest_does_not_tolerate_keep_it_away_and_that_is_said() {
+    let taint = |key: &str, effect: &str| json!([{"key": key, "effect": effect}]);
+    let node1 = Name::cluster("node1");
+    let mut cluster = away();
+    let rack = taint("rack", "NoSchedule");
+    cluster.patch(Kind::Node, &node1, json!({"spec": {"taints": rack}}));
+    let tolerations = json!([{"operator": "Exists"}]);
+    let b = Name::new("ns", "b");
+    cluster.patch(Kind::VirtualMachineInstance, &b, json!({"spec": {"tolerations": tolerations}}));
+    end(&mut cluster);
+    assert_eq!(cluster.get(Kind::Node, &node1).unwrap()["spec"]["taints"][0]["key"], "rack");
+    assert_eq!((going_home(&cluster), home(&cluster, "a")), (vec!["b".to_owned()], json!("node1")));
+    let told = |cluster: &Cluster| -> Vec<String> {
+        let waits = cluster.events.iter().filter(|event| event.reason == "WaitsToReturn");
+        waits.map(|event| format!("{} {}", event.target.name, event.message)).collect()
+    };
+    let text = "ns/a It returns when the node that it left for a maintenance takes it: \
+                node1 has the taint rack, which it does not tolerate";
+    assert_eq!(told(&cluster), [text]);
+    cluster.patch(Kind::Node, &node1, json!({"metadata": {"labels": {"more": "news"}}}));
+    cluster.settle();
+    assert_eq!(told(&cluster).len(), 1, "once");
+    arrive(&mut cluster, "node1");
+    cluster.settle();
+    assert_eq!(going_home(&cluster), Vec::<String>::new());
+
+    cluster.patch(Kind::Node, &node1, json!({"spec": {"taints": taint("rack", "PreferNoSchedule")}}));
+    cluster.settle();
+    assert_eq!(going_home(&cluster), ["a"]);
+    let annotations = |name: &str| {
+        cluster.get(Kind::VirtualMachineInstance, &Name::new("ns", name)).unwrap()["metadata"]["annotations"].clone()
+    };
+    assert!(annotations("a").get("godwit.io/home-closed").is_none());
+    assert!(annotations("b").get("godwit.io/home-closed").is_none());
+
+    // The drain taint keeps off whom it would only send away again.
+    let mut cluster = away();
+    for name in ["a", "b"] {
+        let name = Name::new("ns", name);
+        cluster.patch(Kind::VirtualMachineInstance, &name, json!({"spec": {"tolerations": tolerations}}));
+    }
+    cluster.patch(Kind::Node, &node1, json!({"spec": {"taints": taint("kubevirt.io/drain", "NoSchedule")}}));
+    end(&mut cluster);
+    assert_eq!((going_home(&cluster), home(&cluster, "a")), (vec![], json!("node1")));
+    assert!(cluster.has_event("WaitsToReturn", "node1 carries the drain taint"));
+}

@@ -13,7 +13,7 @@ use smol_str::SmolStr;
 
 use crate::names;
 use crate::object::{Name, Object, Stored};
-use crate::plan::{EventType, NODE_CONTROLLER, Plan, View};
+use crate::plan::{EventType, NODE_CONTROLLER, Plan, View, later};
 use crate::world::Change;
 
 /// How long a node may be silent when its lease does not say (Kubernetes' node-monitor-grace-period).
@@ -46,7 +46,7 @@ pub fn decide(name: &str, view: &View<'_>) -> Plan {
     if let Some(heartbeat) =
         node.annotation(names::ANNOTATION_HEARTBEAT).and_then(|text| text.parse::<Timestamp>().ok())
     {
-        let silent_from = heartbeat + HANDLER_GRACE;
+        let silent_from = later(heartbeat, HANDLER_GRACE);
         if view.now < silent_from {
             plan.wake(silent_from);
         } else if node.label(names::LABEL_SCHEDULABLE) != Some("false") {
@@ -202,6 +202,20 @@ mod tests {
 
     fn counts_as_silent(cluster: &Cluster) -> bool {
         is_lost("node1", &View { now: cluster.now, world: &cluster.world, settings: &cluster.settings })
+    }
+
+    #[test]
+    fn a_heartbeat_at_the_end_of_time_is_no_silence() {
+        let mut cluster = Cluster::new();
+        cluster.add_node("node1");
+        let name = Name::cluster("node1");
+        for time in ["9999-12-30T22:00:00Z", "9999-12-30T21:59:00Z"] {
+            let annotations = json!({names::ANNOTATION_HEARTBEAT: time});
+            cluster.patch(Kind::Node, &name, json!({"metadata": {"annotations": annotations}}));
+            cluster.settle();
+            let node = cluster.get(Kind::Node, &name).unwrap();
+            assert_eq!(node["metadata"]["labels"]["kubevirt.io/schedulable"], "true");
+        }
     }
 
     #[test]

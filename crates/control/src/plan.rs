@@ -1,6 +1,6 @@
 //! What a decision yields: effects as data, and when to look again.
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use serde_json::{Map, Value};
 
 use crate::Settings;
@@ -25,6 +25,11 @@ pub struct Plan {
     pub effects: Vec<Effect>,
     /// Decide again at this time at the latest.
     pub wake_at: Option<Timestamp>,
+}
+
+/// So long after a time that an object says, or the last time there is: anybody may have written any time there.
+pub(crate) fn later(time: Timestamp, pause: SignedDuration) -> Timestamp {
+    time.checked_add(pause).unwrap_or(Timestamp::MAX)
 }
 
 /// One write to the API server.
@@ -67,7 +72,7 @@ pub enum Effect {
         pod: Ref,
         /// Its UID.
         uid: String,
-        /// The server may say "not now" (429): that is learned ([`World::refuse_eviction`]) and the plan goes on.
+        /// The server may say no, or not now: that is learned ([`World::refuse_eviction`]) and the plan goes on.
         or_learn: bool,
     },
     /// Tell people about it.
@@ -260,6 +265,14 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    #[test]
+    fn no_time_that_somebody_wrote_is_too_late_to_count_from() {
+        let pause = SignedDuration::from_secs(60);
+        assert_eq!(later(Timestamp::UNIX_EPOCH, pause), Timestamp::from_second(60).unwrap());
+        assert_eq!(later(Timestamp::MAX, pause), Timestamp::MAX);
+        assert_eq!(later(Timestamp::UNIX_EPOCH, SignedDuration::MAX), Timestamp::MAX);
+    }
 
     #[test]
     fn difference_sets_changes_and_removes() {

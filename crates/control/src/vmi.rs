@@ -24,7 +24,7 @@ use crate::names;
 use crate::object::{Name, Stored};
 use crate::persistent_state;
 use crate::placement;
-use crate::plan::{EventType, Plan, VM_CONTROLLER, View};
+use crate::plan::{EventType, Plan, VM_CONTROLLER, View, later};
 use crate::quota;
 use crate::volume_update;
 use crate::volumes;
@@ -270,7 +270,7 @@ fn lose(
         AtTarget::Yes => return,
         AtTarget::OutOfReach => return plan.wake(view.now + crate::node::LOOK_AGAIN),
         AtTarget::Perhaps { reachable_since } => {
-            let end = since.max(reachable_since) + HAND_OVER_GRACE;
+            let end = later(since.max(reachable_since), HAND_OVER_GRACE);
             if view.now < end {
                 plan.wake(end);
                 let mut told = Condition::new(conditions::READY, false).because(why.0, why.1);

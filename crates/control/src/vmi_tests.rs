@@ -232,6 +232,14 @@ fn a_source_that_ends_in_the_hand_over_is_not_the_end_of_the_guest() {
     assert_eq!(vmi(&cluster, "demo")["status"]["phase"], "Running", "the target's handler may yet report the guest");
     let grace = cluster.decide(&Key::Vmi(name("demo"))).wake_at.unwrap();
     assert_eq!(grace.duration_since(cluster.now).as_secs(), 60);
+    // A node that claims to have come back at the end of time has not had its chance.
+    let mut late = cluster.clone();
+    let target = vmi(&late, "demo")["status"]["migrationState"]["targetNode"].as_str().unwrap().to_owned();
+    let ready = json!([{"type": "Ready", "status": "True", "lastTransitionTime": "9999-12-30T22:00:00Z"}]);
+    late.patch(Kind::Node, &Name::cluster(target), json!({"status": {"conditions": ready}}));
+    late.pass(90);
+    late.settle();
+    assert_eq!(vmi(&late, "demo")["status"]["phase"], "Running");
     // It does: all is well.
     let target = vmi(&cluster, "demo")["status"]["migrationState"]["targetNode"].clone();
     cluster.patch(Kind::VirtualMachineInstance, &name("demo"), json!({"status": {"nodeName": target}}));

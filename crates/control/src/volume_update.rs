@@ -21,7 +21,7 @@ use std::sync::Arc;
 
 use crate::names;
 use crate::object::{Name, Stored};
-use crate::plan::{Plan, View};
+use crate::plan::{Plan, View, later};
 use crate::{hotplug, quantity, selector, vm, volumes};
 
 /// Label of the migrations that move volumes; its value is the VM's name (KubeVirt's).
@@ -383,7 +383,7 @@ fn migrate(vm: &VirtualMachine, vmi: &VirtualMachineInstance, view: &View<'_>, p
     let mut told = MIGRATE_VOLUMES.to_owned();
     if let Some((last, at)) = last.and_then(|last| Some((last, created(last)?))) {
         let pause = count.saturating_mul(count).saturating_mul(10).min(MAX_BACK_OFF_SECONDS);
-        let next = at + SignedDuration::from_secs(pause);
+        let next = later(at, SignedDuration::from_secs(pause));
         let state = last.status.migration_state.as_ref();
         let why = state.and_then(|state| state.failure_reason.as_deref()).unwrap_or("it gave no reason");
         told = format!("{told}; the last migration failed, and the guest stays where it was: {why}");

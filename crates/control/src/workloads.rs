@@ -18,7 +18,7 @@ use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
 use crate::object::{Name, Stored};
-use crate::plan::{Effect, EventType, Plan, View};
+use crate::plan::{Effect, EventType, Plan, View, later};
 use crate::world::World;
 use crate::{kubevirt, names, placement, turns, vmi};
 
@@ -163,7 +163,7 @@ fn history(vmi: &VirtualMachineInstance, view: &View<'_>) -> (Option<String>, Op
             .map(|time| time.0)
     });
     let doublings = u32::try_from(failed.saturating_sub(1)).unwrap_or(MOST_DOUBLINGS).min(MOST_DOUBLINGS);
-    let next = ended.filter(|_| failed > 0).map(|ended| ended + FIRST_PAUSE * 2_i32.pow(doublings));
+    let next = ended.filter(|_| failed > 0).map(|ended| later(ended, FIRST_PAUSE * 2_i32.pow(doublings)));
     (last.map(|migration| migration.uid().to_owned()), next)
 }
 
@@ -194,7 +194,7 @@ fn evict(
     let interval = interval.filter(|interval| interval.is_positive()).unwrap_or(INTERVAL);
     let last = after.metadata.annotations.as_ref().and_then(|all| all.get(ANNOTATION_LAST_BATCH));
     let last = last.and_then(|text| text.parse::<Timestamp>().ok());
-    if let Some(next) = last.map(|last| last + interval).filter(|next| view.now < *next) {
+    if let Some(next) = last.map(|last| later(last, interval)).filter(|next| view.now < *next) {
         return plan.wake(next);
     }
     let most = usize::try_from(strategy.batch_eviction_size.unwrap_or(BATCH)).unwrap_or(0);

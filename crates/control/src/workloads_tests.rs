@@ -157,3 +157,17 @@ fn what_cannot_be_moved_is_evicted_in_batches() {
     assert_eq!(evicted(&cluster), 2);
     assert_eq!(updates(&cluster), Vec::<Value>::new());
 }
+
+#[test]
+fn a_time_without_end_is_waited_for() {
+    let interval = format!("{}s", i64::MAX);
+    let strategy =
+        json!({"workloadUpdateMethods": ["Evict"], "batchEvictionSize": 1, "batchEvictionInterval": interval});
+    let mut cluster = cluster(strategy, &["a", "b"]);
+    age(&mut cluster, "a");
+    age(&mut cluster, "b");
+    cluster.pass(3600);
+    cluster.settle();
+    let going = cluster.world.pods.iter().filter(|pod| pod.metadata.deletion_timestamp.is_some()).count();
+    assert_eq!(going, 1);
+}

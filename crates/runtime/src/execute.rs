@@ -308,12 +308,18 @@ impl Executor {
                 self.look(pod, learned).await?;
                 Err(Failure::Conflict)
             }
-            Err(error) if or_learn && status_of(&error).is_some_and(|status| matches!(status.code, 400..=499)) => {
-                let why = status_of(&error).map(|status| status.message.clone()).unwrap_or_default();
-                learned.push(Learned::NotEvicted(pod.clone(), uid, why));
-                Ok(())
-            }
-            Err(error) => Err(refused(&what, &error)),
+            Err(error) => match status_of(&error).filter(|_| or_learn) {
+                // Also what it calls its own fault (a pod with two budgets): the pods after this one are not to wait for it.
+                Some(status) => {
+                    let why = match status.message.as_str() {
+                        "" => format!("the server answered {}", status.code),
+                        why => why.to_owned(),
+                    };
+                    learned.push(Learned::NotEvicted(pod.clone(), uid, why));
+                    Ok(())
+                }
+                None => Err(refused(&what, &error)),
+            },
         }
     }
 }

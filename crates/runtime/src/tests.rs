@@ -107,6 +107,25 @@ async fn a_conflict_ends_the_plan_and_brings_the_fresh_state() {
 }
 
 #[tokio::test]
+async fn an_eviction_that_the_server_answers_with_an_error_keeps_no_other_from_being_asked_for() {
+    let evict = |name: &str, or_learn| Effect::Evict {
+        pod: Ref::new(Kind::Pod, Name::new("ns", name)),
+        uid: format!("uid-{name}"),
+        or_learn,
+    };
+    for code in [403, 429, 500, 503] {
+        let two = |or_learn| vec![evict("p", or_learn), evict("q", or_learn)];
+        let (learned, result, asked, _) = carry_out(two(true), vec![refusal(code, "no"), refusal(code, "")]).await;
+        assert!(result.is_ok(), "{code}");
+        assert_eq!(asked.len(), 2, "{code}");
+        let silent = format!("Pod ns/q uid-q not evicted: the server answered {code}");
+        assert_eq!(revisions(&learned), ["Pod ns/p uid-p not evicted: no".to_owned(), silent]);
+        let (learned, result, ..) = carry_out(two(false), vec![refusal(code, "no")]).await;
+        assert!(matches!(result, Err(Failure::Refused(_))) && learned.is_empty(), "{code}");
+    }
+}
+
+#[tokio::test]
 async fn what_is_there_already_is_fine_if_it_is_ours() {
     let ours = Object::from_value(Kind::Pod, pod("owner", "1")).unwrap();
     let create = || vec![Effect::Create(Box::new(ours.clone()))];

@@ -245,4 +245,11 @@ pub mod maintenance {
     /// On the VMI, a warning: it was to come back after a maintenance, and does not.
     pub const STAYS_AWAY: (&str, &str) =
         ("StaysAway", "It stays where it is: the node that it left for a maintenance does not take it back");
+    /// On the VMI: it is to come back after a maintenance, and its home does not take it for now.
+    pub const WAITS_TO_RETURN: &str = "WaitsToReturn";
+
+    /// The text of [`WAITS_TO_RETURN`]; `why` names the node.
+    pub fn waits_to_return(why: &str) -> String {
+        format!("It returns when the node that it left for a maintenance takes it: {why}")
+    }
 }

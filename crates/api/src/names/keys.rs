@@ -143,6 +143,8 @@ pub const LABEL_EXCLUDE_FROM_REMEDIATION: &str = "remediation.medik8s.io/exclude
 pub const ANNOTATION_MAINTENANCE: &str = "godwit.io/maintenance";
 /// Godwit's own: the node that a VM comes back to after its maintenance, on VMIs.
 pub const ANNOTATION_HOME: &str = "godwit.io/home";
+/// Godwit's own: why that node does not take the VM back for now, on VMIs.
+pub const ANNOTATION_HOME_CLOSED: &str = "godwit.io/home-closed";
 /// Godwit's own: the node that a migration brings its VM back to, on VMIMs.
 pub const ANNOTATION_HOMECOMING: &str = "godwit.io/homecoming";
 /// The taint that empties a node.

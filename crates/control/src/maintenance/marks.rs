@@ -41,6 +41,11 @@ fn marks_of(node: &Node) -> Option<Marks> {
     node.annotation(names::ANNOTATION_MAINTENANCE).map(|text| serde_json::from_str(text).unwrap_or_default())
 }
 
+/// Whether it is this maintenance that has closed the node.
+pub fn are_of(node: &Node, one: &Held<'_>) -> bool {
+    marks_of(node).is_some_and(|marks| !marks.uid.is_empty() && Some(&marks.uid) == one.meta.uid.as_ref())
+}
+
 /// Closes the node, as far as it is not. Says whether it was closed already.
 pub fn set(node: &Node, one: &Held<'_>, now: Timestamp, plan: &mut Plan) -> bool {
     // Of a maintenance that left no other trace, what it did is taken over.

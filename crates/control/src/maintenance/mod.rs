@@ -155,6 +155,15 @@ pub fn changes_room(change: &Change) -> bool {
     of(&change.before) != of(&change.after)
 }
 
+/// Whether a change of a NodeMaintenance changes whose turn it is to leave ([`holds_back`]).
+pub fn changes_turns(change: &Change) -> bool {
+    let of = |side: &Option<Object>| {
+        let one = side.as_ref().and_then(of_object).filter(Held::is_in_force)?;
+        Some((one.spec.node_name.clone(), one.spec.max_parallel, one.status.leaving.clone()))
+    };
+    of(&change.before) != of(&change.after)
+}
+
 /// Decides about one NodeMaintenance.
 pub fn decide(kind: Kind, name: &str, view: &View<'_>) -> Plan {
     let name = Name::cluster(name);
@@ -346,10 +355,14 @@ impl<'a> Work<'a> {
         self.events.push((EventType::Warning, told::FAILED));
     }
 
-    /// Takes back what it has done. Done again, it does nothing.
+    /// Takes back what it has done. Done again, it does nothing: what others want of the node then is theirs.
     fn end(&mut self) {
         let Self { one, view, .. } = *self;
         let node = view.world.nodes.get(&Name::cluster(one.spec.node_name.as_str()));
+        // Failed is written last. Only an earlier leader can have closed the node once more.
+        if one.status.phase == Phase::Failed && !node.is_some_and(|node| marks::are_of(node, &one)) {
+            return;
+        }
         // What another maintenance does is not undone.
         let other = of(&one.spec.node_name, view.world).is_some_and(|other| other.age() != one.age());
         if let Some(node) = node.filter(|_| !other) {

@@ -466,3 +466,65 @@ fn so_many_leave_at_once_as_it_says() {
     cluster.settle();
     assert_eq!((leaving(&cluster), moved(&cluster).len()), (Value::Null, 3));
 }
+
+#[test]
+fn a_failed_one_leaves_the_next_drain_alone() {
+    const KIND: Kind = Kind::NodeMaintenance;
+    let mut cluster = two_nodes();
+    pod(&mut cluster, "guarded", json!({"annotations": {"test/budget": "no"}}));
+    begin(&mut cluster, KIND, json!({"deadline": "1m"}));
+    cluster.pass(60);
+    cluster.settle();
+    assert_eq!(object(&cluster, KIND)["status"]["phase"], "Failed");
+
+    // A drain by hand.
+    guest(&mut cluster, "mover", Some("LiveMigrate"), true);
+    cluster.patch(Kind::Node, &Name::cluster(NODE), json!({"spec": {"unschedulable": true}}));
+    let mover = Name::new("ns", "mover");
+    cluster.patch(Kind::VirtualMachineInstance, &mover, json!({"status": {"evacuationNodeName": NODE}}));
+    let goes_on = |cluster: &Cluster| {
+        let vmi = cluster.get(Kind::VirtualMachineInstance, &mover).unwrap();
+        assert_eq!(vmi["status"]["evacuationNodeName"], NODE);
+        assert_eq!(node(cluster)["spec"]["unschedulable"], true);
+        let open: Vec<_> = cluster.world.migrations.iter().filter(|one| !one.is_final()).collect();
+        assert!(open.len() == 1 && !open[0].is_deleting(), "{open:?}");
+    };
+    cluster.settle();
+    goes_on(&cluster);
+
+    // What an earlier leader still wrote in its name is taken back.
+    let uid = object(&cluster, KIND)["metadata"]["uid"].clone();
+    let marks = json!({"uid": uid, "taints": ["medik8s.io/drain"]}).to_string();
+    let taints_now = json!([{"key": "medik8s.io/drain", "effect": "NoSchedule"}]);
+    let patch = json!({"metadata": {"annotations": {"godwit.io/maintenance": marks}}, "spec": {"taints": taints_now}});
+    let mut strayed = cluster.clone();
+    strayed.patch(Kind::Node, &Name::cluster(NODE), patch);
+    strayed.settle();
+    assert_eq!(taints(&strayed), Vec::<String>::new());
+
+    end(&mut cluster, KIND);
+    assert_eq!(cluster.get(KIND, &Name::cluster("m")), None);
+    goes_on(&cluster);
+}
+
+#[test]
+fn guests_are_only_looked_at_when_their_turn_may_have_come() {
+    use crate::world::Change;
+    const KIND: Kind = Kind::NodeMaintenance;
+    let mut cluster = two_nodes();
+    guest(&mut cluster, "mover", Some("LiveMigrate"), true);
+    begin(&mut cluster, KIND, json!({"maxParallel": 1}));
+    let before = object(&cluster, KIND);
+    let wakes = |at: &str, value: Value| {
+        let mut after = before.clone();
+        *after.pointer_mut(at).unwrap() = value;
+        let read = |value: &Value| Some(Object::from_value(KIND, value.clone()).unwrap());
+        let change = Change { before: read(&before), after: read(&after) };
+        Key::affected(&change, &cluster.world).contains(&Key::Evacuation(Name::new("ns", "mover")))
+    };
+    assert!(!wakes("/status/drainProgress", json!(50)));
+    assert!(!wakes("/status/virtualMachineInstances", json!([])));
+    assert!(wakes("/status/leaving", json!(["ns/other"])));
+    assert!(wakes("/spec/maxParallel", json!(2)));
+    assert!(wakes("/status/phase", json!("Failed")));
+}

@@ -202,9 +202,7 @@ impl<'a> Fit<'a> {
             return one(1, TO_BE_EMPTY.into());
         }
         let tolerations = self.spec.tolerations.as_deref().unwrap_or_default();
-        let taints = node_spec.and_then(|spec| spec.taints.as_deref()).unwrap_or_default();
-        let hard = taints.iter().filter(|taint| matches!(taint.effect.as_str(), "NoSchedule" | "NoExecute"));
-        if let Some(taint) = hard.into_iter().find(|taint| !tolerated(taint, tolerations)) {
+        if let Some(taint) = repelling_taint(node, tolerations) {
             let value = taint.value.as_deref().unwrap_or_default();
             return one(2, format!("node(s) had untolerated taint {{{}: {value}}}", taint.key).into());
         }
@@ -278,6 +276,13 @@ struct Rank<'a> {
     /// Pods that ask for nothing spread by number.
     pods: i128,
     name: &'a str,
+}
+
+/// A taint of the node that keeps off pods with these tolerations.
+pub(crate) fn repelling_taint<'a>(node: &'a Node, tolerations: &[Toleration]) -> Option<&'a Taint> {
+    let taints = node.spec.as_ref().and_then(|spec| spec.taints.as_deref()).unwrap_or_default();
+    let mut hard = taints.iter().filter(|taint| matches!(taint.effect.as_str(), "NoSchedule" | "NoExecute"));
+    hard.find(|taint| !tolerated(taint, tolerations))
 }
 
 fn tolerated(taint: &Taint, tolerations: &[Toleration]) -> bool {

@@ -14,6 +14,7 @@ use godwit_api::migration::NodeVerdict;
 use k8s_openapi::api::core::v1::{Node, Pod, PodCondition};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
+pub(crate) use fit::repelling_taint;
 pub use load::{Capacity, Load, Loads, Requests, requests};
 pub(crate) use neighbours::{label, repelled};
 
