@@ -27,6 +27,8 @@ use crate::world::{Change, World, vmi_of_pod};
 
 /// So long after a lease has run out its node's guests count as ended.
 const MARGIN: SignedDuration = SignedDuration::from_secs(fence::MARGIN.as_secs().cast_signed());
+/// No lease promises less: a handler puts its fence off by its own times, whatever is written there.
+const DURATION: SignedDuration = SignedDuration::from_secs(fence::DURATION.as_secs().cast_signed());
 /// A node is heard steadily while its renewals are no further apart.
 const STEADY: SignedDuration = SignedDuration::from_secs(fence::STEADY_GAP.as_secs().cast_signed());
 
@@ -71,7 +73,7 @@ pub fn lease_of<'a>(node: &str, world: &'a World) -> Option<&'a Arc<Lease>> {
 /// How long the guests may run after a renewal; `None` when the lease promises nothing.
 fn promised(lease: &Lease) -> Option<SignedDuration> {
     let seconds = lease.spec.as_ref()?.lease_duration_seconds.filter(|seconds| *seconds > 0)?;
-    renewed(lease).map(|_| SignedDuration::from_secs(i64::from(seconds)))
+    renewed(lease).map(|_| SignedDuration::from_secs(i64::from(seconds)).max(DURATION))
 }
 
 /// When the lease was renewed, by its node's clock, as it is spelled there.
@@ -223,6 +225,10 @@ pub fn waits_for(node: &str, pod: &str, world: &World) -> String {
             names::KUBEVIRT_NAMESPACE
         ),
         Some(lease) => match peers(lease).next() {
+            Some(names::FENCE_NO_PEERS) => {
+                "its virt-handler knows of no other node, so its guests run on for as long as it does not reach the API server"
+                    .to_owned()
+            }
             None => "no other node is heard that shows that this is not the controllers' own fault".to_owned(),
             Some(_) => format!(
                 "its guests run on while none of the nodes {} reaches the API server, and none has been heard for long enough",

@@ -186,6 +186,35 @@ fn a_node_without_a_lease_is_waited_for_and_the_vmi_says_so() {
 }
 
 #[test]
+fn a_guest_of_a_node_that_asks_nobody_is_waited_for_and_the_vmi_says_so() {
+    let mut cluster = cluster();
+    live(&mut cluster, 60, &NODES);
+    let dead = run_vm(&mut cluster, "demo", "Always");
+    let second = cluster.now.as_second() - 100_000;
+    renew_at(&mut cluster, &dead, second + 1, crate::names::FENCE_NO_PEERS);
+    let silent = json!({"status": {"conditions": [{"type": "Ready", "status": "Unknown"}]}});
+    cluster.patch(Kind::Node, &Name::cluster(dead.as_str()), silent);
+    live(&mut cluster, 600, &others(&dead));
+    assert!(!is_lost(&cluster, &dead));
+    let vmi = get(&cluster, Kind::VirtualMachineInstance, "demo");
+    let told = vmi["status"]["conditions"].as_array().unwrap().iter().find(|one| one["type"] == "Synchronized");
+    let told = told.expect("it says what it waits for")["message"].as_str().unwrap().to_owned();
+    assert!(told.contains("its virt-handler knows of no other node") && !told.contains('*'), "{told}");
+}
+
+#[test]
+fn a_lease_that_says_less_than_what_handlers_keep_is_not_believed() {
+    let mut cluster = cluster();
+    live(&mut cluster, 60, &NODES);
+    let lease = Name::new("kubevirt", "virt-handler-node1");
+    cluster.patch(Kind::Lease, &lease, json!({"spec": {"leaseDurationSeconds": 1}}));
+    live(&mut cluster, 24, &["node2", "node3"]);
+    assert!(!is_lost(&cluster, "node1"));
+    live(&mut cluster, 12, &["node2", "node3"]);
+    assert!(is_lost(&cluster, "node1"));
+}
+
+#[test]
 fn who_hears_nobody_counts_nobody_as_lost() {
     let mut cluster = cluster();
     live(&mut cluster, 60, &NODES);

@@ -6,13 +6,14 @@
 mod common;
 
 use common::{Cluster, ROM_IMAGE, qemus, status};
-use godwit_api::names::fence::{DURATION, MARGIN};
+use godwit_api::names::fence::{DURATION, LEASE_PREFIX, MARGIN, RENEW_EVERY};
 use godwit_api::names::{ANNOTATION_FENCE_PEERS, ANNOTATION_FENCED};
 use godwit_bench::witness::{Beat, Station, Witness, complaint};
 use godwit_guest_rom::Parameters;
 use godwit_standalone::Layout;
-use kube::Api;
+use k8s_openapi::api::coordination::v1::Lease;
 use kube::api::{ApiResource, DynamicObject, GroupVersionKind};
+use kube::{Api, ResourceExt};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
@@ -147,6 +148,39 @@ impl Stage {
         Api::all_with(self.cluster.client.clone(), &ApiResource::from_gvk(&GroupVersionKind::gvk("", "v1", "Node")))
     }
 
+    /// Waits until the leases of these many nodes name all the others: the first ones that they write may not know them yet.
+    async fn name_each_other(&self, nodes: u8) {
+        for number in 1..=nodes {
+            let others: Vec<String> =
+                (1..=nodes).filter(|other| *other != number).map(|other| format!("node{other}")).collect();
+            let named = |lease: &DynamicObject| {
+                let annotations = lease.metadata.annotations.as_ref();
+                annotations.and_then(|all| all.get(ANNOTATION_FENCE_PEERS)) == Some(&others.join(","))
+            };
+            let lease = format!("{LEASE_PREFIX}node{number}");
+            self.cluster.wait(&self.leases(), &lease, "it names the other nodes", named).await;
+        }
+    }
+
+    /// Waits for a moment at which all nodes have just renewed their leases: those that lose their contact at the same time say so at the
+    /// same time. Their renewals are not in step, so there need not be a moment at which all are much younger than this.
+    async fn have_just_renewed(&self, nodes: usize) {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let leases: Api<Lease> = Api::namespaced(self.cluster.client.clone(), "kubevirt");
+            let leases = leases.list(&Default::default()).await.expect("list leases").items;
+            let now = SystemTime::now();
+            let fences = leases.iter().filter(|lease| lease.name_any().starts_with(LEASE_PREFIX));
+            let renewed = fences.filter_map(|lease| lease.spec.as_ref()?.renew_time.as_ref());
+            let ages: Vec<Duration> = renewed.map(|at| now.duration_since(at.0.into()).unwrap_or_default()).collect();
+            if ages.len() == nodes && ages.iter().all(|age| *age < RENEW_EVERY) {
+                return;
+            }
+            assert!(Instant::now() < deadline, "leases were renewed {ages:?} ago\n{}", self.cluster.words());
+            tokio::time::sleep(MOMENT).await;
+        }
+    }
+
     /// The node says that it has fenced its guest.
     async fn says_that_it_fenced(&self, number: u8) {
         let node = format!("node{number}");
@@ -167,6 +201,7 @@ impl Stage {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_node_without_its_lease_stops_its_guests_whatever_hangs_and_says_so_when_it_is_back() {
     let stage = Stage::start(4).await;
+    stage.name_each_other(4).await;
     let mut guests = Vec::new();
     for number in 1..=3 {
         guests.push(stage.qemu(number).await);
@@ -198,17 +233,11 @@ async fn a_node_without_its_lease_stops_its_guests_whatever_hangs_and_says_so_wh
 async fn a_control_plane_that_is_away_stops_no_guest_and_starts_none_again() {
     let mut stage = Stage::start(3).await;
     let mut guests = Vec::new();
+    stage.name_each_other(3).await;
     for number in 1..=3_u8 {
-        let others: Vec<String> =
-            (1..=3).filter(|other| *other != number).map(|other| format!("node{other}")).collect();
-        let named = |lease: &DynamicObject| {
-            let annotations = lease.metadata.annotations.as_ref();
-            annotations.and_then(|all| all.get(ANNOTATION_FENCE_PEERS)) == Some(&others.join(","))
-        };
-        let lease = format!("virt-handler-node{number}");
-        stage.cluster.wait(&stage.leases(), &lease, "it names the other nodes", named).await;
         guests.push(stage.qemu(number).await);
     }
+    stage.have_just_renewed(3).await;
     let away = SystemTime::now();
     let control_plane = Stopped::stop(stage.cluster.pid("control-plane"));
     for number in 1..=3 {

@@ -1,6 +1,7 @@
 //! Following one launcher over its socket.
 
-use std::path::PathBuf;
+use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
@@ -51,7 +52,8 @@ impl Follower {
         let (states, _) = watch::channel(Launcher::Waiting);
         let client = Client::new(folder.join("launcher.sock"));
         let pid = Arc::new(AtomicU32::new(0));
-        let task = tokio::spawn(follow(folder.clone(), client.clone(), states.clone(), pid.clone(), wake));
+        let task =
+            tokio::spawn(follow(folder.clone(), client.clone(), states.clone(), pid.clone(), wake, fence.clone()));
         let fence = tokio::spawn(tell(folder.clone(), client.clone(), fence, guest));
         Self { client, folder, states, pid, task, fence }
     }
@@ -130,10 +132,15 @@ async fn follow(
     states: watch::Sender<Launcher>,
     pid: Arc<AtomicU32>,
     wake: Arc<Notify>,
+    fence: Fence,
 ) {
     let began = Instant::now();
     loop {
-        if let Some(peer) = peer(&folder).await
+        let peer = peer(&folder).await.ok().flatten();
+        if let Some(peer) = peer {
+            fence.met().note(&folder, peer);
+        }
+        if let Some(peer) = peer
             && let Ok(mut watch) = client.watch().await
         {
             pid.store(peer, Ordering::Release);
@@ -177,13 +184,13 @@ async fn follow(
 }
 
 /// The `ephemeral-disks` volume of the pod with this `sockets` volume.
-pub(crate) fn disks_of(sockets: &std::path::Path) -> Option<PathBuf> {
+pub(crate) fn disks_of(sockets: &Path) -> Option<PathBuf> {
     Some(sockets.parent()?.join("ephemeral-disks"))
 }
 
 /// What a launcher that is no more has written down: about its guest's departure, as the go may still have to be given, or that
 /// it was fenced.
-fn written_down(sockets: &std::path::Path) -> Option<State> {
+fn written_down(sockets: &Path) -> Option<State> {
     let disks = disks_of(sockets)?;
     if let Some(facts) = godwit_launcher::record::read_departed(&disks).ok()? {
         return Some(State { phase: DomainPhase::MigratedAway, migration: Some(facts), ..State::default() });
@@ -201,11 +208,24 @@ fn after(known: &State, last: State) -> State {
     last
 }
 
-/// Who listens on the launcher's socket.
-pub(crate) async fn peer(folder: &std::path::Path) -> Option<u32> {
-    let dir = SocketDir::open(folder.to_owned()).ok()?;
-    let stream: UnixStream = dir.connect("launcher.sock").await.ok()?;
-    u32::try_from(stream.peer_cred().ok()?.pid()?).ok()
+/// Who listens on the launcher's socket, if anybody does.
+///
+/// # Errors
+/// When that cannot be told: this process has too many open files, or the launcher stands still and its queue of connections is
+/// full.
+pub(crate) async fn peer(folder: &Path) -> io::Result<Option<u32>> {
+    use io::ErrorKind::{ConnectionRefused, NotADirectory, NotFound};
+    match listener(folder).await {
+        Ok(pid) => Ok(Some(pid)),
+        Err(error) if matches!(error.kind(), NotFound | NotADirectory | ConnectionRefused) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+async fn listener(folder: &Path) -> io::Result<u32> {
+    let stream: UnixStream = SocketDir::open(folder.to_owned())?.connect("launcher.sock").await?;
+    let pid = stream.peer_cred()?.pid().and_then(|pid| u32::try_from(pid).ok()).filter(|pid| *pid != 0);
+    pid.ok_or_else(|| io::Error::other("whoever listens has no number here"))
 }
 
 #[cfg(test)]
@@ -231,6 +251,20 @@ mod tests {
                 return;
             }
         }
+    }
+
+    #[tokio::test]
+    async fn nobody_listens_only_where_the_socket_says_so() {
+        let folder = tempfile::tempdir().unwrap();
+        assert_eq!(peer(&folder.path().join("none")).await.unwrap(), None);
+        assert_eq!(peer(folder.path()).await.unwrap(), None);
+        let full = crate::testing::FullSocket::listen(folder.path());
+        assert!(peer(folder.path()).await.is_err(), "it listens, and stands still");
+        drop(full);
+        assert_eq!(peer(folder.path()).await.unwrap(), None, "it has ended and left its socket");
+        let _listener = UnixListener::bind(folder.path().join("second")).unwrap();
+        std::fs::rename(folder.path().join("second"), folder.path().join("launcher.sock")).unwrap();
+        assert_eq!(peer(folder.path()).await.unwrap(), Some(std::process::id()));
     }
 
     #[tokio::test]

@@ -9,8 +9,38 @@ mod real;
 use std::path::Path;
 
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
+use socket2::{Domain, SockAddr, Socket, Type};
 
+use crate::sockets::SocketDir;
 use crate::tls::{Identity, TlsPaths};
+
+/// A launcher's socket whose queue is full: whoever listens stands still.
+pub struct FullSocket {
+    _listener: Socket,
+    _queued: Vec<Socket>,
+}
+
+impl FullSocket {
+    pub fn listen(folder: &Path) -> Self {
+        let dir = SocketDir::open(folder.to_owned()).unwrap();
+        let address = SockAddr::unix(dir.short("launcher.sock")).unwrap();
+        let listener = Socket::new(Domain::UNIX, Type::STREAM, None).unwrap();
+        listener.bind(&address).unwrap();
+        listener.listen(0).unwrap();
+        let mut queued = Vec::new();
+        loop {
+            let socket = Socket::new(Domain::UNIX, Type::STREAM, None).unwrap();
+            socket.set_nonblocking(true).unwrap();
+            match socket.connect(&address) {
+                Ok(()) => queued.push(socket),
+                Err(error) => {
+                    assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock);
+                    return Self { _listener: listener, _queued: queued };
+                }
+            }
+        }
+    }
+}
 
 /// A certificate authority.
 pub struct Ca {

@@ -13,7 +13,7 @@ pub const RENEW_EVERY: Duration = Duration::from_secs(2);
 /// What the controller waits beyond [`DURATION`], counted from when it heard of the last renewal: for the kill, and for clocks
 /// that run at different speeds.
 pub const MARGIN: Duration = Duration::from_secs(10);
-/// A handler tells others that it has no contact when its last answered renewal was answered this long ago.
+/// A handler tells others that it has no contact when it last heard this long ago that a renewal of its had been taken.
 pub const SILENCE: Duration = Duration::from_secs(13);
 /// A fence is put off until this long after the question to which every peer answered that it has no contact.
 pub const PUT_OFF: Duration = Duration::from_secs(10);

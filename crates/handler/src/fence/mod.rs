@@ -35,6 +35,7 @@ pub struct Fence(Arc<Shared>);
 struct Shared {
     known: Mutex<Known>,
     until: watch::Sender<Option<Duration>>,
+    met: enforce::Met,
 }
 
 struct Known {
@@ -48,7 +49,11 @@ impl Fence {
     #[must_use]
     pub fn begin() -> Self {
         let known = Known { rules: Rules::new(now()), lapsed: None };
-        Self(Arc::new(Shared { known: Mutex::new(known), until: watch::Sender::new(None) }))
+        Self(Arc::new(Shared {
+            known: Mutex::new(known),
+            until: watch::Sender::new(None),
+            met: enforce::Met::default(),
+        }))
     }
 
     fn lock(&self) -> MutexGuard<'_, Known> {
@@ -106,6 +111,15 @@ impl Fence {
             known.rules.until()
         };
         self.0.until.send_replace(until);
+    }
+
+    fn finds_news(&self) {
+        self.lock().rules.finds_news(now());
+    }
+
+    /// The launchers that were met on this node.
+    pub(crate) fn met(&self) -> &enforce::Met {
+        &self.0.met
     }
 
     fn put_off(&self, asked: Duration) {

@@ -11,6 +11,8 @@ use super::rules::{Peers, Rules, counts};
 
 const NODES: usize = 4;
 const TICK: Duration = Duration::from_millis(500);
+/// How long a handler waits for an answer: when it tries again it hears none to what it sent before.
+const LIMIT: Duration = Duration::from_secs(4);
 /// News reaches the controller within this.
 const NEWS: Duration = Duration::from_secs(3);
 
@@ -34,6 +36,8 @@ struct Node {
     next: Duration,
     renewals: Vec<Renewal>,
     reaches_api: bool,
+    /// What it sends is taken, and the answer comes too late.
+    hears_late: bool,
 }
 
 #[derive(Clone, Default)]
@@ -69,6 +73,7 @@ impl World {
             next: Duration::ZERO,
             renewals: Vec::new(),
             reaches_api: true,
+            hears_late: false,
         };
         Self {
             now: Duration::ZERO,
@@ -96,12 +101,16 @@ impl World {
                     let lease = &mut self.leases[number];
                     lease.revision += 1;
                     lease.peers.clone_from(&renewal.peers);
-                    renewal.answer = Some((now + late, lease.revision));
+                    let more = if node.hears_late { LIMIT } else { Duration::ZERO };
+                    renewal.answer = Some((now + late + more, lease.revision));
                     self.news.push((now + late.min(NEWS), number, lease.clone()));
                 }
             }
             if works {
-                let answered = node.renewals.iter().find(|one| one.answer.is_some_and(|(at, _)| at <= now)).cloned();
+                let hears = |one: &&Renewal| {
+                    one.answer.is_some_and(|(at, _)| at <= now && at < one.sent + LIMIT) && now < one.sent + LIMIT
+                };
+                let answered = node.renewals.iter().find(hears).cloned();
                 if let Some(Renewal { sent, peers, answer: Some((_, revision)), .. }) = answered {
                     node.rules.answered(sent, now, peers);
                     node.revision = revision;
@@ -111,15 +120,17 @@ impl World {
             }
             if now >= node.next {
                 // After a failure it reads the lease first.
-                if works && !node.renewals.is_empty() {
-                    node.revision = self.leases[number].revision;
+                let read = self.leases[number].revision;
+                if works && !node.renewals.is_empty() && node.revision != read {
+                    node.rules.finds_news(now);
+                    node.revision = read;
                 }
                 let others = (0..NODES).filter(|other| *other != number && named >> other & 1 == 1).map(name);
                 let peers: Peers = (named < 250).then(|| others.collect::<BTreeSet<_>>());
                 node.rules.sends(peers.clone());
                 let (on, arrives) = (node.revision, now + late);
                 node.renewals.push(Renewal { sent: now, on, peers, arrives, answer: None });
-                node.next = now + RENEW_EVERY * 2;
+                node.next = now + LIMIT;
             }
         }
         for number in 0..NODES {
@@ -177,6 +188,7 @@ enum Turn {
     Api(bool),
     Uplink(usize, bool),
     Between(usize, usize, bool),
+    Late(usize, bool),
 }
 
 fn turn() -> impl Strategy<Value = Turn> {
@@ -184,6 +196,7 @@ fn turn() -> impl Strategy<Value = Turn> {
         any::<bool>().prop_map(Turn::Api),
         (0..NODES, any::<bool>()).prop_map(|(node, up)| Turn::Uplink(node, up)),
         (0..NODES, 0..NODES, any::<bool>()).prop_map(|(one, other, up)| Turn::Between(one, other, up)),
+        (0..NODES, any::<bool>()).prop_map(|(node, late)| Turn::Late(node, late)),
     ]
 }
 
@@ -198,6 +211,7 @@ proptest! {
                 Turn::Api(up) => world.api = up,
                 Turn::Uplink(node, up) => world.nodes[node].reaches_api = up,
                 Turn::Between(one, other, up) => (world.between[one][other], world.between[other][one]) = (up, up),
+                Turn::Late(node, late) => world.nodes[node].hears_late = late,
             }
             for (late, named) in ticks {
                 world.tick(late, named);
@@ -223,4 +237,15 @@ fn a_node_that_is_cut_off_is_declared_and_one_that_all_are_like_is_not() {
     world.api = true;
     (0..200).for_each(|_| world.tick(0, everybody));
     assert_eq!(world.declared, 0);
+}
+
+#[test]
+fn nodes_that_hear_no_answer_in_time_and_yet_renew_do_not_say_that_they_have_no_contact() {
+    let everybody = 0b1111;
+    let mut world = World::new();
+    (0..40).for_each(|_| world.tick(0, everybody));
+    world.nodes[0].reaches_api = false;
+    (1..NODES).for_each(|other| world.nodes[other].hears_late = true);
+    (0..120).for_each(|_| world.tick(0, everybody));
+    assert!(world.declared > 0, "they are heard steadily");
 }

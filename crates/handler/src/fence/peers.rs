@@ -44,7 +44,7 @@ const AT_ONCE: usize = 64;
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 enum Question {
-    /// For how long has no renewal of yours been answered?
+    /// For how long have you not heard that a renewal of yours was taken?
     Contact,
 }
 

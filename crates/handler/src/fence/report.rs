@@ -34,7 +34,7 @@ pub(super) async fn enforce_and_tell(around: Arc<Surroundings>) {
         // Whatever a predecessor was allowed had been sent before this one began.
         let until = around.fence.until().unwrap_or(began + DURATION);
         if now() >= until + GRACE {
-            enforce::strike(root, Whom::Guests).await;
+            enforce::strike(root, around.fence.met(), Whom::Guests).await;
             found.extend(enforce::fenced(root));
         } else if let Some(since) = around.fence.lapsed()
             && around.fence.is_held()

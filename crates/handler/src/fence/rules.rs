@@ -10,36 +10,44 @@ use godwit_api::names::fence::{DURATION, PUT_OFF, SILENCE};
 pub type Peers = Option<BTreeSet<String>>;
 
 /// What a handler knows of its lease.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rules {
     until: Option<Duration>,
-    /// When the last renewal that was answered was; before the first, when this process began: its predecessor may have had
-    /// an answer until then.
-    answered: Duration,
-    /// What the last answered renewal said of the peers.
-    stands: Peers,
-    /// What was said by renewals that nobody has answered: each may stand.
-    unanswered: Vec<Peers>,
+    /// When it was last heard here that a renewal had been taken; before that, when this process began: its predecessor may have
+    /// heard so until then.
+    contact: Duration,
+    /// Whom the lease may name: those of the last answered renewal, and of each one sent since, which may have been taken. None
+    /// where one of these knew nobody.
+    may_stand: Peers,
 }
 
 impl Rules {
     /// A handler that has just begun holds nothing.
     #[must_use]
     pub fn new(now: Duration) -> Self {
-        Self { until: None, answered: now, stands: None, unanswered: Vec::new() }
+        Self { until: None, contact: now, may_stand: None }
     }
 
     /// A renewal is about to be sent that names these peers.
     pub fn sends(&mut self, peers: Peers) {
-        self.unanswered.push(peers);
+        let both = self.may_stand.take().zip(peers);
+        self.may_stand = both.map(|(mut all, more)| {
+            all.extend(more);
+            all
+        });
     }
 
     /// It was answered: whatever was sent before it is settled.
     pub fn answered(&mut self, sent: Duration, now: Duration, peers: Peers) {
         self.until = self.until.max(Some(sent + DURATION));
-        self.answered = now;
-        self.stands = peers;
-        self.unanswered.clear();
+        self.contact = now;
+        self.may_stand = peers;
+    }
+
+    /// The lease was read, and has changed since it was last seen here: a renewal was taken whose answer was lost. The next one
+    /// carries that revision, and shows others that this node has contact, so it may not say otherwise. Guests get no more time by it.
+    pub fn finds_news(&mut self, now: Duration) {
+        self.contact = now;
     }
 
     /// Until when guests may run here, if anybody has said so.
@@ -54,21 +62,17 @@ impl Rules {
         self.until.is_some_and(|until| now < until)
     }
 
-    /// For how long no renewal was answered: what other handlers are told.
+    /// For how long it was not heard that a renewal had been taken: what other handlers are told.
     #[must_use]
     pub fn silent_for(&self, now: Duration) -> Duration {
-        now.saturating_sub(self.answered)
+        now.saturating_sub(self.contact)
     }
 
     /// Whom to ask before the fence may be put off; none when it may not: the controller may count this node as dead by
     /// nobody's word.
     #[must_use]
     pub fn to_ask(&self) -> Peers {
-        let mut all = self.stands.clone()?;
-        for sent in &self.unanswered {
-            all.extend(sent.clone()?);
-        }
-        Some(all)
+        self.may_stand.clone()
     }
 
     /// All of them, asked at `asked`, have said by `now` that they have had no contact for [`SILENCE`].
@@ -128,6 +132,24 @@ mod tests {
         assert_eq!(rules.to_ask(), None);
         rules.answered(s(4), s(5), Some(BTreeSet::new()));
         assert_eq!(rules.to_ask(), peers(&[]));
+    }
+
+    #[test]
+    fn news_in_the_lease_is_contact_and_gives_guests_no_time() {
+        let mut rules = Rules::new(s(0));
+        rules.answered(s(0), s(1), None);
+        rules.finds_news(s(12));
+        assert_eq!((rules.silent_for(s(14)), rules.until()), (s(2), Some(s(20))));
+    }
+
+    #[test]
+    fn renewals_that_nobody_answers_do_not_pile_up() {
+        let mut rules = Rules::new(s(0));
+        rules.answered(s(0), s(1), peers(&["b"]));
+        rules.sends(peers(&["c"]));
+        let once = rules.clone();
+        (0..1000).for_each(|_| rules.sends(peers(&["b", "c"])));
+        assert_eq!(rules, once);
     }
 
     #[test]
