@@ -280,6 +280,8 @@ pub enum Bench {
     Storage(BenchStorage),
     /// Gives guests new launchers on their node, by reference and by copy
     Local(BenchLocal),
+    /// Empty a node of real guests and one of simulated ones, beside what bytes, bandwidth and limits allow
+    Drain(BenchDrain),
 }
 
 /// `godwit bench migrate`
@@ -397,6 +399,32 @@ pub struct BenchLocal {
     pub guest: PathBuf,
     /// Seconds after which a move is given up
     #[arg(long, default_value_t = 60)]
+    pub limit: u64,
+    /// Text for people or JSON for programs, on standard output
+    #[arg(long, short, value_enum, default_value_t = Output::Text)]
+    pub output: Output,
+}
+
+/// `godwit bench drain`
+#[derive(clap::Args)]
+pub struct BenchDrain {
+    /// Real guests on the node; 0 leaves them out
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(0..=100))]
+    pub guests: u32,
+    /// Simulated guests on the node; 0 leaves them out
+    #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u32).range(0..=10_000))]
+    pub simulated: u32,
+    /// Cap of each migration of real guests: unlimited, or MiB a second such as 64Mi (KubeVirt's default)
+    #[arg(long, default_value = "64Mi")]
+    pub bandwidth: Bandwidth,
+    /// So many migrations at once in the cluster, from a node and to one [default: KubeVirt's 5, 2 and 2]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    pub parallel: Option<u32>,
+    /// Of the simulation; the same seed gives the same virtual times
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Seconds after which emptying the real node is given up
+    #[arg(long, default_value_t = 600)]
     pub limit: u64,
     /// Text for people or JSON for programs, on standard output
     #[arg(long, short, value_enum, default_value_t = Output::Text)]

@@ -1,10 +1,10 @@
 //! `godwit bench …`: instruments that put a cluster of their own to the test.
 
-use crate::args::{Bench, BenchFaults, BenchLocal, BenchMigrate, BenchStorage, BenchStreams, Output};
+use crate::args::{Bench, BenchDrain, BenchFaults, BenchLocal, BenchMigrate, BenchStorage, BenchStreams, Output};
 use anyhow::Context;
 use godwit_bench::faults;
 use godwit_bench::migrate::{self, Options, Report};
-use godwit_bench::{local, storage, streams};
+use godwit_bench::{drain, local, storage, streams};
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -17,6 +17,7 @@ pub async fn run(bench: Bench) -> anyhow::Result<ExitCode> {
         Bench::Streams(wanted) => talk(wanted).await,
         Bench::Storage(wanted) => keep(wanted).await,
         Bench::Local(wanted) => renew(wanted).await,
+        Bench::Drain(wanted) => empty(wanted).await,
     }
 }
 
@@ -79,6 +80,20 @@ async fn renew(wanted: BenchLocal) -> anyhow::Result<ExitCode> {
     let begun = std::time::Instant::now();
     let mut tell = |text: &str| eprintln!("{:>6.0} s  {text}", begun.elapsed().as_secs_f64());
     let report = unless_ended(local::run(&options, &mut tell)).await??;
+    match output {
+        Output::Text => print!("{report}"),
+        Output::Json => println!("{}", serde_json::to_string_pretty(&report)?),
+    }
+    Ok(if report.is_good() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+async fn empty(wanted: BenchDrain) -> anyhow::Result<ExitCode> {
+    let BenchDrain { guests, simulated, bandwidth, parallel, seed, limit, output } = wanted;
+    let limit = Duration::from_secs(limit);
+    let options = drain::Options { guests, simulated, bandwidth, parallel, seed, limit };
+    let begun = std::time::Instant::now();
+    let mut tell = |text: &str| eprintln!("{:>6.0} s  {text}", begun.elapsed().as_secs_f64());
+    let report = unless_ended(drain::run(&options, &mut tell)).await??;
     match output {
         Output::Text => print!("{report}"),
         Output::Json => println!("{}", serde_json::to_string_pretty(&report)?),

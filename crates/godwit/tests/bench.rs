@@ -148,3 +148,53 @@ fn no_acknowledged_write_is_lost_over_several_moves() {
         assert_eq!((&disk["told"]["wrongBlocks"], &disk["lost"]), (&Value::from(0), &Value::from(0)), "{disk}");
     }
 }
+
+/// With few guests. That they are heard all the time, whole and once, is in `wrong`.
+#[test]
+fn a_node_is_emptied_and_what_it_took_stands_beside_the_plan_and_the_bounds() {
+    let ran = Command::new(env!("CARGO_BIN_EXE_godwit"))
+        .args(["bench", "drain", "--guests", "3", "--simulated", "30", "--output", "json"])
+        .stdin(Stdio::null())
+        .output()
+        .expect("godwit starts");
+    let (said, text) = (String::from_utf8_lossy(&ran.stderr), String::from_utf8_lossy(&ran.stdout));
+    assert!(ran.status.success(), "{text}\n{said}");
+    let report: Value = serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}\n{said}"));
+    assert_eq!(report["wrong"], Value::Array(Vec::new()), "{text}");
+    for (whose, guests, others) in [("real", 3, 2), ("simulated", 30, 9)] {
+        let drained = &report[whose];
+        assert_eq!((&drained["guests"], &drained["others"]), (&Value::from(guests), &Value::from(others)), "{text}");
+        let limits = serde_json::json!({"cluster": 5, "outbound": 2, "inbound": 2});
+        assert_eq!((&drained["limits"], &drained["bounds"]["atOnce"]), (&limits, &Value::from(2)), "{text}");
+        // The plan that was made before knew all of them.
+        assert_eq!(drained["plan"]["migrate"], guests, "{text}");
+        assert!(drained["plan"]["likelyMs"].as_u64() > Some(0), "{text}");
+        let figures = ["/totalMs", "/guestMs/median", "/bytes", "/bounds/bytesMs", "/bounds/bytesRatio"];
+        for figure in figures.into_iter().chain(["/bounds/turnsMs", "/bounds/turnsRatio", "/bounds/parts/preparing"]) {
+            let value = drained.pointer(figure).and_then(Value::as_f64);
+            assert!(value.is_some_and(|value| value > 0.0), "{whose}{figure} is {value:?} in {text}");
+        }
+        assert!(drained["bounds"]["because"].as_str().is_some_and(|why| !why.is_empty()), "{text}");
+        let departures = drained["departures"].as_array().expect("departures");
+        assert_eq!(departures.len(), guests, "{text}");
+        for one in departures {
+            let at = |key: &str| one[key].as_f64().unwrap_or_else(|| panic!("no {key} in {one}"));
+            assert!(at("turnMs") <= at("sendsMs") && at("sendsMs") <= at("endsMs"), "{one}");
+            assert!(at("bytes") > 0.0 && at("leastMs") > 0.0 && one["failed"] == 0, "{one}");
+        }
+    }
+    let simulated = &report["simulated"];
+    assert!(simulated["decisions"].as_u64() >= Some(30) && simulated["decidingMs"].as_f64() > Some(0.0), "{text}");
+
+    let people = Command::new(env!("CARGO_BIN_EXE_godwit"))
+        .args(["bench", "drain", "--guests", "0", "--simulated", "5", "--parallel", "4"])
+        .stdin(Stdio::null())
+        .output()
+        .expect("godwit starts");
+    let text = String::from_utf8_lossy(&people.stdout);
+    assert!(people.status.success() && !text.contains("real: "), "{text}");
+    assert!(text.starts_with("simulated: 5 guests on a node, 9 other nodes; at once: 4 from a node"), "{text}");
+    for part in ["empty after", "the plan said", "bound by bytes", "bound by turns", "what bounds it", "decisions"] {
+        assert!(text.contains(part), "no {part:?} in {text}");
+    }
+}

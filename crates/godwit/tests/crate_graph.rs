@@ -25,7 +25,21 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("webhook", &["api"]),
     ("drain", &["api", "control"]),
     ("simulator", &["api", "machinery", "control"]),
-    ("bench", &["api", "guest-init", "guest-rom", "images", "launcher", "network", "qemu", "standalone"]),
+    (
+        "bench",
+        &[
+            "api",
+            "drain",
+            "guest-init",
+            "guest-rom",
+            "images",
+            "launcher",
+            "network",
+            "qemu",
+            "simulator",
+            "standalone",
+        ],
+    ),
 ];
 
 /// Dependencies for tests only.

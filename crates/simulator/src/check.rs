@@ -115,6 +115,7 @@ impl Sim {
             return;
         }
         self.note(format!("{}: {} → {}", migration.key(), before.as_str(), phase.as_str()));
+        self.note_leaving(&Name::new(migration.namespace(), migration.vmi_name()), &phase);
         if before.is_final() || rank(&phase) < rank(&before) {
             self.violate(
                 Rule::Backwards,

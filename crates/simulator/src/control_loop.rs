@@ -2,8 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
+use godwit_api::drain::DrainPlan;
 use godwit_control::{
-    Change, Effect, Key, Kind, Lane, Name, Noun, Object, Ref, Settings, Source, View, World, kinds_for,
+    Change, Effect, Key, Kind, Lane, Name, Noun, Object, Ref, Settings, Source, View, World, drain, kinds_for,
 };
 
 use godwit_control::queue::Queue;
@@ -122,6 +123,15 @@ impl Sim {
     fn clock(&self, who: usize) -> Timestamp {
         let skew = self.controllers.get(who).map_or(0, |one| one.skew);
         self.time() + SignedDuration::from_micros(skew)
+    }
+
+    /// What would become of everything on a node if it were emptied now, as far as the first process knows.
+    pub fn plan_drain(&self, node: &str) -> DrainPlan {
+        let Some(one) = self.controllers.first() else { return DrainPlan::default() };
+        let view = View { now: self.clock(0), world: &one.world, settings: &one.settings };
+        // There are none here.
+        let terms = drain::Terms { budgets: Some(&[]), ..drain::Terms::default() };
+        drain::plan(&view, &[node], &terms)
     }
 
     /// A controller process is gone; it is back at a later time.
@@ -302,14 +312,17 @@ impl Sim {
     /// Decides about everything that is due.
     fn pump(&mut self, life: Life) {
         let now = self.clock(life.who);
+        let clock = self.options.clock;
         while let Some(one) = self.living(life).filter(|one| one.unlisted.is_empty()) {
             let world = &one.world;
             let Some((key, lane)) = one.queue.next(now, |key| key.lane(world)) else { break };
             let view = View { now, world, settings: &one.settings };
+            let began = clock.map(|clock| clock());
             let plan = match one.mutation {
                 None => key.decide(&view),
                 Some(mutation) => mutation.decide(&key, &view),
             };
+            let took = clock.zip(began).map(|(clock, began)| clock().saturating_sub(began)).unwrap_or_default();
             let asleep = plan.effects.is_empty() && plan.wake_at.is_none() && check::needs_wake(&key, world);
             if let Some(wake_at) = plan.wake_at {
                 one.queue.push_at(key.clone(), wake_at);
@@ -317,7 +330,7 @@ impl Sim {
             if plan.effects.is_empty() {
                 one.queue.succeeded(&key);
                 one.queue.done(&key, &lane);
-                self.stats.decisions += 1;
+                self.stats.decided(took);
                 if asleep {
                     self.violate(Rule::Stuck, format!("nothing will ever wake the decision about {key}"));
                 }
@@ -333,7 +346,7 @@ impl Sim {
             one.next_chain += 1;
             let chain = Chain { key, lane, seen, effects: plan.effects.into(), learned: Vec::new(), failed: false };
             one.chains.insert(id, chain);
-            self.stats.decisions += 1;
+            self.stats.decided(took);
             self.schedule_effect(life, id);
         }
         let Some(one) = self.living(life) else { return };

@@ -105,6 +105,8 @@ pub enum Event {
     LinkHeals { link: (usize, usize) },
     /// The API server is back.
     StoreUp,
+    /// An administrator empties a node.
+    Empty { node: usize },
     /// Users and faults stop.
     Calm,
     /// Whether everything is at rest.

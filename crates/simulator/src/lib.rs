@@ -8,6 +8,7 @@ mod backwards;
 mod campaign;
 mod check;
 mod control_loop;
+mod emptied;
 mod event;
 mod faults;
 mod fence;
@@ -34,6 +35,7 @@ use std::time::Duration;
 
 pub use campaign::{Summary, campaign, explain, run_of};
 pub use check::{Rule, Violation};
+pub use emptied::{Emptied, Leaving};
 pub use godwit_api::MigrationPhase;
 pub use limits::Limits;
 pub use mutation::Mutation;
@@ -80,6 +82,11 @@ pub struct Options {
     pub unchecked: BTreeSet<Rule>,
     /// The VMs run already when time begins, instead of being started one by one (for clusters of tens of thousands).
     pub standing: bool,
+    /// In a cluster that stands already: all VMs run on the node of this number (from 0), which is emptied. Users and faults stop
+    /// when it is empty, or after `duration`.
+    pub empty: Option<u32>,
+    /// Tells how much real time has passed, to measure how long decisions take. It changes nothing else.
+    pub clock: Option<fn() -> Duration>,
     /// So soon after the death of its node a VM runs elsewhere, unless another node dies meanwhile; `None` checks only that it does
     /// in the end.
     pub rescued_within: Option<Duration>,
@@ -108,6 +115,8 @@ impl Default for Options {
             without: BTreeSet::new(),
             unchecked: BTreeSet::new(),
             standing: false,
+            empty: None,
+            clock: None,
             rescued_within: None,
             mutation: None,
         }
@@ -223,6 +232,10 @@ pub struct Report {
     pub events: u64,
     /// Decisions that were taken.
     pub decisions: u64,
+    /// How long they took together, and the longest of them, by [`Options::clock`].
+    pub deciding: Duration,
+    /// See `deciding`.
+    pub longest_decision: Duration,
     /// Writes of the controllers that were carried out.
     pub writes: u64,
     /// Writes of the controllers that met a conflict.
@@ -247,6 +260,8 @@ pub struct Report {
     pub fenced: u64,
     /// VMs that were found to run in time after the death of their node.
     pub rescued: u64,
+    /// How the node of [`Options::empty`] was emptied.
+    pub emptied: Option<Emptied>,
 }
 
 impl Report {

@@ -341,6 +341,7 @@ impl Sim {
             (Why::Order, _) => Domain::Shutdown,
         };
         self.launchers.end(id, why == Why::Order, domain);
+        self.note_empty(launcher.node);
         // A guest whose source dies before the go is lost, and nobody's doing but the fault's (docs/hand-over.md).
         if let Some(transfer) = launcher.sends.as_ref().filter(|one| one.status == Status::Completed || one.sent)
             && let Some(target) = self.launchers.get_mut(transfer.target)

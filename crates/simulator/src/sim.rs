@@ -10,6 +10,7 @@ use jiff::{SignedDuration, Timestamp};
 
 use crate::check::{Rule, Violation};
 use crate::control_loop::{Controllers, Life};
+use crate::emptied::Emptying;
 use crate::event::{Event, Fault};
 use crate::launchers::Launchers;
 use crate::limits::Count;
@@ -38,6 +39,10 @@ pub struct Stats {
     /// See [`Report`].
     pub decisions: u64,
     /// See [`Report`].
+    pub deciding: Duration,
+    /// See [`Report`].
+    pub longest_decision: Duration,
+    /// See [`Report`].
     pub writes: u64,
     /// See [`Report`].
     pub conflicts: u64,
@@ -55,6 +60,15 @@ pub struct Stats {
     pub fenced: u64,
     /// See [`Report`].
     pub rescued: u64,
+}
+
+impl Stats {
+    /// A decision was taken, which took so long.
+    pub fn decided(&mut self, took: Duration) {
+        self.decisions += 1;
+        self.deciding += took;
+        self.longest_decision = self.longest_decision.max(took);
+    }
 }
 
 /// When an event happens; of two at the same time the one that was asked for first comes first. The event itself lies in
@@ -113,6 +127,8 @@ pub struct Sim {
     pub prefix: &'static str,
     /// Migrations that users have asked for.
     pub asked_migrations: u64,
+    /// A node is being emptied, or has been.
+    pub emptying: Option<Emptying>,
     calm: bool,
     rested: u32,
     violation: Option<Violation>,
@@ -151,6 +167,7 @@ impl Sim {
             struck: false,
             prefix: crate::users::PREFIX,
             asked_migrations: 0,
+            emptying: None,
             calm: false,
             rested: 0,
             violation: None,
@@ -287,6 +304,8 @@ impl Sim {
             virtual_time: Duration::from_micros(self.now),
             events,
             decisions: self.stats.decisions,
+            deciding: self.stats.deciding,
+            longest_decision: self.stats.longest_decision,
             writes: self.stats.writes,
             conflicts: self.stats.conflicts,
             most_at_once: self.stats.most_at_once,
@@ -297,6 +316,7 @@ impl Sim {
             post_copies: self.stats.post_copies,
             fenced: self.stats.fenced,
             rescued: self.stats.rescued,
+            emptied: self.emptying.map(Emptying::told),
             trace: self.trace.into_lines(),
         }
     }
@@ -350,6 +370,9 @@ impl Sim {
                 self.cut_links.remove(&link);
                 self.links_changed();
             }
+            Event::Empty { node } => self.empty_node(node),
+            // A node that is empty brings it about before its time.
+            Event::Calm if self.calm => {}
             Event::Calm => {
                 self.calm = true;
                 self.set_clocks_right();

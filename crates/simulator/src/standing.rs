@@ -82,7 +82,7 @@ struct Shape {
 }
 
 impl Sim {
-    /// All VMs run, spread over the nodes.
+    /// All VMs run, spread over the nodes, or on the one that will be emptied.
     pub fn stand(&mut self) {
         let shapes = self.shapes();
         if shapes.is_empty() {
@@ -91,7 +91,8 @@ impl Sim {
         for number in 0..self.options.vms {
             let index = usize::try_from(number).unwrap_or(0);
             let Some(shape) = shapes.get(index % shapes.len()) else { continue };
-            if self.stamp(number, index % self.nodes.len().max(1), shape).is_none() {
+            let node = self.to_be_emptied().unwrap_or(index % self.nodes.len().max(1));
+            if self.stamp(number, node, shape).is_none() {
                 return self.violate(Rule::Simulation, format!("VM {number} could not be stamped"));
             }
         }

@@ -59,10 +59,17 @@ impl Sim {
             migrations.insert("allowPostCopy".to_owned(), json!(true));
             migrations.insert("completionTimeoutPerGiB".to_owned(), json!(1));
         }
+        let mut configuration = json!({"migrations": migrations});
+        // Nodes on each of which all VMs have room, and VMs that leave one when they are asked to.
+        let mut allocatable = json!({"cpu": "64", "memory": "512Gi", "pods": "500"});
+        if self.options.empty.is_some() {
+            configuration["evictionStrategy"] = json!("LiveMigrate");
+            allocatable = json!({"cpu": "2048", "memory": "64Ti", "pods": "20000"});
+        }
         self.create(
             Kind::KubeVirt,
             json!({"metadata": {"namespace": names::KUBEVIRT_NAMESPACE, "name": names::KUBEVIRT_NAME},
-                "spec": {"configuration": {"migrations": migrations}}}),
+                "spec": {"configuration": configuration}}),
         );
         self.create(
             Kind::StorageClass,
@@ -78,7 +85,7 @@ impl Sim {
                         "labels": {"kubernetes.io/hostname": name, names::LABEL_SCHEDULABLE: "true"},
                     },
                     "status": {
-                        "allocatable": {"cpu": "64", "memory": "512Gi", "pods": "500"},
+                        "allocatable": allocatable,
                         "conditions": [{"type": "Ready", "status": "True"}],
                     },
                 }),
@@ -106,6 +113,7 @@ impl Sim {
             let after = if self.options.at_once { begin } else { self.random.between(begin, duration) };
             self.at(after, Event::AskMigration { vmi: vm_name(self.prefix, number, self.options.vms) });
         }
+        self.plan_to_empty();
         for fault in Fault::ALL {
             if let Some(after) = self.interval(fault) {
                 self.at(5 * SECOND + after, Event::Fault(fault));
