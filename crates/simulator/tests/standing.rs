@@ -49,7 +49,8 @@ fn a_node_is_emptied_of_all_its_guests_within_the_limits() {
     assert_eq!(emptied.guests.len(), 24);
     for guest in &emptied.guests {
         let (turn, sends, ends) = (guest.turn.unwrap(), guest.sends.unwrap(), guest.ends.unwrap());
-        assert!(turn <= sends && sends < ends && ends <= after && guest.failed == 0, "{guest:?}");
+        // The last launcher may have ended a moment before its migration is said to have succeeded.
+        assert!(turn <= sends && sends < ends && sends < after && guest.failed == 0, "{guest:?}");
     }
     // The plan knew each of them.
     assert_eq!((emptied.plan.vms.len(), emptied.plan.blocked), (24, Some(false)), "{:?}", emptied.plan);
