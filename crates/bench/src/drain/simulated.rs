@@ -35,7 +35,9 @@ pub async fn run(options: &Options) -> Result<(Simulated, Vec<String>), Error> {
     let began = clock();
     // A thread of its own: whoever breaks the benchmark off does not wait for it.
     let (tell, told) = tokio::sync::oneshot::channel();
-    std::thread::spawn(move || tell.send(simulate(simulation)));
+    std::thread::spawn(move || {
+        let _ = tell.send(simulate(simulation));
+    });
     let report = told.await.map_err(|_| Error::Simulation)?;
     let wall = clock().saturating_sub(began);
     let wrong = report.violation.iter().map(|violation| format!("simulated: {violation}")).collect();
