@@ -20,8 +20,13 @@ use http::{HeaderValue, StatusCode};
 use hyper_util::rt::TokioIo;
 use serde_json::{Value, json};
 use std::sync::Arc;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::handshake::server as handshake;
-use tokio_tungstenite::tungstenite::protocol::Role;
+use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
+
+/// The most bytes of one message on a stream, and of one frame. virtctl sends 32 KiB at most.
+const LARGEST_MESSAGE: usize = 64 << 10;
 
 /// One request for an action.
 pub struct ActionRequest<'a> {
@@ -227,13 +232,22 @@ async fn open(cx: &Context, stream: Stream) -> Reply {
                 return;
             }
         };
-        let socket = WebSocket::from_raw_socket(TokioIo::new(upgraded), Role::Server, None).await;
+        let socket = socket(TokioIo::new(upgraded)).await;
         tokio::select! {
             () = session(socket) => {}
             () = stopped(&mut stopping) => {}
         }
     });
     Ok(http::Response::from_parts(parts, respond::full(Bytes::new())))
+}
+
+/// The server's end of a websocket whose handshake is over.
+async fn socket<S: AsyncRead + AsyncWrite + Unpin>(stream: S) -> WebSocketStream<S> {
+    let limits = WebSocketConfig::default()
+        .max_message_size(Some(LARGEST_MESSAGE))
+        .max_frame_size(Some(LARGEST_MESSAGE))
+        .read_buffer_size(LARGEST_MESSAGE);
+    WebSocketStream::from_raw_socket(stream, Role::Server, Some(limits)).await
 }
 
 async fn carry_out(cx: &Context, deed: Deed) -> Result<(), Status> {
@@ -272,4 +286,30 @@ async fn carry_out(cx: &Context, deed: Deed) -> Result<(), Status> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::{SinkExt, StreamExt};
+    use tokio_tungstenite::tungstenite::{Error, Message};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_client_cannot_have_the_server_keep_a_large_message() {
+        let (near, far) = tokio::io::duplex(4 << 10);
+        let mut server = socket(near).await;
+        let client = tokio::spawn(async move {
+            let mut client = WebSocketStream::from_raw_socket(far, Role::Client, None).await;
+            let _ = client.send(Message::Binary(vec![0; LARGEST_MESSAGE].into())).await;
+            // The server leaves in the middle.
+            let _ = client.send(Message::Binary(vec![0; LARGEST_MESSAGE + 1].into())).await;
+        });
+        let fits = server.next().await.unwrap().unwrap();
+        assert_eq!(fits.len(), LARGEST_MESSAGE);
+        let error = server.next().await.unwrap().unwrap_err();
+        assert!(matches!(error, Error::Capacity(_)), "{error}");
+        drop(server);
+        client.await.unwrap();
+    }
 }

@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use godwit_api::names::conditions::{self, ready};
 use godwit_api::names::events::{self, reason};
+use godwit_api::subresources::place;
 use godwit_api::vmi::{MemoryStatus, VmiPhaseTransitionTimestamp};
 use godwit_api::{Condition, Quantity, VirtualMachineInstance, VmiPhase, condition};
 use jiff::{SignedDuration, Timestamp};
@@ -42,18 +43,9 @@ const POD_ENDED: (&str, &str) = ("PodCompleted", "virt-launcher pod has terminat
 /// Why Kubernetes' kubelet says that a pod is not ready whose containers are.
 const GATES_SHUT: &str = "ReadinessGatesNotReady";
 
-/// The name of the pod that holds the guest, or shall hold it: the target pod of the last migration when the VMI says that it
-/// lives on the target node, else the pod it came from, else the pod that it started in.
+/// [`place::pod_name`]: the name of the pod that holds the guest, or shall hold it.
 pub fn current_pod_name(vmi: &VirtualMachineInstance) -> String {
-    let node = vmi.status.node_name.as_deref().filter(|node| !node.is_empty());
-    if let (Some(state), Some(_)) = (&vmi.status.migration_state, node) {
-        // The target's handler alone writes that it is there, and only when the guest runs there.
-        let known = if vmi.has_arrived() { &state.target_pod } else { &state.source_pod };
-        if let Some(name) = known {
-            return name.clone();
-        }
-    }
-    launcher_pod::name(vmi, Role::Start)
+    place::pod_name(vmi)
 }
 
 /// The pod of [`current_pod_name`], if there is one.

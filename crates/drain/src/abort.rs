@@ -44,12 +44,22 @@ pub async fn take_back(client: &Client, nodes: &[String], before: &Before) -> Le
     // The marks first: whoever is marked gets another migration.
     unmark(client, nodes, before, &mut left).await;
     cancel(client, nodes, before, &mut left).await;
-    for node in nodes.iter().filter(|node| !before.cordoned.contains(*node)) {
+    uncordon_all(client, nodes.iter(), before, &mut left.remains).await;
+    left
+}
+
+/// Opens nodes that were open before; where that cannot be done, `remains` says so.
+pub async fn uncordon_all(
+    client: &Client,
+    nodes: impl Iterator<Item = &String>,
+    before: &Before,
+    remains: &mut Vec<String>,
+) {
+    for node in nodes.filter(|node| !before.cordoned.contains(*node)) {
         if let Err(error) = uncordon(client, node).await {
-            left.push(format!("node {node} is cordoned: {}", words(&error)));
+            remains.push(format!("node {node} is cordoned: {}", words(&error)));
         }
     }
-    left
 }
 
 async fn unmark(client: &Client, nodes: &[String], before: &Before, left: &mut Left) {

@@ -27,6 +27,8 @@ pub enum Answer {
     Granted,
     /// It may not now, in the server's words.
     Refused(String),
+    /// It may not, and that does not change by itself: whoever asks has no right to it, or the server does not understand.
+    Denied(String),
 }
 
 /// A pod that was asked to go.
@@ -147,7 +149,8 @@ impl Course {
         }
         let marked = known.is_some_and(|known| known.status.evacuation_node_name.is_some());
         let refusal = match self.asked.get(&pod.key()).map(|asked| &asked.answer) {
-            Some(Answer::Refused(why)) => Some(why),
+            Some(Answer::Refused(why)) => Some((why, false)),
+            Some(Answer::Denied(why)) => Some((why, true)),
             Some(Answer::Granted) => return Standing::ShutsDown,
             _ => None,
         };
@@ -159,13 +162,13 @@ impl Course {
             return Standing::Queued(failed.and_then(|state| state.last_failure_message.clone()));
         }
         match refusal {
-            Some(why) => {
+            Some((why, for_good)) => {
                 let cannot = known.and_then(|known| known.condition(LIVE_MIGRATABLE)).filter(|one| one.is_false());
                 match cannot {
                     Some(cannot) => {
                         Standing::Stays(format!("{why}: {}", cannot.message.as_deref().unwrap_or_default()), true)
                     }
-                    None => Standing::Stays(why.clone(), false),
+                    None => Standing::Stays(why.clone(), for_good),
                 }
             }
             None => match self.homeless.get(vmi) {
@@ -209,13 +212,15 @@ impl Course {
             let wanted = match standing {
                 Standing::Waits => !self.homeless.contains_key(vmi),
                 Standing::Stays(..) => !self.homeless.contains_key(vmi),
+                // It was granted, and the pod is there all the same.
+                Standing::ShutsDown => true,
                 _ => false,
             };
             if !wanted {
                 continue;
             }
-            let is_aside = self.aside.contains(vmi);
-            for pod in pods {
+            let is_aside = self.aside.contains(vmi) || *standing == Standing::ShutsDown;
+            for pod in pods.into_iter().filter(|pod| !pod.deleting()) {
                 if !self.may_ask(pod, now, facts) || (!is_aside && room == 0) {
                     continue;
                 }
@@ -239,7 +244,10 @@ impl Course {
                 _ => {}
             }
             next.left += 1;
-            goes_on = true;
+            match self.asked.get(&pod.key()).map(|asked| &asked.answer) {
+                Some(Answer::Denied(why)) if !pod.deleting() => next.stuck.push(format!("{}: {why}", pod.key())),
+                _ => goes_on = true,
+            }
             if !pod.deleting() && self.may_ask(pod, now, facts) {
                 next.evict.push((pod.key(), pod.uid().to_owned()));
             }
@@ -256,7 +264,7 @@ impl Course {
     /// What other pods were told last, in the server's words.
     pub fn refusals<'a>(&'a self, facts: &'a Facts) -> impl Iterator<Item = (&'a Name, &'a str)> {
         self.asked.iter().filter_map(|(pod, asked)| match &asked.answer {
-            Answer::Refused(why) if facts.pods.get(pod).is_some_and(|pod| !is_finished(pod)) => {
+            Answer::Refused(why) | Answer::Denied(why) if facts.pods.get(pod).is_some_and(|pod| !is_finished(pod)) => {
                 Some((pod, why.as_str()))
             }
             _ => None,
@@ -270,7 +278,7 @@ impl Course {
             Some(Asked { answer: Answer::Asked, .. }) => false,
             // It may have been made anew under its name, or the deletion been lost.
             Some(Asked { answer: Answer::Granted, at, .. }) => now.saturating_sub(*at) >= ASK_AGAIN && !pod.deleting(),
-            Some(Asked { answer: Answer::Refused(_), at, revision: known }) => {
+            Some(Asked { answer: Answer::Refused(_) | Answer::Denied(_), at, revision: known }) => {
                 now.saturating_sub(*at) >= ASK_AGAIN || *known != revision(pod, facts)
             }
         }

@@ -138,3 +138,45 @@ fn who_has_no_place_to_go_is_not_asked() {
     let next = course.next(at(0), &facts);
     assert_eq!((next.evict.len(), next.stuck), (0, vec!["default/a: 0/1 nodes are available".to_owned()]));
 }
+
+#[test]
+fn who_was_granted_and_is_there_all_the_same_is_asked_again() {
+    let mut facts = Facts::default();
+    guest(&mut facts, "a");
+    let mut course = course(&[("a", DrainOutcome::ShutDown)], 1);
+    assert_eq!(asked(&mut course, 0, &facts), ["a"]);
+    course.answered(&name("virt-launcher-a"), Answer::Granted, at(0), &facts);
+    assert_eq!(course.standing(&name("a"), &facts), Standing::ShutsDown);
+    assert_eq!(asked(&mut course, 1, &facts), [""; 0]);
+    assert_eq!(asked(&mut course, ASK_AGAIN.as_secs(), &facts), ["a"]);
+    // A pod that is being deleted is left alone, for as long as it takes.
+    course.answered(&name("virt-launcher-a"), Answer::Granted, at(5), &facts);
+    let mut pod = facts.pods[&name("virt-launcher-a")].as_ref().clone();
+    pod.metadata.deletion_timestamp = serde_json::from_value(json!("2026-01-01T00:00:00Z")).unwrap();
+    facts.pods.insert(name("virt-launcher-a"), Arc::new(pod));
+    assert_eq!(asked(&mut course, 600, &facts), [""; 0]);
+}
+
+#[test]
+fn who_is_denied_for_good_does_not_keep_it_going() {
+    let mut facts = Facts::default();
+    guest(&mut facts, "a");
+    guest(&mut facts, "b");
+    let pod = read(json!({
+        "metadata": {"name": "web", "namespace": "default", "uid": "pod-web", "ownerReferences": [
+            {"apiVersion": "apps/v1", "kind": "ReplicaSet", "name": "web", "uid": "rs", "controller": true},
+        ]},
+        "spec": {"nodeName": "node1", "containers": []}, "status": {"phase": "Running"},
+    }));
+    facts.pods.insert(name("web"), pod);
+    let mut course = course(&[("a", DrainOutcome::Migrate), ("b", DrainOutcome::Migrate)], 2);
+    assert_eq!(asked(&mut course, 0, &facts), ["a", "b", "web"]);
+    course.answered(&name("virt-launcher-a"), Answer::Denied("you may not".into()), at(0), &facts);
+    course.answered(&name("virt-launcher-b"), Answer::Refused("a budget".into()), at(0), &facts);
+    course.answered(&name("web"), Answer::Denied("nor this".into()), at(0), &facts);
+    assert_eq!(course.next(at(1), &facts).stuck, [""; 0], "one of them may go later");
+    facts.pods.remove(&name("virt-launcher-b"));
+    let next = course.next(at(1), &facts);
+    let stuck = ["default/a: you may not", "default/web: nor this"].map(str::to_owned);
+    assert_eq!((next.evict.len(), next.left, next.stuck), (0, 2, stuck.to_vec()));
+}

@@ -19,6 +19,8 @@ mod course_tests;
 mod lines;
 pub mod read;
 mod run;
+#[cfg(test)]
+mod run_tests;
 pub mod show;
 mod watch;
 

@@ -62,7 +62,10 @@ pub enum Ending {
 /// # Errors
 /// What cannot be read before it begins, or a node that cannot be cordoned.
 pub async fn run(client: &Client, options: &Options, signals: &mut mpsc::Receiver<()>) -> Result<Ending, Error> {
-    let cluster = read::cluster(client).await?;
+    let cluster = tokio::select! {
+        read = read::cluster(client) => read?,
+        Some(()) = signals.recv() => return Ok(not_begun()),
+    };
     let plan = cluster.plan(&options.nodes, options.manner)?;
     tell!("{}", show::plan(&plan).trim_end());
     let refused = plan
@@ -73,8 +76,13 @@ pub async fn run(client: &Client, options: &Options, signals: &mut mpsc::Receive
         tell!("\nnot begun: some pods go only if a flag says so");
         return Ok(Ending::NotBegun);
     }
-    if !options.yes && !agreed(&plan) {
-        return Ok(Ending::NotBegun);
+    if !options.yes {
+        tokio::select! {
+            agreed = agreed(&plan) => if !agreed {
+                return Ok(Ending::NotBegun);
+            },
+            Some(()) = signals.recv() => return Ok(not_begun()),
+        }
     }
     tell!();
     let nodes = plan.nodes.clone();
@@ -83,19 +91,8 @@ pub async fn run(client: &Client, options: &Options, signals: &mut mpsc::Receive
         migrations: cluster.world.migrations.iter().map(|one| one.uid().to_owned()).collect(),
         cordoned: BTreeSet::new(),
     };
-    for node in &nodes {
-        match abort::cordon(client, node).await {
-            Ok(false) => tell!("node {node} is cordoned"),
-            Ok(true) => {
-                tell!("node {node} was cordoned already");
-                before.cordoned.insert(node.clone());
-            }
-            Err(error) => {
-                let done: Vec<String> = nodes.iter().take_while(|one| *one != node).cloned().collect();
-                abort::take_back(client, &done, &before).await;
-                return Err(Error::Write { what: format!("cordon node {node}"), why: words(&error) });
-            }
-        }
+    if let Some(ending) = cordon(client, &nodes, &mut before, signals).await? {
+        return Ok(ending);
     }
     let window = options.max_parallel.unwrap_or_else(|| window(&cluster.world, nodes.len()));
     drop(cluster);
@@ -104,12 +101,84 @@ pub async fn run(client: &Client, options: &Options, signals: &mut mpsc::Receive
     Ok(drain.carry_out(Course::new(&plan, options.manner, window), signals).await)
 }
 
+/// Somebody ended it before anything was changed.
+fn not_begun() -> Ending {
+    tell!("\ninterrupted: nothing has been changed");
+    Ending::TakenBack
+}
+
+/// Somebody did not wait for these nodes to be opened again.
+fn left_behind(nodes: &[String], before: &Before) -> Ending {
+    let nodes = nodes.iter().filter(|node| !before.cordoned.contains(*node));
+    let remains: Vec<String> = nodes.map(|node| format!("node {node} may be cordoned")).collect();
+    tell!("not everything was taken back: {}", remains.join("; "));
+    Ending::Remains(remains)
+}
+
+/// Cordons the nodes. How it ended, if somebody ended it meanwhile.
+async fn cordon(
+    client: &Client,
+    nodes: &[String],
+    before: &mut Before,
+    signals: &mut mpsc::Receiver<()>,
+) -> Result<Option<Ending>, Error> {
+    for (index, node) in nodes.iter().enumerate() {
+        // A write that is under way is waited for, or it would come after it has been taken back.
+        let mut interrupted = false;
+        let mut cordoning = std::pin::pin!(abort::cordon(client, node));
+        let cordoned = loop {
+            tokio::select! {
+                cordoned = &mut cordoning => break cordoned,
+                Some(()) = signals.recv() => {
+                    if interrupted {
+                        return Ok(Some(left_behind(nodes.get(..=index).unwrap_or_default(), before)));
+                    }
+                    tell!("interrupted: everything is taken back; once more ends at once");
+                    interrupted = true;
+                }
+            }
+        };
+        let done = match &cordoned {
+            Ok(false) => {
+                tell!("node {node} is cordoned");
+                index + 1
+            }
+            Ok(true) => {
+                tell!("node {node} was cordoned already");
+                before.cordoned.insert(node.clone());
+                index + 1
+            }
+            Err(_) => index,
+        };
+        interrupted |= signals.try_recv().is_ok();
+        if cordoned.is_ok() && !interrupted {
+            continue;
+        }
+        let mut remains = Vec::new();
+        tokio::select! {
+            () = abort::uncordon_all(client, nodes.iter().take(done), before, &mut remains) => {}
+            Some(()) = signals.recv() => return Ok(Some(left_behind(nodes.get(..done).unwrap_or_default(), before))),
+        }
+        if let Err(error) = cordoned {
+            let why = [vec![words(&error)], remains].concat().join("; ");
+            return Err(Error::Write { what: format!("cordon node {node}"), why });
+        }
+        if remains.is_empty() {
+            tell!("taken back: nothing has been changed");
+            return Ok(Some(Ending::TakenBack));
+        }
+        tell!("not everything could be taken back; what remains: {}", remains.join("; "));
+        return Ok(Some(Ending::Remains(remains)));
+    }
+    Ok(None)
+}
+
 fn is_marked(vmi: &VirtualMachineInstance) -> bool {
     vmi.status.evacuation_node_name.is_some()
 }
 
 /// Whether to begin: somebody at a terminal is asked; otherwise only if nothing blocks.
-fn agreed(plan: &DrainPlan) -> bool {
+async fn agreed(plan: &DrainPlan) -> bool {
     if !(std::io::stdin().is_terminal() && std::io::stdout().is_terminal()) {
         if plan.is_blocked() {
             tell!("\nnot begun: something blocks. With --yes the rest leaves all the same");
@@ -118,9 +187,15 @@ fn agreed(plan: &DrainPlan) -> bool {
     }
     print!("\n{} [y/N] ", if plan.is_blocked() { "Something blocks. Move the rest?" } else { "Go on?" });
     let _ = std::io::stdout().flush();
-    let mut answer = String::new();
-    let read = std::io::stdin().read_line(&mut answer);
-    read.is_ok() && matches!(answer.trim(), "y" | "Y" | "yes")
+    // In a thread of its own, which nobody waits for: the runtime would not end before somebody has pressed a key.
+    let (tell, told) = tokio::sync::oneshot::channel();
+    std::thread::spawn(move || {
+        let mut answer = String::new();
+        let read = std::io::stdin().read_line(&mut answer);
+        // Nobody waits for it any more when it was interrupted.
+        let _ = tell.send(read.is_ok() && matches!(answer.trim(), "y" | "Y" | "yes"));
+    });
+    told.await.unwrap_or(false)
 }
 
 /// A drain that has begun.
@@ -295,7 +370,7 @@ fn elapsed(begun: Instant) -> String {
     show::milliseconds(u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX))
 }
 
-async fn evict(client: Client, pod: Name, uid: String) -> Answered {
+pub(crate) async fn evict(client: Client, pod: Name, uid: String) -> Answered {
     let api: Api<Pod> = Api::namespaced(client, &pod.namespace);
     let same = Preconditions { uid: Some(uid), resource_version: None };
     let delete = DeleteParams { preconditions: Some(same), ..DeleteParams::default() };
@@ -305,11 +380,21 @@ async fn evict(client: Client, pod: Name, uid: String) -> Answered {
         Ok(Err(error)) => match code(&error) {
             // Gone, or another one by that name.
             Some(404 | 409) => Answer::Granted,
-            _ => Answer::Refused(refusal(&error)),
+            // What comes by itself goes by itself: a budget, and whatever is wrong with the server. And no answer at all.
+            Some(429 | 500..) | None => Answer::Refused(refusal(&error)),
+            Some(_) if is_going(&error) => Answer::Refused(refusal(&error)),
+            Some(_) => Answer::Denied(refusal(&error)),
         },
         Err(_) => Answer::Refused("the server has not answered in time".to_owned()),
     };
     (pod, answer)
+}
+
+/// Whether the namespace is being deleted: nothing can be made in it, not even an eviction, and its pods go all the same.
+fn is_going(error: &kube::Error) -> bool {
+    let kube::Error::Api(status) = error else { return false };
+    let causes = status.details.iter().flat_map(|details| &details.causes);
+    causes.into_iter().any(|cause| cause.reason == "NamespaceTerminating")
 }
 
 /// What a refusal says, with the details that the message leaves out.

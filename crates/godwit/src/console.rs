@@ -36,10 +36,12 @@ impl Whereabouts for Guest {
         if vmi.metadata.uid.as_deref() != Some(self.uid.as_str()) || vmi.is_final() {
             return over;
         }
-        let pods = self.lookup.list("", "pods", &self.namespace);
-        let pods: Vec<Pod> = pods.iter().filter_map(|pod| serde_json::from_value((**pod).clone()).ok()).collect();
+        let pod = |name: &str| -> Option<Pod> {
+            let pod = self.lookup.get("", "pods", &self.namespace, name)?;
+            serde_json::from_value((*pod).clone()).ok()
+        };
         let reach = |place: Option<place::Place>| spot(self.lookup.as_ref(), place?).ok();
-        Sight { over: false, now: reach(place::of_guest(&vmi, &pods)), next: reach(place::after(&vmi, left, &pods)) }
+        Sight { over: false, now: reach(place::of_guest(&vmi, pod)), next: reach(place::after(&vmi, left, pod)) }
     }
 }
 

@@ -41,7 +41,10 @@ pub async fn run(wanted: Drain) -> anyhow::Result<ExitCode> {
         }
     });
     let what = &wanted.what;
-    let client = connect(what.kubeconfig.as_deref(), &what.data_dir).await?;
+    let client = tokio::select! {
+        client = connect(what.kubeconfig.as_deref(), &what.data_dir) => client?,
+        Some(()) = signals.recv() => return Ok(ExitCode::from(INTERRUPTED)),
+    };
     let options = Options {
         nodes: what.nodes.clone(),
         manner: what.manner(),

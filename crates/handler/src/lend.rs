@@ -100,7 +100,7 @@ pub async fn image(kubelet_root: &Path, pod_uid: &str, volume: &str) -> io::Resu
     let dir = SocketDir::open(SocketDir::path_of(kubelet_root, pod_uid))?;
     let volume = volume.to_owned();
     let asked = tokio::task::spawn_blocking(move || {
-        let stream = std::os::unix::net::UnixStream::connect(dir.short(ATTACHMENT_SOCKET))?;
+        let stream = std::os::unix::net::UnixStream::connect(dir.socket(ATTACHMENT_SOCKET)?.path())?;
         stream.set_read_timeout(Some(MEET_LIMIT))?;
         stream.set_write_timeout(Some(MEET_LIMIT))?;
         attachment::ask(&stream, &volume)

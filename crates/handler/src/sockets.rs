@@ -4,8 +4,8 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use nix::fcntl::{OFlag, open};
-use nix::sys::stat::Mode;
+use nix::fcntl::{OFlag, open, openat};
+use nix::sys::stat::{Mode, SFlag, fstat};
 use tokio::net::{UnixListener, UnixStream};
 
 /// The `sockets` volume of one launcher pod. A unix socket's address holds 107 bytes, and a kubelet's volume path is often
@@ -44,12 +44,26 @@ impl SocketDir {
         PathBuf::from(format!("/proc/self/fd/{}/{name}", self.fd.as_raw_fd()))
     }
 
+    /// Finds socket `name`. What the pod puts there is its own doing: a symbolic link could lead to any socket of the node.
+    ///
+    /// # Errors
+    /// When there is none, or something else by that name.
+    pub fn socket(&self, name: &str) -> io::Result<Socket> {
+        let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        let fd = openat(&self.fd, name, flags, Mode::empty())?;
+        let kind = SFlag::from_bits_truncate(fstat(&fd)?.st_mode) & SFlag::S_IFMT;
+        if kind != SFlag::S_IFSOCK {
+            return Err(io::Error::other(format!("{name} in {} is not a socket", self.path.display())));
+        }
+        Ok(Socket { fd })
+    }
+
     /// Connects to socket `name`.
     ///
     /// # Errors
-    /// As `connect(2)`.
+    /// As [`SocketDir::socket`] and `connect(2)`.
     pub async fn connect(&self, name: &str) -> io::Result<UnixStream> {
-        UnixStream::connect(self.short(name)).await
+        UnixStream::connect(self.socket(name)?.path()).await
     }
 
     /// Listens on socket `name`, in place of a stale one of the same name.
@@ -76,9 +90,39 @@ impl SocketDir {
     }
 }
 
+/// A socket that was found in a pod's volume. Whatever comes in its place later, this is the one that is connected to.
+#[derive(Debug)]
+pub struct Socket {
+    fd: OwnedFd,
+}
+
+impl Socket {
+    /// Where it can be connected to, valid as long as `self` lives.
+    #[must_use]
+    pub fn path(&self) -> PathBuf {
+        PathBuf::from(format!("/proc/self/fd/{}", self.fd.as_raw_fd()))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn a_link_to_a_socket_is_not_followed() {
+        let root = tempfile::tempdir().unwrap();
+        let of_the_node = root.path().join("containerd.sock");
+        let _listener = UnixListener::bind(&of_the_node).unwrap();
+        let volume = root.path().join("sockets");
+        std::fs::create_dir(&volume).unwrap();
+        let dir = SocketDir::open(volume.clone()).unwrap();
+        std::os::unix::fs::symlink(&of_the_node, volume.join("launcher.sock")).unwrap();
+        assert!(UnixStream::connect(dir.short("launcher.sock")).await.is_ok(), "it leads there");
+        assert!(dir.connect("launcher.sock").await.is_err());
+        std::fs::write(volume.join("file"), "").unwrap();
+        assert!(dir.connect("file").await.is_err());
+        assert!(dir.connect("nothing").await.is_err());
+    }
 
     #[test]
     fn only_names_directly_in_the_volume_are_taken() {

@@ -30,8 +30,9 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 const KEPT: usize = 256 << 10;
 /// The most that one frame carries, in bytes.
 const LARGEST_FRAME: usize = 64 << 10;
-/// After QEMU's end, how long what it said last may take to be read and handed on.
-const DRAIN: Duration = Duration::from_millis(500);
+/// After QEMU's end, how long what it said last may take to be read and handed on. It is over as soon as that has been done;
+/// only clients that do not read make it last.
+const DRAIN: Duration = Duration::from_secs(5);
 
 /// What a client of [`STREAM`] sends first, as one line of JSON; then come the bytes that are typed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -154,11 +155,12 @@ impl Console {
         }
         let reader = self.tasks.remove(0);
         let abort = reader.abort_handle();
-        if tokio::time::timeout(DRAIN, reader).await.is_err() {
+        let deadline = tokio::time::Instant::now() + DRAIN;
+        if tokio::time::timeout_at(deadline, reader).await.is_err() {
             abort.abort();
         }
         let served = async { while self.served.changed().await.is_ok() {} };
-        let _ = tokio::time::timeout(DRAIN, served).await;
+        let _ = tokio::time::timeout_at(deadline, served).await;
     }
 }
 

@@ -4,8 +4,10 @@ pub mod conditions;
 pub mod events;
 pub mod fence;
 pub mod keys;
+mod made;
 
 pub use keys::*;
+pub use made::*;
 
 /// The API group.
 pub const GROUP: &str = "kubevirt.io";

@@ -21,13 +21,10 @@ pub(super) fn decide(request: &Request<'_>) -> Result<Errand, Refusal> {
     let vmi = request.instance()?;
     allows(&vmi, request)?;
     let options: Options = if request.action == CONSOLE { Options::default() } else { request.options()? };
-    let pods: Vec<Pod> = request
-        .lookup
-        .list("Pod", request.namespace, None)
-        .into_iter()
-        .filter_map(|pod| serde_json::from_value(pod).ok())
-        .collect();
-    let place = place::of_guest(&vmi.read, &pods).ok_or_else(|| {
+    let pod = |name: &str| -> Option<Pod> {
+        request.lookup.get("Pod", request.namespace, name).and_then(|pod| serde_json::from_value(pod).ok())
+    };
+    let place = place::of_guest(&vmi.read, pod).ok_or_else(|| {
         Refusal::Internal(format!("the guest of VMI {}/{} is on no node", request.namespace, request.name))
     })?;
     let vmi_uid = vmi.read.metadata.uid.clone().unwrap_or_default();

@@ -3,7 +3,7 @@
 use k8s_openapi::api::core::v1::Pod;
 
 use crate::VirtualMachineInstance;
-use crate::names::LABEL_CREATED_BY;
+use crate::names::{LABEL_CREATED_BY, launcher_pod};
 
 /// A launcher pod and its node.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -14,50 +14,44 @@ pub struct Place {
     pub pod_uid: String,
 }
 
-/// The pod that holds the guest of a VMI, out of the pods of its namespace. While it moves, that is the source's until the
-/// target's handler has written down that it has arrived.
-pub fn of_guest<'a>(vmi: &VirtualMachineInstance, pods: impl IntoIterator<Item = &'a Pod>) -> Option<Place> {
-    let node = vmi.status.node_name.as_deref().filter(|node| !node.is_empty())?;
-    let state = vmi.status.migration_state.as_ref();
-    let named = state.and_then(|state| {
-        let failed = state.failed == Some(true) || !vmi.has_arrived();
-        let pod = if failed { &state.source_pod } else { &state.target_pod };
-        pod.as_deref().filter(|pod| !pod.is_empty())
-    });
-    let mine: Vec<&Pod> = launchers(vmi, pods).collect();
-    let by_name = mine.iter().find(|pod| named.is_some() && pod.metadata.name.as_deref() == named);
-    let mut here = mine.iter().filter(|pod| node_of(pod) == Some(node) && !is_over(pod));
-    let pod = by_name.or_else(|| here.next())?;
-    Some(Place { node: node_of(pod)?.to_owned(), pod_uid: pod.metadata.uid.clone()? })
+/// The name of the pod that holds the guest, or shall hold it: the target pod of the last migration when the VMI says that it
+/// lives on the target node, else the pod it came from, else the pod that it started in. The VMI says it, and its UID: what
+/// labels a pod carries is for everybody to choose who may make pods.
+pub fn pod_name(vmi: &VirtualMachineInstance) -> String {
+    let node = vmi.status.node_name.as_deref().filter(|node| !node.is_empty());
+    if let (Some(state), Some(_)) = (&vmi.status.migration_state, node) {
+        // The target's handler alone writes that it is there, and only when the guest runs there.
+        let known = if vmi.has_arrived() { &state.target_pod } else { &state.source_pod };
+        if let Some(name) = known.as_ref().filter(|name| !name.is_empty()) {
+            return name.clone();
+        }
+    }
+    let text = |text: &Option<String>| text.clone().unwrap_or_default();
+    launcher_pod(&text(&vmi.metadata.name), &text(&vmi.metadata.uid))
 }
 
-/// Where the guest goes, or has gone, when it has left this pod.
-pub fn after<'a>(vmi: &VirtualMachineInstance, left: &str, pods: impl IntoIterator<Item = &'a Pod>) -> Option<Place> {
+/// The pod that holds the guest of a VMI; `pod` finds one of its namespace by name. While it moves, that is the source's until
+/// the target's handler has written down that it has arrived.
+pub fn of_guest(vmi: &VirtualMachineInstance, pod: impl Fn(&str) -> Option<Pod>) -> Option<Place> {
+    vmi.status.node_name.as_deref().filter(|node| !node.is_empty())?;
+    launcher(vmi, pod(&pod_name(vmi))?)
+}
+
+/// Where the guest goes, or has gone, when it has left the pod of this UID.
+pub fn after(vmi: &VirtualMachineInstance, left: &str, pod: impl Fn(&str) -> Option<Pod>) -> Option<Place> {
     let state = vmi.status.migration_state.as_ref()?;
     let target = state.target_pod.as_deref().filter(|pod| !pod.is_empty())?;
-    let pod = launchers(vmi, pods).find(|pod| pod.metadata.name.as_deref() == Some(target))?;
-    let place = Place { node: node_of(pod)?.to_owned(), pod_uid: pod.metadata.uid.clone()? };
+    let place = launcher(vmi, pod(target)?)?;
     (place.pod_uid != left && state.failed != Some(true)).then_some(place)
 }
 
-fn launchers<'a>(
-    vmi: &VirtualMachineInstance,
-    pods: impl IntoIterator<Item = &'a Pod>,
-) -> impl Iterator<Item = &'a Pod> {
-    let uid = vmi.metadata.uid.clone().unwrap_or_default();
-    pods.into_iter().filter(move |pod| {
-        let labels = pod.metadata.labels.as_ref();
-        labels.and_then(|labels| labels.get(LABEL_CREATED_BY)).is_some_and(|made_for| *made_for == uid)
-    })
-}
-
-fn node_of(pod: &Pod) -> Option<&str> {
-    pod.spec.as_ref()?.node_name.as_deref().filter(|node| !node.is_empty())
-}
-
-fn is_over(pod: &Pod) -> bool {
-    let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
-    matches!(phase, Some("Succeeded" | "Failed"))
+fn launcher(vmi: &VirtualMachineInstance, pod: Pod) -> Option<Place> {
+    let made_for = pod.metadata.labels.as_ref()?.get(LABEL_CREATED_BY)?;
+    if vmi.metadata.uid.as_ref() != Some(made_for) {
+        return None;
+    }
+    let node = pod.spec?.node_name.filter(|node| !node.is_empty())?;
+    Some(Place { node, pod_uid: pod.metadata.uid? })
 }
 
 #[cfg(test)]
@@ -66,10 +60,10 @@ mod tests {
 
     use super::*;
 
-    fn pod(name: &str, node: &str, phase: &str) -> Pod {
+    fn pod(name: &str, node: &str) -> Pod {
         serde_json::from_value(json!({
             "metadata": {"name": name, "uid": format!("uid-{name}"), "labels": {"kubevirt.io/created-by": "uid-vmi"}},
-            "spec": {"containers": [], "nodeName": node}, "status": {"phase": phase},
+            "spec": {"containers": [], "nodeName": node}, "status": {"phase": "Running"},
         }))
         .unwrap()
     }
@@ -80,21 +74,42 @@ mod tests {
             .unwrap()
     }
 
+    fn by_name(pods: &[Pod]) -> impl Fn(&str) -> Option<Pod> {
+        |name| pods.iter().find(|pod| pod.metadata.name.as_deref() == Some(name)).cloned()
+    }
+
     #[test]
     fn a_guest_is_at_its_source_until_it_has_arrived() {
-        let pods = [pod("old", "node1", "Succeeded"), pod("one", "node1", "Running"), pod("two", "node2", "Running")];
-        let at = |vmi: &VirtualMachineInstance| of_guest(vmi, &pods).map(|place| (place.node, place.pod_uid));
+        let first = launcher_pod("vmi", "uid-vmi");
+        let pods = [pod(&first, "node1"), pod("one", "node1"), pod("two", "node2")];
+        let at = |vmi: &VirtualMachineInstance| of_guest(vmi, by_name(&pods)).map(|place| (place.node, place.pod_uid));
         let is = |node: &str, pod: &str| Some((node.to_owned(), format!("uid-{pod}")));
-        assert_eq!(at(&vmi("node1", Value::Null)), is("node1", "one"));
+        let next = |vmi: &VirtualMachineInstance, left: &str| after(vmi, left, by_name(&pods));
+        assert_eq!(at(&vmi("node1", Value::Null)), is("node1", &first));
         assert_eq!(at(&vmi("", Value::Null)), None);
         let mut moving = json!({"sourcePod": "one", "targetPod": "two", "sourceNode": "node1", "targetNode": "node2"});
         assert_eq!(at(&vmi("node1", moving.clone())), is("node1", "one"));
-        assert_eq!(after(&vmi("node1", moving.clone()), "uid-one", &pods).unwrap().pod_uid, "uid-two");
-        assert_eq!(after(&vmi("node1", moving.clone()), "uid-two", &pods), None);
+        assert_eq!(next(&vmi("node1", moving.clone()), "uid-one").unwrap().pod_uid, "uid-two");
+        assert_eq!(next(&vmi("node1", moving.clone()), "uid-two"), None);
         assert_eq!(at(&vmi("node2", moving.clone())), is("node2", "two"));
         moving["failed"] = json!(true);
         assert_eq!(at(&vmi("node1", moving.clone())), is("node1", "one"));
-        assert_eq!(after(&vmi("node1", moving), "uid-one", &pods), None);
-        assert_eq!(after(&vmi("node1", Value::Null), "uid-one", &pods), None);
+        assert_eq!(next(&vmi("node1", moving), "uid-one"), None);
+        assert_eq!(next(&vmi("node1", Value::Null), "uid-one"), None);
+    }
+
+    #[test]
+    fn a_pod_is_no_launcher_for_saying_so() {
+        let first = launcher_pod("vmi", "uid-vmi");
+        // By name it would come first.
+        let strangers = [pod("a-stranger", "node1")];
+        assert_eq!(of_guest(&vmi("node1", Value::Null), by_name(&strangers)), None);
+        let pods = [pod("a-stranger", "node1"), pod(&first, "node1")];
+        let place = of_guest(&vmi("node1", Value::Null), by_name(&pods)).unwrap();
+        assert_eq!(place.pod_uid, format!("uid-{first}"));
+        // Another VMI's pod is not this one's.
+        let mut other = pod(&first, "node1");
+        other.metadata.labels = None;
+        assert_eq!(of_guest(&vmi("node1", Value::Null), by_name(&[other])), None);
     }
 }

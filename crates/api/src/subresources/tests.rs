@@ -52,7 +52,8 @@ fn of_node(objects: &[&Value], action: &str, body: Value) -> Result<Errand, Refu
 
 #[test]
 fn the_guests_node_is_asked_what_only_it_can_do() {
-    let pod = json!({"kind": "Pod", "metadata": {"name": "virt-launcher-db-x", "namespace": "default", "uid": "uid-pod",
+    let name = crate::names::launcher_pod("db", "uid-db");
+    let pod = json!({"kind": "Pod", "metadata": {"name": name, "namespace": "default", "uid": "uid-pod",
         "labels": {"kubevirt.io/created-by": "uid-db"}}, "spec": {"containers": [], "nodeName": "node1"}});
     let condition = |type_: &str| json!([{"type": type_, "status": "True"}]);
     let paused = with(running(), "/status/conditions", condition("Paused"));

@@ -69,6 +69,11 @@ impl FrontClient {
         self
     }
 
+    #[cfg(test)]
+    pub(super) fn port(&self) -> u16 {
+        self.port
+    }
+
     /// A call about the guest in a pod of a node, which is at this address; the JSON that is answered, null when it is nothing.
     ///
     /// # Errors

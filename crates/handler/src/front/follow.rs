@@ -18,8 +18,10 @@ use tokio::time::Instant;
 
 use super::client::{CallError, FrontClient};
 
-/// Between two looks at where the guest is while it is on its way.
+/// Between the first two looks at where the guest is while it is on its way; each pause is twice the one before.
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
+/// The longest of these pauses.
+const LOOK_AT_LEAST: Duration = Duration::from_secs(2);
 /// Between two looks while its console is open.
 const LOOK: Duration = Duration::from_secs(1);
 /// How long the console of a launcher that the guest has left is waited for: its node may be gone without a word.
@@ -172,6 +174,24 @@ async fn carry(
     }
 }
 
+/// The pauses between looks at where a guest is.
+#[derive(Default)]
+pub(super) struct Pauses(Option<Duration>);
+
+impl Pauses {
+    /// The next one.
+    pub(super) fn next(&mut self) -> Duration {
+        let next = self.0.map_or(LOOK_AGAIN, |before| (before * 2).min(LOOK_AT_LEAST));
+        self.0 = Some(next);
+        next
+    }
+
+    /// Whether it has taken long.
+    fn are_long(&self) -> bool {
+        self.0 == Some(LOOK_AT_LEAST)
+    }
+}
+
 /// Opens the console anew where the guest is. `broken`: the connection broke at this byte; else the guest has left the pod.
 async fn found(
     front: &FrontClient,
@@ -180,6 +200,8 @@ async fn found(
     broken: Option<Option<u64>>,
     said: &mpsc::Sender<Bytes>,
 ) -> Option<Here> {
+    let mut pauses = Pauses::default();
+    let mut warned = false;
     loop {
         let sight = guest.look(&left.pod_uid);
         let elsewhere = |spot: &Spot| spot.pod_uid != left.pod_uid;
@@ -195,9 +217,16 @@ async fn found(
             let from = if elsewhere(&spot) { Some(0) } else { broken.flatten() };
             match Here::open_from(front, spot, from).await {
                 Ok(here) => return Some(here),
+                Err(error) if pauses.are_long() && !warned => {
+                    warned = true;
+                    tracing::warn!(%error, left = left.node, "an open console does not come to its guest; trying again");
+                }
                 Err(error) => tracing::debug!(%error, "opening a console again"),
             }
         }
-        tokio::time::sleep(LOOK_AGAIN).await;
+        tokio::select! {
+            () = tokio::time::sleep(pauses.next()) => {}
+            () = said.closed() => return None,
+        }
     }
 }

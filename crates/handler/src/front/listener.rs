@@ -1,13 +1,14 @@
 //! The door's listening half: TLS, and who may come in.
 
+use std::collections::VecDeque;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, mpsc};
-use tokio::task::JoinHandle;
+use tokio::sync::mpsc;
+use tokio::task::{AbortHandle, JoinHandle};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
@@ -16,8 +17,8 @@ use crate::tls::{self, TlsPaths};
 
 /// How long a client may take for its handshake.
 const HANDSHAKE_TIME: Duration = Duration::from_secs(5);
-/// Handshakes in progress; more wait in the backlog.
-const HANDSHAKES: usize = 8;
+/// Handshakes in progress. Where there are more, the oldest makes room: whoever connects and says nothing keeps nobody out.
+pub(super) const HANDSHAKES: usize = 64;
 /// Before the next attempt when the address cannot be had.
 const RETRY: Duration = Duration::from_secs(2);
 
@@ -72,11 +73,9 @@ impl axum::serve::Listener for Listener {
 
 async fn accept(listener: TcpListener, files: TlsPaths, entered: mpsc::Sender<(TlsStream<TcpStream>, SocketAddr)>) {
     let files = Arc::new(files);
-    let handshakes = Arc::new(Semaphore::new(HANDSHAKES));
     let mut connections = tokio::task::JoinSet::new();
+    let mut oldest_first: VecDeque<AbortHandle> = VecDeque::new();
     loop {
-        while connections.try_join_next().is_some() {}
-        let Ok(permit) = handshakes.clone().acquire_owned().await else { return };
         let (stream, peer) = match listener.accept().await {
             Ok(accepted) => accepted,
             Err(error) => {
@@ -85,19 +84,27 @@ async fn accept(listener: TcpListener, files: TlsPaths, entered: mpsc::Sender<(T
                 continue;
             }
         };
+        while connections.try_join_next().is_some() {}
+        oldest_first.retain(|handshake| !handshake.is_finished());
+        if oldest_first.len() >= HANDSHAKES
+            && let Some(oldest) = oldest_first.pop_front()
+        {
+            tracing::warn!("too many handshakes at the door for the API server: the oldest is broken off");
+            oldest.abort();
+        }
         let (files, entered) = (files.clone(), entered.clone());
-        connections.spawn(async move {
+        let handshake = connections.spawn(async move {
             let shaken = match tokio::time::timeout(HANDSHAKE_TIME, enter(stream, &files)).await {
                 Ok(result) => result,
                 Err(_) => Err("no handshake in time".to_owned()),
             };
-            drop(permit);
             match shaken {
                 // Nobody takes it any more at the handler's end.
                 Ok(stream) => drop(entered.send((stream, peer)).await),
                 Err(reason) => tracing::warn!(%peer, reason, "refused at the door for the API server"),
             }
         });
+        oldest_first.push_back(handshake);
     }
 }
 

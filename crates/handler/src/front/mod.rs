@@ -30,7 +30,7 @@ pub use client::{CallError, Dial, FrontClient};
 pub use follow::{Here, Sight, Spot, Whereabouts, follow};
 
 use crate::context::Context;
-use crate::sockets::SocketDir;
+use crate::sockets::{Socket, SocketDir};
 
 /// Where handlers listen (the port of KubeVirt's virt-handler for this).
 pub const PORT: u16 = 8186;
@@ -75,6 +75,13 @@ fn refuse(status: StatusCode, message: impl Into<String>) -> Response {
     (status, Json(Refused { message: message.into() })).into_response()
 }
 
+/// The socket where the launcher in a pod takes calls.
+fn launcher(kubelet_root: &std::path::Path, uid: &str) -> Result<Socket, Box<Response>> {
+    let unheard =
+        |error| Box::new(refuse(StatusCode::INTERNAL_SERVER_ERROR, format!("the launcher of pod {uid}: {error}")));
+    sockets(kubelet_root, uid)?.socket("launcher.sock").map_err(unheard)
+}
+
 /// The sockets of the launcher in a pod.
 fn sockets(kubelet_root: &std::path::Path, uid: &str) -> Result<SocketDir, Box<Response>> {
     let is_uid = !uid.is_empty() && uid.bytes().all(|byte| byte.is_ascii_hexdigit() || byte == b'-');
@@ -101,11 +108,11 @@ fn answer(result: Result<Response, Error>) -> Response {
 }
 
 async fn carry_out(State(kubelet_root): State<Arc<PathBuf>>, Path((uid, call)): Path<(String, String)>) -> Response {
-    let dir = match sockets(&kubelet_root, &uid) {
-        Ok(dir) => dir,
+    let socket = match launcher(&kubelet_root, &uid) {
+        Ok(socket) => socket,
         Err(refused) => return *refused,
     };
-    let launcher = Client::new(dir.short("launcher.sock"));
+    let launcher = Client::new(socket.path());
     tracing::info!(pod = uid, call, "asked by the API server");
     let done = match call.as_str() {
         "pause" => launcher.pause().await,
@@ -118,11 +125,11 @@ async fn carry_out(State(kubelet_root): State<Arc<PathBuf>>, Path((uid, call)): 
 }
 
 async fn guest(State(kubelet_root): State<Arc<PathBuf>>, Path(uid): Path<String>) -> Response {
-    let dir = match sockets(&kubelet_root, &uid) {
-        Ok(dir) => dir,
+    let socket = match launcher(&kubelet_root, &uid) {
+        Ok(socket) => socket,
         Err(refused) => return *refused,
     };
-    let told = Client::new(dir.short("launcher.sock")).guest().await;
+    let told = Client::new(socket.path()).guest().await;
     answer(told.map(|told| Json(told).into_response()))
 }
 

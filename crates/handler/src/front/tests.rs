@@ -1,6 +1,7 @@
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use axum::serve::Listener as _;
 use bytes::Bytes;
@@ -56,12 +57,26 @@ fn spot(pod: &str) -> Spot {
     Spot { node: "node1".to_owned(), address: LOCAL, pod_uid: pod.to_owned() }
 }
 
+/// Whatever does not come at all shall fail the test with words.
+const NEVER: Duration = Duration::from_secs(60);
+
 async fn hear(said: &mut mpsc::Receiver<Bytes>, until: usize) -> String {
     let mut heard = Vec::new();
     while heard.len() < until {
-        heard.extend_from_slice(&said.recv().await.unwrap());
+        let so_far = String::from_utf8_lossy(&heard).into_owned();
+        let more = tokio::time::timeout(NEVER, said.recv()).await;
+        let more = more.unwrap_or_else(|_| panic!("after {so_far:?} the console is silent; {until} bytes were said"));
+        heard.extend_from_slice(&more.unwrap_or_else(|| panic!("after {so_far:?} the console has been closed")));
     }
     String::from_utf8(heard).unwrap()
+}
+
+/// The next key that the guest gets.
+async fn key(guest: &mut UnixStream) -> u8 {
+    let mut key = [0];
+    let read = tokio::time::timeout(NEVER, tokio::io::AsyncReadExt::read_exact(guest, &mut key)).await;
+    read.expect("the key does not come to the guest").unwrap();
+    key[0]
 }
 
 #[tokio::test]
@@ -84,8 +99,7 @@ async fn a_console_follows_its_guest_without_a_gap() {
         tokio::spawn(async move { follow(&front, guest.as_ref(), here, hears, says).await })
     };
     typed.send(Bytes::from_static(b"x")).await.unwrap();
-    let mut key = [0];
-    tokio::io::AsyncReadExt::read_exact(&mut there, &mut key).await.unwrap();
+    assert_eq!(key(&mut there).await, b'x');
     there.write_all(b"one ").await.unwrap();
     assert_eq!(hear(&mut said, 4).await, "one ");
 
@@ -99,12 +113,11 @@ async fn a_console_follows_its_guest_without_a_gap() {
     assert_eq!(hear(&mut said, 10).await, "two three ");
     *guest.0.lock().unwrap() = Sight { now: Some(spot(TWO)), ..Sight::default() };
     typed.send(Bytes::from_static(b"y")).await.unwrap();
-    tokio::io::AsyncReadExt::read_exact(&mut anew, &mut key).await.unwrap();
-    assert_eq!(&key, b"y");
+    assert_eq!(key(&mut anew).await, b'y');
 
     // A newer client takes it over.
     let _newer = Here::open(&front, spot(TWO)).await.unwrap();
-    following.await.unwrap();
+    tokio::time::timeout(NEVER, following).await.expect("the older client stays").unwrap();
     assert!(said.recv().await.is_none());
     door.abort();
 }
@@ -128,6 +141,30 @@ async fn only_the_api_server_comes_in_and_learns_what_is_not_there() {
     let (stranger, _door) = door_of(folder.path(), &ca).await;
     let answer = stranger.call(("node1", LOCAL), Method::PUT, ONE, "pause").await;
     assert!(matches!(answer, Err(CallError::Unreachable { .. })), "a node is not the API server: {answer:?}");
+}
+
+#[tokio::test]
+async fn whoever_connects_and_says_nothing_keeps_nobody_out() {
+    let (folder, ca) = (tempfile::tempdir().unwrap(), Ca::new());
+    let (front, _door) = door(folder.path(), &ca, CLIENT_NAME).await;
+    let mut idle = Vec::new();
+    for _ in 0..2 * listener::HANDSHAKES {
+        idle.push(TcpStream::connect((LOCAL, front.port())).await.unwrap());
+    }
+    let answer = front.call(("node1", LOCAL), Method::PUT, ONE, "pause").await;
+    assert!(matches!(answer, Err(CallError::Refused { status: 404, .. })), "{answer:?}");
+}
+
+#[test]
+fn a_console_that_is_not_found_is_looked_for_less_and_less_often() {
+    let mut pauses = follow::Pauses::default();
+    let mut waited = Duration::ZERO;
+    let mut looks = 0;
+    while waited < Duration::from_secs(60) {
+        waited += pauses.next();
+        looks += 1;
+    }
+    assert!((30..=40).contains(&looks), "{looks} looks in a minute");
 }
 
 async fn door_of(folder: &Path, ca: &Ca) -> (FrontClient, tokio::task::JoinHandle<()>) {
