@@ -6,7 +6,7 @@ GUEST := $(TARGET)/demo-guest
 # make deps QEMU=backports takes QEMU 10.0 from Debian 12's backports instead of 7.2.
 QEMU ?= stable
 
-.PHONY: help demo build guest test test-unit test-e2e lint deps clean
+.PHONY: help demo build guest test test-unit test-e2e test-cluster lint deps clean
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -34,6 +34,10 @@ test-unit: deps
 ## make test-e2e        the tests that start clusters with real guests
 test-e2e: deps
 	scripts/test.sh e2e
+
+## make test-cluster    end-to-end tests against the etcd and kube-apiserver in the folder KUBEBUILDER_ASSETS
+test-cluster: deps
+	scripts/test.sh cluster
 
 ## make lint            format, clippy with warnings denied, purity of the pure crates, dependencies
 lint: deps

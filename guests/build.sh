@@ -37,7 +37,7 @@ fi
 # 3. The initramfs. The order is the order of loading: virtio needs virtio_ring, virtio_net needs net_failover, and so on.
 modules="virtio_ring virtio virtio_pci_legacy_dev virtio_pci_modern_dev virtio_pci failover net_failover virtio_net
          virtio_console virtio_balloon rng-core virtio-rng virtio_blk button evdev scsi_common scsi_mod cdrom sd_mod
-         sr_mod virtio_scsi efivarfs"
+         sr_mod virtio_scsi efivarfs isofs"
 tree=$(mktemp -d)
 trap 'rm -rf "$tree" ${scratch:+"$scratch"}' EXIT
 mkdir -p "$tree"/{bin,sbin,dev,proc,sys,tmp,modules,etc}
@@ -71,7 +71,7 @@ pack "$tree" >"$out/initrd.new"
 mv "$out/initrd.new" "$out/initrd"
 
 # 4. QEMU's guest agent with its libraries, as a second archive behind the first: Linux unpacks both.
-if [ ! -s "$out/agent.cpio.gz" ]; then
+if [ ! -s "$out/agent.cpio.gz" ] || [ guests/build.sh -nt "$out/agent.cpio.gz" ]; then
     unpacked=$(mktemp -d)
     trap 'rm -rf "$tree" "$unpacked" ${scratch:+"$scratch"}' EXIT
     echo "guest: unpacking qemu-guest-agent (not installing it)"
@@ -88,6 +88,26 @@ if [ ! -s "$out/agent.cpio.gz" ]; then
     for library in $(grep -o '/[^ ]*' <<<"$libraries"); do
         install -D -m 0755 "$(readlink -f "$library")" "$unpacked/tree$library"
     done
+    # What it calls when it is told to power off or to reboot, and who it says is logged in: /var/run/utmp with one entry
+    # (utmp(5): a user process, its line, id, name and host, an exit status, a session, a time, an address, room).
+    mkdir -p "$unpacked/tree/sbin" "$unpacked/tree/var/run"
+    cat >"$unpacked/tree/sbin/shutdown" <<'SHUTDOWN'
+#!/bin/sh
+case " $* " in
+    *" -r "*) exec busybox reboot -f ;;
+    *) exec busybox poweroff -f ;;
+esac
+SHUTDOWN
+    chmod 0755 "$unpacked/tree/sbin/shutdown"
+    mkdir -p "$unpacked/tree/etc"
+    printf 'ID=godwit\nNAME="Godwit demo guest"\nPRETTY_NAME="Godwit demo guest with an agent"\nVERSION_ID="1"\n' \
+        >"$unpacked/tree/etc/os-release"
+    field() { printf '%s' "$1" && head -c "$(($2 - ${#1}))" /dev/zero; }
+    {
+        printf '\007\0\0\0\001\0\0\0'
+        field ttyS0 32 && field S0 4 && field pilot 32 && field '' 256
+        field '' 8 && printf '\0\0\0\140' && field '' 40
+    } >"$unpacked/tree/var/run/utmp"
     pack "$unpacked/tree" >"$out/agent.cpio.gz.new"
     mv "$out/agent.cpio.gz.new" "$out/agent.cpio.gz"
 fi

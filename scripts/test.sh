@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the tests. Usage: scripts/test.sh [all|unit|e2e]
+# Runs the tests. Usage: scripts/test.sh [all|unit|e2e|cluster]
 # Unit tests run in parallel; end-to-end tests start whole clusters and run few at a time.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -26,16 +26,41 @@ make_guest() {
 simulator() {
     cargo run --release --locked -p godwit-simulator --example seeds -- "${GODWIT_SEEDS:-2000}"
 }
+# Test files whose clusters can have a real API server (docs/kubernetes.md says why the others cannot).
+either='package(godwit) & (binary(certificates) | binary(cluster) | binary(contract) | binary(evacuation) | binary(kubectl) | binary(migration) | binary(pods) | binary(refusals) | binary(virtctl)
+    | (binary(guests) & not test(/^agent::|^plug::/)))'
+# Whether KUBEBUILDER_ASSETS names a folder with etcd and kube-apiserver.
+real() {
+    [ -x "${KUBEBUILDER_ASSETS:-}/etcd" ] && [ -x "${KUBEBUILDER_ASSETS:-}/kube-apiserver" ]
+}
+count() {
+    cargo nextest list --workspace --locked -E "$1" 2>/dev/null | grep -c '^    ' || true
+}
+# Says what was not run against etcd and kube-apiserver.
+skipped() {
+    if real; then return; fi
+    echo "test: SKIPPED: $(count "$either") tests were not run against etcd and kube-apiserver, but against the embedded server" \
+        "($(count 'package(godwit) & (binary(certificates) | binary(cluster))') of them not at all): set KUBEBUILDER_ASSETS to a folder with both"
+}
 kubectls=$(ls /usr/lib/google-cloud-sdk/bin/kubectl.1.* 2>/dev/null || true)
 if [ -z "$kubectls" ] && ! command -v kubectl >/dev/null; then
     echo "test: no kubectl found; the tests that drive a real kubectl will say that they were skipped"
 fi
 case "$which" in
     unit) runner 'not package(godwit)'; simulator ;;
-    e2e) make_guest; runner 'package(godwit)' ;;
-    all) make_guest; runner 'all()'; simulator ;;
+    e2e) make_guest; runner 'package(godwit)'; skipped ;;
+    cluster)
+        if ! command -v cargo-nextest >/dev/null; then
+            echo "test: cargo-nextest chooses these tests; install it" >&2
+            exit 1
+        fi
+        make_guest
+        runner "$either"
+        skipped
+        ;;
+    all) make_guest; runner 'all()'; simulator; skipped ;;
     *)
-        echo "usage: scripts/test.sh [all|unit|e2e]" >&2
+        echo "usage: scripts/test.sh [all|unit|e2e|cluster]" >&2
         exit 2
         ;;
 esac

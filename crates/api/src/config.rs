@@ -272,11 +272,7 @@ fn read_field(key: &str, value: &Value) -> Option<MigrationConfiguration> {
 /// request, else its limit), and with `migrationMethod` BlockMigration the disks that are not shared, as far as the VMI
 /// says how large they are.
 pub fn bytes_to_copy(vmi: &VirtualMachineInstance) -> u64 {
-    let domain = &vmi.spec.domain;
-    let guest = domain.memory.as_ref().and_then(|memory| memory.guest.as_ref());
-    let memory =
-        guest.or_else(|| domain.resources.requests.get("memory")).or_else(|| domain.resources.limits.get("memory"));
-    let memory = memory.and_then(|amount| amount.bytes().ok()).unwrap_or(0);
+    let memory = memory_bytes(vmi);
     if vmi.status.migration_method != Some(MigrationMethod::BlockMigration) {
         return memory;
     }
@@ -292,6 +288,15 @@ pub fn bytes_to_copy(vmi: &VirtualMachineInstance) -> u64 {
         said.or_else(|| asked().or_else(held).and_then(|amount| amount.bytes().ok())).unwrap_or(0)
     });
     disks.fold(memory, u64::saturating_add)
+}
+
+/// The memory that a guest is to have.
+pub fn memory_bytes(vmi: &VirtualMachineInstance) -> u64 {
+    let domain = &vmi.spec.domain;
+    let guest = domain.memory.as_ref().and_then(|memory| memory.guest.as_ref());
+    let memory =
+        guest.or_else(|| domain.resources.requests.get("memory")).or_else(|| domain.resources.limits.get("memory"));
+    memory.and_then(|amount| amount.bytes().ok()).unwrap_or(0)
 }
 
 /// How long a migration of this many bytes may take, in seconds; `None` is for ever (`completionTimeoutPerGiB` 0).

@@ -37,6 +37,8 @@ string_enum! {
         Progress = "Progress",
         /// The guest's last migration, as it was measured.
         LastMigration = "LastMigration",
+        /// How fast the guest writes to its memory, as it was measured while it ran (`status.dirtyRate`), and the bandwidth.
+        DirtyRate = "DirtyRate",
         /// What the guest was measured to write, and the link to carry, before a migration that did not end.
         Forecast = "Forecast",
         /// How much there is to copy at most, and the bandwidth that other migrations had or that is configured. How fast the
@@ -44,6 +46,22 @@ string_enum! {
         Size = "Size",
         /// How long a shutdown may take.
         GracePeriod = "GracePeriod",
+    }
+}
+
+string_enum! {
+    /// What an expected bandwidth rests on; the best that there was.
+    BandwidthBasis default Assumed {
+        /// What the last migrations between the two nodes got.
+        Pair = "Pair",
+        /// What the last migrations from or to the node that is left got.
+        Node = "Node",
+        /// What the last migrations in the cluster got.
+        Cluster = "Cluster",
+        /// What is allowed: nothing slower was measured.
+        Configured = "Configured",
+        /// Nothing is configured and nothing was measured.
+        Assumed = "Assumed",
     }
 }
 
@@ -114,6 +132,16 @@ api_struct! {
         duration: Option<DrainDuration>,
         /// What the duration rests on.
         basis: Option<DrainBasis>,
+        /// How fast the guest was measured to write to its memory, in bytes a second.
+        dirty_bytes_per_second: Option<u64>,
+        /// How fast its migration is taken to go, in bytes a second.
+        bytes_per_second: Option<u64>,
+        /// What that rests on.
+        bandwidth_basis: Option<BandwidthBasis>,
+        /// Whether the copying comes to its end by itself, where that can be told.
+        converges: Option<bool>,
+        /// How long the guest would stand still for its migration, where that can be told.
+        downtime: Option<DrainDuration>,
     }
 }
 
@@ -136,12 +164,14 @@ api_struct! {
 api_struct! {
     /// Something that makes a drain take as long as it does.
     DrainBound {
-        /// The setting, as `parallelOutboundMigrationsPerNode`.
+        /// The setting, as `parallelOutboundMigrationsPerNode`; or `ResourceQuota`.
         limit: String,
         /// Its value; bytes a second for a bandwidth.
         value: Option<u64>,
         /// The node that it is about.
         node: Option<String>,
+        /// The ResourceQuota, as namespace and name.
+        quota: Option<String>,
         /// How many VMs wait for it at some time.
         vms: Option<u32>,
         /// How long somebody waits for it; for a bandwidth, how long the copying takes at least.

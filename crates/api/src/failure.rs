@@ -24,6 +24,8 @@ string_enum! {
         QuotaExceeded = "QuotaExceeded",
         /// The target's pod, QEMU or node is gone.
         TargetLost = "TargetLost",
+        /// The target's node was put into maintenance before the guest was on its way there.
+        TargetInMaintenance = "TargetInMaintenance",
         /// The source's pod, QEMU or node is gone, and the guest with it.
         SourceLost = "SourceLost",
         /// The two nodes could not reach each other.
@@ -59,7 +61,7 @@ string_enum! {
 
 impl FailureCause {
     /// Every cause, in the order of the documentation.
-    pub const ALL: [FailureCause; 24] = [
+    pub const ALL: [FailureCause; 25] = [
         Self::Cancelled,
         Self::NoProgress,
         Self::OutOfTime,
@@ -69,6 +71,7 @@ impl FailureCause {
         Self::NotHandedOver,
         Self::QuotaExceeded,
         Self::TargetLost,
+        Self::TargetInMaintenance,
         Self::SourceLost,
         Self::LinkLost,
         Self::TargetRefusedCpu,
@@ -100,6 +103,9 @@ impl FailureCause {
             Self::NotHandedOver => "The target pod was ready, but the VMI could not be told of the migration in time.",
             Self::QuotaExceeded => "The namespace's ResourceQuota had no room for a second launcher pod.",
             Self::TargetLost => "The target's pod, QEMU or node was lost.",
+            Self::TargetInMaintenance => {
+                "The target node was put into maintenance before the guest was on its way there."
+            }
             Self::SourceLost => "The source's pod, QEMU or node was lost, and the guest with it.",
             Self::LinkLost => "The two nodes could not reach each other (in post-copy the link is waited for instead).",
             Self::TargetRefusedCpu => "The target's CPU lacks something that the guest was started with.",
@@ -151,6 +157,9 @@ impl FailureCause {
             }
             Self::TargetLost => {
                 "Migrate again; if it happens again, look at the target node and at the log of the target pod."
+            }
+            Self::TargetInMaintenance => {
+                "Migrate again: another node is chosen. Evacuations are made anew by themselves after a moment."
             }
             Self::SourceLost => {
                 "The VM's run strategy decides whether the guest is started again; look at the source node and the log \

@@ -62,6 +62,9 @@ api_struct! {
         machine_type: Option<String>,
         /// The CPU model of VMIs that say none.
         cpu_model: Option<String>,
+        /// Godwit's own: `Auto` gives VMIs that say no CPU model the greatest that all nodes have (`status.cpuBaseline`), so that they
+        /// can go everywhere; `cpuModel` wins.
+        cpu_baseline: Option<String>,
         /// The launcher's pull policy.
         image_pull_policy: Option<String>,
         /// `LiveUpdate` (default) or `Stage`.
@@ -181,5 +184,36 @@ api_struct! {
         outdated_virtual_machine_instance_workloads: Option<i64>,
         /// The architecture of VMIs that say none.
         default_architecture: Option<String>,
+        /// Godwit's own: the greatest CPU model that all nodes have, where that is asked for.
+        cpu_baseline: Option<CpuBaseline>,
     }
 }
+
+api_struct! {
+    /// The greatest common CPU model.
+    CpuBaseline {
+        /// The model; none when the nodes have none in common.
+        model: Option<String>,
+        /// How many nodes have said what they have.
+        nodes: u64,
+    }
+}
+
+impl KubeVirt {
+    /// The CPU model of VMIs that say none, where it is not their node's own.
+    pub fn default_cpu_model(&self) -> Option<&str> {
+        let configuration = &self.spec.configuration;
+        let baseline = self.status.cpu_baseline.as_ref().filter(|_| configuration.has_cpu_baseline());
+        configuration.cpu_model.as_deref().or_else(|| baseline?.model.as_deref())
+    }
+}
+
+impl KubeVirtConfiguration {
+    /// Whether VMIs get the greatest common CPU model.
+    pub fn has_cpu_baseline(&self) -> bool {
+        self.cpu_baseline.as_deref() == Some(BASELINE_AUTO)
+    }
+}
+
+/// The value of `cpuBaseline`.
+pub const BASELINE_AUTO: &str = "Auto";

@@ -6,6 +6,7 @@
 #[macro_use]
 mod macros;
 
+pub mod access;
 pub mod admission;
 pub mod condition;
 pub mod config;

@@ -164,6 +164,8 @@ api_struct! {
         virtual_machine_instances: Vec<VmStatus>,
         /// Godwit's own: with `spec.maxParallel`, the VMs whose turn it is to leave, as `namespace/name`.
         leaving: Vec<String>,
+        /// Godwit's own: it has closed its node, which is to be taken back.
+        closed: Option<bool>,
         /// Godwit's own: of a dry run, what would happen.
         plan: Option<DrainPlan>,
         /// Godwit's own: until when the node has to be empty, from `spec.deadline`.

@@ -78,6 +78,8 @@ api_struct! {
         forecast_total_milliseconds: Option<u64>,
         /// Bytes sent.
         bytes_processed: Option<u64>,
+        /// What it was allowed when it was over (`bandwidthPerMigration`), in bytes a second; 0 is no limit, unset not known.
+        bandwidth_bytes_per_second: Option<u64>,
         /// For people: the downtime with its unit, e.g. `73 ms`.
         downtime: Option<String>,
         /// For people: the bytes sent, e.g. `116 MiB`.

@@ -13,10 +13,10 @@ const NAMESPACES: [&str; 5] = ["default", "kube-system", "kube-public", "kube-no
 const RBAC: &str = "rbac.authorization.k8s.io";
 const READ: [&str; 3] = ["get", "list", "watch"];
 const WRITE: [&str; 5] = ["create", "delete", "deletecollection", "patch", "update"];
-const KUBEVIRT: &str = "kubevirt.io";
 
-/// Creates what is missing. Roles and bindings that are there are given what they lack; the rest stays as it is.
-pub(crate) async fn objects(inner: &Arc<Inner>, ca: &str) -> Result<(), Error> {
+/// Creates what is missing. Roles and bindings that are there, Kubernetes' own and these, are given what they lack; the rest stays
+/// as it is.
+pub(crate) async fn objects(inner: &Arc<Inner>, ca: &str, roles: Vec<Value>) -> Result<(), Error> {
     for name in NAMESPACES {
         ensure(inner, "", "v1", "namespaces", "", json!({"metadata": {"name": name}})).await?;
         collector::furnish(inner, name, ca).await;
@@ -32,16 +32,22 @@ pub(crate) async fn objects(inner: &Arc<Inner>, ca: &str) -> Result<(), Error> {
     for binding in cluster_role_bindings() {
         reconcile(inner, "clusterrolebindings", binding).await?;
     }
+    for mut object in roles {
+        mark(&mut object);
+        let kind = object["kind"].as_str().unwrap_or_default().to_lowercase();
+        reconcile(inner, &format!("{kind}s"), object).await?;
+    }
     Ok(())
 }
 
 /// Creates a role or binding, or brings the one of an older data directory up to date.
 async fn reconcile(inner: &Arc<Inner>, plural: &str, object: Value) -> Result<(), Error> {
-    ensure(inner, RBAC, "v1", plural, "", object.clone()).await?;
+    let namespace = object.pointer("/metadata/namespace").and_then(Value::as_str).unwrap_or_default();
+    ensure(inner, RBAC, "v1", plural, namespace, object.clone()).await?;
     let cx = Context::internal(inner);
     let Some(kind) = cx.kinds.get(RBAC, "v1", plural).cloned() else { return Ok(()) };
     let name = object.pointer("/metadata/name").and_then(Value::as_str).unwrap_or_default();
-    let change = Change { namespace: "", name, dry_run: false, manager: Manager::server() };
+    let change = Change { namespace, name, dry_run: false, manager: Manager::server() };
     match change_object(&cx, &kind, &change, |found| Ok(reconciled(found, &object))).await {
         Ok(_) => Ok(()),
         Err(status) => Err(Error::Bootstrap { what: format!("{plural} {name}"), status: Box::new(status) }),
@@ -80,6 +86,12 @@ fn rule(groups: &[&str], resources: &[&str], verbs: &[&str]) -> Value {
 
 fn paths(urls: &[&str]) -> Value {
     json!({"nonResourceURLs": urls, "verbs": ["get"]})
+}
+
+/// Says that a role or binding comes with the server and is brought up to date by it.
+fn mark(object: &mut Value) {
+    object["metadata"]["labels"]["kubernetes.io/bootstrapping"] = json!("rbac-defaults");
+    object["metadata"]["annotations"]["rbac.authorization.kubernetes.io/autoupdate"] = json!("true");
 }
 
 fn role(name: &str, labels: &[(&str, &str)], rules: Vec<Value>) -> Value {
@@ -185,12 +197,12 @@ fn cluster_roles() -> Vec<Value> {
             ],
         ),
     ];
-    roles.extend(components(&read_write));
+    roles.extend(components());
     roles
 }
 
-/// Roles of the parts of this cluster; docs/architecture.md says who writes what.
-fn components(read_write: &[&str]) -> Vec<Value> {
+/// Roles of the parts of a cluster that are Kubernetes' own.
+fn components() -> Vec<Value> {
     let events = rule(&["", "events.k8s.io"], &["events"], &["create", "patch", "update"]);
     let leases =
         rule(&["coordination.k8s.io"], &["leases"], &["create", "get", "list", "patch", "update", "watch", "delete"]);
@@ -233,80 +245,6 @@ fn components(read_write: &[&str]) -> Vec<Value> {
                 leases.clone(),
             ],
         ),
-        role(
-            "kubevirt-controller",
-            &[],
-            vec![
-                rule(
-                    &[""],
-                    &[
-                        "pods",
-                        "configmaps",
-                        "secrets",
-                        "services",
-                        "serviceaccounts",
-                        "persistentvolumeclaims",
-                        "persistentvolumes",
-                    ],
-                    read_write,
-                ),
-                rule(
-                    &[""],
-                    &["pods/status", "persistentvolumeclaims/status", "persistentvolumes/status"],
-                    &["get", "patch", "update"],
-                ),
-                rule(&[""], &["pods/eviction", "pods/binding"], &["create"]),
-                rule(&[""], &["nodes", "nodes/status"], &["get", "list", "watch", "patch", "update"]),
-                rule(&[""], &["namespaces", "resourcequotas"], &READ),
-                // those of the leases of nodes in maintenance
-                rule(&[""], &["namespaces"], &["create"]),
-                rule(&["policy"], &["poddisruptionbudgets"], read_write),
-                rule(&["policy"], &["poddisruptionbudgets/status"], &["get", "patch", "update"]),
-                rule(&["apps"], &["*"], &READ),
-                rule(&["storage.k8s.io"], &["*"], &READ),
-                rule(&["apiextensions.k8s.io"], &["customresourcedefinitions"], &READ),
-                rule(&["k8s.cni.cncf.io"], &["network-attachment-definitions"], &READ),
-                rule(&["authorization.k8s.io"], &["subjectaccessreviews"], &["create"]),
-                rule(
-                    &[
-                        KUBEVIRT,
-                        "migrations.kubevirt.io",
-                        "pool.kubevirt.io",
-                        "snapshot.kubevirt.io",
-                        "clone.kubevirt.io",
-                        "instancetype.kubevirt.io",
-                        "export.kubevirt.io",
-                        "nodemaintenance.kubevirt.io",
-                        "nodemaintenance.medik8s.io",
-                        "godwit.io",
-                    ],
-                    &["*"],
-                    &["*"],
-                ),
-                events.clone(),
-                leases.clone(),
-            ],
-        ),
-        role(
-            "kubevirt-handler",
-            &[],
-            vec![
-                rule(&[KUBEVIRT], &["virtualmachineinstances"], &["get", "list", "watch", "patch", "update"]),
-                rule(&[KUBEVIRT], &["virtualmachineinstances/status"], &["get", "patch", "update"]),
-                rule(&[KUBEVIRT], &["virtualmachineinstancemigrations", "kubevirts"], &READ),
-                rule(&["migrations.kubevirt.io"], &["migrationpolicies"], &READ),
-                rule(&[""], &["nodes"], &["get", "list", "watch", "patch"]),
-                rule(&[""], &["nodes/status"], &["patch", "update"]),
-                rule(
-                    &[""],
-                    &["pods", "configmaps", "secrets", "namespaces", "persistentvolumes", "persistentvolumeclaims"],
-                    &READ,
-                ),
-                rule(&["k8s.cni.cncf.io"], &["network-attachment-definitions"], &READ),
-                events,
-                leases,
-            ],
-        ),
     ]
 }
 
@@ -321,7 +259,6 @@ fn cluster_role_bindings() -> Vec<Value> {
     };
     let group = |name: &str| json!({"apiGroup": RBAC, "kind": "Group", "name": name});
     let user = |name: &str| json!({"apiGroup": RBAC, "kind": "User", "name": name});
-    let account = |name: &str| json!({"kind": "ServiceAccount", "namespace": "kubevirt", "name": name});
     vec![
         bind("cluster-admin", "cluster-admin", json!([group("system:masters")])),
         bind("system:discovery", "system:discovery", json!([group("system:authenticated")])),
@@ -333,77 +270,5 @@ fn cluster_role_bindings() -> Vec<Value> {
         ),
         bind("system:nodes", "system:node", json!([group("system:nodes")])),
         bind("system:kube-scheduler", "system:kube-scheduler", json!([user("system:kube-scheduler")])),
-        bind("kubevirt-controller", "kubevirt-controller", json!([account("kubevirt-controller")])),
-        bind("kubevirt-handler", "kubevirt-handler", json!([account("kubevirt-handler")])),
     ]
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::rbac::{Action, Rule};
-
-    fn may(role: &str, group: &str, resource: &str, verb: &str) -> bool {
-        let role = cluster_roles().into_iter().find(|one| one["metadata"]["name"] == role).unwrap();
-        let rules: Vec<Rule> = serde_json::from_value(role["rules"].clone()).unwrap();
-        let (resource, subresource) = resource.split_once('/').unwrap_or((resource, ""));
-        let action = Action { verb, group, resource, subresource, namespace: "kubevirt", name: "one", path: "" };
-        rules.iter().any(|rule| rule.allows(&action))
-    }
-
-    /// What the controllers watch and write (`control`'s kinds); a right that is missing shows only as a watch that never
-    /// comes.
-    #[test]
-    fn the_controller_may_do_its_work() {
-        let role = "kubevirt-controller";
-        let watched = [
-            (KUBEVIRT, "virtualmachines"),
-            (KUBEVIRT, "virtualmachineinstances"),
-            (KUBEVIRT, "virtualmachineinstancemigrations"),
-            (KUBEVIRT, "kubevirts"),
-            ("migrations.kubevirt.io", "migrationpolicies"),
-            ("godwit.io", "migrationrecords"),
-            ("k8s.cni.cncf.io", "network-attachment-definitions"),
-            ("coordination.k8s.io", "leases"),
-            ("storage.k8s.io", "storageclasses"),
-            ("", "pods"),
-            ("", "nodes"),
-            ("", "persistentvolumeclaims"),
-            ("", "persistentvolumes"),
-            ("", "configmaps"),
-            ("", "namespaces"),
-            ("", "resourcequotas"),
-        ];
-        for (group, resource) in watched {
-            for verb in READ {
-                assert!(may(role, group, resource, verb), "{verb} {resource}.{group}");
-            }
-        }
-        let written = [
-            (KUBEVIRT, "virtualmachineinstancemigrations"),
-            (KUBEVIRT, "virtualmachineinstancemigrations/status"),
-            (KUBEVIRT, "virtualmachineinstances"),
-            (KUBEVIRT, "kubevirts/status"),
-            ("godwit.io", "migrationrecords"),
-            ("coordination.k8s.io", "leases"),
-            ("", "configmaps"),
-            ("", "pods"),
-            ("", "nodes"),
-        ];
-        for (group, resource) in written {
-            assert!(may(role, group, resource, "patch"), "patch {resource}.{group}");
-        }
-        for (group, resource) in [
-            (KUBEVIRT, "virtualmachineinstancemigrations"),
-            ("godwit.io", "migrationrecords"),
-            ("coordination.k8s.io", "leases"),
-            ("", "configmaps"),
-            ("", "pods"),
-        ] {
-            assert!(may(role, group, resource, "create") && may(role, group, resource, "delete"), "{resource}.{group}");
-        }
-        assert!(may(role, "", "events", "create") && may(role, "events.k8s.io", "events", "create"));
-        assert!(may(role, "", "pods/eviction", "create"));
-        assert!(!may(role, RBAC, "clusterroles", "create"));
-    }
 }

@@ -25,21 +25,20 @@ mod rbac;
 mod read;
 mod reconcile;
 mod render;
-mod request;
-mod respond;
 mod reviews;
 mod server;
 mod strategy;
 mod update;
-mod user;
 mod watch;
 
-pub use actions::{ActionRequest, ActionWrite, Actions, Answer, Deed, Outcome, Session, Stream, WebSocket};
+pub use actions::{ActionRequest, Actions};
 pub use admission::{Admission, AdmissionRequest, EvictionVerdict, Lookup, MutateOutcome, Operation, OwnWrite};
-pub use respond::Body;
+pub use godwit_serving::respond::Body;
+pub use godwit_serving::user::User;
 pub use server::Service;
-pub use tokio_tungstenite::tungstenite::Message;
-pub use user::User;
+
+use godwit_serving::pem::PemError;
+pub(crate) use godwit_serving::{request, respond, user};
 
 use futures::future::BoxFuture;
 use godwit_store::Store;
@@ -56,13 +55,8 @@ use tokio::task::JoinSet;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A certificate or key could not be read.
-    #[error("cannot use {path}: {why}")]
-    Pem {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong with it.
-        why: String,
-    },
+    #[error(transparent)]
+    Pem(#[from] PemError),
     /// Certificate and key do not fit.
     #[error("TLS configuration: {0}")]
     Tls(#[from] rustls::Error),
@@ -125,6 +119,8 @@ pub struct Options {
     pub actions: Vec<Arc<dyn Actions>>,
     /// Way to the kubelets.
     pub dialer: Arc<dyn Dialer>,
+    /// Roles and bindings that come with the server beside Kubernetes' own; those of an older store are given what they lack.
+    pub roles: Vec<serde_json::Value>,
 }
 
 /// What a server without sockets needs.
@@ -141,6 +137,8 @@ pub struct Parts {
     pub kubelet_client: Option<TlsFiles>,
     /// PEM of the cluster's authority, published in every namespace as `kube-root-ca.crt`; empty: not published.
     pub ca: String,
+    /// Roles and bindings that come with the server beside Kubernetes' own; those of an older store are given what they lack.
+    pub roles: Vec<serde_json::Value>,
 }
 
 impl Parts {
@@ -153,6 +151,7 @@ impl Parts {
             dialer: Arc::new(DirectDialer),
             kubelet_client: None,
             ca: String::new(),
+            roles: Vec::new(),
         }
     }
 }
@@ -190,7 +189,7 @@ impl Server {
             evictions: tokio::sync::Mutex::default(),
             stopping: tokio::sync::watch::Sender::new(false),
         });
-        bootstrap::objects(&inner, &parts.ca).await?;
+        bootstrap::objects(&inner, &parts.ca, parts.roles).await?;
         let mut tasks = JoinSet::new();
         tasks.spawn(collector::run(inner.clone(), parts.ca));
         tasks.spawn(expire::run(inner.clone()));
@@ -215,7 +214,7 @@ pub struct Prepared {
     /// The server, for requests of this process.
     pub server: Server,
     listeners: Vec<TcpListener>,
-    acceptor: tokio_rustls::TlsAcceptor,
+    tls: Arc<rustls::ServerConfig>,
 }
 
 impl Prepared {
@@ -224,12 +223,12 @@ impl Prepared {
     /// # Errors
     /// Unusable certificates, or objects of the server's own that cannot be made.
     pub async fn new(options: Options) -> Result<Self, Error> {
-        let Options { store, listeners, tls, kubelet_client, admission, actions, dialer } = options;
-        let acceptor = listen::acceptor(&tls)?;
+        let Options { store, listeners, tls, kubelet_client, admission, actions, dialer, roles } = options;
+        let config = listen::server_config(&tls)?;
         let ca = std::fs::read_to_string(&tls.ca)
-            .map_err(|error| Error::Pem { path: tls.ca.clone(), why: error.to_string() })?;
-        let server = Server::start(Parts { store, admission, actions, dialer, kubelet_client, ca }).await?;
-        Ok(Self { server, listeners, acceptor })
+            .map_err(|error| PemError { path: tls.ca.clone(), why: error.to_string() })?;
+        let server = Server::start(Parts { store, admission, actions, dialer, kubelet_client, ca, roles }).await?;
+        Ok(Self { server, listeners, tls: config })
     }
 
     /// Serves until `shutdown` is done, then ends watches, lets other requests finish for a moment, and returns.
@@ -237,7 +236,7 @@ impl Prepared {
     /// # Errors
     /// Unusable sockets.
     pub async fn serve(self, shutdown: impl Future<Output = ()> + Send) -> Result<(), Error> {
-        listen::run(&self.server, self.listeners, self.acceptor, shutdown).await
+        listen::run(&self.server, self.listeners, self.tls, shutdown).await
     }
 }
 

@@ -6,7 +6,7 @@ use crate::kinds::{Kind, Kinds, Registry};
 use crate::rbac::{Action, Rbac};
 use crate::request::{Params, RequestInfo};
 use crate::respond::{self, Body, Reply};
-use crate::user::{ANONYMOUS, Impersonation, Peer, User, service_account};
+use crate::user::{ANONYMOUS, Impersonation, User, service_account};
 use crate::{Dialer, create, delete, paths, pods, read, reviews, update, watch};
 use bytes::Bytes;
 use futures::FutureExt;
@@ -19,6 +19,7 @@ use http_body_util::{BodyExt, LengthLimitError, Limited};
 use hyper::upgrade::OnUpgrade;
 use serde_json::Value;
 use std::convert::Infallible;
+use std::net::SocketAddr;
 use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex};
 use std::task::{Context as Task, Poll};
@@ -44,11 +45,11 @@ pub(crate) struct Inner {
     pub(crate) stopping: tokio::sync::watch::Sender<bool>,
 }
 
-/// Waits until the server stops.
-pub(crate) async fn stopped(stopping: &mut tokio::sync::watch::Receiver<bool>) {
-    // A sender that is gone has stopped, too.
-    let _ = stopping.wait_for(|stopping| *stopping).await;
-}
+pub(crate) use godwit_serving::listen::stopped;
+
+/// The address that a request comes from, in its extensions.
+#[derive(Clone, Copy)]
+pub(crate) struct Origin(pub(crate) SocketAddr);
 
 /// One request that has been authenticated.
 pub(crate) struct Context {
@@ -57,6 +58,8 @@ pub(crate) struct Context {
     pub(crate) params: Params,
     pub(crate) headers: HeaderMap,
     pub(crate) user: Arc<User>,
+    /// Where it comes from; none for what the server asks of itself.
+    pub(crate) from: Option<SocketAddr>,
     pub(crate) kinds: Arc<Kinds>,
     warnings: Mutex<Vec<String>>,
     /// The connection, where it may become something else than HTTP.
@@ -72,6 +75,7 @@ impl Context {
             params: Params::default(),
             headers: HeaderMap::new(),
             user: Arc::new(User::system()),
+            from: None,
             kinds: inner.registry.kinds(),
             warnings: Mutex::default(),
             upgrade: Mutex::default(),
@@ -97,13 +101,7 @@ impl Context {
 
     /// Whether nothing is to be stored.
     pub(crate) fn dry_run(&self) -> Result<bool, Status> {
-        let values = self.params.all("dryRun");
-        match values.iter().find(|value| **value != "All" && !value.is_empty()) {
-            None => Ok(values.contains(&"All")),
-            Some(odd) => {
-                Err(Status::bad_request(format!("dryRun: Unsupported value: {odd:?}: supported values: \"All\"")))
-            }
-        }
+        self.params.dry_run()
     }
 }
 
@@ -137,6 +135,7 @@ pub(crate) async fn handle(inner: Arc<Inner>, user: Arc<User>, request: Request<
 async fn answer(inner: Arc<Inner>, user: Arc<User>, request: Request<RequestBody>) -> Response<Body> {
     let (mut parts, body) = request.into_parts();
     let upgrade = Mutex::new(parts.extensions.remove::<OnUpgrade>());
+    let from = parts.extensions.remove::<Origin>().map(|Origin(from)| from);
     let params = Params::parse(&parts.uri);
     let mut info = RequestInfo::parse(&parts.method, &parts.uri, &params);
     let kinds = inner.registry.kinds();
@@ -145,15 +144,21 @@ async fn answer(inner: Arc<Inner>, user: Arc<User>, request: Request<RequestBody
         info.take_action(&kind.resource.subresources);
     }
     let mut cx =
-        Context { inner, info, params, headers: parts.headers, user, kinds, warnings: Mutex::default(), upgrade };
+        Context { inner, info, params, headers: parts.headers, user, from, kinds, warnings: Mutex::default(), upgrade };
     let endless = cx.info.verb == "watch" || cx.info.subresource == "log";
     let reply = async {
         if cx.user.name == ANONYMOUS && cx.headers.contains_key(http::header::AUTHORIZATION) {
             // Tokens are not known here, and a wrong one is worse than none.
             return Err(Status::unauthorized());
         }
+        let asks = cx.user.clone();
         impersonate(&mut cx)?;
-        authorize(&cx)?;
+        authorize(&cx).inspect_err(|status| {
+            // A component that lacks a right goes on without what it wanted; nobody else would see that.
+            if Arc::ptr_eq(&asks, &cx.user) && service_account(&asks.name).is_some() {
+                tracing::warn!(why = status.message, "a component was refused");
+            }
+        })?;
         let bytes = read_body(body).await?;
         dispatch(&cx, bytes).await
     };
@@ -344,11 +349,7 @@ where
     fn call(&mut self, request: Request<B>) -> Self::Future {
         let inner = self.inner.clone();
         let extensions = request.extensions();
-        let user = match (extensions.get::<Peer>(), extensions.get::<User>()) {
-            (Some(peer), _) => peer.0.clone(),
-            (None, Some(user)) => Arc::new(user.clone()),
-            (None, None) => self.user.clone(),
-        };
+        let user = extensions.get::<User>().map_or_else(|| self.user.clone(), |user| Arc::new(user.clone()));
         let request = request.map(|body| body.map_err(std::io::Error::other).boxed_unsync());
         Box::pin(async move { Ok(handle(inner, user, request).await) })
     }

@@ -116,6 +116,15 @@ pub(crate) fn unsupported(kind: &Kind, object: &Value) -> Vec<String> {
     let what = match kind.names() {
         ("", "services") => "Service is stored, but no address or load balancing is set up for it",
         ("scheduling.k8s.io", "priorityclasses") => "PriorityClass is stored, but nothing is preempted",
+        ("apps", "deployments") => "Deployment is stored, but no pods are made of it",
+        ("apps", "daemonsets") => "DaemonSet is stored, but no pods are made of it",
+        ("admissionregistration.k8s.io", "mutatingwebhookconfigurations") => {
+            "MutatingWebhookConfiguration is stored, but no webhooks are called"
+        }
+        ("admissionregistration.k8s.io", "validatingwebhookconfigurations") => {
+            "ValidatingWebhookConfiguration is stored, but no webhooks are called"
+        }
+        ("apiregistration.k8s.io", "apiservices") => "APIService is stored, but no requests are passed on",
         ("apiextensions.k8s.io", "customresourcedefinitions") => return crd::warnings(object),
         _ => return Vec::new(),
     };

@@ -554,11 +554,26 @@ async fn everything_survives_a_restart() {
 
 #[tokio::test]
 async fn roles_of_an_older_server_gain_what_they_lack() {
-    const ROLE: &str = "/apis/rbac.authorization.k8s.io/v1/clusterroles/kubevirt-controller";
-    const BINDING: &str = "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings/kubevirt-controller";
+    const ROLE: &str = "/apis/rbac.authorization.k8s.io/v1/clusterroles/example-controller";
+    const BINDING: &str = "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings/example-controller";
+    let roles = || {
+        let (group, subject) =
+            ("rbac.authorization.k8s.io", json!({"kind": "ServiceAccount", "namespace": "a", "name": "c"}));
+        vec![
+            json!({"apiVersion": format!("{group}/v1"), "kind": "ClusterRole", "metadata": {"name": "example-controller"},
+                "rules": [{"apiGroups": ["godwit.io"], "resources": ["migrationrecords"], "verbs": ["list"]}]}),
+            json!({"apiVersion": format!("{group}/v1"), "kind": "ClusterRoleBinding", "metadata": {"name": "example-controller"},
+                "roleRef": {"apiGroup": group, "kind": "ClusterRole", "name": "example-controller"}, "subjects": [subject]}),
+            json!({"apiVersion": format!("{group}/v1"), "kind": "Role", "metadata": {"name": "one", "namespace": "kube-system"},
+                "rules": [{"apiGroups": [""], "resources": ["configmaps"], "verbs": ["get"]}]}),
+        ]
+    };
     let api = Api::start().await;
+    let api = Api::over(api.store.clone(), roles()).await;
+    let mut role = api.get("/apis/rbac.authorization.k8s.io/v1/namespaces/kube-system/roles/one").await.ok();
+    assert_eq!(role["metadata"]["annotations"]["rbac.authorization.kubernetes.io/autoupdate"], "true", "{role}");
     let records = "/apis/authorization.k8s.io/v1/subjectaccessreviews";
-    let review = json!({"spec": {"user": "system:serviceaccount:kubevirt:kubevirt-controller", "resourceAttributes":
+    let review = json!({"spec": {"user": "system:serviceaccount:a:c", "resourceAttributes":
         {"verb": "list", "group": "godwit.io", "resource": "migrationrecords"}}});
     let whole = api.get(ROLE).await.ok();
     let mine = json!({"apiGroups": ["example.com"], "resources": ["things"], "verbs": ["get"]});
@@ -576,14 +591,14 @@ async fn roles_of_an_older_server_gain_what_they_lack() {
     .ok();
     assert_eq!(api.post(records, &review).await.ok()["status"]["allowed"], false);
 
-    let api = Api::over(api.store.clone()).await;
+    let api = Api::over(api.store.clone(), roles()).await;
     assert_eq!(api.post(records, &review).await.ok()["status"]["allowed"], true);
-    let role = api.get(ROLE).await.ok();
+    role = api.get(ROLE).await.ok();
     let rules = role["rules"].as_array().unwrap();
     assert!(rules.contains(&mine) && rules.contains(&old), "{role}");
     assert!(whole["rules"].as_array().unwrap().iter().all(|rule| rules.contains(rule)), "{role}");
     assert_eq!(api.get(viewers).await.ok()["subjects"], user, "its owner wants it so");
     // A third start finds nothing to do.
-    let api = Api::over(api.store.clone()).await;
+    let api = Api::over(api.store.clone(), roles()).await;
     assert_eq!(api.get(ROLE).await.ok(), role);
 }

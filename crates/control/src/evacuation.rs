@@ -29,6 +29,10 @@ use crate::{kubevirt, maintenance, names, placement, turns};
 const FIRST_PAUSE: SignedDuration = SignedDuration::from_secs(20);
 /// The longest pause. With the default number of attempts it is never reached.
 const LONGEST_PAUSE: SignedDuration = SignedDuration::from_hours(2);
+/// The pause when the target's node was put into maintenance. A scheduler of somebody else's needs a moment to learn that it is closed.
+const AFTER_CLOSED: SignedDuration = SignedDuration::from_secs(5);
+/// The pause when no other node offers the guest's processor: nodes join and are upgraded.
+const AFTER_NO_NODE: SignedDuration = SignedDuration::from_mins(1);
 /// A migration that is named and not there was not made, or is not seen yet: it is tried again after this long.
 const ASK_AGAIN: SignedDuration = SignedDuration::from_secs(10);
 /// The reason of `EvacuationStopped` when there were attempts enough.
@@ -373,6 +377,22 @@ fn settle(state: &mut EvacuationStatus, migration: &VirtualMachineInstanceMigrat
     if migration.status.phase != MigrationPhase::Failed {
         return false;
     }
+    let closed = migration.status.reason.as_deref() == Some(FailureCause::TargetInMaintenance.as_str());
+    // No fault of this attempt: the next one goes to another node. Where it does not, its scheduler does not learn, and
+    // that may go on for ever: only the first in a row is excused.
+    if closed && state.last_failure != Some(FailureCause::TargetInMaintenance) {
+        state.last_failure = Some(FailureCause::TargetInMaintenance);
+        state.last_failure_message = migration.status.message.clone();
+        state.next_attempt_timestamp = Some(Time(later(now, AFTER_CLOSED)));
+        return false;
+    }
+    // Nothing was attempted: it is looked for a node again, for as long as it is to leave.
+    if found_no_node(migration) {
+        state.last_failure = Some(FailureCause::TargetRefusedCpu);
+        state.last_failure_message = migration.status.message.clone();
+        state.next_attempt_timestamp = Some(Time(later(now, AFTER_NO_NODE)));
+        return false;
+    }
     let failed = state.failed_attempts.unwrap_or(0).saturating_add(1);
     let entered = migration.status.phase_transition_timestamps.iter();
     let entered = entered.filter(|entry| entry.phase == MigrationPhase::Failed);
@@ -387,6 +407,13 @@ fn settle(state: &mut EvacuationStatus, migration: &VirtualMachineInstanceMigrat
     state.last_failure_message = migration.status.message.clone();
     state.next_attempt_timestamp = at.checked_add(pause).ok().map(Time);
     true
+}
+
+/// Whether a migration ended before a target pod was made, since no other node offers what the guest has.
+fn found_no_node(migration: &VirtualMachineInstanceMigration) -> bool {
+    let status = &migration.status;
+    let begun = status.phase_transition_timestamps.iter().any(|entry| entry.phase == MigrationPhase::Scheduling);
+    status.reason.as_deref() == Some(FailureCause::TargetRefusedCpu.as_str()) && !begun
 }
 
 /// How long after this many failures in a row the next attempt has to wait.

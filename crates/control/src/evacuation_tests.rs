@@ -243,6 +243,69 @@ fn failures_are_followed_by_pauses_that_double() {
 }
 
 #[test]
+fn only_the_first_in_a_row_whose_target_was_closed_is_excused() {
+    let mut cluster = cluster();
+    mark(&mut cluster);
+    let close = |cluster: &mut Cluster| {
+        let attempt = name(open(&cluster.world)[0]["metadata"]["name"].as_str().unwrap());
+        fail(cluster);
+        cluster.patch(Kind::Migration, &attempt, json!({"status": {"reason": "TargetInMaintenance"}}));
+        cluster.settle();
+        cluster.run_kubelets();
+        cluster.settle();
+        let next: jiff::Timestamp = next_attempt(cluster).as_str().unwrap().parse().unwrap();
+        let pause = next.duration_since(cluster.now).as_secs();
+        let failed = vmi(cluster)["status"]["evacuation"]["failedAttempts"].clone();
+        pass_and_settle(cluster, pause);
+        (failed, pause)
+    };
+    assert_eq!(close(&mut cluster), (Value::Null, 5));
+    // Some scheduler does not learn that the node is closed.
+    assert_eq!(close(&mut cluster), (json!(1), 20));
+    assert_eq!(close(&mut cluster), (json!(2), 40));
+    fail_and_settle(&mut cluster);
+    assert_eq!(vmi(&cluster)["status"]["evacuation"]["failedAttempts"], 3);
+    pass_and_settle(&mut cluster, 80);
+    assert_eq!(close(&mut cluster), (json!(3), 5), "something else came between");
+    assert_eq!(close(&mut cluster), (json!(4), 160));
+}
+
+#[test]
+fn as_long_as_no_other_node_has_the_processor_it_is_looked_for_again_and_not_given_up() {
+    let mut cluster = cluster();
+    configure(&mut cluster, json!({"maxAttempts": 1}));
+    let says = |cluster: &mut Cluster, node: &str, model: &str| {
+        let has = ["cpu-model", "cpu-model-migration"].map(|kind| format!("{kind}.node.kubevirt.io/{model}"));
+        let has: std::collections::BTreeMap<_, _> = has.into_iter().map(|label| (label, "true")).collect();
+        cluster.patch(Kind::Node, &Name::cluster(node), json!({"metadata": {"labels": has}}));
+    };
+    for (node, model) in [("node1", "Westmere"), ("node2", "Penryn"), ("node3", "Penryn")] {
+        says(&mut cluster, node, model);
+    }
+    set(&mut cluster, json!({"status": {"guestCpu": {"model": "Westmere", "features": []}, "machineRevision": 4}}));
+    mark(&mut cluster);
+    for _ in 0..3 {
+        let state = &vmi(&cluster)["status"]["evacuation"];
+        assert_eq!((&state["lastFailure"], &state["failedAttempts"]), (&json!("TargetRefusedCPU"), &Value::Null));
+        assert!(condition(&cluster, "EvacuationStopped").is_none());
+        pass_and_settle(&mut cluster, 60);
+    }
+    says(&mut cluster, "node3", "Westmere");
+    pass_and_settle(&mut cluster, 60);
+    assert_eq!(open(&cluster.world)[0]["status"]["phase"], "Scheduling");
+    // One that came to a target which refused the processor is a failure like another.
+    fail(&mut cluster);
+    let attempt = name(open(&cluster.world)[0]["metadata"]["name"].as_str().unwrap());
+    let stamps: Vec<Value> = ["Scheduling", "Failed"]
+        .map(|phase| json!({"phase": phase, "phaseTransitionTimestamp": cluster.now.to_string()}))
+        .into();
+    let status = json!({"reason": "TargetRefusedCPU", "phaseTransitionTimestamps": stamps});
+    cluster.patch(Kind::Migration, &attempt, json!({"status": status}));
+    cluster.settle();
+    assert_eq!(vmi(&cluster)["status"]["evacuation"]["failedAttempts"], 1);
+}
+
+#[test]
 fn it_gives_up_and_says_why_until_that_changes() {
     let mut cluster = cluster();
     configure(&mut cluster, json!({"maxAttempts": 2}));

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use godwit_api::record::{MigrationRecordSpec, MigrationResult, RECORD_HOURS, RECORDS_KEPT};
-use godwit_api::{FailureCause, MigrationPhase, MigrationRecord, VirtualMachineInstanceMigration};
+use godwit_api::{FailureCause, MigrationPhase, MigrationRecord, VirtualMachineInstanceMigration, config};
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
 
@@ -76,6 +76,9 @@ fn record(migration: &VirtualMachineInstanceMigration, now: Timestamp) -> Migrat
             forecast_downtime_milliseconds: forecast.and_then(|forecast| forecast.downtime_milliseconds),
             forecast_total_milliseconds: forecast.and_then(|forecast| forecast.duration_milliseconds),
             bytes_processed: progress.and_then(|progress| progress.bytes_processed),
+            bandwidth_bytes_per_second: state
+                .and_then(|state| state.migration_configuration.as_ref())
+                .map(|configuration| config::bandwidth_bytes(configuration).unwrap_or(0)),
             ..MigrationRecordSpec::default()
         },
     };

@@ -10,7 +10,9 @@ use std::sync::Arc;
 use godwit_api::migration::MigrationPriority;
 use godwit_api::names::conditions::LIVE_MIGRATABLE;
 use godwit_api::names::events::{COMPONENT_MAINTENANCE, created_migration, maintenance as told, reason};
-use godwit_api::{Condition, MigrationPhase, VirtualMachineInstance, VirtualMachineInstanceMigration, VmiPhase};
+use godwit_api::{
+    Condition, FailureCause, MigrationPhase, VirtualMachineInstance, VirtualMachineInstanceMigration, VmiPhase,
+};
 use k8s_openapi::api::core::v1::Node;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use smol_str::SmolStr;
@@ -96,7 +98,7 @@ pub fn decide(home: &str, view: &View<'_>) -> Plan {
         }
         return plan;
     }
-    let migration = journey(vmi, home);
+    let migration = journey(vmi, home, view.world);
     let mut probe = migration.clone();
     probe.metadata.uid = Some(String::new());
     let pod = launcher_pod::build(vmi, Role::Receive(&probe), view);
@@ -169,9 +171,12 @@ fn failed(migrations: &[&Arc<VirtualMachineInstanceMigration>]) -> bool {
     let made = |one: &VirtualMachineInstanceMigration| one.metadata.creation_timestamp.as_ref().map(|time| time.0);
     let evacuations = migrations.iter().filter(|one| one.annotation(names::ANNOTATION_EVACUATION_MIGRATION).is_some());
     let left = evacuations.map(|one| made(one)).max();
-    migrations
-        .iter()
-        .any(|one| is_homecoming(one) && one.status.phase == MigrationPhase::Failed && Some(made(one)) >= left)
+    // That its home was closed meanwhile is no reason to stay away when it is open again.
+    let closed = Some(FailureCause::TargetInMaintenance.as_str());
+    migrations.iter().any(|one| {
+        let failed = one.status.phase == MigrationPhase::Failed && one.status.reason.as_deref() != closed;
+        is_homecoming(one) && failed && Some(made(one)) >= left
+    })
 }
 
 /// It is expected nowhere any more.
@@ -184,13 +189,22 @@ fn stay(vmi: &Arc<VirtualMachineInstance>, plan: &mut Plan) {
     plan.update(vmi.as_ref(), &after);
 }
 
-fn journey(vmi: &VirtualMachineInstance, home: &str) -> VirtualMachineInstanceMigration {
+fn journey(vmi: &VirtualMachineInstance, home: &str, world: &World) -> VirtualMachineInstanceMigration {
     let last = vmi.status.migration_state.as_ref().and_then(|state| state.migration_uid.as_deref()).unwrap_or_default();
+    // One that was called off before the VMI knew of it is there still, perhaps among older ones. Its UID makes the next
+    // name another. Creation times are in whole seconds: of those that tie only the latest has not lent a name yet.
+    let key = vmi.key();
+    let made = |one: &VirtualMachineInstanceMigration| one.metadata.creation_timestamp.as_ref().map(|time| time.0);
+    let mut earlier: Vec<_> = world.migrations_of(&key).filter(|one| is_homecoming(one)).collect();
+    earlier.sort_by_key(|one| std::cmp::Reverse((made(one), one.uid())));
+    let name = |after: &str| names::homecoming(&format!("{}/{home}/{last}/{after}", vmi.uid()));
+    let is_free = |name: &String| world.migrations.get(&Name::new(vmi.namespace(), name.as_str())).is_none();
+    // The same for the same journey: made twice, it is one.
+    let free = earlier.iter().map(|one| name(one.uid())).find(is_free).unwrap_or_else(|| name(""));
     let mut migration = VirtualMachineInstanceMigration {
         metadata: ObjectMeta {
             namespace: vmi.metadata.namespace.clone(),
-            // The same for the same journey: made twice, it is one.
-            name: Some(names::homecoming(&format!("{}/{home}/{last}", vmi.uid()))),
+            name: Some(free),
             annotations: Some([(names::ANNOTATION_HOMECOMING.to_owned(), home.to_owned())].into()),
             ..ObjectMeta::default()
         },

@@ -217,3 +217,64 @@ fn only_taints_that_a_guest_does_not_tolerate_keep_it_away_and_that_is_said() {
     assert_eq!((going_home(&cluster), home(&cluster, "a")), (vec![], json!("node1")));
     assert!(cluster.has_event("WaitsToReturn", "node1 carries the drain taint"));
 }
+
+#[test]
+fn a_home_that_is_closed_again_on_the_way_is_waited_for() {
+    let mut cluster = away();
+    end(&mut cluster);
+    assert_eq!(going_home(&cluster), ["a"]);
+    let spec = json!({"nodeName": "node1"});
+    cluster.put(KIND, json!({"metadata": {"name": "m"}, "spec": spec}));
+    cluster.settle();
+    cluster.run_kubelets();
+    cluster.settle();
+    assert_eq!((going_home(&cluster), home(&cluster, "a")), (vec![], json!("node1")));
+    end(&mut cluster);
+    assert_eq!(going_home(&cluster), ["a"]);
+}
+
+/// Its home is put into maintenance on the way, and taken out of it.
+fn call_off(cluster: &mut Cluster) {
+    cluster.put(KIND, json!({"metadata": {"name": "m"}, "spec": {"nodeName": "node1"}}));
+    cluster.settle();
+    cluster.run_kubelets();
+    cluster.settle();
+    assert_eq!((going_home(cluster), home(cluster, "a")), (vec![], json!("node1")));
+}
+
+#[test]
+fn a_home_that_is_closed_again_and_again_is_waited_for() {
+    // Also within one second, and whatever their UIDs are.
+    for (pause, uids) in [(0, ["z", "m", "a"]), (0, ["a", "m", "z"]), (7, ["z", "m", "a"]), (7, ["a", "m", "z"])] {
+        let mut cluster = away();
+        end(&mut cluster);
+        for uid in uids {
+            assert_eq!(going_home(&cluster), ["a"], "{uids:?}");
+            let journey = cluster.world.migrations.iter().find(|one| !one.is_final()).unwrap().key();
+            call_off(&mut cluster);
+            cluster.patch(Kind::Migration, &journey, json!({"metadata": {"uid": uid}}));
+            cluster.pass(pause);
+            end(&mut cluster);
+        }
+        assert_eq!(going_home(&cluster), ["a"], "{uids:?}");
+    }
+}
+
+#[test]
+fn a_journey_of_an_earlier_maintenance_does_not_lend_its_name() {
+    let mut cluster = away();
+    let earlier = json!({
+        "metadata": {
+            "namespace": "ns", "name": "earlier", "uid": "zzz", "creationTimestamp": "1970-01-02T00:00:00Z",
+            "annotations": {"godwit.io/homecoming": "node1"},
+        },
+        "spec": {"vmiName": "a"}, "status": {"phase": "Succeeded"},
+    });
+    cluster.put(Kind::Migration, earlier);
+    end(&mut cluster);
+    assert_eq!(going_home(&cluster), ["a"]);
+    cluster.pass(5);
+    call_off(&mut cluster);
+    end(&mut cluster);
+    assert_eq!(going_home(&cluster), ["a"]);
+}

@@ -11,9 +11,9 @@ use godwit_api::VirtualMachineInstance;
 use godwit_api::names::events::{self, reason};
 use godwit_api::vmi::{HotplugVolumeStatus, Volume as VmiVolume, VolumePhase, VolumeStatus};
 use k8s_openapi::api::core::v1::{
-    Affinity, Container, EmptyDirVolumeSource, NodeAffinity, NodeSelector, NodeSelectorRequirement, NodeSelectorTerm,
-    PersistentVolumeClaimVolumeSource, Pod, PodSpec, ResourceRequirements, SecurityContext, Toleration, Volume,
-    VolumeDevice, VolumeMount,
+    Affinity, Capabilities, Container, EmptyDirVolumeSource, NodeAffinity, NodeSelector, NodeSelectorRequirement,
+    NodeSelectorTerm, PersistentVolumeClaimVolumeSource, Pod, PodSpec, ResourceRequirements, SeccompProfile,
+    SecurityContext, Toleration, Volume, VolumeDevice, VolumeMount,
 };
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
@@ -350,7 +350,14 @@ fn build(vmi: &VirtualMachineInstance, launcher: &Pod, node: &str, held: &[&VmiV
         }),
         security_context: Some(SecurityContext {
             allow_privilege_escalation: Some(false),
+            privileged: Some(false),
             run_as_user: Some(0),
+            // Images belong to whoever made them.
+            capabilities: Some(Capabilities {
+                add: Some(vec!["DAC_OVERRIDE".to_owned()]),
+                drop: Some(vec!["ALL".to_owned()]),
+            }),
+            seccomp_profile: Some(SeccompProfile { type_: "RuntimeDefault".to_owned(), localhost_profile: None }),
             ..SecurityContext::default()
         }),
         volume_mounts: Some(mounts),

@@ -8,16 +8,18 @@ use k8s_openapi::api::coordination::v1::Lease;
 
 use smol_str::SmolStr;
 
+use crate::garbage::Owner;
 use crate::names;
 use crate::object::{Kind, Name, Object, Stored};
 use crate::plan::{Plan, View};
 use crate::world::{Change, World, claims_of, vmi_of_pod};
 use crate::{
-    confirm, evacuation, fence, history, homecoming, hotplug, kubevirt, maintenance, migration, node, placement, turns,
-    vm, vmi, volumes, workloads,
+    confirm, disruption, evacuation, fence, garbage, history, homecoming, hotplug, kubevirt, maintenance, migration,
+    node, placement, processor, turns, vm, vmi, volumes, workloads,
 };
 
-/// A group of decisions that can be switched on and off: cluster mode leaves placement, volumes and nodes to Kubernetes.
+/// A group of decisions that can be switched on and off: cluster mode leaves placement and volumes to Kubernetes, and of nodes
+/// all that is not about their handlers ([`Settings::tells_of_nodes`](crate::Settings::tells_of_nodes)).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Noun {
     /// VirtualMachines.
@@ -42,11 +44,15 @@ pub enum Noun {
     Fence,
     /// The installation's own object.
     KubeVirt,
+    /// Objects whose owners are gone.
+    Garbage,
+    /// PodDisruptionBudgets.
+    Disruption,
 }
 
 impl Noun {
-    /// All of them, as the standalone mode has it.
-    pub const ALL: &'static [Noun] = &[
+    /// Those of the standalone mode, whose API server collects garbage and counts budgets itself.
+    pub const STANDALONE: &'static [Noun] = &[
         Noun::Vm,
         Noun::Vmi,
         Noun::Migration,
@@ -55,6 +61,55 @@ impl Noun {
         Noun::History,
         Noun::Placement,
         Noun::Volumes,
+        Noun::Node,
+        Noun::Fence,
+        Noun::KubeVirt,
+    ];
+
+    /// All of them: those beside an API server alone, without kube-controller-manager and kube-scheduler.
+    pub const BARE: &'static [Noun] = &[
+        Noun::Vm,
+        Noun::Vmi,
+        Noun::Migration,
+        Noun::Evacuation,
+        Noun::Maintenance,
+        Noun::History,
+        Noun::Placement,
+        Noun::Volumes,
+        Noun::Node,
+        Noun::Fence,
+        Noun::KubeVirt,
+        Noun::Garbage,
+        Noun::Disruption,
+    ];
+
+    /// Its name on a command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Noun::Vm => "vm",
+            Noun::Vmi => "vmi",
+            Noun::Migration => "migration",
+            Noun::Evacuation => "evacuation",
+            Noun::Maintenance => "maintenance",
+            Noun::History => "history",
+            Noun::Placement => "placement",
+            Noun::Volumes => "volumes",
+            Noun::Node => "node",
+            Noun::Fence => "fence",
+            Noun::KubeVirt => "kubevirt",
+            Noun::Garbage => "garbage",
+            Noun::Disruption => "disruption",
+        }
+    }
+
+    /// Those of a Kubernetes cluster.
+    pub const CLUSTER: &'static [Noun] = &[
+        Noun::Vm,
+        Noun::Vmi,
+        Noun::Migration,
+        Noun::Evacuation,
+        Noun::Maintenance,
+        Noun::History,
         Noun::Node,
         Noun::Fence,
         Noun::KubeVirt,
@@ -92,6 +147,10 @@ pub enum Key {
     Fence(SmolStr),
     /// The installation.
     KubeVirt(Name),
+    /// What an owner has, once it goes.
+    Garbage(Owner),
+    /// A PodDisruptionBudget.
+    Budget(Name),
 }
 
 impl fmt::Display for Key {
@@ -111,6 +170,8 @@ impl fmt::Display for Key {
             Key::Node(name) => write!(f, "node {name}"),
             Key::Fence(name) => write!(f, "fence of node {name}"),
             Key::KubeVirt(name) => write!(f, "kubevirt {name}"),
+            Key::Garbage(owner) => write!(f, "garbage of {}", owner.object),
+            Key::Budget(name) => write!(f, "budget {name}"),
         }
     }
 }
@@ -143,6 +204,8 @@ impl Key {
             Key::Node(_) => Noun::Node,
             Key::Fence(_) => Noun::Fence,
             Key::KubeVirt(_) => Noun::KubeVirt,
+            Key::Garbage(_) => Noun::Garbage,
+            Key::Budget(_) => Noun::Disruption,
         }
     }
 
@@ -177,6 +240,8 @@ impl Key {
             Key::Node(name) => node::decide(name, view),
             Key::Fence(name) => fence::decide(name, view),
             Key::KubeVirt(name) => kubevirt::decide(name, view),
+            Key::Garbage(owner) => garbage::decide(owner, view),
+            Key::Budget(name) => disruption::decide(name, view),
         };
         confirm::confirmed(self, view, plan)
     }
@@ -262,6 +327,14 @@ impl Key {
                     keys.extend(unplaced(world));
                     keys.push(Key::Turns);
                 }
+                let side = |object: &Option<Object>| match object {
+                    Some(Object::Node(node)) => Some(node.clone()),
+                    _ => None,
+                };
+                let (before, after) = (side(&change.before), side(&change.after));
+                if processor::changes_baseline(before.as_deref(), after.as_deref()) {
+                    keys.extend(world.kubevirts.names().cloned().map(Key::KubeVirt));
+                }
                 if is_lost(&change.before) != is_lost(&change.after) {
                     keys.extend(world.vmis_on(node.name()).map(|vmi| Key::Vmi(vmi.key())));
                 }
@@ -313,15 +386,25 @@ impl Key {
                 keys.extend(unstarted(world.vmis.iter()));
             }
             Object::NodeMaintenance(_) | Object::KubeVirtNodeMaintenance(_) | Object::OldestNodeMaintenance(_) => {
+                // What was done to the node may be nobody's any more, also when another took its place and does nothing more.
+                if change.after.is_none() || maintenance::changes_room(change) {
+                    keys.extend(maintenance::node_of(object).map(|node| Key::Node(SmolStr::new(node))));
+                }
                 if maintenance::changes_room(change) {
                     keys.extend(unplaced(world));
                     keys.push(Key::Turns);
+                    // What is on its way to the node turns back.
+                    let node = maintenance::node_of(object).unwrap_or_default();
+                    let uids = world.pods_on(node).filter_map(|pod| pod.label(names::LABEL_MIGRATION_JOB_UID));
+                    let coming = uids.filter_map(|uid| world.migration_by_uid(uid)).filter(|one| !one.is_final());
+                    keys.extend(coming.map(|one| Key::Migration(one.key())));
                 }
             }
             Object::Lease(_)
             | Object::ConfigMap(_)
             | Object::NetworkAttachmentDefinition(_)
             | Object::Namespace(_)
+            | Object::PodDisruptionBudget(_)
             | Object::MigrationRecord(_) => {}
         }
         keys.extend(evacuation::affected(change, world).map(Key::Evacuation));
@@ -331,6 +414,19 @@ impl Key {
         keys.sort();
         keys.dedup();
         keys
+    }
+
+    /// What has to be decided again of what API servers do not do alone: garbage and budgets. It is not among [`Self::affected`],
+    /// since mostly somebody else decides about it.
+    pub fn affected_beside_a_bare_server(change: &Change, world: &World) -> impl Iterator<Item = Key> {
+        let owners = garbage::affected(change).into_iter().map(Key::Garbage);
+        owners.chain(disruption::affected(change, world).into_iter().map(Key::Budget))
+    }
+
+    /// The same for the first look at the world.
+    pub fn all_beside_a_bare_server(world: &World) -> impl Iterator<Item = Key> {
+        let budgets: Vec<Name> = world.budgets.names().cloned().collect();
+        garbage::all(world).into_iter().map(Key::Garbage).chain(budgets.into_iter().map(Key::Budget))
     }
 
     /// Everything there is to decide about, for the first look at the world.
@@ -483,6 +579,7 @@ pub fn kinds_for(nouns: &[Noun]) -> Vec<Kind> {
         }
         Kind::Lease => nouns.iter().any(|noun| matches!(noun, Noun::Node | Noun::Fence | Noun::Maintenance)),
         Kind::NetworkAttachmentDefinition => false,
+        Kind::PodDisruptionBudget => nouns.contains(&Noun::Disruption),
         _ => true,
     };
     Kind::ALL.iter().copied().filter(|kind| needed(*kind)).collect()

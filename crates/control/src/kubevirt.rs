@@ -13,7 +13,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use crate::object::Name;
 use crate::plan::{Plan, View};
 use crate::world::World;
-use crate::{names, workloads};
+use crate::{names, processor, workloads};
 
 /// Decides about the KubeVirt object.
 pub fn decide(name: &Name, view: &View<'_>) -> Plan {
@@ -28,6 +28,8 @@ pub fn decide(name: &Name, view: &View<'_>) -> Plan {
     status.observed_kube_virt_version = version;
     status.observed_generation = kubevirt.metadata.generation;
     status.default_architecture = Some("amd64".to_owned());
+    let configuration = &kubevirt.spec.configuration;
+    status.cpu_baseline = configuration.has_cpu_baseline().then(|| processor::baseline(view.world));
     let now = Time(view.now);
     for (type_, holds, reason, message) in [
         ("Created", true, "AllResourcesCreated", "All resources were created."),
@@ -101,6 +103,23 @@ mod tests {
         let found = conditions.iter().find(|condition| condition["type"] == CONFIGURATION_APPLIED).unwrap();
         let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
         (text(&found["status"]), text(&found["message"]))
+    }
+
+    #[test]
+    fn the_cpu_baseline_is_told_where_it_is_asked_for() {
+        let mut cluster = Cluster::new();
+        let annotations = json!({ names::ANNOTATION_CPU_MODELS: json!({"Westmere": 40, "qemu64": 20}).to_string() });
+        cluster.put(Kind::Node, json!({"metadata": {"name": "node1", "annotations": annotations}}));
+        let mut told = |configuration: Value| {
+            let metadata = json!({"namespace": "kubevirt", "name": "kubevirt"});
+            cluster.put(Kind::KubeVirt, json!({"metadata": metadata, "spec": {"configuration": configuration}}));
+            let view = View { now: cluster.now, world: &cluster.world, settings: &cluster.settings };
+            let plan = decide(&Name::new("kubevirt", "kubevirt"), &view);
+            let [Effect::PatchStatus(_, patch)] = plan.effects.as_slice() else { panic!("{plan:?}") };
+            patch["status"]["cpuBaseline"].clone()
+        };
+        assert_eq!(told(json!({})), Value::Null);
+        assert_eq!(told(json!({"cpuBaseline": "Auto"})), json!({"model": "Westmere", "nodes": 1}));
     }
 
     #[test]

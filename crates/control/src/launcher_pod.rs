@@ -5,10 +5,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use godwit_api::vmi::{CloudInitNoCloudSource, ResourceList, VirtualMachineInstanceSpec, Volume as VmiVolume};
 use godwit_api::{VirtualMachineInstance, VirtualMachineInstanceMigration};
 use k8s_openapi::api::core::v1::{
-    Affinity, Capabilities, ConfigMapVolumeSource, Container, EmptyDirVolumeSource, EnvVar, ImageVolumeSource,
+    Affinity, Capabilities, ConfigMapVolumeSource, Container, EmptyDirVolumeSource, EnvVar, ImageVolumeSource, Node,
     NodeSelectorRequirement, NodeSelectorTerm, PersistentVolumeClaimVolumeSource, Pod, PodAffinityTerm,
     PodAntiAffinity, PodReadinessGate, PodSpec, PreferredSchedulingTerm, ProjectedVolumeSource, ResourceRequirements,
-    SecretProjection, SecretVolumeSource, SecurityContext, Volume, VolumeDevice, VolumeMount, VolumeProjection,
+    SeccompProfile, SecretProjection, SecretVolumeSource, SecurityContext, Volume, VolumeDevice, VolumeMount,
+    VolumeProjection,
 };
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{
@@ -21,7 +22,7 @@ use crate::names;
 use crate::object::{Name, Stored, labels};
 use crate::plan::View;
 use crate::world::World;
-use crate::{persistent_state, quantity, vmi, volumes, workloads};
+use crate::{persistent_state, processor, quantity, vmi, volumes, workloads};
 
 const MEBI: i128 = 1 << 20;
 /// Seconds between the power button and the kill when the VMI does not say (KubeVirt's default).
@@ -30,6 +31,13 @@ const DEFAULT_GRACE_SECONDS: i64 = 30;
 const GRACE_MARGIN_SECONDS: i64 = 15;
 /// How many virtual CPUs share one CPU of a node (KubeVirt's `cpuAllocationRatio`).
 const CPU_ALLOCATION_RATIO: i128 = 10;
+
+/// The most channels of a migration; how many there are the cores of both nodes decide.
+const CHANNELS: i128 = 8;
+/// What a channel holds: pieces of half a MiB of pages, compressed ones, and the state of the compression.
+const CHANNEL_MEBI: i128 = 4;
+/// What the mirror of a disk has in flight at most.
+const MIRROR_MEBI: i128 = 10;
 
 /// What a launcher pod is made for.
 #[derive(Clone, Copy)]
@@ -49,11 +57,34 @@ pub fn name(vmi: &VirtualMachineInstance, role: Role<'_>) -> String {
     names::launcher_pod(Stored::name(vmi), seed)
 }
 
-/// Memory that a launcher pod needs beyond the guest's: page tables (guest/512), 16 MiB for the launcher, 48 MiB for QEMU,
-/// 8 MiB for each virtual CPU, and 53 MiB (KubeVirt's figure) for a trusted platform module.
+/// Memory that a launcher pod needs beyond the guest's (docs/launcher-pod.md has the measurements): page tables (guest/512), 12 MiB for
+/// the launcher, 42 MiB for QEMU, 2 MiB for each virtual CPU, 8 MiB for the memory of a screen, and 53 MiB (KubeVirt's figure) for a
+/// trusted platform module.
+///
+/// Where a limit may have it killed, also what it needs only for a while: QEMU's copies of a full HD picture while somebody looks,
+/// the buffers of a migration, of each of its channels and of each disk that it may copy, and the deepest stacks of the virtual CPUs'
+/// threads.
 pub fn overhead(spec: &VirtualMachineInstanceSpec) -> i128 {
     let tpm = if spec.domain.devices.has_tpm() { 53 } else { 0 };
-    guest_memory(spec) / 512 / MEBI * MEBI + (16 + 48 + 8 * i128::from(vcpus(spec)) + tpm) * MEBI
+    let (screen, looked_at) = match spec.domain.devices.autoattach_graphics_device {
+        Some(false) => (0, 0),
+        _ => (8, 24),
+    };
+    let vcpus = i128::from(vcpus(spec));
+    let limited = spec.domain.resources.limits.contains_key("memory");
+    let migration = 16 + CHANNELS * CHANNEL_MEBI + copied_disks(spec) * MIRROR_MEBI;
+    let passing = if limited { looked_at + migration + 6 * vcpus } else { 0 };
+    guest_memory(spec) / 512 / MEBI * MEBI + (12 + 42 + 2 * vcpus + screen + tpm + passing) * MEBI
+}
+
+/// How many disks a migration may have to copy: all that are written to. Those on shared claims are copied where they move to others.
+fn copied_disks(spec: &VirtualMachineInstanceSpec) -> i128 {
+    let written = |volume: &&VmiVolume| {
+        let claim = volume.persistent_volume_claim.as_ref();
+        let claim = claim.is_some_and(|claim| claim.read_only != Some(true));
+        claim || volume.container_disk.is_some() || volume.empty_disk.is_some()
+    };
+    i128::try_from(spec.volumes.iter().filter(written).count()).unwrap_or_default()
 }
 
 /// The guest's memory in bytes: `memory.guest`, else the memory request, else the memory limit.
@@ -93,11 +124,13 @@ pub fn build(vmi: &VirtualMachineInstance, role: Role<'_>, view: &View<'_>) -> P
         image_pull_policy: settings.launcher_pull_policy.clone(),
         command: Some(command),
         env: Some(vec![EnvVar { name: "POD_NAME".to_owned(), value: Some(name(vmi, role)), value_from: None }]),
-        resources: Some(resources(spec)),
+        resources: Some(resources(vmi, role, view.world)),
         security_context: Some(SecurityContext {
             allow_privilege_escalation: Some(false),
             run_as_user: Some(0),
-            capabilities: Some(Capabilities { add: Some(added_capabilities(vmi, role, view)), drop: None }),
+            privileged: Some(false),
+            capabilities: Some(capabilities(receives_in_post_copy(vmi, role, view))),
+            seccomp_profile: Some(seccomp_profile(receives_in_post_copy(vmi, role, view))),
             ..SecurityContext::default()
         }),
         volume_mounts: Some(volumes.mounts),
@@ -113,7 +146,7 @@ pub fn build(vmi: &VirtualMachineInstance, role: Role<'_>, view: &View<'_>) -> P
             readiness_gates: Some(vec![PodReadinessGate { condition_type: names::READINESS_GATE_UNPAUSED.to_owned() }]),
             restart_policy: Some("Never".to_owned()),
             termination_grace_period_seconds: Some(grace.saturating_add(GRACE_MARGIN_SECONDS)),
-            node_selector: Some(node_selector(spec, role)),
+            node_selector: Some(node_selector(vmi, role, view.world)),
             affinity: affinity(vmi, role, view),
             tolerations: (!spec.tolerations.is_empty()).then(|| spec.tolerations.clone()),
             topology_spread_constraints: (!spec.topology_spread_constraints.is_empty())
@@ -130,16 +163,25 @@ pub fn build(vmi: &VirtualMachineInstance, role: Role<'_>, view: &View<'_>) -> P
     }
 }
 
-/// Receiving in post-copy needs userfaultfd(2) for faults in the kernel too, which Linux allows only with CAP_SYS_PTRACE. Only
-/// pods that may have to get it.
-fn added_capabilities(vmi: &VirtualMachineInstance, role: Role<'_>, view: &View<'_>) -> Vec<String> {
-    let mut added = vec!["NET_BIND_SERVICE".to_owned()];
-    if let Role::Receive(_) = role
+/// Whether the pod may have to receive its guest in post-copy.
+fn receives_in_post_copy(vmi: &VirtualMachineInstance, role: Role<'_>, view: &View<'_>) -> bool {
+    matches!(role, Role::Receive(_))
         && kubevirt::migration_configuration_of(view.world, vmi).configuration.allow_post_copy == Some(true)
-    {
-        added.push("SYS_PTRACE".to_owned());
-    }
-    added
+}
+
+/// Images of disks belong to whoever made them (KubeVirt's to user 107, and nobody else may read them): that takes `DAC_OVERRIDE`. Taps,
+/// bridges and addresses are the handler's work, the launcher only opens what is there. Receiving in post-copy needs userfaultfd(2)
+/// for faults in the kernel too, which Linux allows only with `SYS_PTRACE`.
+fn capabilities(post_copy: bool) -> Capabilities {
+    let post_copy = post_copy.then_some("SYS_PTRACE");
+    let add = ["DAC_OVERRIDE"].into_iter().chain(post_copy).map(str::to_owned).collect();
+    Capabilities { add: Some(add), drop: Some(vec!["ALL".to_owned()]) }
+}
+
+/// The runtime's own profile, which has no userfaultfd(2): a pod that receives in post-copy goes without. Its QEMU has its own.
+fn seccomp_profile(post_copy: bool) -> SeccompProfile {
+    let type_ = if post_copy { "Unconfined" } else { "RuntimeDefault" };
+    SeccompProfile { type_: type_.to_owned(), localhost_profile: None }
 }
 
 /// The image that a migration asks for instead of the launcher's (KubeVirt's test hook).
@@ -227,13 +269,14 @@ fn networks(vmi: &VirtualMachineInstance) -> Option<String> {
     (!wanted.is_empty()).then(|| serde_json::Value::Array(wanted).to_string())
 }
 
-fn node_selector(spec: &VirtualMachineInstanceSpec, role: Role<'_>) -> BTreeMap<String, String> {
+fn node_selector(vmi: &VirtualMachineInstance, role: Role<'_>, world: &World) -> BTreeMap<String, String> {
     let mut selector = match role {
         Role::Start => BTreeMap::new(),
         Role::Receive(migration) => migration.spec.added_node_selector.clone(),
     };
     // The VM's own keys win: a migration can only restrict.
-    selector.extend(spec.node_selector.clone());
+    selector.extend(vmi.spec.node_selector.clone());
+    selector.extend(processor::wanted(vmi, role, world).into_iter().map(|label| (label, "true".to_owned())));
     selector.insert(names::LABEL_SCHEDULABLE.to_owned(), "true".to_owned());
     selector
 }
@@ -256,6 +299,11 @@ fn stay(vmi: &VirtualMachineInstance, migration: &VirtualMachineInstanceMigratio
         None if migration.annotation(names::ANNOTATION_WORKLOAD_UPDATE_MIGRATION).is_some() => Stay::May,
         _ => Stay::Never,
     }
+}
+
+/// Whether a migration may leave the guest on its node.
+pub fn may_stay(vmi: &VirtualMachineInstance, migration: &VirtualMachineInstanceMigration) -> bool {
+    stay(vmi, migration) != Stay::Never
 }
 
 fn affinity(vmi: &VirtualMachineInstance, role: Role<'_>, view: &View<'_>) -> Option<Affinity> {
@@ -303,7 +351,23 @@ fn keep_away(vmi: &VirtualMachineInstance, affinity: &mut Affinity, view: &View<
     });
 }
 
-fn resources(spec: &VirtualMachineInstanceSpec) -> ResourceRequirements {
+/// The node's devices that the pod asks for, where nodes offer them: on a real cluster it gets no others.
+fn devices(vmi: &VirtualMachineInstance, role: Role<'_>, world: &World) -> Vec<&'static str> {
+    let offered = |name: &str| world.nodes.iter().any(|node| offers(node, name));
+    // A guest that is translated stays so wherever it goes.
+    let translated = matches!(role, Role::Receive(_)) && vmi.status.accelerator.as_deref() == Some("tcg");
+    let kvm = [names::DEVICE_KVM].into_iter().filter(|_| !translated);
+    kvm.chain([names::DEVICE_TUN, names::DEVICE_VHOST_NET]).filter(|name| offered(name)).collect()
+}
+
+fn offers(node: &Node, device: &str) -> bool {
+    let has = node.status.as_ref().and_then(|status| status.allocatable.as_ref());
+    let amount = has.and_then(|has| has.get(device)).and_then(|amount| quantity::units(&amount.0));
+    amount.is_some_and(|amount| amount > 0)
+}
+
+fn resources(vmi: &VirtualMachineInstance, role: Role<'_>, world: &World) -> ResourceRequirements {
+    let spec = &vmi.spec;
     let asked = &spec.domain.resources;
     let copy = |list: &ResourceList| -> BTreeMap<String, Quantity> {
         list.iter().map(|(name, amount)| (name.clone(), Quantity(amount.0.clone()))).collect()
@@ -325,6 +389,10 @@ fn resources(spec: &VirtualMachineInstanceSpec) -> ResourceRequirements {
             None => Quantity(format!("{}m", i128::from(vcpus(spec)) * 1_000 / CPU_ALLOCATION_RATIO)),
         };
         requests.insert("cpu".to_owned(), request);
+    }
+    for device in devices(vmi, role, world) {
+        requests.insert(device.to_owned(), Quantity("1".to_owned()));
+        limits.insert(device.to_owned(), Quantity("1".to_owned()));
     }
     ResourceRequirements {
         requests: Some(requests),
@@ -504,7 +572,15 @@ mod tests {
         let names: Vec<_> = spec["volumes"].as_array().unwrap().iter().map(|volume| volume["name"].clone()).collect();
         assert_eq!(names, ["sockets", "ephemeral-disks", "kernel-boot", "root", "data", "vmi-sockets", "seed"]);
         let requests = &spec["containers"][0]["resources"]["requests"];
-        assert_eq!(requests["memory"], "593Mi");
+        assert_eq!(requests["memory"], "579Mi");
+        let mut unseen = vmi.spec.clone();
+        unseen.domain.devices.autoattach_graphics_device = Some(false);
+        assert_eq!(overhead(&vmi.spec) - overhead(&unseen), 8 * MEBI);
+        let mut limited = vmi.spec.clone();
+        limited.domain.resources.limits.insert("memory".into(), godwit_api::Quantity("1Gi".into()));
+        assert_eq!(overhead(&limited) - overhead(&vmi.spec), (24 + 16 + 8 * 4 + 3 * 10 + 12) * MEBI);
+        let smallest = json!({"domain": {"memory": {"guest": "1Gi"}}});
+        assert_eq!(overhead(&serde_json::from_value(smallest).unwrap()), (64 + 2) * MEBI);
         assert_eq!(requests["cpu"], "200m");
         let wanted = value["metadata"]["annotations"]["k8s.v1.cni.cncf.io/networks"].as_str().unwrap();
         assert!(wanted.contains("\"name\":\"br\"") && wanted.contains("\"namespace\":\"default\""), "{wanted}");
@@ -515,8 +591,14 @@ mod tests {
         elsewhere.metadata.annotations = Some(BTreeMap::from([annotation]));
         let other = build(&vmi, Role::Receive(&elsewhere), &view);
         assert_eq!(other.spec.unwrap().containers[0].image.as_deref(), Some("other:1"));
-        let added = |pod: Pod| pod.spec?.containers.remove(0).security_context?.capabilities?.add;
-        assert_eq!(added(pod.clone()).unwrap(), ["NET_BIND_SERVICE"]);
+        let security = |pod: &Pod| pod.spec.as_ref().unwrap().containers[0].security_context.clone().unwrap();
+        let added = |pod: &Pod| security(pod).capabilities.unwrap().add.unwrap();
+        let profile = |pod: &Pod| security(pod).seccomp_profile.unwrap().type_;
+        assert_eq!(added(&pod), ["DAC_OVERRIDE"]);
+        let confined = security(&pod);
+        assert_eq!(confined.capabilities.unwrap().drop.unwrap(), ["ALL"]);
+        assert_eq!((confined.allow_privilege_escalation, confined.privileged), (Some(false), Some(false)));
+        assert_eq!(profile(&pod), "RuntimeDefault");
         let mut allowing = crate::World::default();
         let kubevirt = serde_json::from_value(json!({
             "metadata": {"name": "kubevirt", "namespace": "kubevirt", "uid": "kv"},
@@ -524,10 +606,33 @@ mod tests {
         }));
         allowing.apply(crate::Object::KubeVirt(std::sync::Arc::new(kubevirt.unwrap())), crate::Source::Watch);
         let view = testing::view(&allowing, &settings);
-        assert_eq!(added(build(&vmi, Role::Receive(&migration), &view)).unwrap(), ["NET_BIND_SERVICE", "SYS_PTRACE"]);
-        assert_eq!(added(build(&vmi, Role::Start, &view)).unwrap(), ["NET_BIND_SERVICE"], "it receives nothing");
+        let receiving = build(&vmi, Role::Receive(&migration), &view);
+        assert_eq!(added(&receiving), ["DAC_OVERRIDE", "SYS_PTRACE"]);
+        assert_eq!(profile(&receiving), "Unconfined");
+        let starting = build(&vmi, Role::Start, &view);
+        assert_eq!(
+            (added(&starting), profile(&starting)),
+            (vec!["DAC_OVERRIDE".to_owned()], "RuntimeDefault".to_owned())
+        );
+        // Devices are asked for where nodes offer them.
+        let asks = |vmi: &VirtualMachineInstance, role, world: &crate::World| -> Vec<String> {
+            let limits = resources(vmi, role, world).limits.unwrap_or_default();
+            limits.into_keys().filter(|name| name.starts_with("devices.")).collect()
+        };
+        assert_eq!(asks(&vmi, Role::Start, &allowing), [""; 0]);
+        let node: Node = serde_json::from_value(json!({
+            "metadata": {"name": "n"},
+            "status": {"allocatable": {names::DEVICE_KVM: "1k", names::DEVICE_TUN: "1k", names::DEVICE_VHOST_NET: "0"}},
+        }))
+        .unwrap();
+        allowing.apply(crate::Object::Node(std::sync::Arc::new(node)), crate::Source::Watch);
+        assert_eq!(asks(&vmi, Role::Start, &allowing), [names::DEVICE_KVM, names::DEVICE_TUN]);
+        let mut translated = vmi.clone();
+        translated.status.accelerator = Some("tcg".into());
+        assert_eq!(asks(&translated, Role::Receive(&migration), &allowing), [names::DEVICE_TUN]);
         // The pod that starts the guest differs in name and knows nothing of a migration.
-        let first = build(&vmi, Role::Start, &view);
+        let (world, settings) = (crate::World::default(), testing::settings());
+        let first = build(&vmi, Role::Start, &testing::view(&world, &settings));
         assert_ne!(first.metadata.name, pod.metadata.name);
         assert!(first.spec.unwrap().affinity.is_none());
     }

@@ -11,9 +11,26 @@ use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta};
 
 use crate::names;
+use crate::object::Name;
 
-/// The name of the lease, in the namespace `kubevirt` (KubeVirt's).
-pub const LEASE: &str = "virt-controller";
+/// Who holds the lease, or would.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Candidate {
+    /// Namespace and name of the lease.
+    pub lease: Name,
+    /// Under which name to hold it. No two running controllers may have the same, and one that is restarted goes on faster
+    /// with the name it had.
+    pub holder: String,
+}
+
+impl Candidate {
+    /// For the lease that KubeVirt's controllers hold as well, so that of both only one decides.
+    pub fn new(holder: impl Into<String>) -> Self {
+        let lease = Name::new(names::KUBEVIRT_NAMESPACE, names::CONTROLLER_LEASE);
+        Self { lease, holder: holder.into() }
+    }
+}
+
 /// Others take the lease when it has not been renewed for this long (KubeVirt's).
 pub const DURATION: Duration = Duration::from_secs(15);
 /// Who has not renewed it for this long stops deciding, well before others begin (KubeVirt's).
@@ -52,14 +69,15 @@ pub enum Step {
     Wait,
 }
 
-/// Decides about the lease on behalf of `me`. `now` is the own clock's, `time` only for people to read.
+/// Decides about the lease on behalf of a candidate. `now` is the own clock's, `time` only for people to read.
 ///
 /// A lease under the own name is taken back at once: after a restart nobody else has that name.
-pub fn decide_lease(now: Duration, seen: &Seen, me: &str, time: Timestamp) -> Step {
+pub fn decide_lease(now: Duration, seen: &Seen, candidate: &Candidate, time: Timestamp) -> Step {
+    let me = candidate.holder.as_str();
     let Some(lease) = &seen.lease else {
         let metadata = ObjectMeta {
-            namespace: Some(names::KUBEVIRT_NAMESPACE.to_owned()),
-            name: Some(LEASE.to_owned()),
+            namespace: Some(candidate.lease.namespace.to_string()),
+            name: Some(candidate.lease.name.to_string()),
             ..ObjectMeta::default()
         };
         return Step::Create(Box::new(Lease { metadata, spec: Some(held(me, time, None)) }));
@@ -119,7 +137,7 @@ mod tests {
     }
 
     fn step(now: u64, seen: &Seen, me: &str) -> Step {
-        decide_lease(seconds(now), seen, me, Timestamp::UNIX_EPOCH)
+        decide_lease(seconds(now), seen, &Candidate::new(me), Timestamp::UNIX_EPOCH)
     }
 
     #[test]
@@ -152,7 +170,7 @@ mod tests {
 
     /// A controller: what it has seen, until when it leads, and a write that has been sent and not arrived.
     #[derive(Default)]
-    struct Candidate {
+    struct Controller {
         seen: Seen,
         until: Duration,
         sent: Option<(Duration, Step)>,
@@ -162,7 +180,7 @@ mod tests {
         #[test]
         fn never_two_lead(events in proptest::collection::vec((0..3_usize, 0..3_u8, 0..6_000_u64), 1..300)) {
             let names = ["a", "b", "c"];
-            let mut all: [Candidate; 3] = Default::default();
+            let mut all: [Controller; 3] = Default::default();
             let (mut now, mut lease, mut revision) = (Duration::ZERO, None::<Lease>, 0);
             for (who, what, pause) in events {
                 now += Duration::from_millis(pause);
@@ -170,7 +188,8 @@ mod tests {
                 match what {
                     0 => one.seen.look(now, lease.clone()),
                     1 if one.sent.is_none() => {
-                        one.sent = Some((now, decide_lease(now, &one.seen, names[who], Timestamp::UNIX_EPOCH)));
+                        let me = Candidate::new(names[who]);
+                        one.sent = Some((now, decide_lease(now, &one.seen, &me, Timestamp::UNIX_EPOCH)));
                     }
                     _ => {
                         let Some((sent, step)) = one.sent.take() else { continue };

@@ -5,6 +5,7 @@
 //! clock or rolls dice.
 
 mod confirm;
+pub mod disruption;
 pub mod drain;
 pub mod evacuation;
 #[cfg(test)]
@@ -12,6 +13,7 @@ mod evacuation_tests;
 pub mod fence;
 #[cfg(test)]
 mod fence_tests;
+pub mod garbage;
 pub mod history;
 #[cfg(test)]
 mod history_tests;
@@ -34,6 +36,7 @@ mod ordered;
 pub mod persistent_state;
 pub mod placement;
 mod plan;
+pub mod processor;
 pub mod quantity;
 pub mod queue;
 pub mod quota;
@@ -80,6 +83,8 @@ pub struct Settings {
     pub local_root: String,
     /// Pods of this `schedulerName` (or of none) are placed by us.
     pub scheduler_name: String,
+    /// Whether nobody else says of nodes that they are silent or cordoned (kube-controller-manager).
+    pub tells_of_nodes: bool,
     /// The version to report.
     pub version: String,
 }
@@ -96,8 +101,15 @@ impl Settings {
             shared_root: format!("{data_dir}/shared"),
             local_root: format!("{data_dir}/nodes/{{node}}/local"),
             scheduler_name: "default-scheduler".to_owned(),
+            tells_of_nodes: true,
             version: env!("CARGO_PKG_VERSION").to_owned(),
         }
+    }
+
+    /// Settings on a Kubernetes cluster, which places pods, provides volumes and watches nodes itself. The launcher's image is
+    /// to be set.
+    pub fn cluster() -> Self {
+        Self { tells_of_nodes: false, ..Self::standalone("") }
     }
 
     /// The folder of a volume that all nodes see.

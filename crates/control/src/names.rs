@@ -5,10 +5,14 @@ use sha2::{Digest, Sha256};
 
 /// Label of nodes with their host name; the domain of "not on the same node".
 pub const HOSTNAME: &str = "kubernetes.io/hostname";
+/// Label of nodes that run Kubernetes' own parts; such often run nothing else.
+pub const LABEL_CONTROL_PLANE: &str = "node-role.kubernetes.io/control-plane";
 /// The node that a claim of `WaitForFirstConsumer` shall be bound for.
 pub const SELECTED_NODE: &str = "volume.kubernetes.io/selected-node";
 /// Taint of cordoned nodes.
 pub const TAINT_UNSCHEDULABLE: &str = "node.kubernetes.io/unschedulable";
+/// Taint of nodes that are not ready, as kube-apiserver gives it to every new one.
+pub const TAINT_NOT_READY: &str = "node.kubernetes.io/not-ready";
 /// Taint of nodes that have gone quiet.
 pub const TAINT_UNREACHABLE: &str = "node.kubernetes.io/unreachable";
 

@@ -1,7 +1,7 @@
-//! Nodes that have gone quiet.
+//! Nodes that have gone quiet, and nodes that are cordoned: what Kubernetes' node lifecycle controller says of them.
 //!
 //! A node whose lease is not renewed becomes `Ready=Unknown` and gets Kubernetes' `unreachable` taints; a node whose
-//! handler is silent takes no new VMs. Both are taken back when the node speaks again.
+//! handler is silent takes no new VMs. Both are taken back when the node speaks again. A cordoned node has a taint that says so.
 
 use std::borrow::Cow;
 
@@ -11,6 +11,7 @@ use k8s_openapi::api::core::v1::{Node, NodeCondition, Taint};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use smol_str::SmolStr;
 
+use crate::maintenance;
 use crate::names;
 use crate::object::{Name, Object, Stored};
 use crate::plan::{EventType, NODE_CONTROLLER, Plan, View, later};
@@ -29,10 +30,16 @@ pub const LEASES: &str = "kube-node-lease";
 pub fn decide(name: &str, view: &View<'_>) -> Plan {
     let mut plan = Plan::nothing();
     let Some(node) = view.world.nodes.get(&Name::cluster(name)).filter(|node| !node.deleting()) else { return plan };
+    match maintenance::orphaned_from(node, view.world) {
+        Some(from) if view.now >= from => return maintenance::release(node, view),
+        Some(from) => plan.wake(from),
+        None => {}
+    }
     // Most decisions change nothing, so the node is copied only when one may.
     let mut after = Cow::Borrowed(node.as_ref());
 
-    if let Some(silent_from) = silence(node, view) {
+    let tells = view.settings.tells_of_nodes;
+    if let Some(silent_from) = silence(node, view).filter(|_| tells) {
         if view.now >= silent_from {
             mark_unreachable(after.to_mut(), view.now);
         } else {
@@ -41,6 +48,12 @@ pub fn decide(name: &str, view: &View<'_>) -> Plan {
                 unmark_unreachable(after.to_mut());
             }
         }
+    }
+    if tells && is_cordon_untold(node) {
+        tell_cordon(after.to_mut(), view.now);
+    }
+    if tells && is_ready_untold(node) {
+        tell_ready(after.to_mut());
     }
     let mut handler_silent = false;
     if let Some(heartbeat) =
@@ -148,6 +161,47 @@ fn mark_unreachable(node: &mut Node, now: Timestamp) {
     }
 }
 
+/// Whether the taint of cordoned nodes is not as the cordon is.
+fn is_cordon_untold(node: &Node) -> bool {
+    let spec = node.spec.as_ref();
+    let cordoned = spec.and_then(|spec| spec.unschedulable) == Some(true);
+    cordoned != spec.and_then(|spec| spec.taints.as_ref()).into_iter().flatten().any(tells_cordon)
+}
+
+fn tells_cordon(taint: &Taint) -> bool {
+    taint.key == names::TAINT_UNSCHEDULABLE && taint.effect == "NoSchedule"
+}
+
+/// A cordoned node carries a taint that says so (as Kubernetes' node lifecycle controller has it).
+fn tell_cordon(node: &mut Node, now: Timestamp) {
+    let spec = node.spec.get_or_insert_default();
+    let mut taints = spec.taints.take().unwrap_or_default();
+    taints.retain(|taint| !tells_cordon(taint));
+    if spec.unschedulable == Some(true) {
+        taints.push(Taint {
+            key: names::TAINT_UNSCHEDULABLE.to_owned(),
+            effect: "NoSchedule".to_owned(),
+            time_added: Some(Time(now)),
+            value: None,
+        });
+    }
+    spec.taints = (!taints.is_empty()).then_some(taints);
+}
+
+/// Whether a node that is ready still has the taint with which kube-apiserver lets every node begin.
+fn is_ready_untold(node: &Node) -> bool {
+    let taints = node.spec.as_ref().and_then(|spec| spec.taints.as_ref());
+    ready_condition(node).is_some_and(|condition| condition.status == "True")
+        && taints.into_iter().flatten().any(|taint| taint.key == names::TAINT_NOT_READY)
+}
+
+fn tell_ready(node: &mut Node) {
+    let spec = node.spec.get_or_insert_default();
+    let mut taints = spec.taints.take().unwrap_or_default();
+    taints.retain(|taint| taint.key != names::TAINT_NOT_READY);
+    spec.taints = (!taints.is_empty()).then_some(taints);
+}
+
 fn unmark_unreachable(node: &mut Node) {
     // Only when the kubelet has said that it is ready again; a renewed lease alone is not the node's status.
     if ready_condition(node).is_some_and(|condition| condition.status == "Unknown") {
@@ -216,6 +270,52 @@ mod tests {
             let node = cluster.get(Kind::Node, &name).unwrap();
             assert_eq!(node["metadata"]["labels"]["kubevirt.io/schedulable"], "true");
         }
+    }
+
+    #[test]
+    fn a_cordon_has_its_taint() {
+        let mut cluster = Cluster::new();
+        cluster.add_node("node1");
+        let name = Name::cluster("node1");
+        let other = json!({"key": "rack", "effect": "NoSchedule"});
+        cluster.patch(Kind::Node, &name, json!({"spec": {"unschedulable": true, "taints": [other]}}));
+        cluster.settle();
+        let taints = |cluster: &Cluster| cluster.get(Kind::Node, &name).unwrap()["spec"]["taints"].clone();
+        let told = taints(&cluster);
+        assert_eq!((&told[0], &told[1]["key"]), (&other, &json!("node.kubernetes.io/unschedulable")), "{told}");
+        assert!(told[1]["effect"] == "NoSchedule" && told[1]["timeAdded"].is_string(), "{told}");
+        cluster.patch(Kind::Node, &name, json!({"spec": {"unschedulable": null}}));
+        cluster.settle();
+        assert_eq!(taints(&cluster), json!([other]));
+        cluster.patch(Kind::Node, &name, json!({"spec": {"unschedulable": true, "taints": null}}));
+        cluster.settle();
+        cluster.patch(Kind::Node, &name, json!({"spec": {"unschedulable": false}}));
+        cluster.settle();
+        assert!(taints(&cluster).is_null());
+    }
+
+    #[test]
+    fn a_ready_node_loses_the_taint_with_which_it_began() {
+        let mut cluster = Cluster::new();
+        cluster.add_node("node1");
+        let name = Name::cluster("node1");
+        let other = json!({"key": "rack", "effect": "NoSchedule"});
+        let began = json!({"key": "node.kubernetes.io/not-ready", "effect": "NoSchedule"});
+        let taints = json!({"spec": {"taints": [began, other]}});
+        let ready = |status: &str| json!({"status": {"conditions": [{"type": "Ready", "status": status}]}});
+        let of = |cluster: &Cluster| cluster.get(Kind::Node, &name).unwrap()["spec"]["taints"].clone();
+        cluster.settings.tells_of_nodes = false;
+        cluster.patch(Kind::Node, &name, taints);
+        cluster.patch(Kind::Node, &name, ready("True"));
+        cluster.settle();
+        assert_eq!(of(&cluster), json!([began, other]), "kube-controller-manager says it");
+        cluster.settings.tells_of_nodes = true;
+        cluster.patch(Kind::Node, &name, ready("False"));
+        cluster.settle();
+        assert_eq!(of(&cluster), json!([began, other]));
+        cluster.patch(Kind::Node, &name, ready("True"));
+        cluster.settle();
+        assert_eq!(of(&cluster), json!([other]));
     }
 
     #[test]

@@ -11,12 +11,15 @@ use godwit_api::{
 };
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{
-    ConfigMap, Namespace, Node, PersistentVolume, PersistentVolumeClaim, Pod, ResourceQuota,
+    ConfigMap, Container, Namespace, Node, PersistentVolume, PersistentVolumeClaim, Pod, PodSpec, ResourceQuota,
 };
+use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use k8s_openapi::api::storage::v1::StorageClass;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde_json::Value;
 use smol_str::SmolStr;
+
+use crate::world::vmi_of_pod;
 
 /// Namespace and name of an object; the namespace is empty for cluster-scoped kinds. Short names lie in place: tens of
 /// thousands of them are compared and copied with every piece of news.
@@ -134,6 +137,11 @@ macro_rules! kinds {
                 match self { $(Object::$variant(object) => &mut Arc::make_mut(object).metadata,)* }
             }
 
+            /// A copy of its own.
+            fn copied(&self) -> Object {
+                match self { $(Object::$variant(object) => Object::$variant(Arc::new(object.as_ref().clone())),)* }
+            }
+
             /// Whether both are the same in everything.
             pub fn same_as(&self, other: &Object) -> bool {
                 match (self, other) {
@@ -205,9 +213,16 @@ kinds! {
     OldestNodeMaintenance(oldest::NodeMaintenance):
         "kubevirt.io" "v1alpha1" "NodeMaintenance" "nodemaintenances" false;
     Lease(Lease): "coordination.k8s.io" "v1" "Lease" "leases" true;
+    PodDisruptionBudget(PodDisruptionBudget): "policy" "v1" "PodDisruptionBudget" "poddisruptionbudgets" true;
 }
 
 impl Kind {
+    /// The only namespace whose objects of this kind matter; `None`: all of them do. Of ConfigMaps the configuration and the
+    /// migrations' slots are read, and nobody else's.
+    pub fn only_in(self) -> Option<&'static str> {
+        (self == Kind::ConfigMap).then_some(crate::names::KUBEVIRT_NAMESPACE)
+    }
+
     /// `group/version`, or the version alone for the core group.
     pub fn api_version(self) -> String {
         match self.group() {
@@ -232,6 +247,46 @@ impl Object {
     /// server that we meet (etcd, ours) has always counted.
     pub fn revision(&self) -> u64 {
         revision(self.metadata())
+    }
+}
+
+impl Object {
+    /// The same without what no decision reads, in as little memory as it takes: of a large cluster every pod is kept.
+    ///
+    /// Writes are differences to what is held, so what is left out is never written. Lists are left out of only where no
+    /// decision changes them.
+    pub fn lean(mut self) -> Self {
+        // Who wrote which field is a third of an object.
+        self.metadata_mut().managed_fields = None;
+        if let Object::Pod(pod) = &mut self {
+            let is_launcher = vmi_of_pod(pod).is_some();
+            if let Some(spec) = &mut Arc::make_mut(pod).spec {
+                lean_pod(spec, is_launcher);
+            }
+        }
+        // What was read grew by doubling; a copy has what it needs.
+        self.copied()
+    }
+}
+
+fn lean_pod(spec: &mut PodSpec, is_launcher: bool) {
+    if let Some(volumes) = &mut spec.volumes {
+        // Claims are what pods are found by; that something is lost with a pod is told by its first emptyDir. A launcher's
+        // holds nothing that its guest would miss.
+        let mut told = is_launcher;
+        volumes.retain(|volume| {
+            volume.persistent_volume_claim.is_some()
+                || volume.empty_dir.is_some() && !std::mem::replace(&mut told, true)
+        });
+    }
+    for container in spec.containers.iter_mut().chain(spec.init_containers.iter_mut().flatten()) {
+        *container = Container {
+            name: std::mem::take(&mut container.name),
+            image: container.image.take(),
+            resources: container.resources.take(),
+            restart_policy: container.restart_policy.take(),
+            ..Container::default()
+        };
     }
 }
 
@@ -291,4 +346,41 @@ pub fn revision(meta: &ObjectMeta) -> u64 {
 pub fn labels(meta: &ObjectMeta) -> &BTreeMap<String, String> {
     static EMPTY: BTreeMap<String, String> = BTreeMap::new();
     meta.labels.as_ref().unwrap_or(&EMPTY)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_lean_pod_has_what_decisions_read() {
+        let pod = |labels: Value| {
+            let value = json!({
+                "metadata": {"name": "p", "namespace": "ns", "labels": labels, "managedFields": [{"manager": "m"}]},
+                "spec": {
+                    "nodeName": "node1",
+                    "containers": [{"name": "c", "image": "i", "command": ["sh"], "env": [{"name": "A", "value": "b"}],
+                        "resources": {"requests": {"cpu": "1"}}, "volumeMounts": [{"name": "one", "mountPath": "/one"}]}],
+                    "volumes": [{"name": "one", "emptyDir": {}}, {"name": "two", "emptyDir": {}}, {"name": "three", "secret": {}},
+                        {"name": "four", "persistentVolumeClaim": {"claimName": "claim"}}],
+                },
+                "status": {"phase": "Running"},
+            });
+            Object::from_value(Kind::Pod, value).unwrap().lean().to_value().unwrap()
+        };
+        let other = pod(json!({}));
+        let names = |pod: &Value| -> Vec<String> {
+            let volumes = pod["spec"]["volumes"].as_array().unwrap().iter();
+            volumes.map(|volume| volume["name"].as_str().unwrap().to_owned()).collect()
+        };
+        assert_eq!(names(&other), ["one", "four"]);
+        assert_eq!(names(&pod(json!({"kubevirt.io": "virt-launcher"}))), ["four"]);
+        assert!(other["metadata"].get("managedFields").is_none());
+        assert_eq!(other["spec"]["nodeName"], "node1");
+        assert_eq!(other["status"]["phase"], "Running");
+        let container = json!({"name": "c", "image": "i", "resources": {"requests": {"cpu": "1"}}});
+        assert_eq!(other["spec"]["containers"], json!([container]));
+    }
 }

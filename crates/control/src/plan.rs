@@ -1,5 +1,6 @@
 //! What a decision yields: effects as data, and when to look again.
 
+use godwit_api::access::Right;
 use jiff::{SignedDuration, Timestamp};
 use serde_json::{Map, Value};
 
@@ -41,7 +42,7 @@ pub enum Effect {
     Patch(Ref, Value),
     /// Merge patch of the status subresource; carries `metadata.resourceVersion` likewise.
     PatchStatus(Ref, Value),
-    /// Delete an object if it still has this UID.
+    /// Delete an object if it still has this UID, and the revision that was decided on.
     Delete {
         /// Which object.
         target: Ref,
@@ -77,6 +78,36 @@ pub enum Effect {
     },
     /// Tell people about it.
     Record(EventRecord),
+}
+
+impl Effect {
+    /// What the writer needs to be allowed for it.
+    pub fn right(&self) -> Right<'_> {
+        match self {
+            Effect::Create(object) => {
+                let namespace = object.metadata().namespace.as_deref().unwrap_or_default();
+                Right { namespace, ..right(object.kind(), "create", "") }
+            }
+            Effect::Patch(target, _) => right_to(target, "patch", ""),
+            Effect::PatchStatus(target, _) => right_to(target, "patch", "status"),
+            Effect::Delete { target, .. } => right_to(target, "delete", ""),
+            Effect::Bind { pod, .. } => right_to(pod, "create", "binding"),
+            Effect::Confirm { target, .. } => right_to(target, "get", ""),
+            Effect::Evict { pod, .. } => right_to(pod, "create", "eviction"),
+            Effect::Record(event) => {
+                let namespace = event.target.name.namespace.as_str();
+                Right { verb: "create", group: "", resource: "events", subresource: "", namespace }
+            }
+        }
+    }
+}
+
+fn right(kind: Kind, verb: &'static str, subresource: &'static str) -> Right<'static> {
+    Right { verb, group: kind.group(), resource: kind.plural(), subresource, namespace: "" }
+}
+
+fn right_to<'a>(target: &'a Ref, verb: &'static str, subresource: &'static str) -> Right<'a> {
+    Right { namespace: target.name.namespace.as_str(), ..right(target.kind, verb, subresource) }
 }
 
 /// Severity of an event.
@@ -227,6 +258,7 @@ pub fn has_status_subresource(kind: Kind) -> bool {
             | Kind::NodeMaintenance
             | Kind::KubeVirtNodeMaintenance
             | Kind::OldestNodeMaintenance
+            | Kind::PodDisruptionBudget
     )
 }
 

@@ -84,7 +84,7 @@ fn target_pod(migration: &VirtualMachineInstanceMigration, view: &View<'_>) -> O
 }
 
 /// What the pods of migrations ask for that have a slot and no pod yet.
-fn promised(namespace: &str, view: &View<'_>) -> Amounts {
+pub(crate) fn promised(namespace: &str, view: &View<'_>) -> Amounts {
     let mut sum = Amounts::new();
     for (uid, holder) in view.world.turns().holders() {
         let migration = holder.migration.as_ref().filter(|name| name.namespace == namespace);

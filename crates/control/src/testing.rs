@@ -1,11 +1,13 @@
 //! A small cluster for tests: carries out plans on a world the way an API server would.
 
+use godwit_api::access::{self, Right};
 use godwit_api::admission::eviction;
+use godwit_api::names::KUBEVIRT_NAMESPACE;
 use jiff::{SignedDuration, Timestamp};
 use serde_json::{Value, json};
 
 use crate::plan::{Effect, EventRecord, Plan};
-use crate::{Key, Kind, Name, Object, Ref, Settings, Source, View, World};
+use crate::{Key, Kind, Name, Noun, Object, Ref, Settings, Source, View, World, kinds_for};
 
 pub fn settings() -> Settings {
     Settings::standalone("/data")
@@ -97,7 +99,9 @@ impl Cluster {
     }
 
     pub fn decide(&self, key: &Key) -> Plan {
-        key.decide(&View { now: self.now, world: &self.world, settings: &self.settings })
+        let plan = key.decide(&View { now: self.now, world: &self.world, settings: &self.settings });
+        check_rights(key, &plan);
+        plan
     }
 
     /// Decides about a key and carries the plan out. Says whether anything was written.
@@ -217,6 +221,34 @@ impl Cluster {
                 "conditions": [{"type": "Ready", "status": "True"}],
             },
         }));
+    }
+}
+
+/// Nothing is decided that the controllers' account may not do, where Kubernetes does its own work.
+fn check_rights(key: &Key, plan: &Plan) {
+    let may = |effect: &Effect| may(&effect.right(), key.noun());
+    assert!(plan.effects.iter().all(may), "{key}: not all of this is allowed to {}: {plan:?}", access::CONTROLLER);
+}
+
+/// Whether the controllers' account has this right, for decisions of this noun.
+pub fn may(right: &Right<'_>, noun: Noun) -> bool {
+    let account = access::components().into_iter().find(|account| account.name == access::CONTROLLER).unwrap();
+    let kubernetes_own = !Noun::CLUSTER.contains(&noun) || noun == Noun::Node;
+    account.may(right, KUBEVIRT_NAMESPACE) || (kubernetes_own && access::engine_room().may(right, KUBEVIRT_NAMESPACE))
+}
+
+#[test]
+fn all_that_is_watched_may_be_seen() {
+    let seen = |kind: Kind, noun| {
+        let namespace = kind.only_in().unwrap_or_default();
+        let right = |verb| Right { verb, group: kind.group(), resource: kind.plural(), subresource: "", namespace };
+        ["get", "list", "watch"].into_iter().all(|verb| may(&right(verb), noun))
+    };
+    for kind in kinds_for(Noun::CLUSTER) {
+        assert!(seen(kind, Noun::Vm), "{}", kind.plural());
+    }
+    for kind in kinds_for(Noun::BARE) {
+        assert!(seen(kind, Noun::Placement), "{}", kind.plural());
     }
 }
 

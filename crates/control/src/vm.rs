@@ -213,6 +213,10 @@ fn new_vmi(vm: &VirtualMachine, asked: Option<&StateChangeRequest>) -> VirtualMa
     if asked.and_then(|request| request.data.get("paused")).is_some_and(|paused| paused == "true") {
         template.spec.start_strategy = Some(START_PAUSED.to_owned());
     }
+    // What godwit alone sets on a VMI, nobody sets by way of a template.
+    if let Some(annotations) = &mut template.metadata.annotations {
+        annotations.remove(names::ANNOTATION_HOME);
+    }
     VirtualMachineInstance {
         metadata: ObjectMeta {
             name: vm.metadata.name.clone(),

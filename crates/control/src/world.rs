@@ -13,6 +13,7 @@ use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{
     ConfigMap, Namespace, Node, PersistentVolume, PersistentVolumeClaim, Pod, ResourceQuota,
 };
+use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use k8s_openapi::api::storage::v1::StorageClass;
 use smol_str::SmolStr;
 
@@ -161,6 +162,8 @@ pub struct World {
     pub oldest_maintenances: Table<nm_oldest::NodeMaintenance>,
     /// Leases.
     pub leases: Table<Lease>,
+    /// PodDisruptionBudgets.
+    pub budgets: Table<PodDisruptionBudget>,
 
     /// Newest revision that the watch of a kind has shown.
     horizon: BTreeMap<Kind, u64>,
@@ -374,6 +377,15 @@ impl World {
         if configures {
             self.configuration = Some(kubevirt::read_configuration(self));
         }
+    }
+
+    /// All that is known, kind by kind.
+    pub fn objects(&self) -> impl Iterator<Item = Object> {
+        let of = move |kind: &Kind| {
+            let kind = *kind;
+            self.names_of(kind).into_iter().filter_map(move |name| self.get(kind, &name))
+        };
+        Kind::ALL.iter().flat_map(of)
     }
 
     /// The newest revision that the watch of a kind has shown: everything up to it is known.
@@ -591,6 +603,7 @@ tables! {
     KubeVirtNodeMaintenance kubevirt_maintenances,
     OldestNodeMaintenance oldest_maintenances,
     Lease leases,
+    PodDisruptionBudget budgets,
 }
 
 fn terms(object: &Object) -> Terms {

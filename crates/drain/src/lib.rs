@@ -18,6 +18,8 @@ mod course;
 mod course_tests;
 mod lines;
 pub mod read;
+#[cfg(test)]
+mod read_tests;
 mod run;
 #[cfg(test)]
 mod run_tests;

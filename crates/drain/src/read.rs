@@ -13,16 +13,21 @@ use crate::{Error, code, words};
 
 /// What a plan cannot do without.
 const NEEDED: [Kind; 3] = [Kind::VirtualMachineInstance, Kind::Pod, Kind::Node];
-/// What makes it better; a cluster may not have it, or not show it.
-const WANTED: [Kind; 8] = [
-    Kind::VirtualMachine,
-    Kind::Migration,
-    Kind::KubeVirt,
-    Kind::PersistentVolumeClaim,
-    Kind::PersistentVolume,
-    Kind::StorageClass,
-    Kind::Namespace,
-    Kind::MigrationPolicy,
+/// What makes it better, and what is not known without it; a cluster may not have it, or not show it.
+const WANTED: [(Kind, &str); 13] = [
+    (Kind::VirtualMachine, "which guests are started again after a shutdown"),
+    (Kind::Migration, "which migrations are under way"),
+    (Kind::KubeVirt, "which limits and which strategy are configured, so the defaults are taken"),
+    (Kind::PersistentVolumeClaim, "which claims keep a VM where it is"),
+    (Kind::PersistentVolume, "which nodes reach a volume"),
+    (Kind::StorageClass, "which nodes a new volume can be on"),
+    (Kind::Namespace, "which policies are for a namespace"),
+    (Kind::MigrationPolicy, "which policies change a migration"),
+    (Kind::MigrationRecord, "what earlier migrations got of the links"),
+    (Kind::ResourceQuota, "whether quotas let target pods in"),
+    (Kind::NodeMaintenance, "which other nodes are to be emptied"),
+    (Kind::KubeVirtNodeMaintenance, "which other nodes are to be emptied"),
+    (Kind::OldestNodeMaintenance, "which other nodes are to be emptied"),
 ];
 /// Objects of one answer.
 const PAGE: u32 = 500;
@@ -56,12 +61,17 @@ pub async fn cluster(client: &Client) -> Result<Cluster, Error> {
             Err(error) => return Err(Error::Read { what: kind.plural().to_owned(), why: words(&error) }),
         }
     }
-    for kind in WANTED {
+    let mut absent = Vec::new();
+    for (kind, without) in WANTED {
         match list::<DynamicObject>(&all(client, kind)).await {
             Ok(objects) => cluster.take(kind, objects),
-            Err(error) if code(&error) == Some(404) => {}
-            Err(error) => cluster.notes.push(format!("{} could not be read: {}", kind.plural(), words(&error))),
+            // None of them, then.
+            Err(error) if code(&error) == Some(404) => absent.push(format!("{}.{}", kind.plural(), kind.group())),
+            Err(error) => cluster.notes.push(unread(&format!("{}.{}", kind.plural(), kind.group()), without, &error)),
         }
+    }
+    if !absent.is_empty() {
+        cluster.notes.push(format!("this cluster does not serve {}", absent.join(", ")));
     }
     // Two maps are meant: the old form of the configuration, and who has a turn.
     let maps: Api<DynamicObject> =
@@ -69,13 +79,20 @@ pub async fn cluster(client: &Client) -> Result<Cluster, Error> {
     match list::<DynamicObject>(&maps).await {
         Ok(objects) => cluster.take(Kind::ConfigMap, objects),
         Err(error) if code(&error) == Some(404) => {}
-        Err(error) => cluster.notes.push(format!("configmaps could not be read: {}", words(&error))),
+        Err(error) => cluster.notes.push(unread("configmaps", "which migrations have a turn", &error)),
     }
     match list::<PodDisruptionBudget>(&Api::all(client.clone())).await {
         Ok(budgets) => cluster.budgets = Some(budgets),
-        Err(error) => cluster.notes.push(format!("poddisruptionbudgets could not be read: {}", words(&error))),
+        Err(error) => {
+            cluster.notes.push(unread("poddisruptionbudgets.policy", "which of them keep a pod where it is", &error));
+        }
     }
     Ok(cluster)
+}
+
+/// What is not known because of a kind that could not be read.
+fn unread(kind: &str, without: &str, error: &kube::Error) -> String {
+    format!("not known: {without}; {} could not be read: {}", kind.trim_end_matches('.'), words(error))
 }
 
 /// How to speak of a kind to the client.

@@ -15,7 +15,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
 use crate::abort::{self, Before};
-use crate::course::{ASK_AGAIN, Answer, Course, Standing};
+use crate::course::{ASK_AGAIN, Answer, Course, Standing, is_evacuation};
 use crate::lines::Lines;
 use crate::watch::{self, Facts};
 use crate::{Error, code, read, show, words};
@@ -24,6 +24,8 @@ use crate::{Error, code, read, show, words};
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
 /// Taking back is given up after this long, and what remains is said.
 const TAKE_BACK: Duration = Duration::from_secs(120);
+/// What has been taken back is shown as it is when the watches tell it, or after this long.
+const CATCH_UP: Duration = Duration::from_secs(5);
 /// Evictions are answered within this time, or counted as not answered.
 const PATIENCE: Duration = Duration::from_secs(35);
 
@@ -67,7 +69,7 @@ pub async fn run(client: &Client, options: &Options, signals: &mut mpsc::Receive
         Some(()) = signals.recv() => return Ok(not_begun()),
     };
     let plan = cluster.plan(&options.nodes, options.manner)?;
-    tell!("{}", show::plan(&plan).trim_end());
+    tell!("{}", show::plan(&plan, show::width()).trim_end());
     let refused = plan
         .pods
         .iter()
@@ -217,11 +219,10 @@ impl Drain<'_> {
         let (_watches, mut news, mut facts) = watch::begin(self.client, self.nodes);
         let mut evictions: JoinSet<Answered> = JoinSet::new();
         let deadline = self.options.timeout.map(|timeout| tokio::time::Instant::from_std(self.begun + timeout));
-        let all = self.plan.vms.len();
         let end = loop {
             if facts.are_complete() {
                 let next = course.next(self.begun.elapsed(), &facts);
-                self.show(&course, &facts, all);
+                self.show(&course, &facts);
                 if next.left == 0 {
                     break Ending::Drained;
                 }
@@ -249,19 +250,19 @@ impl Drain<'_> {
                             facts.take(piece);
                         }
                     }
-                    None => break self.take_back(&mut facts, &mut news, &mut evictions, signals).await,
+                    None => break self.take_back(&course, &mut facts, &mut news, &mut evictions, signals).await,
                 },
                 Some(Ok((pod, answer))) = evictions.join_next() => {
                     course.answered(&pod, answer, self.begun.elapsed(), &facts);
                 }
                 Some(()) = signals.recv() => {
-                    self.lines.say("interrupted: everything is taken back; once more ends at once");
-                    break self.take_back(&mut facts, &mut news, &mut evictions, signals).await;
+                    self.lines.interrupted("interrupted: everything is taken back; once more ends at once");
+                    break self.take_back(&course, &mut facts, &mut news, &mut evictions, signals).await;
                 }
                 () = until(deadline) => {
                     let after = self.options.timeout.unwrap_or_default().as_secs();
                     self.lines.say(&format!("not done after {after} s: everything is taken back"));
-                    break self.take_back(&mut facts, &mut news, &mut evictions, signals).await;
+                    break self.take_back(&course, &mut facts, &mut news, &mut evictions, signals).await;
                 }
                 () = tokio::time::sleep(ASK_AGAIN) => {}
             }
@@ -273,7 +274,7 @@ impl Drain<'_> {
         end
     }
 
-    fn show(&mut self, course: &Course, facts: &Facts, all: usize) {
+    fn show(&mut self, course: &Course, facts: &Facts) {
         let now = jiff::Timestamp::now();
         let mut left = 0;
         for vmi in &course.order {
@@ -288,18 +289,21 @@ impl Drain<'_> {
             self.lines.pod(pod, why);
         }
         let whole = self.plan.duration.as_ref().and_then(|whole| whole.milliseconds).map(Duration::from_millis);
-        let rest = whole.and_then(|whole| whole.checked_sub(self.begun.elapsed()));
-        self.lines.whole(left, all.max(course.order.len()), rest);
+        let begun = self.begun.elapsed();
+        let rest = whole.and_then(|whole| whole.checked_sub(begun));
+        self.lines.whole(left, self.plan.vms.len().max(course.order.len()), begun, rest);
     }
 
     /// Takes everything back, until nothing remains or somebody has enough of it.
     async fn take_back(
         &mut self,
+        course: &Course,
         facts: &mut Facts,
         news: &mut mpsc::Receiver<watch::News>,
         evictions: &mut JoinSet<Answered>,
         signals: &mut mpsc::Receiver<()>,
     ) -> Ending {
+        self.lines.taking_back();
         // What has been asked for is answered first, or a mark would come behind our back.
         let mut left = loop {
             tokio::select! {
@@ -309,6 +313,7 @@ impl Drain<'_> {
         };
         let mut told: BTreeSet<String> = BTreeSet::new();
         let deadline = tokio::time::Instant::now() + TAKE_BACK;
+        let mut since: Option<Instant> = None;
         if left.is_empty() {
             loop {
                 let look = tokio::select! {
@@ -319,7 +324,10 @@ impl Drain<'_> {
                     }
                 };
                 left = look.remains;
-                if left.is_empty() && !look.touched {
+                self.show(course, facts);
+                let clear = left.is_empty() && !look.touched;
+                // The lines show what the watches have told so far.
+                if clear && (!self.is_behind(facts) || since.get_or_insert_with(Instant::now).elapsed() > CATCH_UP) {
                     self.lines.end();
                     tell!("taken back: no VM is to leave, and {}", self.cordons());
                     return Ending::TakenBack;
@@ -348,6 +356,15 @@ impl Drain<'_> {
             tell!("  {text}");
         }
         Ending::Remains(left)
+    }
+
+    /// Whether something that has been cancelled goes on as far as the watches have told.
+    fn is_behind(&self, facts: &Facts) -> bool {
+        facts.migrations.values().any(|one| {
+            is_evacuation(one, self.nodes)
+                && !one.status.phase.is_final()
+                && !self.before.migrations.contains(Stored::uid(one.as_ref()))
+        })
     }
 
     fn cordons(&self) -> String {

@@ -22,7 +22,7 @@ const NEVER: Duration = Duration::from_secs(60);
 type Asked = Arc<Mutex<Vec<String>>>;
 
 /// A client of a server that answers like this, and what it was asked to write.
-fn server<F>(answer: impl Fn(&Method, &str) -> F + Send + Sync + 'static) -> (Client, Asked)
+pub(crate) fn server<F>(answer: impl Fn(&Method, &str) -> F + Send + Sync + 'static) -> (Client, Asked)
 where
     F: Future<Output = (u16, Value)> + Send + 'static,
 {
@@ -46,7 +46,7 @@ fn node(name: &str) -> Value {
 }
 
 /// A cluster of two nodes without a pod.
-fn empty(path: &str) -> Value {
+pub(crate) fn empty(path: &str) -> Value {
     match path.strip_prefix("/api/v1/nodes") {
         Some("") => json!({"apiVersion": "v1", "kind": "NodeList", "metadata": {"resourceVersion": "1"},
             "items": [node("node1"), node("node2")]}),
@@ -55,7 +55,7 @@ fn empty(path: &str) -> Value {
     }
 }
 
-fn failure(code: u16, message: &str) -> (u16, Value) {
+pub(crate) fn failure(code: u16, message: &str) -> (u16, Value) {
     (code, json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "message": message, "code": code}))
 }
 

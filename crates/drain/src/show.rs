@@ -1,11 +1,24 @@
 //! A plan for people.
 
+use std::collections::BTreeMap;
 use std::fmt::Write;
 
-use godwit_api::drain::{DrainBasis, DrainBound, DrainDuration, DrainOutcome, DrainPlan, DrainVm, PodOutcome};
+use godwit_api::drain::{
+    BandwidthBasis, DrainBasis, DrainBound, DrainDuration, DrainOutcome, DrainPlan, DrainVm, PodOutcome,
+};
+use godwit_control::drain::rate;
 
-/// The plan as a table and a few sentences.
-pub fn plan(plan: &DrainPlan) -> String {
+/// Between two columns.
+const GAP: &str = "   ";
+
+/// How many characters fit into a line of the terminal; none if it goes elsewhere.
+pub fn width() -> Option<usize> {
+    let terminal = console::Term::stdout();
+    terminal.is_term().then(|| usize::from(terminal.size().1))
+}
+
+/// The plan as a table and a few sentences. Where its lines do not fit into `width`, the reasons get lines of their own.
+pub fn plan(plan: &DrainPlan, width: Option<usize>) -> String {
     let mut out = String::new();
     if plan.vms.is_empty() {
         line(&mut out, format_args!("no VMs on {}", plan.nodes.join(", ")));
@@ -22,7 +35,7 @@ pub fn plan(plan: &DrainPlan) -> String {
                 vm.reasons.join("; "),
             ]
         });
-        table(&mut out, ["VM", "ON", "WOULD", "TO", "FROM", "TAKES", "BY", "WHY"], rows.collect());
+        table(&mut out, ["VM", "ON", "WOULD", "TO", "FROM", "TAKES", "BY", "WHY"], rows.collect(), width);
     }
     pods(plan, &mut out);
     out.push('\n');
@@ -30,6 +43,7 @@ pub fn plan(plan: &DrainPlan) -> String {
     for bound in plan.bounds.iter().filter(|bound| bound.milliseconds > Some(0)) {
         line(&mut out, format_args!("  {}", bounded(bound)));
     }
+    bandwidths(plan, &mut out);
     if plan.vms.iter().any(|vm| vm.basis == Some(DrainBasis::Size)) {
         out.push_str("  by size: never measured, so the memory's size over the bandwidth; how fast the guest writes is not known\n");
     }
@@ -44,7 +58,7 @@ fn line(out: &mut String, text: std::fmt::Arguments<'_>) {
     let _ = writeln!(out, "{text}");
 }
 
-fn table<const N: usize>(out: &mut String, head: [&str; N], rows: Vec<[String; N]>) {
+fn table<const N: usize>(out: &mut String, head: [&str; N], rows: Vec<[String; N]>, width: Option<usize>) {
     let all: Vec<[String; N]> = std::iter::once(head.map(str::to_owned)).chain(rows).collect();
     let mut widths = [0; N];
     for row in &all {
@@ -52,12 +66,19 @@ fn table<const N: usize>(out: &mut String, head: [&str; N], rows: Vec<[String; N
             *width = (*width).max(cell.chars().count());
         }
     }
-    for row in &all {
+    let whole: usize = widths.iter().map(|width| width + GAP.len()).sum();
+    let apart = width.is_some_and(|width| whole > width + GAP.len());
+    for (index, row) in all.iter().enumerate() {
+        let in_line = if apart { N.saturating_sub(1) } else { N };
         let mut text = String::new();
-        for (width, cell) in widths.iter().zip(row) {
-            let _ = write!(text, "{cell:width$}   ");
+        for (width, cell) in widths.iter().zip(row).take(in_line) {
+            let _ = write!(text, "{cell:width$}{GAP}");
         }
         line(out, format_args!("{}", text.trim_end()));
+        // Its head would stand above nothing.
+        if let Some(last) = row.last().filter(|last| apart && index > 0 && !last.is_empty()) {
+            line(out, format_args!("    {last}"));
+        }
     }
 }
 
@@ -69,9 +90,14 @@ fn pods(plan: &DrainPlan, out: &mut String) {
     let (evicted, ignored) = (count(PodOutcome::Evict), count(PodOutcome::Ignore));
     out.push('\n');
     line(out, format_args!("other pods: {evicted} evicted, {ignored} left alone (of DaemonSets, or made by the node)"));
-    for pod in plan.pods.iter().filter(|pod| pod.is(&PodOutcome::Block) || pod.is(&PodOutcome::Wait)) {
-        let word = if pod.is(&PodOutcome::Block) { "blocks" } else { "waits" };
-        line(out, format_args!("  {}/{} {word}: {}", pod.namespace, pod.name, pod.reasons.join("; ")));
+    for pod in plan.pods.iter().filter(|pod| !pod.is(&PodOutcome::Ignore)) {
+        let word = match &pod.outcome {
+            Some(PodOutcome::Evict) => "is evicted",
+            Some(PodOutcome::Wait) => "waits",
+            _ => "BLOCKS",
+        };
+        let why = if pod.reasons.is_empty() { String::new() } else { format!(": {}", pod.reasons.join("; ")) };
+        line(out, format_args!("  {}/{} {word}{why}", pod.namespace, pod.name));
     }
 }
 
@@ -90,7 +116,8 @@ fn basis(basis: &DrainBasis) -> &str {
     match basis {
         DrainBasis::Progress => "progress",
         DrainBasis::LastMigration => "last move",
-        DrainBasis::Forecast => "measured",
+        DrainBasis::DirtyRate => "measured",
+        DrainBasis::Forecast => "forecast",
         DrainBasis::Size => "size",
         DrainBasis::GracePeriod => "grace",
         DrainBasis::Other(other) => other,
@@ -124,9 +151,34 @@ fn bounded(bound: &DrainBound) -> String {
     let vms = bound.vms.unwrap_or(0);
     let value = bound.value.unwrap_or(0);
     if bound.limit == "bandwidthPerMigration" {
-        return format!("{}{on} ({} MiB/s): {vms} VMs take {time} to copy once", bound.limit, value >> 20);
+        return format!("{}{on} ({}): {vms} VMs take {time} to copy once", bound.limit, rate(value));
+    }
+    if let Some(quota) = &bound.quota {
+        return format!("{} {quota}: {vms} VMs wait until others have left, {time} in all", bound.limit);
     }
     format!("{}{on} ({value}): {vms} VMs wait for it, {time} in all", bound.limit)
+}
+
+/// What the migrations' bandwidths rest on: one line for each pair of nodes, or each node, or what else is the same.
+fn bandwidths(plan: &DrainPlan, out: &mut String) {
+    let mut all: BTreeMap<(u64, String), u32> = BTreeMap::new();
+    for vm in plan.vms.iter().filter(|vm| vm.is(&DrainOutcome::Migrate)) {
+        let (Some(each), Some(basis)) = (vm.bytes_per_second, &vm.bandwidth_basis) else { continue };
+        let text = match basis {
+            BandwidthBasis::Pair => {
+                format!("measured from {} to {}", vm.node, vm.target_node.as_deref().unwrap_or("?"))
+            }
+            BandwidthBasis::Node => format!("measured on migrations from and to {}", vm.node),
+            BandwidthBasis::Cluster => "measured on migrations between other nodes".to_owned(),
+            BandwidthBasis::Configured => "what is allowed; nothing slower was measured".to_owned(),
+            BandwidthBasis::Assumed => "assumed: nothing is configured and nothing was measured".to_owned(),
+            BandwidthBasis::Other(other) => other.clone(),
+        };
+        *all.entry((each, text)).or_default() += 1;
+    }
+    for ((each, text), vms) in all.iter().rev() {
+        line(out, format_args!("  bandwidth: {} for {vms} VMs: {text}", rate(*each)));
+    }
 }
 
 fn begins(start: &DrainDuration) -> String {
@@ -176,14 +228,21 @@ mod tests {
             ],
             ..DrainVm::default()
         };
-        let told = plan(&DrainPlan {
+        let all = DrainPlan {
             nodes: vec!["node1".into()],
             vms: vec![vm("a", DrainOutcome::Migrate), vm("b", DrainOutcome::Block)],
             ..DrainPlan::default()
-        });
+        };
+        let told = plan(&all, None);
         let lines: Vec<&str> = told.lines().collect();
         assert!(lines[0].starts_with("VM          ON      WOULD     TO"), "{told}");
         assert!(lines[2].contains("BLOCK") && lines[2].ends_with("cannot be migrated; volume root: local"), "{told}");
         assert!(told.contains("node1: 1 migrated, 0 shut down; 1 BLOCK"), "{told}");
+        assert_eq!(plan(&all, Some(200)), told, "there is room");
+        let narrow = plan(&all, Some(80));
+        let lines: Vec<&str> = narrow.lines().collect();
+        assert_eq!(lines[0].split_whitespace().last(), Some("BY"), "{narrow}");
+        assert!(lines[3].starts_with("default/b") && lines[3].len() < 80, "{narrow}");
+        assert_eq!(lines[4], "    evictionStrategy LiveMigrate, and it cannot be migrated; volume root: local");
     }
 }

@@ -3,8 +3,9 @@
 use clap::{Parser, Subcommand, ValueEnum};
 use godwit_bench::migrate::plan::Mebibytes;
 use godwit_bench::migrate::{Bandwidth, Load, Way};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
+use std::time::Duration;
 
 const DEFAULT_DATA_DIR: &str = "/var/lib/godwit";
 
@@ -36,19 +37,26 @@ pub enum Command {
     /// Build, import, list and remove images of the cluster's local store
     #[command(subcommand)]
     Image(Image),
-    /// Serve KubeVirt's admission webhooks for a Kubernetes cluster
+    /// Print what is to be applied to a Kubernetes cluster
+    Manifests(Manifests),
+    /// Serve KubeVirt's subresources and admission webhooks for a Kubernetes cluster, with certificates of its own
+    Api(Api),
+    /// Serve KubeVirt's admission webhooks alone, with a certificate that is given
     Webhook(Webhook),
     /// Run the controllers on a simulated cluster in virtual time, with faults, and check what must always hold
     Simulate(Simulate),
     /// Measure and test a cluster of its own
     #[command(subcommand)]
     Bench(Bench),
+    /// Run the controllers on a Kubernetes cluster; of several the one that holds the lease decides
+    Controller(Controller),
+    /// Run a node's handler on a Kubernetes cluster
+    Handler(Handler),
+    /// Join this machine, or one of its network namespaces, to a cluster as a node: a kubelet of ours, and its handler
+    Node(Node),
     /// The control plane's process (started by `up`)
     #[command(hide = true)]
     ControlPlane(ControlPlane),
-    /// One node's process (started by `up`)
-    #[command(hide = true)]
-    Node(Node),
     /// The process of a VM's pod (started by its kubelet)
     #[command(hide = true)]
     Launcher(Launcher),
@@ -215,6 +223,97 @@ fn seconds(text: &str) -> Result<u64, String> {
         .ok_or_else(|| format!("{text} is no time such as 90s, 5m or 1h (a year at most)"))
 }
 
+/// How long certificates live.
+#[derive(clap::Args)]
+pub struct Lifetimes {
+    /// How long the CA lives, as `90s`, `30m`, `12h` or `90d`; it is replaced after two thirds of that
+    #[arg(long, default_value = "90d", value_parser = lifetime)]
+    pub ca_lifetime: Duration,
+    /// The same of the certificates that it signs
+    #[arg(long, default_value = "10d", value_parser = lifetime)]
+    pub certificate_lifetime: Duration,
+}
+
+impl Lifetimes {
+    /// As they are, if they go together.
+    pub fn checked(&self) -> anyhow::Result<godwit_certificates::schedule::Lifetimes> {
+        let Self { ca_lifetime: authority, certificate_lifetime: certificate } = *self;
+        godwit_certificates::schedule::Lifetimes { authority, certificate }.checked().map_err(anyhow::Error::msg)
+    }
+}
+
+/// A lifetime: as kubectl takes times, and days.
+fn lifetime(text: &str) -> Result<Duration, String> {
+    let wrong = || format!("{text} is no time such as 90s, 5m, 1h or 10d (a hundred years at most)");
+    let (number, unit) = match text.char_indices().next_back() {
+        Some((end, 's')) => (text.get(..end), 1),
+        Some((end, 'm')) => (text.get(..end), 60),
+        Some((end, 'h')) => (text.get(..end), 60 * 60),
+        Some((end, 'd')) => (text.get(..end), 24 * 60 * 60),
+        _ => (None, 1),
+    };
+    let number = number.and_then(|number| number.parse::<u64>().ok()).and_then(|number| number.checked_mul(unit));
+    number.filter(|seconds| *seconds <= 3_155_760_000).map(Duration::from_secs).ok_or_else(wrong)
+}
+
+/// `godwit api`
+#[derive(clap::Args)]
+pub struct Api {
+    /// How to reach the API server, as the account kubevirt-apiserver [default: as a pod of the cluster]
+    #[arg(long)]
+    pub kubeconfig: Option<PathBuf>,
+    /// Where to listen (port 0: any free one)
+    #[arg(long, default_value = "0.0.0.0:8443")]
+    pub listen: SocketAddr,
+    /// The namespace of the Service and of the CA's Secret and ConfigMap
+    #[arg(long, env = "POD_NAMESPACE", default_value = "kubevirt")]
+    pub namespace: String,
+    /// The Service by which the API server reaches this process: its names stand in the certificate
+    #[arg(long, default_value = "virt-api")]
+    pub service: String,
+    /// How long certificates live.
+    #[command(flatten)]
+    pub lifetimes: Lifetimes,
+}
+
+/// `godwit manifests`
+#[derive(clap::Args)]
+pub struct Manifests {
+    /// The namespace of the components
+    #[arg(long, default_value = godwit_api::names::KUBEVIRT_NAMESPACE)]
+    pub namespace: String,
+    /// The image of the components and of launchers, as your registry has it
+    #[arg(long, default_value = godwit_manifests::IMAGE)]
+    pub image: String,
+    /// Nothing but these, which work beside an existing KubeVirt [default: all of godwit]
+    #[arg(long, value_enum, value_delimiter = ',')]
+    pub components: Vec<Component>,
+}
+
+/// What works beside an existing KubeVirt.
+#[derive(Clone, Copy, ValueEnum)]
+pub enum Component {
+    /// Roles for `godwit plan drain`
+    Plan,
+    /// NodeMaintenance
+    Maintenance,
+    /// Node pools
+    #[value(name = "nodepool")]
+    NodePool,
+}
+
+impl From<Manifests> for godwit_manifests::Options {
+    fn from(wanted: Manifests) -> Self {
+        let component = |component: Component| match component {
+            Component::Plan => godwit_manifests::Component::Plan,
+            Component::Maintenance => godwit_manifests::Component::Maintenance,
+            Component::NodePool => godwit_manifests::Component::NodePool,
+        };
+        let components = wanted.components.into_iter().map(component).collect();
+        Self { namespace: wanted.namespace, image: wanted.image, components }
+    }
+}
+
 /// `godwit webhook`
 #[derive(clap::Args)]
 pub struct Webhook {
@@ -282,6 +381,8 @@ pub enum Bench {
     Local(BenchLocal),
     /// Empty a node of real guests and one of simulated ones, beside what bytes, bandwidth and limits allow
     Drain(BenchDrain),
+    /// Fill an API server with VMs and say how much memory the controllers hold
+    Controller(BenchController),
 }
 
 /// `godwit bench migrate`
@@ -431,6 +532,20 @@ pub struct BenchDrain {
     pub output: Output,
 }
 
+/// `godwit bench controller`
+#[derive(clap::Args)]
+pub struct BenchController {
+    /// How many VMs, all of them running
+    #[arg(long, default_value_t = 5000)]
+    pub vmis: usize,
+    /// How much memory the controllers may hold at most, in MiB
+    #[arg(long, default_value_t = 150)]
+    pub limit: u32,
+    /// Text for people or JSON for programs, on standard output
+    #[arg(long, short, value_enum, default_value_t = Output::Text)]
+    pub output: Output,
+}
+
 /// `godwit image …`
 #[derive(Subcommand)]
 pub enum Image {
@@ -479,15 +594,125 @@ pub struct ControlPlane {
     pub data_dir: PathBuf,
 }
 
+/// `godwit controller`
+#[derive(clap::Args)]
+pub struct Controller {
+    /// How to reach the API server, as the service account kubevirt-controller [default: as a pod of the cluster]
+    #[arg(long)]
+    pub kubeconfig: Option<PathBuf>,
+    /// Under which name to hold the lease; no two running controllers may have the same [default: host name and process]
+    #[arg(long, env = "POD_NAME")]
+    pub identity: Option<String>,
+    /// Name of the lease; KubeVirt's own by default, so that of both only one decides
+    #[arg(long, default_value = godwit_api::names::CONTROLLER_LEASE)]
+    pub lease: String,
+    /// Namespace of the lease
+    #[arg(long, env = "POD_NAMESPACE", default_value = godwit_api::names::KUBEVIRT_NAMESPACE)]
+    pub lease_namespace: String,
+    /// What to decide about, joined by commas, such as maintenance,history [default: all that Kubernetes does not]
+    #[arg(long, value_delimiter = ',', value_parser = noun, conflicts_with = "bare_api_server")]
+    pub nouns: Option<Vec<godwit_control::Noun>>,
+    /// Image of the launchers' container: this binary and QEMU [default: that of this pod]
+    #[arg(long, env = "GODWIT_LAUNCHER_IMAGE")]
+    pub launcher_image: Option<String>,
+    /// Pull policy of that image [default: Kubernetes']
+    #[arg(long, env = "GODWIT_LAUNCHER_PULL_POLICY")]
+    pub launcher_pull_policy: Option<String>,
+    /// There is neither a kube-scheduler nor a kube-controller-manager (tests): do as much of their work as VMs need, with
+    /// volumes in this data directory, which the nodes share
+    #[arg(long, value_name = "DATA_DIR")]
+    pub bare_api_server: Option<PathBuf>,
+    /// How long nodes' certificates live, as `90s`, `30m`, `12h` or `10d`
+    #[arg(long, default_value = "10d", value_parser = lifetime)]
+    pub certificate_lifetime: Duration,
+    /// Answer GET /livez and /readyz here, over plain HTTP; ready when it could decide, whoever does
+    #[arg(long)]
+    pub health: Option<SocketAddr>,
+}
+
+/// A group of decisions by its name.
+fn noun(text: &str) -> Result<godwit_control::Noun, String> {
+    let all = godwit_control::Noun::CLUSTER;
+    all.iter().copied().find(|noun| noun.name() == text).ok_or_else(|| {
+        let names: Vec<&str> = all.iter().map(|noun| noun.name()).collect();
+        format!("{text} is none of {}", names.join(", "))
+    })
+}
+
+/// `godwit handler`
+#[derive(clap::Args)]
+pub struct Handler {
+    /// How to reach the API server, as the service account kubevirt-handler [default: as a pod of the cluster]
+    #[arg(long)]
+    pub kubeconfig: Option<PathBuf>,
+    /// Name of the node
+    #[arg(long, env = "NODE_NAME")]
+    pub node_name: String,
+    /// Address of this node that other nodes reach
+    #[arg(long, env = "POD_IP")]
+    pub address: IpAddr,
+    /// The kubelet's root folder
+    #[arg(long, default_value = "/var/lib/kubelet")]
+    pub kubelet_root: PathBuf,
+    /// Kubelet's folder of device plugins, where the node's devices are offered to pods [default: device-plugins in the kubelet's root
+    /// folder]
+    #[arg(long)]
+    pub device_plugins: Option<PathBuf>,
+    /// A folder of the node, in memory, for what a handler leaves to its successor
+    #[arg(long, default_value = "/run/godwit")]
+    pub state: PathBuf,
+    /// Answer GET /livez and /readyz here, over plain HTTP; ready also while the node's other handler is waited for
+    #[arg(long)]
+    pub health: Option<SocketAddr>,
+    /// The node's certificate.
+    #[command(flatten)]
+    pub tls: NodeTls,
+}
+
+/// The certificate by which nodes know each other.
+#[derive(clap::Args)]
+pub struct NodeTls {
+    /// PEM file of the certificate authority of the nodes' certificates
+    #[arg(long, value_name = "FILE")]
+    pub tls_ca: Option<PathBuf>,
+    /// PEM file of the node's certificate (CN=system:node:NAME) and its chain
+    #[arg(long, value_name = "FILE")]
+    pub tls_cert: Option<PathBuf>,
+    /// PEM file of its private key
+    #[arg(long, value_name = "FILE")]
+    pub tls_key: Option<PathBuf>,
+    /// The handler asks the cluster's controllers for its certificate, and for a new one in time [default without --tls-cert]
+    #[arg(long)]
+    pub request_certificate: bool,
+}
+
 /// `godwit node`
 #[derive(clap::Args)]
 pub struct Node {
-    /// The cluster's data directory
-    #[arg(long)]
+    /// Where the node keeps pods, volumes and images; of a node of `godwit up`, the cluster's data directory
+    #[arg(long, env = "GODWIT_DATA_DIR", default_value = DEFAULT_DATA_DIR)]
     pub data_dir: PathBuf,
     /// Name of the node
     #[arg(long)]
     pub name: String,
+    /// The cluster to join, as a kubelet (system:node:NAME) [default: that of `godwit up` in the data directory]
+    #[arg(long)]
+    pub kubeconfig: Option<PathBuf>,
+    /// The same cluster for the handler, as the service account kubevirt-handler [default: as the kubelet]
+    #[arg(long, requires = "kubeconfig")]
+    pub handler_kubeconfig: Option<PathBuf>,
+    /// Address of this node that other nodes and the API server reach [default: the one from which it reaches that]
+    #[arg(long, requires = "kubeconfig")]
+    pub address: Option<IpAddr>,
+    /// Range of the node's pods, such as 10.244.1.0/24 [default: the cluster is to give one]
+    #[arg(long, requires = "kubeconfig")]
+    pub pod_cidr: Option<String>,
+    /// Live in this network namespace, as `ip netns` names it
+    #[arg(long, requires = "kubeconfig")]
+    pub network_namespace: Option<String>,
+    /// Its certificate, for the kubelet's server too.
+    #[command(flatten)]
+    pub tls: NodeTls,
 }
 
 /// `godwit launcher`

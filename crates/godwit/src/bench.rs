@@ -18,6 +18,7 @@ pub async fn run(bench: Bench) -> anyhow::Result<ExitCode> {
         Bench::Storage(wanted) => keep(wanted).await,
         Bench::Local(wanted) => renew(wanted).await,
         Bench::Drain(wanted) => empty(wanted).await,
+        Bench::Controller(wanted) => unless_ended(crate::footprint::run(wanted)).await?,
     }
 }
 

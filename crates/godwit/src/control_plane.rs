@@ -6,6 +6,8 @@ use crate::args::ControlPlane;
 use crate::shutdown::until;
 use anyhow::Context;
 use futures::future::BoxFuture;
+use godwit_api::access;
+use godwit_api::names::KUBEVIRT_NAMESPACE;
 use godwit_apiserver::{Dialer, Options, Prepared, TlsFiles, User};
 use godwit_handler::front::FrontClient;
 use godwit_network::Namespace;
@@ -46,6 +48,7 @@ async fn serve(layout: &Layout, cluster: &Cluster) -> anyhow::Result<()> {
         admission: vec![Arc::new(KubeVirtAdmission)],
         actions: vec![Arc::new(KubeVirtActions::new(front))],
         dialer,
+        roles: roles(),
     };
     let prepared = Prepared::new(options).await.context("API server")?;
     // Before the first request is taken: whoever reaches the API finds KubeVirt's kinds and objects.
@@ -72,6 +75,12 @@ async fn serve(layout: &Layout, cluster: &Cluster) -> anyhow::Result<()> {
     })
     .await;
     outcome
+}
+
+/// What the accounts of this cluster's components may do: what they may in any cluster, and Kubernetes' own work.
+pub fn roles() -> Vec<serde_json::Value> {
+    let accounts = access::components().into_iter().chain([access::engine_room()]);
+    accounts.flat_map(|account| account.objects(KUBEVIRT_NAMESPACE)).collect()
 }
 
 fn files(layout: &Layout, identity: &str) -> TlsFiles {
@@ -104,7 +113,7 @@ async fn control(layout: Layout, stopped: watch::Receiver<bool>) -> anyhow::Resu
 
 /// Makes KubeVirt's kinds and objects. Kinds, roles and bindings of an older data directory become those of this version;
 /// other objects belong to the user once they are there.
-async fn furnish(admin: &Client) -> anyhow::Result<()> {
+pub async fn furnish(admin: &Client) -> anyhow::Result<()> {
     for crd in godwit_api::crd::crds() {
         apply(admin, crd).await?;
     }

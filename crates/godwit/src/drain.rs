@@ -18,7 +18,7 @@ pub async fn plan(wanted: PlanDrain) -> anyhow::Result<ExitCode> {
     let client = connect(what.kubeconfig.as_deref(), &what.data_dir).await?;
     let plan = read::cluster(&client).await?.plan(&what.nodes, what.manner())?;
     match wanted.output {
-        Output::Text => print!("{}", show::plan(&plan)),
+        Output::Text => print!("{}", show::plan(&plan, show::width())),
         Output::Json => println!("{}", serde_json::to_string_pretty(&plan)?),
     }
     Ok(if plan.is_blocked() { ExitCode::from(BLOCKED) } else { ExitCode::SUCCESS })

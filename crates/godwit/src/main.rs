@@ -2,11 +2,16 @@
 
 mod actions;
 mod admission;
+mod api;
 mod args;
 mod bench;
-mod console;
+mod connect;
 mod control_plane;
+mod controller;
 mod drain;
+mod footprint;
+mod handler;
+mod health;
 mod images;
 mod node;
 mod shutdown;
@@ -53,7 +58,17 @@ fn run(args: Args) -> anyhow::Result<ExitCode> {
             log_to_stderr();
             return node::run(node).map(|()| ExitCode::SUCCESS);
         }
+        Command::Controller(controller) => {
+            log_to_stderr();
+            // Decisions are made one after another. One thread has one heap, in which nothing is kept twice.
+            return one_thread()?.block_on(controller::run(controller)).map(|()| ExitCode::SUCCESS);
+        }
         Command::Simulate(ref wanted) => return simulate::run(wanted),
+        Command::Manifests(wanted) => {
+            let parts = godwit_manifests::parts(&wanted.into())?;
+            print!("{}", godwit_manifests::documents(parts.iter().flat_map(|part| &part.objects)));
+            return Ok(ExitCode::SUCCESS);
+        }
         Command::ControlPlane(ref plane) => {
             log_to_stderr();
             return control_plane::run(plane).map(|()| ExitCode::SUCCESS);
@@ -79,6 +94,14 @@ fn run(args: Args) -> anyhow::Result<ExitCode> {
         Command::Bench(wanted) => return runtime.block_on(bench::run(wanted)),
         Command::Plan(args::Plan::Drain(wanted)) => return runtime.block_on(drain::plan(wanted)),
         Command::Drain(wanted) => return runtime.block_on(drain::run(wanted)),
+        Command::Handler(arguments) => {
+            log_to_stderr();
+            runtime.block_on(handler::run(arguments))?;
+        }
+        Command::Api(arguments) => {
+            log_to_stderr();
+            runtime.block_on(api::run(arguments))?;
+        }
         Command::Webhook(arguments) => {
             log_to_stderr();
             runtime.block_on(webhook::run(arguments))?;
@@ -86,8 +109,10 @@ fn run(args: Args) -> anyhow::Result<ExitCode> {
         Command::Shim(_)
         | Command::Launcher(_)
         | Command::Attachment(_)
+        | Command::Controller(_)
         | Command::Node(_)
         | Command::ControlPlane(_)
+        | Command::Manifests(_)
         | Command::Simulate(_) => {}
     }
     Ok(ExitCode::SUCCESS)

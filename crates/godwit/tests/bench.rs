@@ -107,18 +107,27 @@ fn no_ping_is_lost_while_a_guest_stands_still() {
     }
 }
 
+/// `godwit bench …`
+fn bench(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_godwit"));
+    command.arg("bench").args(arguments).stdin(Stdio::null());
+    command
+}
+
+/// The report of a bench that ends well, and how it is written.
+fn reported(command: &mut Command) -> (Value, String) {
+    let ran = command.args(["--output", "json"]).output().expect("godwit starts");
+    let (said, text) = (String::from_utf8_lossy(&ran.stderr), String::from_utf8_lossy(&ran.stdout));
+    assert!(ran.status.success(), "{text}\n{said}");
+    let report = serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}\n{said}"));
+    (report, text.into_owned())
+}
+
 /// A few of the moves that `--moves 20` makes.
 #[test]
 fn connections_that_are_open_live_through_moves() {
-    let ran = Command::new(env!("CARGO_BIN_EXE_godwit"))
-        .args(["bench", "streams", "--moves", "3", "--connections", "25", "--output", "json", "--guest"])
-        .arg(demo_guest())
-        .stdin(Stdio::null())
-        .output()
-        .expect("godwit starts");
-    let (said, text) = (String::from_utf8_lossy(&ran.stderr), String::from_utf8_lossy(&ran.stdout));
-    assert!(ran.status.success(), "{text}\n{said}");
-    let report: Value = serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}\n{said}"));
+    let (report, text) =
+        reported(bench(&["streams", "--moves", "3", "--connections", "25"]).arg("--guest").arg(demo_guest()));
     assert_eq!((&report["answered"], &report["wrong"]), (&Value::from(25), &Value::Array(Vec::new())), "{text}");
     let nodes: Vec<&str> =
         report["moves"].as_array().expect("moves").iter().filter_map(|leg| leg["node"].as_str()).collect();
@@ -129,15 +138,7 @@ fn connections_that_are_open_live_through_moves() {
 
 #[test]
 fn no_acknowledged_write_is_lost_over_several_moves() {
-    let ran = Command::new(env!("CARGO_BIN_EXE_godwit"))
-        .args(["bench", "storage", "--moves", "3", "--output", "json", "--guest"])
-        .arg(demo_guest())
-        .stdin(Stdio::null())
-        .output()
-        .expect("godwit starts");
-    let (said, text) = (String::from_utf8_lossy(&ran.stderr), String::from_utf8_lossy(&ran.stdout));
-    assert!(ran.status.success(), "{text}\n{said}");
-    let report: Value = serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}\n{said}"));
+    let (report, text) = reported(bench(&["storage", "--moves", "3"]).arg("--guest").arg(demo_guest()));
     assert_eq!(report["wrong"], Value::Array(Vec::new()), "{text}");
     let moves = report["moves"].as_array().expect("moves");
     assert!(moves.len() == 3 && moves.iter().all(|leg| leg["node"].is_string()), "{text}");
@@ -152,14 +153,7 @@ fn no_acknowledged_write_is_lost_over_several_moves() {
 /// With few guests. That they are heard all the time, whole and once, is in `wrong`.
 #[test]
 fn a_node_is_emptied_and_what_it_took_stands_beside_the_plan_and_the_bounds() {
-    let ran = Command::new(env!("CARGO_BIN_EXE_godwit"))
-        .args(["bench", "drain", "--guests", "3", "--simulated", "30", "--output", "json"])
-        .stdin(Stdio::null())
-        .output()
-        .expect("godwit starts");
-    let (said, text) = (String::from_utf8_lossy(&ran.stderr), String::from_utf8_lossy(&ran.stdout));
-    assert!(ran.status.success(), "{text}\n{said}");
-    let report: Value = serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}\n{said}"));
+    let (report, text) = reported(&mut bench(&["drain", "--guests", "3", "--simulated", "30"]));
     assert_eq!(report["wrong"], Value::Array(Vec::new()), "{text}");
     for (whose, guests, others) in [("real", 3, 2), ("simulated", 30, 9)] {
         let drained = &report[whose];
@@ -186,11 +180,8 @@ fn a_node_is_emptied_and_what_it_took_stands_beside_the_plan_and_the_bounds() {
     let simulated = &report["simulated"];
     assert!(simulated["decisions"].as_u64() >= Some(30) && simulated["decidingMs"].as_f64() > Some(0.0), "{text}");
 
-    let people = Command::new(env!("CARGO_BIN_EXE_godwit"))
-        .args(["bench", "drain", "--guests", "0", "--simulated", "5", "--parallel", "4"])
-        .stdin(Stdio::null())
-        .output()
-        .expect("godwit starts");
+    let arguments = ["drain", "--guests", "0", "--simulated", "5", "--parallel", "4"];
+    let people = bench(&arguments).output().expect("godwit starts");
     let text = String::from_utf8_lossy(&people.stdout);
     assert!(people.status.success() && !text.contains("real: "), "{text}");
     assert!(text.starts_with("simulated: 5 guests on a node, 9 other nodes; at once: 4 from a node"), "{text}");

@@ -9,21 +9,27 @@ use std::process::Command;
 const ARROWS: &[(&str, &[&str])] = &[
     ("api", &[]),
     ("machinery", &["api"]),
-    ("control", &["api", "machinery"]),
+    ("forecast", &[]),
+    ("control", &["api", "forecast", "machinery"]),
     ("runtime", &["api", "machinery", "control"]),
-    ("qemu", &[]),
+    ("qemu", &["forecast"]),
     ("guest-rom", &[]),
     ("guest-init", &[]),
     ("network", &[]),
     ("images", &[]),
     ("store", &[]),
-    ("apiserver", &["machinery", "store"]),
+    ("serving", &["machinery"]),
+    ("apiserver", &["machinery", "serving", "store"]),
     ("launcher", &["api", "qemu", "guest-rom"]),
-    ("handler", &["api", "launcher", "network"]),
+    ("devices", &[]),
+    ("handler", &["api", "devices", "launcher", "network"]),
     ("kubelet", &["images", "network"]),
     ("standalone", &["api", "images", "network"]),
-    ("webhook", &["api"]),
+    ("webhook", &["api", "serving"]),
+    ("subresources", &["api", "handler", "machinery", "serving", "webhook"]),
+    ("certificates", &["api"]),
     ("drain", &["api", "control"]),
+    ("manifests", &["api"]),
     ("simulator", &["api", "machinery", "control"]),
     (
         "bench",
@@ -43,9 +49,10 @@ const ARROWS: &[(&str, &[&str])] = &[
 ];
 
 /// Dependencies for tests only.
-const TEST_ARROWS: &[(&str, &[&str])] = &[("qemu", &["guest-rom"]), ("handler", &["guest-rom"])];
+const TEST_ARROWS: &[(&str, &[&str])] =
+    &[("qemu", &["guest-rom"]), ("handler", &["guest-rom"]), ("certificates", &["apiserver", "serving", "store"])];
 
-const PURE: &[&str] = &["api", "machinery", "control"];
+const PURE: &[&str] = &["api", "machinery", "forecast", "control", "manifests"];
 
 fn metadata() -> Value {
     let output = Command::new(env!("CARGO"))

@@ -4,6 +4,7 @@
 
 mod common;
 
+use common::terminal::Terminal;
 use common::{Cluster, rom_vmi, status, text};
 use godwit_guest_rom::Parameters;
 use k8s_openapi::api::core::v1::Node;
@@ -137,7 +138,8 @@ fn told(plan: &Value) -> BTreeMap<String, (String, String)> {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_a_plan_foretells_is_what_the_drain_does() {
     let cluster = Cluster::start(3).await;
-    cluster.build_rom_image(Parameters::default());
+    // 40 MiB a second to 12 of the 16 MiB that they have.
+    cluster.build_rom_image(Parameters { pages_per_tick: 100, last: 0xd0_0000, ..Parameters::default() });
     cluster
         .apply(json!({
             "apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "own"},
@@ -158,6 +160,14 @@ async fn what_a_plan_foretells_is_what_the_drain_does() {
         stuck,
     ];
     start_on(&cluster, "node1", guests).await;
+    // Nobody has moved them, and what they write is known.
+    for name in ["mover", "willing"] {
+        let measured = |vmi: &DynamicObject| !vmi.data["status"]["dirtyRate"].is_null();
+        let vmi = cluster.wait(&cluster.vmis(), name, "it is measured", measured).await;
+        let rate = &vmi.data["status"]["dirtyRate"];
+        assert!(rate["bytesPerSecond"].as_u64().is_some_and(|rate| rate > 0), "{rate}");
+        assert_eq!(rate["memoryBytes"], 16 << 20, "{rate}");
+    }
 
     // Somebody who may only look gets the plan; whatever it wrote would be refused.
     let eyes = looker(&cluster).await;
@@ -174,9 +184,20 @@ async fn what_a_plan_foretells_is_what_the_drain_does() {
         blocked["vms"].as_array().unwrap().iter().find(|vm| vm["name"] == "stuck").unwrap()["reasons"].to_string();
     assert!(why.contains("volume data") && why.contains("PVC own is not shared"), "{why}");
     assert!(blocked["duration"]["milliseconds"].as_u64().is_some_and(|ms| ms > 0), "{blocked}");
+    let measured =
+        |name: &str| blocked["vms"].as_array().unwrap().iter().find(|vm| vm["name"] == name).unwrap().clone();
+    for name in ["mover", "willing"] {
+        let vm = measured(name);
+        assert_eq!((&vm["basis"], &vm["bandwidthBasis"]), (&json!("DirtyRate"), &json!("Configured")), "{vm}");
+        assert!(vm["dirtyBytesPerSecond"].as_u64().is_some_and(|rate| rate > 0), "{vm}");
+        assert!(vm["duration"]["milliseconds"].as_u64().is_some_and(|ms| ms > 0), "{vm}");
+    }
     assert!(!is_cordoned(&nodes(&cluster).get("node1").await.unwrap()));
     let people = text(&run(&eyes, &["plan", "drain", "node1"]).stdout);
     assert!(people.contains("default/stuck") && people.contains("BLOCK"), "{people}");
+    let line = |name: &str| people.lines().find(|line| line.starts_with(name)).unwrap_or_default().to_owned();
+    assert!(line("default/mover").contains(" measured "), "{people}");
+    assert!(people.contains("bandwidth: 64 MiB/s for 2 VMs: what is allowed"), "{people}");
     let unknown = run(&eyes, &["plan", "drain", "node7"]);
     assert_eq!(unknown.status.code(), Some(1));
     assert!(text(&unknown.stderr).contains("there is no node node7; the cluster has node1, node2, node3"));
@@ -203,6 +224,23 @@ async fn what_a_plan_foretells_is_what_the_drain_does() {
             assert!(["node2", "node3"].contains(&node.as_str()), "{name}: {came}, foretold: {foretold}\n{said}");
         }
     }
+    // What was foretold, and what came: for whoever reads this.
+    let records = cluster.api("godwit.io", "v1alpha1", "MigrationRecord");
+    for name in ["mover", "willing"] {
+        let record = record_of(&records, name).await;
+        let came = &record.data["spec"];
+        assert_eq!(came["bandwidthBytesPerSecond"], 64 << 20, "{came}");
+        assert!(came["totalMilliseconds"].as_u64().is_some(), "{came}");
+        let foretold = measured(name);
+        eprintln!(
+            "{name}: foretold {} and standstill {}; came {} ms, {} ms, {}",
+            foretold["duration"],
+            foretold["downtime"],
+            came["totalMilliseconds"],
+            came["downtimeMilliseconds"],
+            came["sent"]
+        );
+    }
     let vmi = cluster.wait(&cluster.vmis(), "again", "it is started again", |vmi| !runs_on(vmi).is_empty()).await;
     assert_ne!(runs_on(&vmi), "node1");
     assert_eq!(runs_on(&cluster.vmis().get("stuck").await.unwrap()), "node1");
@@ -223,6 +261,52 @@ async fn what_a_plan_foretells_is_what_the_drain_does() {
     let empty = tokio::task::block_in_place(|| run(&own, &["drain", "node1", "--timeout", "300s"]));
     assert_eq!(empty.status.code(), Some(0), "{}{}", text(&empty.stdout), text(&empty.stderr));
     assert_eq!(plan(&eyes, &["node1"]).1["vms"], Value::Null);
+}
+
+/// What is written down of a VMI's migration, which comes in its own time.
+async fn record_of(records: &Api<DynamicObject>, vmi: &str) -> DynamicObject {
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+    loop {
+        let all = records.list(&Default::default()).await.expect("list").items;
+        if let Some(record) = all.into_iter().find(|record| record.data["spec"]["vmiName"] == vmi) {
+            return record;
+        }
+        assert!(std::time::Instant::now() < deadline, "nothing is written down of {vmi}'s migration");
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+}
+
+/// Looks at the live lines, and breaks the drain off with Ctrl-C.
+fn at_a_terminal(cluster: &Cluster, columns: u16) {
+    let own = cluster.kubeconfig();
+    let arguments = ["drain", "node1", "--yes", "--kubeconfig", own.to_str().unwrap()];
+    let mut terminal = Terminal::run(Path::new(env!("CARGO_BIN_EXE_godwit")), &arguments, columns);
+    // The plan above them has rows as well, with the node that is left.
+    let of = |lines: &[String], name: &str| -> Vec<String> {
+        let live = |line: &&String| line.split_whitespace().next() == Some(name) && !line.contains(" node1 ");
+        lines.iter().filter(live).cloned().collect()
+    };
+    // It is slow enough to be seen, and one waits for its turn.
+    let seen = terminal.shows("somebody who moves", |lines| {
+        let moves = |name: &&str| of(lines, name).iter().any(|line| line.contains("%"));
+        ["default/a", "default/b", "default/c"].iter().any(moves)
+            && lines.last().is_some_and(|line| line.starts_with("0 of 4 have left, "))
+    });
+    for name in ["a", "b", "c", "held"] {
+        assert_eq!(of(&seen, &format!("default/{name}")).len(), 1, "one line each: {seen:#?}");
+    }
+    terminal.press("\x03");
+    let (code, last) = terminal.end();
+    assert_eq!(code, Some(130), "{last:#?}\n{}", cluster.words());
+    // What was seen then stays above.
+    let interrupted = last.iter().position(|line| line.starts_with("interrupted: everything is taken back"));
+    let last = last[interrupted.unwrap_or_else(|| panic!("{last:#?}"))..].to_vec();
+    for name in ["a", "b", "c", "held"] {
+        let lines = of(&last, &format!("default/{name}"));
+        assert_eq!(lines.len(), 1, "{name}: {last:#?}");
+        assert!(lines[0].contains("stays where it is"), "{last:#?}");
+    }
+    assert!(last.iter().any(|line| line.starts_with("taken back: no VM is to leave")), "{last:#?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -280,6 +364,10 @@ async fn a_drain_that_is_broken_off_leaves_nothing_behind() {
         let vmi = cluster.vmis().get(name).await.unwrap();
         assert_eq!(status(&vmi, "phase"), "Running");
         assert_eq!(status(&vmi, "evacuationNodeName"), "", "{said}");
+    }
+    // The same at a terminal, also at a narrow one.
+    for columns in [80, 40] {
+        tokio::task::block_in_place(|| at_a_terminal(&cluster, columns));
     }
     // What was cordoned before is so afterwards.
     nodes(&cluster).cordon("node1").await.expect("cordon");

@@ -9,7 +9,6 @@ use common::{Cluster, status, text};
 use godwit_guest_rom::Parameters;
 use kube::api::{DynamicObject, Patch, PatchParams};
 use serde_json::{Value, json};
-use std::path::Path;
 
 /// A guest that is to be moved rather than ended, known to be migratable. The node it runs on.
 async fn start(cluster: &Cluster, name: &str, also: Value) -> String {
@@ -31,25 +30,6 @@ fn condition(object: &DynamicObject, type_: &str) -> Option<Value> {
     conditions.iter().find(|condition| condition["type"] == type_).cloned()
 }
 
-/// What the server says to the eviction of the pod that a VMI began in; empty when it is granted. By way of kubectl: kube's
-/// client does not tell of a 429 but asks again for minutes.
-async fn evict(cluster: &Cluster, kubectl: &Path, vmi: &str, dry_run: bool) -> String {
-    let launchers = cluster.launchers(vmi).await;
-    let (pod, _) = launchers.iter().find(|(_, node)| !node.is_empty()).expect("a launcher on a node");
-    let query = if dry_run { "?dryRun=All" } else { "" };
-    let path = format!("/api/v1/namespaces/default/pods/{pod}/eviction{query}");
-    let eviction = json!({
-        "apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": pod, "namespace": "default"},
-    });
-    let output = cluster.try_kubectl(kubectl, &["create", "--raw", &path, "-f", "-"], Some(&eviction.to_string()));
-    if output.status.success() {
-        return String::new();
-    }
-    let said = text(&output.stderr);
-    let refusal = said.trim().strip_prefix("Error from server (TooManyRequests): ");
-    refusal.unwrap_or_else(|| panic!("not a 429: {said}")).to_owned()
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn an_evicted_guest_moves_and_its_record_tells() {
     let Some(kubectl) = common::kubectls().pop() else { return };
@@ -60,10 +40,10 @@ async fn an_evicted_guest_moves_and_its_record_tells() {
         format!("admission webhook \"virt-launcher-eviction-interceptor.kubevirt.io\" denied the request: {why}")
     };
     let triggered = "Eviction triggered evacuation of VMI \"default/flyer\"";
-    assert_eq!(evict(&cluster, &kubectl, "flyer", true).await, refused(triggered));
+    assert_eq!(cluster.evict(&kubectl, "flyer", true).await, refused(triggered));
     let vmi = cluster.vmis().get("flyer").await.expect("VMI");
     assert_eq!(status(&vmi, "evacuationNodeName"), "", "a dry run marks nothing");
-    assert_eq!(evict(&cluster, &kubectl, "flyer", false).await, refused(triggered));
+    assert_eq!(cluster.evict(&kubectl, "flyer", false).await, refused(triggered));
     let left = |vmi: &DynamicObject| {
         status(vmi, "nodeName") != from
             && status(vmi, "evacuationNodeName").is_empty()
@@ -129,12 +109,12 @@ async fn an_evacuation_that_cannot_succeed_stops_and_says_why() {
     // It may run on its own node only.
     let pinned = json!({"nodeSelector": {"kubernetes.io/hostname": "node1"}});
     let from = start(&cluster, "stayer", pinned).await;
-    let marks = evict(&cluster, &kubectl, "stayer", false).await;
+    let marks = cluster.evict(&kubectl, "stayer", false).await;
     assert!(marks.ends_with("Eviction triggered evacuation of VMI \"default/stayer\""), "{marks}");
     let asked = |vmi: &DynamicObject| condition(vmi, "EvictionRequested").is_some_and(|one| one["status"] == "True");
     let vmi = cluster.wait(&cluster.vmis(), "stayer", "the eviction is told", asked).await;
     assert_eq!(condition(&vmi, "EvictionRequested").expect("told")["message"], "VMI is marked for eviction");
-    let again = evict(&cluster, &kubectl, "stayer", false).await;
+    let again = cluster.evict(&kubectl, "stayer", false).await;
     assert!(
         again.ends_with("Evacuation in progress: Eviction triggered evacuation of VMI \"default/stayer\""),
         "{again}"
@@ -156,7 +136,7 @@ async fn an_evacuation_that_cannot_succeed_stops_and_says_why() {
         "{message}"
     );
     assert_eq!((status(&vmi, "nodeName"), status(&vmi, "phase")), (from.clone(), "Running".to_owned()));
-    let refused = evict(&cluster, &kubectl, "stayer", false).await;
+    let refused = cluster.evict(&kubectl, "stayer", false).await;
     assert!(
         refused.ends_with(&format!("The evacuation of VMI \"default/stayer\" has stopped: {message}")),
         "{refused}"

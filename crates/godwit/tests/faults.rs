@@ -16,10 +16,19 @@ fn whatever_is_killed_stopped_or_cut_a_guest_runs_once_and_only_once() {
         .stdout(Stdio::piped())
         .spawn()
         .expect("godwit starts");
-    let said = BufReader::new(bench.stdout.take().expect("piped")).lines();
-    // Said at once: one that does not end tells by that which run it is.
-    let done =
-        said.map(Result::unwrap).inspect(|line| println!("{line}")).filter(|line| line.starts_with("run ")).count();
-    assert!(bench.wait().expect("it ends").success());
+    let (mut done, mut broken) = (0, Vec::new());
+    for line in BufReader::new(bench.stdout.take().expect("piped")).lines() {
+        let line = line.expect("text");
+        // Said at once: one that does not end tells by that which run it is.
+        println!("{line}");
+        if line.starts_with("run ") {
+            done += 1;
+        }
+        // What is broken is said below its run.
+        if line.contains(" BROKEN ") || !broken.is_empty() && line.starts_with("   ") {
+            broken.push(line);
+        }
+    }
+    assert!(bench.wait().expect("it ends").success(), "{}", broken.join("\n"));
     assert_eq!(done, RUNS);
 }

@@ -5,16 +5,15 @@
 
 mod common;
 
-use common::{Cluster, ROM_IMAGE, qemus, status};
-use godwit_api::names::fence::{DURATION, LEASE_PREFIX, MARGIN, RENEW_EVERY};
+use common::stopped::Stopped;
+use common::{Cluster, ROM_IMAGE, kill_hard, qemus, status};
+use godwit_api::names::fence::{DURATION, LEASE_PREFIX, MARGIN, RENEW_EVERY, SILENCE};
 use godwit_api::names::{ANNOTATION_FENCE_PEERS, ANNOTATION_FENCED};
 use godwit_bench::witness::{Beat, Station, Witness, complaint};
 use godwit_guest_rom::Parameters;
-use godwit_standalone::Layout;
 use k8s_openapi::api::coordination::v1::Lease;
 use kube::api::{ApiResource, DynamicObject, GroupVersionKind};
 use kube::{Api, ResourceExt};
-use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 use std::time::{Duration, Instant, SystemTime};
@@ -22,23 +21,6 @@ use std::time::{Duration, Instant, SystemTime};
 /// How long anything may take on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(120);
 const MOMENT: Duration = Duration::from_millis(20);
-
-/// A process that stands still until this is dropped.
-struct Stopped(Pid);
-
-impl Stopped {
-    fn stop(pid: Pid) -> Self {
-        kill(pid, Signal::SIGSTOP).expect("stop it");
-        Self(pid)
-    }
-}
-
-impl Drop for Stopped {
-    fn drop(&mut self) {
-        // It may have ended meanwhile.
-        let _ = kill(self.0, Signal::SIGCONT);
-    }
-}
 
 /// A cluster with a guest that beats on each of its nodes.
 struct Stage {
@@ -76,15 +58,7 @@ impl Stage {
     async fn start(nodes: u8) -> Self {
         let cluster = Cluster::start(nodes.into()).await;
         cluster.build_rom_image(Parameters { frame_ticks: 2, ..Parameters::default() });
-        let config = json!({"cniVersion": "0.3.1", "name": "witness", "type": "bridge", "bridge": "br-witness"});
-        let network = json!({
-            "apiVersion": "k8s.cni.cncf.io/v1", "kind": "NetworkAttachmentDefinition",
-            "metadata": {"name": "witness"}, "spec": {"config": config.to_string()},
-        });
-        cluster.apply(network).await.expect("apply the network");
-        let layout =
-            Layout::open(cluster.data_dir()).expect("layout").load().expect("cluster.json").expect("a cluster");
-        let witness = Witness::start(&layout).expect("a witness");
+        let witness = cluster.witness().await;
         let stage = Self { cluster, witness };
         for number in 1..=nodes {
             stage.cluster.apply(vmi(number)).await.expect("apply VMI");
@@ -229,6 +203,7 @@ async fn a_node_without_its_lease_stops_its_guests_whatever_hangs_and_says_so_wh
     assert_eq!(complaint(&stage.beats(4)), None);
 }
 
+/// And that a handler restarts meanwhile is no reason either: for its own guest, or for those of the nodes that ask it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_control_plane_that_is_away_stops_no_guest_and_starts_none_again() {
     let mut stage = Stage::start(3).await;
@@ -239,7 +214,13 @@ async fn a_control_plane_that_is_away_stops_no_guest_and_starts_none_again() {
     }
     stage.have_just_renewed(3).await;
     let away = SystemTime::now();
+    let handler = stage.cluster.pid("node2");
     let control_plane = Stopped::stop(stage.cluster.pid("control-plane"));
+    // The others have not put their fences off yet. When they ask, one that forgot its last contact would count from here, and deny
+    // for as long as their guests have left. Not later: it needs the time to start.
+    stage.beats_after(2, away + (DURATION - SILENCE)).await;
+    kill_hard(handler);
+    stage.cluster.start_node("node2");
     for number in 1..=3 {
         stage.beats_after(number, away + DURATION + MARGIN + Duration::from_secs(5)).await;
     }

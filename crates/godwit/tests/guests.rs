@@ -2,6 +2,8 @@
 
 #![allow(clippy::expect_used, clippy::unwrap_used)]
 
+#[path = "guests/agent.rs"]
+mod agent;
 mod common;
 #[path = "guests/keep.rs"]
 mod keep;

@@ -99,12 +99,18 @@ async fn an_older_data_directory_is_brought_up_to_date() {
     let kubevirt = ("kubevirt.io", "KubeVirt", "kubevirt");
     let default = "storageclass.kubernetes.io/is-default-class";
     let mine = json!({"apiGroups": ["example.com"], "resources": ["things"], "verbs": ["get"]});
+    // Without a right that nobody needs meanwhile.
+    let mut rules =
+        own(&cluster.client, controller.0, controller.1).get(controller.2).await.expect("get").data["rules"].take();
+    let rules_of = rules.as_array_mut().expect("rules");
+    rules_of.retain(|rule| !rule.to_string().contains("pods/eviction"));
+    rules_of.push(mine.clone());
     let old = json!({"name": "v1alpha1", "served": true, "storage": true,
         "additionalPrinterColumns": [{"name": "Bytes", "type": "integer", "jsonPath": ".spec.bytesProcessed"}],
         "schema": {"openAPIV3Schema": {"type": "object", "properties": {"spec": {"type": "object"}}}}});
     let changes = [
         (crds, json!({"spec": {"versions": [old]}})),
-        (controller, json!({"rules": [mine]})),
+        (controller, json!({"rules": rules})),
         (migrate, json!({"rules": []})),
         (class, json!({"metadata": {"annotations": {default: "false"}}})),
         (kubevirt, json!({"spec": {"configuration": {"migrations": {"parallelMigrationsPerCluster": 7}}}})),
@@ -121,7 +127,7 @@ async fn an_older_data_directory_is_brought_up_to_date() {
     let get = async |(group, kind, name): (&str, &str, &str)| own(&client, group, kind).get(name).await.expect("get");
     let rules = get(controller).await.data["rules"].clone();
     let rules = rules.as_array().expect("rules");
-    assert!(rules.contains(&mine) && json!(rules).to_string().contains("godwit.io"), "{rules:?}");
+    assert!(rules.contains(&mine) && json!(rules).to_string().contains("pods/eviction"), "{rules:?}");
     assert!(get(migrate).await.data.to_string().contains("virtualmachineinstancemigrations"));
     let version = get(crds).await.data["spec"]["versions"][0].clone();
     assert!(version["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"]["sent"].is_object(), "{version}");

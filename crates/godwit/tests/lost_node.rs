@@ -6,14 +6,17 @@
 
 mod common;
 
+use common::stopped::Stopped;
+use common::streams::Console;
 use common::{Cluster, ROM_IMAGE, status};
-use godwit_bench::witness::{Beat, Station, Witness, overlap};
+use godwit_bench::witness::{Beat, Station, Witness, complaint, overlap};
 use godwit_guest_rom::Parameters;
-use godwit_standalone::Layout;
+use godwit_launcher::record;
 use kube::api::{Api, ApiResource, DynamicObject, GroupVersionKind, Patch, PatchParams};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
 /// How long anything may take on a busy machine.
@@ -24,10 +27,19 @@ const DEAD: &str = "node1";
 
 /// VMs, and the number in the address of each one's frames.
 const VMS: [(&str, u8); 6] = [("always", 1), ("once", 2), ("manual", 3), ("local", 4), ("leaving", 5), ("coming", 6)];
+/// The same of those whose guests have left when the node dies, with the node that each left and the one where it is: in post-copy,
+/// and wholly.
+const MOVED: [(&str, u8, &str, &str); 4] = [
+    ("post-out", 7, DEAD, "node2"),
+    ("post-in", 8, "node2", DEAD),
+    ("gone-out", 9, DEAD, "node2"),
+    ("gone-in", 10, "node2", DEAD),
+];
 
 fn station(vm: &str) -> Station {
-    let (_, number) = VMS.iter().find(|(name, _)| *name == vm).expect("one of the VMs");
-    [2, 0x66, 0, 0, 1, *number]
+    let moved = MOVED.iter().map(|(name, number, ..)| (*name, *number));
+    let (_, number) = VMS.into_iter().chain(moved).find(|(name, _)| *name == vm).expect("one of the VMs");
+    [2, 0x66, 0, 0, 1, number]
 }
 
 /// A VM that would like to run on a node.
@@ -68,31 +80,34 @@ struct Stage {
 }
 
 impl Stage {
+    /// Three nodes, whose guests move at a byte a second.
     async fn start() -> Self {
+        let guest = Parameters { frame_ticks: 2, ..Parameters::default() };
+        let slow = json!({"bandwidthPerMigration": "1", "completionTimeoutPerGiB": 0, "progressTimeout": 0});
+        Self::start_with(guest, slow).await
+    }
+
+    async fn start_with(guest: Parameters, migrations: Value) -> Self {
         let cluster = Cluster::start(3).await;
-        cluster.build_rom_image(Parameters { frame_ticks: 2, ..Parameters::default() });
-        let config = json!({"cniVersion": "0.3.1", "name": "witness", "type": "bridge", "bridge": "br-witness"});
-        let network = json!({
-            "apiVersion": "k8s.cni.cncf.io/v1", "kind": "NetworkAttachmentDefinition",
-            "metadata": {"name": "witness"}, "spec": {"config": config.to_string()},
-        });
-        cluster.apply(network).await.expect("apply the network");
-        // What is on its way stays so.
-        let migrations = json!({"bandwidthPerMigration": "1", "completionTimeoutPerGiB": 0, "progressTimeout": 0});
-        let slow = json!({"spec": {"configuration": {"migrations": migrations}}});
-        let resource = ApiResource::from_gvk(&GroupVersionKind::gvk("kubevirt.io", "v1", "KubeVirt"));
-        let kubevirts: Api<DynamicObject> = Api::namespaced_with(cluster.client.clone(), "kubevirt", &resource);
-        kubevirts.patch("kubevirt", &PatchParams::default(), &Patch::Merge(&slow)).await.expect("configure");
+        cluster.build_rom_image(guest);
         let claim = json!({
             "apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "local-disk"},
             "spec": {"storageClassName": "local", "accessModes": ["ReadWriteOnce"],
                 "resources": {"requests": {"storage": "1Mi"}}},
         });
         cluster.apply(claim).await.expect("apply the claim");
-        let layout =
-            Layout::open(cluster.data_dir()).expect("layout").load().expect("cluster.json").expect("a cluster");
-        let witness = Witness::start(&layout).expect("a witness");
-        Self { cluster, witness }
+        let witness = cluster.witness().await;
+        let stage = Self { cluster, witness };
+        stage.configure(migrations).await;
+        stage
+    }
+
+    /// Changes how guests are moved from now on.
+    async fn configure(&self, migrations: Value) {
+        let patch = json!({"spec": {"configuration": {"migrations": migrations}}});
+        let resource = ApiResource::from_gvk(&GroupVersionKind::gvk("kubevirt.io", "v1", "KubeVirt"));
+        let kubevirts: Api<DynamicObject> = Api::namespaced_with(self.cluster.client.clone(), "kubevirt", &resource);
+        kubevirts.patch("kubevirt", &PatchParams::default(), &Patch::Merge(&patch)).await.expect("configure");
     }
 
     fn beats(&self, vm: &str) -> Vec<Beat> {
@@ -133,8 +148,70 @@ impl Stage {
     /// Asks for a migration, and waits until bytes flow.
     async fn send(&self, vm: &str) {
         self.cluster.migrate(vm, &format!("move-{vm}")).await;
+        self.flows(vm).await;
+    }
+
+    async fn flows(&self, vm: &str) {
         let flows = |vmi: &DynamicObject| !status(vmi, "migrationState/startTimestamp").is_empty();
         self.vmi(vm, "it is on its way", flows).await;
+    }
+
+    /// The UID of the pod in which a VM's guest is, or shall be, on this node.
+    async fn pod_on(&self, vm: &str, node: &str) -> String {
+        let pods = self.cluster.pods().list(&Default::default()).await.expect("list pods");
+        let prefix = format!("virt-launcher-{vm}-");
+        let named = |pod: &&DynamicObject| pod.metadata.name.as_deref().is_some_and(|name| name.starts_with(&prefix));
+        let here = pods.items.into_iter().filter(|pod| named(&pod) && pod.data["spec"]["nodeName"] == node);
+        let [pod] = &here.collect::<Vec<_>>()[..] else { panic!("{vm} has not one pod on {node}") };
+        pod.metadata.uid.clone().expect("uid")
+    }
+
+    /// Where the launcher of the VM's pod on this node writes down that its guest has left.
+    async fn record_of(&self, vm: &str, node: &str) -> PathBuf {
+        let pod = self.cluster.data_dir().join("nodes").join(node).join("pods").join(self.pod_on(vm, node).await);
+        pod.join("volumes/kubernetes.io~empty-dir/ephemeral-disks")
+    }
+
+    /// Waits until it has: or until the guest is heard there already.
+    async fn has_left(&self, vm: &str, record: &Path, target: &str) {
+        let deadline = Instant::now() + PATIENCE;
+        while record::read_departed(record).ok().flatten().is_none() && !self.is_heard_on(vm, target) {
+            assert!(Instant::now() < deadline, "{vm} does not leave for {target}\n{}", self.cluster.words());
+            tokio::time::sleep(MOMENT).await;
+        }
+    }
+
+    fn is_heard_on(&self, vm: &str, node: &str) -> bool {
+        self.beats(vm).last().is_some_and(|beat| &*beat.node == node)
+    }
+
+    /// Waits until the guest is heard on this node.
+    async fn beats_on(&self, vm: &str, node: &str) {
+        let deadline = Instant::now() + PATIENCE;
+        while !self.is_heard_on(vm, node) {
+            assert!(Instant::now() < deadline, "{vm} is not heard on {node}\n{}", self.cluster.words());
+            tokio::time::sleep(MOMENT).await;
+        }
+    }
+
+    /// The pods, or instances, out of which the guest was heard.
+    fn instances(&self, vm: &str) -> usize {
+        self.beats(vm).into_iter().map(|beat| beat.port).collect::<std::collections::BTreeSet<_>>().len()
+    }
+
+    /// Lets no more than `rate` (as `tc` takes it) out of a node; none: as before.
+    fn narrow(&self, node: &str, rate: Option<&str>) {
+        let namespace = self.cluster.namespace(node);
+        let mut tc = std::process::Command::new("ip");
+        tc.args(["netns", "exec", &namespace, "tc", "qdisc"]);
+        match rate {
+            Some(rate) => {
+                tc.args(["replace", "dev", "eth0", "root", "tbf", "rate", rate, "burst", "16kb", "latency", "400ms"])
+            }
+            None => tc.args(["del", "dev", "eth0", "root"]),
+        };
+        let output = tc.output().expect("ip starts");
+        assert!(output.status.success(), "tc: {}", common::text(&output.stderr));
     }
 
     fn nodes(&self) -> Api<DynamicObject> {
@@ -148,16 +225,13 @@ impl Stage {
 
     /// Kills a node's process, and every process in its pods.
     async fn kill(&self, node: &str) {
+        self.victims(node).await.kill().await;
+    }
+
+    async fn victims(&self, node: &str) -> Victims {
         let pods = self.cluster.pods().list(&Default::default()).await.expect("list pods");
-        let here = pods.items.iter().filter(|pod| pod.data["spec"]["nodeName"] == node);
-        let uids: Vec<&str> = here.filter_map(|pod| pod.metadata.uid.as_deref()).collect();
-        kill(self.cluster.pid(node), Signal::SIGKILL).expect("kill the node");
-        // Again until nothing is left: one that was being started is not in the first list.
-        let deadline = Instant::now() + PATIENCE;
-        while kill_in_pods(&uids) > 0 {
-            assert!(Instant::now() < deadline, "the pods of {node} do not die");
-            tokio::time::sleep(MOMENT).await;
-        }
+        let here = pods.items.into_iter().filter(|pod| pod.data["spec"]["nodeName"] == node);
+        Victims { node: self.cluster.pid(node), pods: here.filter_map(|pod| pod.metadata.uid).collect() }
     }
 
     fn says(vmi: &DynamicObject, condition: &str) -> Option<Value> {
@@ -166,22 +240,61 @@ impl Stage {
     }
 }
 
-/// Kills what runs in pods; how many processes there were.
-fn kill_in_pods(uids: &[&str]) -> usize {
-    let mut found = 0;
+/// All that runs on a node.
+struct Victims {
+    node: Pid,
+    pods: Vec<String>,
+}
+
+impl Victims {
+    /// Asks nobody: whoever knew may stand still.
+    async fn kill(&self) {
+        kill(self.node, Signal::SIGKILL).expect("kill the node");
+        // Again until nothing is left: one that was being started is not in the first list.
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let left = processes_in(&self.pods);
+            if left.is_empty() {
+                return;
+            }
+            for (pid, _) in left {
+                let _ = kill(pid, Signal::SIGKILL);
+            }
+            assert!(Instant::now() < deadline, "the pods of {} do not die", self.node);
+            tokio::time::sleep(MOMENT).await;
+        }
+    }
+}
+
+/// What runs in these pods, with its command line.
+fn processes_in(pods: &[String]) -> Vec<(Pid, String)> {
+    let mut found = Vec::new();
     for entry in std::fs::read_dir("/proc").expect("/proc").flatten() {
         let Ok(pid) = entry.file_name().to_string_lossy().parse::<i32>() else { continue };
-        let read = |file: &str| {
-            String::from_utf8_lossy(&std::fs::read(entry.path().join(file)).unwrap_or_default()).into_owned()
-        };
+        let read = |file: &str| common::text(&std::fs::read(entry.path().join(file)).unwrap_or_default());
         let (groups, words) = (read("cgroup"), read("cmdline"));
         // A zombie has no command line.
-        if !words.is_empty() && uids.iter().any(|uid| groups.contains(uid) || words.contains(uid)) {
-            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
-            found += 1;
+        if !words.is_empty() && pods.iter().any(|uid| groups.contains(uid) || words.contains(uid)) {
+            found.push((Pid::from_raw(pid), words));
         }
     }
     found
+}
+
+/// The QEMU of a pod.
+fn qemu_in(pod: String) -> Pid {
+    let processes = processes_in(&[pod]);
+    let qemus =
+        processes.iter().filter(|(_, words)| words.split('\0').next().is_some_and(|name| name.contains("qemu-system")));
+    let [(pid, _)] = &qemus.collect::<Vec<_>>()[..] else { panic!("not one QEMU: {processes:?}") };
+    *pid
+}
+
+/// Whoever started it.
+fn parent(pid: Pid) -> Pid {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("stat");
+    let parent = stat.rsplit_once(") ").and_then(|(_, rest)| rest.split(' ').nth(1)).expect("its parent");
+    Pid::from_raw(parent.parse().expect("a pid"))
 }
 
 fn failed_with_its_node(vmi: &DynamicObject) -> bool {
@@ -222,6 +335,7 @@ async fn the_vms_of_a_node_that_dies_run_elsewhere_and_never_twice() {
     };
     let before = |vm: &str| guests.iter().find(|(name, _)| *name == vm).and_then(|(_, vmi)| vmi.metadata.uid.clone());
 
+    let console = Console::open(&stage.cluster, "once").await;
     stage.kill(DEAD).await;
     let died = SystemTime::now();
 
@@ -251,6 +365,9 @@ async fn the_vms_of_a_node_that_dies_run_elsewhere_and_never_twice() {
         let vmi = stage.vmi(name, "it has failed with its node", failed_with_its_node).await;
         assert_eq!(vmi.metadata.uid, before(name));
     }
+    // Who was in its console is told.
+    let said = format!("node {DEAD} does not answer any more, and the guest there is lost");
+    assert_eq!(console.closes(&stage.cluster).await, Some(said));
     let lost = |said: &common::events::Said| said.message.contains("was not heard for");
     stage.cluster.hears_of("Node", DEAD, "that it is lost", lost).await;
     let left_behind = |vmi: &DynamicObject| {
@@ -276,6 +393,139 @@ async fn the_vms_of_a_node_that_dies_run_elsewhere_and_never_twice() {
     }
     let ports: std::collections::BTreeSet<_> = stage.beats("coming").into_iter().map(|beat| beat.port).collect();
     assert_eq!(ports.len(), 1, "it never left {stayed:?}");
+}
+
+/// Four guests have left when a node dies: two wholly, from it and to it, and nobody has heard of that yet; two in post-copy, from it
+/// and to it. One of them lives on. The others have ended with the node, wherever they were, and are started again once.
+#[tokio::test(flavor = "multi_thread")]
+async fn guests_that_had_been_handed_over_when_a_node_dies_run_on_or_again_and_never_twice() {
+    // So much memory at a time that it is written to after some seconds, and takes some to be sent.
+    let guest = Parameters { frame_ticks: 2, pages_per_tick: 1, last: 0x30_0000, ..Parameters::default() };
+    let ahead = json!({"allowPostCopy": true, "completionTimeoutPerGiB": 3});
+    let mut stage = Stage::start_with(guest, ahead).await;
+    for (name, _, node, _) in MOVED {
+        stage.run(vm(name, "Always", node), node).await;
+    }
+    stage.cordon("node3", true).await;
+    let mut before = Vec::new();
+    for (name, _, _, target) in MOVED {
+        let whole = |beats: &[Beat]| beats.last().is_some_and(|beat| beat.count > 256);
+        let deadline = Instant::now() + PATIENCE;
+        while !whole(&stage.beats(name)) {
+            assert!(Instant::now() < deadline, "{name} does not go on");
+            tokio::time::sleep(MOMENT).await;
+        }
+        before.push((name, target, stage.cluster.vmis().get(name).await.expect("VMI").metadata.uid.expect("uid")));
+    }
+
+    // Two run at the other node, and the rest of their memory does not follow.
+    let mut holds = Vec::new();
+    for node in [DEAD, "node2"] {
+        stage.narrow(node, Some("1mbit"));
+    }
+    for (name, _, source, target) in &MOVED[..2] {
+        stage.cluster.migrate(name, &format!("move-{name}")).await;
+        let is_ahead = |vmi: &DynamicObject| {
+            status(vmi, "migrationState/mode") == "PostCopy" && status(vmi, "nodeName") == *target
+        };
+        stage.vmi(name, "it is in post-copy", is_ahead).await;
+        stage.beats_on(name, target).await;
+        holds.push(Stopped::stop(qemu_in(stage.pod_on(name, source).await)));
+        assert_eq!(status(&stage.cluster.vmis().get(name).await.expect("VMI"), "migrationState/completed"), "");
+    }
+    for node in [DEAD, "node2"] {
+        stage.narrow(node, None);
+    }
+    // Two have left, and the go is not taken before nobody can be told of it.
+    let slow = json!({"allowPostCopy": false, "completionTimeoutPerGiB": 800, "bandwidthPerMigration": "512Ki"});
+    stage.configure(slow).await;
+    let mut records = Vec::new();
+    for (name, _, source, _) in &MOVED[2..] {
+        records.push(stage.record_of(name, source).await);
+        stage.cluster.migrate(name, &format!("move-{name}")).await;
+    }
+    let mut going = Vec::new();
+    for (name, _, _, target) in &MOVED[2..] {
+        stage.flows(name).await;
+        going.push(Stopped::stop(parent(qemu_in(stage.pod_on(name, target).await))));
+    }
+    for ((name, _, _, target), record) in MOVED[2..].iter().zip(&records) {
+        stage.has_left(name, record, target).await;
+    }
+    let victims = stage.victims(DEAD).await;
+    let control_plane = Stopped::stop(stage.cluster.pid("control-plane"));
+    drop(going);
+    for (name, _, _, target) in &MOVED[2..] {
+        stage.beats_on(name, target).await;
+    }
+    victims.kill().await;
+    drop(control_plane);
+    drop(holds);
+    let died = SystemTime::now();
+    // The connections from before may be closed by either end.
+    stage.cluster.client = godwit_standalone::client(&stage.cluster.kubeconfig()).await.expect("client");
+    stage.cordon("node3", false).await;
+
+    let mut alive = vec!["gone-out"];
+    for (name, target, uid) in &before {
+        if *name == "gone-out" {
+            let over =
+                |migration: &DynamicObject| ["Succeeded", "Failed"].contains(&status(migration, "phase").as_str());
+            let migration = stage.cluster.wait(&stage.cluster.migrations(), "move-gone-out", "it is over", over).await;
+            assert_eq!(status(&migration, "phase"), "Succeeded", "{}", migration.data);
+            stage.beats_after(name, died).await;
+            let vmi = stage.cluster.vmis().get(name).await.expect("VMI");
+            assert_eq!((vmi.metadata.uid.as_ref(), &*status(&vmi, "nodeName")), (Some(uid), *target));
+            continue;
+        }
+        // What was on its way when the source was held, in sockets and pipes, arrives all the same: where that was all, the guest
+        // has left in time, and lives on at a target that lives.
+        let lives_on = |vmi: &DynamicObject| {
+            vmi.metadata.uid.as_ref() == Some(uid)
+                && *target != DEAD
+                && status(vmi, "nodeName") == *target
+                && status(vmi, "migrationState/completed") == "true"
+                && status(vmi, "migrationState/failed") != "true"
+        };
+        let again = |vmi: &DynamicObject| {
+            status(vmi, "phase") == "Running"
+                && status(vmi, "nodeName") != DEAD
+                && vmi.metadata.uid.as_ref() != Some(uid)
+        };
+        let vmi = stage.vmi(name, "it runs again", |vmi| again(vmi) || lives_on(vmi)).await;
+        if lives_on(&vmi) {
+            alive.push(*name);
+        }
+        stage.beats_after(name, SystemTime::now()).await;
+        // A migration whose guest ran at its target before that died may count as done.
+        let Some(reason) =
+            [("post-out", "SourceLost"), ("post-in", "TargetLost")].into_iter().find(|(vm, _)| vm == name)
+        else {
+            continue;
+        };
+        let records = stage.cluster.api("godwit.io", "v1alpha1", "MigrationRecord");
+        // It is written after the migration's end.
+        let deadline = Instant::now() + PATIENCE;
+        let record = loop {
+            let all = records.list(&Default::default()).await.expect("records").items;
+            if let Some(record) = all.into_iter().find(|record| record.data["spec"]["vmiName"] == *name) {
+                break record;
+            }
+            assert!(Instant::now() < deadline, "no record of {name}\n{}", stage.cluster.words());
+            tokio::time::sleep(MOMENT).await;
+        };
+        let said = (&record.data["spec"]["result"], &record.data["spec"]["reason"]);
+        if said.0 != "Succeeded" {
+            assert_eq!(said, (&json!("Failed"), &json!(reason.1)), "{name}: {}", record.data);
+        }
+    }
+    for (name, ..) in MOVED {
+        let beats = stage.beats(name);
+        assert_eq!(overlap(&beats), None, "{name}");
+        let lives_on = alive.contains(&name);
+        assert_eq!(stage.instances(name), if lives_on { 2 } else { 3 }, "{name}");
+        assert!(!lives_on || complaint(&beats).is_none(), "{name}: {:?}", complaint(&beats));
+    }
 }
 
 /// The link is down, and the guest runs on where nobody sees it but the witness of its own node.

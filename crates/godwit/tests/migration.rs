@@ -4,10 +4,10 @@
 
 mod common;
 
-use common::{Cluster, status, text};
-use godwit_guest_rom::{Line, Parameters};
-use std::process::Command;
-use std::time::Duration;
+use common::moving::{guest_runs_on_in, narrow_the_link, one_launcher_is_left};
+use common::{Cluster, status};
+use godwit_guest_rom::Parameters;
+use kube::api::{Api, ApiResource, DynamicObject, GroupVersionKind};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_running_guest_moves_and_goes_on() {
@@ -17,6 +17,16 @@ async fn a_running_guest_moves_and_goes_on() {
     let source = cluster.launchers("flyer").await.remove(0).0;
     let before = cluster.vmis().get("flyer").await.expect("VMI");
     let from = status(&before, "nodeName");
+    // What it was given in the place of its node's own processor is one that the node says it can give.
+    let model = status(&before, "guestCpu/model");
+    let node = ApiResource::from_gvk(&GroupVersionKind::gvk("", "v1", "Node"));
+    let nodes: Api<DynamicObject> = Api::all_with(cluster.client.clone(), &node);
+    let labels = ["cpu-model", "cpu-model-migration", "host-model-cpu"];
+    let offers = |node: &DynamicObject| {
+        let has = node.metadata.labels.clone().unwrap_or_default();
+        labels.iter().all(|kind| has.contains_key(&format!("{kind}.node.kubevirt.io/{model}")))
+    };
+    cluster.wait(&nodes, &from, &format!("it offers CPU model {model:?}"), offers).await;
     cluster.migrate("flyer", "move").await;
     let migration = cluster
         .wait(&cluster.migrations(), "move", "it is over", |m| {
@@ -29,6 +39,7 @@ async fn a_running_guest_moves_and_goes_on() {
     assert_eq!(status(&after, "migrationState/sourceNode"), from);
     assert_eq!(status(&after, "migrationState/targetNode"), status(&after, "nodeName"));
     assert_eq!(status(&after, "migrationState/completed"), "true");
+    assert_eq!(after.data["status"]["guestCpu"], before.data["status"]["guestCpu"]);
     assert_eq!(status(&after, "migrationState/migrationUid"), migration.metadata.uid.clone().unwrap());
     for field in ["startTimestamp", "endTimestamp", "targetNodeAddress", "targetPod", "targetNodeDomainReadyTimestamp"]
     {
@@ -46,55 +57,6 @@ async fn a_running_guest_moves_and_goes_on() {
     assert_ne!(source, target);
     guest_runs_on_in(&cluster, &target, 0xF1EE).await;
     one_launcher_is_left(&cluster, "flyer").await;
-}
-
-/// The guest beats in the target's log, without having started there and with its memory as it was.
-async fn guest_runs_on_in(cluster: &Cluster, pod: &str, wanted: u32) {
-    for _ in 0..250 {
-        let lines = cluster.lines(pod).await;
-        let beats: Vec<_> = lines
-            .iter()
-            .filter_map(|line| match line {
-                Line::Beat { token, count, errors, .. } => Some((*token, *count, *errors)),
-                _ => None,
-            })
-            .collect();
-        assert!(!lines.iter().any(|line| matches!(line, Line::Start { .. })), "it started anew: {lines:?}");
-        if beats.len() >= 3 {
-            assert!(
-                beats.iter().all(|(token, count, errors)| *token == wanted && *count > 1 && *errors == 0),
-                "{beats:?}"
-            );
-            assert!(beats.windows(2).all(|pair| pair[1].1 == pair[0].1 + 1), "beats are missing: {beats:?}");
-            return;
-        }
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-    panic!("no beats in {pod}: {}\n{}", cluster.console(pod).await, cluster.words());
-}
-
-async fn one_launcher_is_left(cluster: &Cluster, vmi: &str) {
-    let node = status(&cluster.vmis().get(vmi).await.expect("VMI"), "nodeName");
-    for _ in 0..500 {
-        let launchers = cluster.launchers(vmi).await;
-        if launchers.len() == 1 {
-            assert_eq!(launchers[0].1, node);
-            return;
-        }
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-    panic!("more than one launcher is left: {:?}\n{}", cluster.launchers(vmi).await, cluster.words());
-}
-
-/// Makes a node's way out so narrow that a migration can be caught in flight. (The cap in the API would not do: QEMU's
-/// translator before 9.0 sends a guest in one pass, uncapped.)
-fn narrow_the_link(cluster: &Cluster, node: &str) {
-    let output = Command::new("ip")
-        .args(["netns", "exec", &cluster.namespace(node), "tc", "qdisc", "add", "dev", "eth0", "root", "tbf"])
-        .args(["rate", "4mbit", "burst", "16kb", "latency", "400ms"])
-        .output()
-        .expect("ip starts");
-    assert!(output.status.success(), "{}", text(&output.stderr));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -92,6 +92,7 @@ impl Servers {
             admission: vec![Arc::new(admission::KubeVirtAdmission)],
             actions: Vec::new(),
             dialer: Arc::new(DirectDialer),
+            roles: Vec::new(),
         };
         let (stop, stopped) = oneshot::channel();
         servers.stop = Some(stop);

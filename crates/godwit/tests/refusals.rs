@@ -36,10 +36,10 @@ async fn unsupported_fields_are_answered_by_name() {
     let cluster = Cluster::start(1).await;
     let mut harmless = rom_vmi("harmless");
     harmless["spec"]["domain"]["cpu"] = json!({"dedicatedCpuPlacement": true});
-    harmless["spec"]["domain"]["devices"]["autoattachGraphicsDevice"] = json!(true);
+    harmless["spec"]["domain"]["devices"]["video"] = json!({"type": "vga"});
     let (code, warnings, body) = create(&cluster, "virtualmachineinstances", &harmless).await;
     assert_eq!(code, 201, "{body}");
-    for field in ["spec.domain.cpu.dedicatedCpuPlacement", "spec.domain.devices.autoattachGraphicsDevice"] {
+    for field in ["spec.domain.cpu.dedicatedCpuPlacement", "spec.domain.devices.video"] {
         let told = |warning: &&String| warning.starts_with("299 ") && warning.contains(field);
         assert_eq!(warnings.iter().filter(told).count(), 1, "{field} in {warnings:?}");
     }

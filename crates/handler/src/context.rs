@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 use std::path::PathBuf;
 
+use godwit_api::vmi::GuestCpu;
 use godwit_launcher::rpc::Accelerator;
 use kube::Client;
 use tokio::sync::watch;
@@ -26,6 +27,8 @@ pub struct Context {
     pub tls: TlsPaths,
     /// What executes guests here, once known.
     pub accelerator: watch::Receiver<Option<Accelerator>>,
+    /// What stands for this node's own processor; none within where QEMU has no model for it, none at all until it was asked.
+    pub host_cpu: watch::Receiver<Option<Option<GuestCpu>>>,
     /// What is known of the links to other nodes.
     pub links: Links,
     /// Whether guests may run here.

@@ -112,6 +112,13 @@ pub enum Action {
         /// 0 kills at once.
         grace_seconds: u64,
     },
+    /// Remember that it has been told of a reboot, by when it was asked for, that the guest took no part in it.
+    RebootTold {
+        /// The pod.
+        pod: String,
+        /// When it was asked for, microseconds since the epoch.
+        asked_us: i64,
+    },
     /// Write into the VMI, all in one patch on the revision that was looked at.
     Write(Vec<Change>),
     /// Record an event about the VMI.

@@ -1,7 +1,9 @@
 //! Events about VMIs, written aside so that nothing waits for them.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
+use backon::{ExponentialBuilder, Retryable};
 use godwit_api::names::events;
 use godwit_api::vmi::VirtualMachineInstance;
 use jiff::Timestamp;
@@ -12,9 +14,18 @@ use kube::Client;
 use kube::api::{Api, Patch, PatchParams, PostParams};
 use serde_json::json;
 use tokio::sync::mpsc;
+use tokio::time::timeout;
 
 /// Series that are remembered, to count repetitions instead of listing them.
 const SERIES: usize = 1024;
+/// Events that wait to be written, at most: what comes beyond them is only in the log.
+const WAITING: usize = 1024;
+/// How long one attempt may take: the connection may have died with a link that was down.
+const LIMIT: Duration = Duration::from_secs(10);
+/// Between two attempts, at least and at most. The API that was away is to be told what happened meanwhile.
+const PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
+/// Attempts: for an hour or so. Then events are too old to be kept by the API either.
+const ATTEMPTS: usize = 1800;
 
 /// One event to be recorded.
 #[derive(Debug)]
@@ -29,7 +40,7 @@ struct Record {
 /// Takes events; a task of its own writes them.
 #[derive(Clone)]
 pub struct Events {
-    sender: mpsc::UnboundedSender<Record>,
+    sender: mpsc::Sender<Record>,
     node: String,
 }
 
@@ -37,7 +48,7 @@ impl Events {
     /// Starts the writing task for the handler of `node`. It ends with the last clone.
     #[must_use]
     pub fn start(client: Client, node: String) -> Self {
-        let (sender, receiver) = mpsc::unbounded_channel();
+        let (sender, receiver) = mpsc::channel(WAITING);
         tokio::spawn(write(client, node.clone(), receiver));
         Self { sender, node }
     }
@@ -52,7 +63,7 @@ impl Events {
             uid: Some(self.node.clone()),
             ..ObjectReference::default()
         };
-        let _ = self.sender.send(Record { about, warning: true, reason, message, at: Timestamp::now() });
+        self.send(Record { about, warning: true, reason, message, at: Timestamp::now() });
     }
 
     /// Records an event about a VMI.
@@ -67,7 +78,13 @@ impl Events {
             resource_version: vmi.metadata.resource_version.clone(),
             field_path: None,
         };
-        let _ = self.sender.send(Record { about, warning, reason, message, at: Timestamp::now() });
+        self.send(Record { about, warning, reason, message, at: Timestamp::now() });
+    }
+
+    fn send(&self, record: Record) {
+        if let Err(error) = self.sender.try_send(record) {
+            tracing::warn!(%error, "an event is not recorded");
+        }
     }
 }
 
@@ -77,7 +94,7 @@ struct Series {
     count: i32,
 }
 
-async fn write(client: Client, node: String, mut records: mpsc::UnboundedReceiver<Record>) {
+async fn write(client: Client, node: String, mut records: mpsc::Receiver<Record>) {
     let mut series: BTreeMap<String, Series> = BTreeMap::new();
     while let Some(record) = records.recv().await {
         let key = format!("{:?} {} {}", record.about.uid, record.reason, record.message);
@@ -86,8 +103,9 @@ async fn write(client: Client, node: String, mut records: mpsc::UnboundedReceive
         let whole = Timestamp::from_second(record.at.as_second()).unwrap_or(record.at);
         if let Some(known) = series.get_mut(&key) {
             let count = known.count.saturating_add(1);
-            let patch = json!({ "count": count, "lastTimestamp": whole.to_string() });
-            if api.patch(&known.name, &PatchParams::default(), &Patch::Merge(patch)).await.is_ok() {
+            let patch = Patch::Merge(json!({ "count": count, "lastTimestamp": whole.to_string() }));
+            let parameters = PatchParams::default();
+            if until_answered(|| api.patch(&known.name, &parameters, &patch)).await.is_ok() {
                 known.count = count;
                 continue;
             }
@@ -108,14 +126,70 @@ async fn write(client: Client, node: String, mut records: mpsc::UnboundedReceive
             count: Some(1),
             ..Default::default()
         };
-        match api.create(&PostParams::default(), &event).await {
-            Ok(_) => {
+        let parameters = PostParams::default();
+        match until_answered(|| api.create(&parameters, &event)).await {
+            Err(Unwritten::Api(error)) if !is_there_already(&error) => {
+                tracing::warn!(%error, event = name, "cannot record an event");
+            }
+            Err(Unwritten::Late) => tracing::warn!(event = name, "cannot record an event: the API does not answer"),
+            // An answer to an earlier attempt was lost: the name is this event's alone.
+            Ok(_) | Err(Unwritten::Api(_)) => {
                 if series.len() >= SERIES {
                     series.clear();
                 }
                 series.insert(key, Series { name, count: 1 });
             }
-            Err(error) => tracing::warn!(%error, event = name, "cannot record an event"),
         }
+    }
+}
+
+/// Why an attempt came to nothing.
+enum Unwritten {
+    Api(kube::Error),
+    Late,
+}
+
+/// Asks until there is an answer that will not change.
+async fn until_answered<T, F: Future<Output = Result<T, kube::Error>>>(ask: impl Fn() -> F) -> Result<T, Unwritten> {
+    let (shortest, longest) = PAUSES;
+    let pauses = ExponentialBuilder::new().with_min_delay(shortest).with_max_delay(longest).with_max_times(ATTEMPTS);
+    let attempt = async || match timeout(LIMIT, ask()).await {
+        Ok(answer) => answer.map_err(Unwritten::Api),
+        Err(_) => Err(Unwritten::Late),
+    };
+    attempt.retry(pauses).when(may_pass).await
+}
+
+/// Whether another attempt may succeed.
+fn may_pass(error: &Unwritten) -> bool {
+    match error {
+        Unwritten::Api(kube::Error::Api(status)) => status.code == 429 || status.code >= 500,
+        Unwritten::Api(_) | Unwritten::Late => true,
+    }
+}
+
+fn is_there_already(error: &kube::Error) -> bool {
+    matches!(error, kube::Error::Api(status) if status.code == 409)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::api;
+
+    #[tokio::test]
+    async fn an_event_waits_for_an_api_that_is_away() {
+        let api = api::Api::default();
+        api.put("nodes", json!({"metadata": {"name": "a"}}));
+        api.refuse_writes(3);
+        let events = Events::start(api.client(), "a".into());
+        for message in ["first", "second", "first"] {
+            events.record_node("NodeFenced", message.into());
+        }
+        let written = |message| api.list("events").into_iter().find(|event| event["message"] == message);
+        while written("second").is_none() || written("first").is_none_or(|event| event["count"] != 2) {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        assert_eq!(api.list("events").len(), 2);
     }
 }

@@ -41,7 +41,7 @@ pub fn before(
     let guest = guest(state, None)?;
     let longest = guest.written.last().copied();
     let forecast = forecast::forecast(&guest, link, terms, None)?;
-    let dirty = longest.map_or(0, |w| w.bytes.saturating_mul(1000) / w.within_ms.max(1));
+    let dirty = longest.map_or(0, |longest| longest.rate());
     Some(Prediction { at: now, forecast, dirty, rate: link.running.likely })
 }
 
@@ -113,7 +113,7 @@ fn guest(state: &State, f: Option<&MigrationFacts>) -> Option<Guest> {
     let total = if memory.total_bytes > 0 { memory.total_bytes } else { f.map_or(0, |f| f.total_bytes) };
     (total > 0).then(|| Guest {
         memory: total,
-        present: if memory.measured_us.is_some() { memory.present_bytes } else { total },
+        present: if memory.written.is_empty() { total } else { memory.present_bytes },
         written: memory.written.clone(),
         passes,
         stands_still,

@@ -139,6 +139,8 @@ pub struct PodView {
     pub terminal: bool,
     /// This process has ordered its guest's end, with at most this grace in seconds.
     pub shutdown_ordered: Option<u64>,
+    /// The reboot, by when it was asked for, of which this process has told that the guest took no part in it.
+    pub reboot_told: Option<i64>,
     /// What its launcher says.
     pub launcher: Launcher,
 }

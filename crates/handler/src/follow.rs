@@ -7,21 +7,20 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use godwit_launcher::client::Client;
-use godwit_launcher::rpc::{DomainPhase, Refusal, State};
+use godwit_launcher::rpc::{DomainPhase, State};
 use tokio::net::UnixStream;
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
 
 use crate::facts::{self, Launcher};
-use crate::fence::{Fence, enforce};
+use crate::fence::Fence;
+use crate::fence::tell::Telling;
 use crate::sockets::SocketDir;
 
 /// Between two looks for the socket of a launcher that has just been started.
 const SOON: Duration = Duration::from_millis(15);
 /// The same when it is not that new any more, or has ended.
 const LATER: Duration = Duration::from_millis(250);
-/// How long a launcher may take to hear until when its guest may run.
-const TELL_LIMIT: Duration = Duration::from_secs(2);
 /// How long a launcher counts as just started.
 const NEW: Duration = Duration::from_secs(20);
 
@@ -34,13 +33,12 @@ pub struct Follower {
     states: watch::Sender<Launcher>,
     pid: Arc<AtomicU32>,
     task: JoinHandle<()>,
-    fence: JoinHandle<()>,
+    _telling: Telling,
 }
 
 impl Drop for Follower {
     fn drop(&mut self) {
         self.task.abort();
-        self.fence.abort();
     }
 }
 
@@ -54,8 +52,8 @@ impl Follower {
         let pid = Arc::new(AtomicU32::new(0));
         let task =
             tokio::spawn(follow(folder.clone(), client.clone(), states.clone(), pid.clone(), wake, fence.clone()));
-        let fence = tokio::spawn(tell(folder.clone(), client.clone(), fence, guest));
-        Self { client, folder, states, pid, task, fence }
+        let telling = Telling::start(folder.clone(), fence, guest);
+        Self { client, folder, states, pid, task, _telling: telling }
     }
 
     /// The latest.
@@ -90,39 +88,6 @@ impl Follower {
     #[must_use]
     pub fn pid(&self) -> u32 {
         self.pid.load(Ordering::Acquire)
-    }
-}
-
-/// Tells the launcher until when its guest may run, each time that is later.
-async fn tell(folder: PathBuf, client: Client, fence: Fence, guest: String) {
-    let client = client.with_timeout(TELL_LIMIT);
-    let mut until = fence.subscribe();
-    let mut old = false;
-    loop {
-        let now = *until.borrow_and_update();
-        let mut told = true;
-        if let Some(now) = now {
-            match client.run_until(now).await {
-                Ok(_) => enforce::mark(&folder, &guest),
-                // An older launcher. Its guest is this handler's to fence.
-                Err(error) if error.refusal() == Some(Refusal::NotFound) => {
-                    enforce::mark(&folder, &guest);
-                    if !std::mem::replace(&mut old, true) {
-                        tracing::info!(socket = %client.socket().display(), "the launcher is older and does not fence itself");
-                    }
-                }
-                // It hangs, or is not there.
-                Err(error) => {
-                    tracing::debug!(%error, "a launcher was not told until when its guest may run");
-                    told = false;
-                }
-            }
-        }
-        let again = async { if told { std::future::pending().await } else { tokio::time::sleep(LATER).await } };
-        tokio::select! {
-            changed = until.changed() => if changed.is_err() { return },
-            () = again => {}
-        }
     }
 }
 

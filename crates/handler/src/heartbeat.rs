@@ -3,11 +3,14 @@
 use std::time::Duration;
 
 use godwit_api::names;
+use godwit_launcher::Processors;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Node;
 use kube::Client;
 use kube::api::{Api, Patch, PatchParams};
 use serde_json::{Map, Value, json};
+
+use crate::processors;
 
 /// Between two heartbeats (KubeVirt: about a minute).
 const EVERY: Duration = Duration::from_secs(60);
@@ -19,13 +22,17 @@ const SOON: Duration = Duration::from_millis(200);
 const FAREWELL: Duration = Duration::from_secs(2);
 
 /// Label and annotation that name what executes guests on this node: `kvm` or `tcg`.
-pub const ACCELERATOR: &str = "godwit.dev/accelerator";
+pub const ACCELERATOR: &str = names::LABEL_ACCELERATOR;
 /// Annotation with the reason for that choice, in a sentence.
 pub const ACCELERATOR_REASON: &str = "godwit.dev/accelerator-reason";
 /// Annotation with QEMU's version.
 pub const QEMU_VERSION: &str = "godwit.dev/qemu-version";
 /// Annotation with what this accelerator cannot do in this version of QEMU and what mends it, in a sentence.
 pub const SHORTCOMING: &str = "godwit.dev/qemu-shortcoming";
+
+/// Annotation with the models that guests can have here and how many features each has, in JSON: the greatest common model of several
+/// nodes follows from it.
+pub const CPU_MODELS: &str = names::ANNOTATION_CPU_MODELS;
 
 /// What this node offers to guests.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -38,6 +45,8 @@ pub struct Offer {
     pub qemu_version: Option<String>,
     /// What is missing in that version, in a sentence.
     pub shortcoming: Option<String>,
+    /// The processors that guests can have, once known.
+    pub processors: Option<Processors>,
 }
 
 /// Beats until `shutdown` is done, then marks the node as not schedulable.
@@ -86,7 +95,18 @@ pub async fn run(
 
 async fn beat(api: &Api<Node>, node: &str, schedulable: bool, offer: &Offer) -> Result<(), kube::Error> {
     let patch = patch(schedulable, offer, Timestamp::now());
-    api.patch(node, &PatchParams::default(), &Patch::Merge(patch)).await.map(drop)
+    let node: Node = api.patch(node, &PatchParams::default(), &Patch::Merge(patch)).await?;
+    let Some(processors) = &offer.processors else { return Ok(()) };
+    let wanted: Vec<String> = processors::labels(processors).collect();
+    let has = node.metadata.labels.unwrap_or_default();
+    let stale: Map<String, Value> =
+        processors::stale(&has, &wanted).map(|label| (label.clone(), Value::Null)).collect();
+    if !stale.is_empty() {
+        let patch = json!({ "metadata": { "labels": stale } });
+        let name = node.metadata.name.unwrap_or_default();
+        api.patch(&name, &PatchParams::default(), &Patch::Merge(patch)).await?;
+    }
+    Ok(())
 }
 
 fn patch(schedulable: bool, offer: &Offer, now: Timestamp) -> Value {
@@ -99,9 +119,13 @@ fn patch(schedulable: bool, offer: &Offer, now: Timestamp) -> Value {
         for machine in ["q35", "pc"] {
             labels.insert(format!("{}{machine}", names::LABEL_PREFIX_MACHINE_TYPE), json!("true"));
         }
-        if let Some(vendor) = cpu_vendor() {
+        if let Some(vendor) = cpu_vendor().filter(|_| offer.processors.is_none()) {
             labels.insert(format!("{}{vendor}", names::LABEL_PREFIX_CPU_VENDOR), json!("true"));
         }
+    }
+    if let Some(known) = &offer.processors {
+        labels.extend(processors::labels(known).map(|label| (label, json!("true"))));
+        annotations.insert(CPU_MODELS.into(), json!(json!(processors::ranks(known)).to_string()));
     }
     if let Some(accelerator) = &offer.accelerator {
         labels.insert(ACCELERATOR.into(), json!(accelerator));

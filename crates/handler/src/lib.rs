@@ -12,6 +12,7 @@ pub mod channel;
 mod context;
 mod credentials;
 pub mod decide;
+mod dirty_rate;
 mod door;
 mod events;
 mod expect;
@@ -25,6 +26,7 @@ mod lend;
 mod links;
 pub mod networks;
 mod pace;
+mod processors;
 mod progress;
 pub mod pump;
 mod recovery;
@@ -46,6 +48,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use godwit_api::names;
+use godwit_launcher::Processors;
+pub use godwit_launcher::fence::Clock;
 use godwit_launcher::rpc::Accelerator;
 use kube::Client;
 
@@ -66,10 +71,16 @@ pub struct Options {
     pub node_ip: IpAddr,
     /// The kubelet's root folder (`/var/lib/kubelet`, or the node's folder in standalone mode).
     pub kubelet_root: PathBuf,
+    /// A folder in memory, which is gone when the machine starts anew: what a handler leaves to its successor.
+    pub state: PathBuf,
+    /// By what until when guests may run is counted: [`Clock::Awake`] only where all nodes and the control plane are on one machine.
+    pub clock: Clock,
     /// The node's certificate for migrations.
     pub tls: TlsPaths,
     /// The cluster's id, for the log.
     pub cluster_id: String,
+    /// Kubelet's folder of device plugins ([`godwit_devices::FOLDER`]); none where pods have the node's devices anyway.
+    pub device_plugins: Option<PathBuf>,
     /// What executes guests; found out at start when not given.
     pub accelerator: Option<Accelerator>,
 }
@@ -92,18 +103,21 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
     tracing::info!(node = options.node_name, address = %options.node_ip, cluster = options.cluster_id, "handler starts");
 
     let (accelerator, known) = tokio::sync::watch::channel(options.accelerator);
+    let (host_cpu, host_cpu_known) = tokio::sync::watch::channel(None);
     let (offer, offered) = tokio::sync::watch::channel(Offer::default());
     let wanted = options.accelerator;
     let probe = tokio::spawn(async move {
         let found = find_offer(wanted).await;
-        accelerator.send_replace(found.0);
-        offer.send_replace(found.1);
+        accelerator.send_replace(Some(found.0));
+        let processors = find_processors(found.0).await;
+        host_cpu.send_replace(Some(processors.as_ref().and_then(processors::host_cpu)));
+        offer.send_replace(Offer { processors, ..found.1 });
         // The receivers live as long as the handler; so must the senders.
         std::future::pending::<()>().await;
     });
 
     let events = Events::start(options.client.clone(), options.node_name.clone());
-    let fence = Fence::begin();
+    let fence = Fence::resume(&options.state, options.clock);
     let fencing = tokio::spawn(fence::run(fence::Surroundings {
         client: options.client.clone(),
         node: options.node_name.clone(),
@@ -113,6 +127,7 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
         events: events.clone(),
         fence: fence.clone(),
     }));
+    let plugins = options.device_plugins.map(|folder| tokio::spawn(offer_devices(folder, known.clone())));
     let context = Arc::new(Context {
         client: options.client.clone(),
         node: options.node_name.clone(),
@@ -120,6 +135,7 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
         kubelet_root: options.kubelet_root,
         tls: options.tls,
         accelerator: known,
+        host_cpu: host_cpu_known,
         links: Links::default(),
         fence,
         events,
@@ -127,6 +143,9 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
     let door = tokio::spawn(front::run(context.clone()));
     let watching = tokio::spawn(watch::run(context));
     heartbeat::run(options.client, options.node_name.clone(), offered, shutdown).await;
+    if let Some(plugins) = plugins {
+        plugins.abort();
+    }
     door.abort();
     watching.abort();
     fencing.abort();
@@ -136,7 +155,7 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
 }
 
 /// What this node offers: the accelerator that was wished for, or else the one that its machine turns out to have.
-async fn find_offer(wanted: Option<Accelerator>) -> (Option<Accelerator>, Offer) {
+async fn find_offer(wanted: Option<Accelerator>) -> (Accelerator, Offer) {
     let (accelerator, reason) = match wanted {
         Some(accelerator) => (accelerator, "chosen by the handler's options".to_owned()),
         None => {
@@ -153,8 +172,48 @@ async fn find_offer(wanted: Option<Accelerator>) -> (Option<Accelerator>, Offer)
         reason: Some(reason),
         qemu_version,
         shortcoming: shortcoming.map(str::to_owned),
+        processors: None,
     };
-    (Some(accelerator), offer)
+    (accelerator, offer)
+}
+
+/// Offers the node's devices to kubelet for ever; `/dev/kvm` where guests are run with it.
+async fn offer_devices(folder: PathBuf, accelerator: tokio::sync::watch::Receiver<Option<Accelerator>>) {
+    let mut accelerator = accelerator;
+    // Kubelet is not told of a device that is away when what it is good for is only not known yet: pods that have it would be refused.
+    let Ok(known) = accelerator.wait_for(Option::is_some).await.map(|known| *known) else { return };
+    let (kvm, kvm_serves) = tokio::sync::watch::channel(known == Some(Accelerator::Kvm));
+    let (_always, of_use) = tokio::sync::watch::channel(true);
+    let offers = godwit_devices::Resource::all().map(|resource| {
+        let of_use = if resource.name == names::DEVICE_KVM { kvm_serves.clone() } else { of_use.clone() };
+        godwit_devices::run(resource, folder.clone(), of_use)
+    });
+    let follow = async {
+        while accelerator.changed().await.is_ok() {
+            let known = *accelerator.borrow_and_update();
+            kvm.send_replace(known == Some(Accelerator::Kvm));
+        }
+    };
+    tokio::join!(futures::future::join_all(offers), follow);
+}
+
+/// How long QEMU may take to say which processors it can give; it takes less than a second.
+const PROCESSORS_LIMIT: Duration = Duration::from_secs(30);
+
+/// Which processors guests can have here. A node that does not know it runs guests all the same, with its own.
+async fn find_processors(accelerator: Accelerator) -> Option<Processors> {
+    let asked = tokio::time::timeout(PROCESSORS_LIMIT, godwit_launcher::processors(accelerator)).await;
+    match asked.unwrap_or_else(|_| Err("QEMU does not answer".to_owned())) {
+        Ok(found) => {
+            let host = found.host_model().map(|host| host.model);
+            tracing::info!(models = found.models.len(), features = found.features.len(), host, "processors for guests");
+            Some(found)
+        }
+        Err(error) => {
+            tracing::warn!(error, "not known which processors guests can have here");
+            None
+        }
+    }
 }
 
 /// How long a handler that has just started may find that the cluster's definitions, or its own node, are still to come:

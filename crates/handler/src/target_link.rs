@@ -118,7 +118,7 @@ impl TargetAnswers {
             let reason = "the target's handler does not hold its node's lease, so no guest may run there".into();
             return self.ended().unwrap_or(Answer::NotYet { reason });
         };
-        let order = GoOrder { migration_uid: self.uid.clone(), paused, run_until_ms: Some(until) };
+        let order = GoOrder { migration_uid: self.uid.clone(), paused, run_until: Some(until) };
         let answer = self.client.give_go(&order).await;
         match answer {
             Ok(state) => match resumed(&state, &self.uid) {

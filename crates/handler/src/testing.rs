@@ -1,6 +1,6 @@
 //! What tests stand a handler on: certificates, an API in memory, launchers without a QEMU.
 
-mod api;
+pub(crate) mod api;
 mod disruption;
 mod flow;
 mod launcher;

@@ -27,7 +27,7 @@ pub struct TlsPaths {
     pub ca: PathBuf,
     /// This node's certificate, followed by intermediates if there are any.
     pub cert: PathBuf,
-    /// Its private key.
+    /// Its private key. It may be in the same file.
     pub key: PathBuf,
 }
 
@@ -64,17 +64,33 @@ impl Identity {
     /// [`TlsError::File`] names the file that is missing or malformed.
     pub fn load(paths: &TlsPaths) -> Result<Self, TlsError> {
         let file = |what, path: &PathBuf, reason: String| TlsError::File { what, path: path.clone(), reason };
-        let ca = read_certificates(&paths.ca).map_err(|e| file("the CA", &paths.ca, e))?;
-        let chain = read_certificates(&paths.cert).map_err(|e| file("the certificate", &paths.cert, e))?;
-        let key = PrivateKeyDer::from_pem_file(&paths.key).map_err(|e| file("the key", &paths.key, e.to_string()))?;
+        let read = |what, path: &PathBuf| std::fs::read(path).map_err(|e| file(what, path, e.to_string()));
+        let ca = read("the CA", &paths.ca)?;
+        let cert = read("the certificate", &paths.cert)?;
+        // In one file both are of the same time, whenever that is replaced.
+        let key = if paths.key == paths.cert { cert.clone() } else { read("the key", &paths.key)? };
+        Self::from_pem(&ca, &cert, &key).map_err(|(what, reason)| match what {
+            "the CA" => file(what, &paths.ca, reason),
+            "the certificate" => file(what, &paths.cert, reason),
+            _ => file(what, &paths.key, reason),
+        })
+    }
+
+    /// Reads three PEM texts.
+    ///
+    /// # Errors
+    /// Which of them is malformed, and how.
+    pub fn from_pem(ca: &[u8], cert: &[u8], key: &[u8]) -> Result<Self, (&'static str, String)> {
+        let chain = read_certificates(cert).map_err(|e| ("the certificate", e))?;
+        let key = PrivateKeyDer::from_pem_slice(key).map_err(|e| ("the key", e.to_string()))?;
         let mut roots = RootCertStore::empty();
-        for cert in ca {
-            roots.add(cert).map_err(|e| file("the CA", &paths.ca, e.to_string()))?;
+        for cert in read_certificates(ca).map_err(|e| ("the CA", e))? {
+            roots.add(cert).map_err(|e| ("the CA", e.to_string()))?;
         }
         let provider = Arc::new(fast_provider());
         let clients = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone())
             .build()
-            .map_err(|e| TlsError::Setup(e.to_string()))?;
+            .map_err(|e| ("the CA", e.to_string()))?;
         Ok(Self { chain, key, clients, provider })
     }
 
@@ -130,11 +146,8 @@ pub(crate) fn fast_provider() -> CryptoProvider {
     provider
 }
 
-fn read_certificates(path: &PathBuf) -> Result<Vec<CertificateDer<'static>>, String> {
-    let certs: Vec<_> = CertificateDer::pem_file_iter(path)
-        .map_err(|e| e.to_string())?
-        .collect::<Result<_, _>>()
-        .map_err(|e| e.to_string())?;
+fn read_certificates(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, String> {
+    let certs: Vec<_> = CertificateDer::pem_slice_iter(pem).collect::<Result<_, _>>().map_err(|e| e.to_string())?;
     if certs.is_empty() { Err("no certificate in it".to_owned()) } else { Ok(certs) }
 }
 

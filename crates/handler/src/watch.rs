@@ -15,6 +15,7 @@ use kube::runtime::watcher::{self, Event, watcher};
 use tokio::sync::mpsc::{self, UnboundedSender};
 
 use crate::context::Context;
+use crate::fence::Fence;
 use crate::view;
 use crate::worker::{Input, Worker};
 
@@ -42,7 +43,7 @@ pub async fn run(context: Arc<Context>) {
         names::LABEL_APP,
         names::APP_VIRT_LAUNCHER
     ));
-    tasks.spawn(pods(Api::all(context.client.clone()), config, sender));
+    tasks.spawn(pods(Api::all(context.client.clone()), config, sender, context.fence.clone()));
 
     let mut workers: BTreeMap<String, UnboundedSender<Input>> = BTreeMap::new();
     // A guest that changes its launcher on this node is shown by both.
@@ -138,7 +139,7 @@ async fn vmis(
     }
 }
 
-async fn pods(api: Api<Pod>, config: watcher::Config, seen: UnboundedSender<Seen>) {
+async fn pods(api: Api<Pod>, config: watcher::Config, seen: UnboundedSender<Seen>, fence: Fence) {
     let mut known: BTreeMap<String, view::LauncherPod> = BTreeMap::new();
     let mut listed: BTreeMap<String, view::LauncherPod> = BTreeMap::new();
     let mut stream = pin!(watcher(api, config).default_backoff());
@@ -160,6 +161,7 @@ async fn pods(api: Api<Pod>, config: watcher::Config, seen: UnboundedSender<Seen
                     }
                 }
                 known = new;
+                fence.adopted().release();
             }
             Ok(Event::Apply(pod)) => {
                 if let Some(pod) = view::pod(&pod) {

@@ -65,6 +65,7 @@ struct Pod {
     follower: Follower,
     wired: Option<Wired>,
     shutdown_ordered: Option<u64>,
+    reboot_told: Option<i64>,
 }
 
 /// The listening half in hand.
@@ -289,7 +290,8 @@ impl Worker {
                     let guest = format!("{}/{}", self.namespace, self.name);
                     let follower = Follower::start(folder, self.wake.clone(), self.context.fence.clone(), guest);
                     let name = pod.name.clone();
-                    self.pods.insert(name, Pod { pod, follower, wired: None, shutdown_ordered: None });
+                    self.pods
+                        .insert(name, Pod { pod, follower, wired: None, shutdown_ordered: None, reboot_told: None });
                 }
             },
             Input::PodGone(name) => {
@@ -414,6 +416,7 @@ impl Worker {
                 migration_uid: pod.pod.migration_uid.clone(),
                 terminal: pod.pod.terminal,
                 shutdown_ordered: pod.shutdown_ordered,
+                reboot_told: pod.reboot_told,
                 launcher: pod.follower.now(),
             };
             pods.insert(name.clone(), view);

@@ -13,6 +13,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use serde_json::{Map, Value, json};
 
 use crate::decide::Change;
+use crate::dirty_rate;
 use crate::expect;
 use crate::facts::TargetView;
 use crate::networks;
@@ -306,9 +307,15 @@ fn report(
     if state.qemu_version.is_some() && state.qemu_version != old.qemu_version {
         set(status, "qemuVersion", json!(state.qemu_version));
     }
+    if let Some(told) = dirty_rate::news(vmi, &state.memory) {
+        set(status, "dirtyRate", json!(told));
+    }
     // Targets build the same; a guest whose launcher knows of none has none.
     if state.machine_revision.is_some() && state.machine_revision != old.machine_revision {
         set(status, "machineRevision", json!(state.machine_revision));
+    }
+    if state.guest_cpu.is_some() && state.guest_cpu != old.guest_cpu {
+        set(status, "guestCpu", json!(state.guest_cpu));
     }
     let machine = old.machine.as_ref().map(|m| json!(m)).and_then(|m| m.get("type").cloned());
     if let Some(real) = &state.machine_type

@@ -65,8 +65,9 @@ pub struct Options {
     pub node_name: String,
     /// The node's address.
     pub node_ip: IpAddr,
-    /// The node's number, 1 to 254: its pods are in 10.244.<number>.0/24 unless its object says otherwise.
-    pub node_number: u8,
+    /// The range of the node's pods, such as `10.244.1.0/24`, where its object says none. Without one the cluster is to give it
+    /// (kube-controller-manager does), and until then the node runs nothing.
+    pub pod_range: Option<String>,
     /// The folder with `pods/`.
     pub root: PathBuf,
     /// Where images are.

@@ -36,14 +36,24 @@ fn api_error(what: impl Into<String>) -> impl FnOnce(kube::Error) -> Error {
 /// Makes or updates the node's object and returns the range of its pods. Tries until the API server answers.
 pub(crate) async fn register(options: &Options) -> Result<Range, Error> {
     let api: Api<Node> = Api::all(options.client.clone());
+    let mut said = false;
     loop {
         match try_register(&api, options).await {
             Err(Error::Api { what, source }) if is_passing(&source) => {
                 tracing::warn!(error = %source, "{what}; trying again");
-                tokio::time::sleep(Duration::from_millis(300)).await;
             }
-            other => return other,
+            Ok(None) if std::mem::replace(&mut said, true) => {}
+            Ok(None) => {
+                let node = &options.node_name;
+                tracing::warn!(
+                    node,
+                    "the node has no podCIDR: waiting for the cluster to give it one (or see --pod-cidr)"
+                );
+            }
+            Ok(Some(range)) => return Ok(range),
+            Err(error) => return Err(error),
         }
+        tokio::time::sleep(Duration::from_millis(300)).await;
     }
 }
 
@@ -55,7 +65,8 @@ fn is_passing(error: &kube::Error) -> bool {
     }
 }
 
-async fn try_register(api: &Api<Node>, options: &Options) -> Result<Range, Error> {
+/// The range of the node's pods; none when nobody has given it one yet.
+async fn try_register(api: &Api<Node>, options: &Options) -> Result<Option<Range>, Error> {
     let name = &options.node_name;
     let labels = BTreeMap::from([
         ("kubernetes.io/hostname".to_owned(), name.clone()),
@@ -64,15 +75,14 @@ async fn try_register(api: &Api<Node>, options: &Options) -> Result<Range, Error
         ("beta.kubernetes.io/os".to_owned(), "linux".to_owned()),
         ("beta.kubernetes.io/arch".to_owned(), architecture().to_owned()),
     ]);
-    let own_range = format!("10.244.{}.0/24", options.node_number);
     let existing = api.get_opt(name).await.map_err(api_error(format!("read node {name}")))?;
     let node = match existing {
         None => {
             let node = Node {
                 metadata: ObjectMeta { name: Some(name.clone()), labels: Some(labels), ..ObjectMeta::default() },
                 spec: Some(NodeSpec {
-                    pod_cidr: Some(own_range.clone()),
-                    pod_cidrs: Some(vec![own_range.clone()]),
+                    pod_cidr: options.pod_range.clone(),
+                    pod_cidrs: options.pod_range.clone().map(|range| vec![range]),
                     ..NodeSpec::default()
                 }),
                 status: Some(status(options, None)),
@@ -81,16 +91,21 @@ async fn try_register(api: &Api<Node>, options: &Options) -> Result<Range, Error
         }
         Some(node) => {
             let mut patch = serde_json::json!({ "metadata": { "labels": labels } });
-            if node.spec.as_ref().and_then(|spec| spec.pod_cidr.as_ref()).is_none() {
-                patch["spec"] = serde_json::json!({ "podCIDR": own_range, "podCIDRs": [own_range] });
+            let given = node.spec.as_ref().is_some_and(|spec| spec.pod_cidr.is_some());
+            if let Some(range) = options.pod_range.as_ref().filter(|_| !given) {
+                patch["spec"] = serde_json::json!({ "podCIDR": range, "podCIDRs": [range] });
             }
             let patched = api.patch(name, &PatchParams::default(), &Patch::Merge(patch)).await;
             patched.map_err(api_error(format!("update node {name}")))?
         }
     };
     write_status(api, options, &node).await.map_err(api_error(format!("write the status of node {name}")))?;
-    let range = node.spec.and_then(|spec| spec.pod_cidr).unwrap_or(own_range);
-    range.parse().map_err(|()| Error::Invalid(format!("node {name}: podCIDR {range:?} is no usable range")))
+    let given = node.spec.and_then(|spec| spec.pod_cidr);
+    given
+        .map(|range| {
+            range.parse().map_err(|()| Error::Invalid(format!("node {name}: podCIDR {range:?} is no usable range")))
+        })
+        .transpose()
 }
 
 async fn write_status(api: &Api<Node>, options: &Options, node: &Node) -> Result<(), kube::Error> {

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Component, Path, PathBuf};
 
 use godwit_images::{ImageConfig, Unpacked};
-use k8s_openapi::api::core::v1::{Container, Pod, SecurityContext};
+use k8s_openapi::api::core::v1::{Container, Pod, PodSecurityContext, SecurityContext};
 use kube::ResourceExt;
 
 use crate::cgroup::Limits;
@@ -136,9 +136,8 @@ pub(crate) fn make(parts: Parts<'_>) -> Result<ContainerSpec, String> {
     let run_as = number(security.run_as_user.or(pod_security.run_as_user), "runAsUser")?;
     let group = number(security.run_as_group.or(pod_security.run_as_group), "runAsGroup")?;
     let user = run_as.map_or_else(|| config.user.clone().unwrap_or_default(), |uid| uid.to_string());
-    let root = matches!(user.split(':').next().unwrap_or_default(), "" | "0" | "root");
-    if root && security.run_as_non_root.or(pod_security.run_as_non_root) == Some(true) {
-        return Err("container has runAsNonRoot and image will run as root".into());
+    if security.run_as_non_root.or(pod_security.run_as_non_root) == Some(true) {
+        check_non_root(run_as, &user)?;
     }
     let mut groups = Vec::new();
     for gid in pod_security.supplemental_groups.iter().flatten().chain(&pod_security.fs_group) {
@@ -169,11 +168,40 @@ pub(crate) fn make(parts: Parts<'_>) -> Result<ContainerSpec, String> {
         loops: loops(&parts)?,
         cgroups: parts.cgroups,
         capabilities: (!privileged).then(|| capabilities(security)),
+        runtime_seccomp: !privileged && wants_runtime_seccomp(security, &pod_security)?,
         no_new_privileges: security.allow_privilege_escalation == Some(false),
         termination_log: container.termination_message_path.clone().unwrap_or_else(|| "/dev/termination-log".into()),
         env: parts.env,
         folder: parts.folder,
     })
+}
+
+/// Kubernetes' rule and words: a name may be anybody's, root's too.
+fn check_non_root(run_as: Option<u32>, user: &str) -> Result<(), String> {
+    if run_as == Some(0) {
+        return Err("container's runAsUser breaks non-root policy".into());
+    }
+    let name = user.split(':').next().unwrap_or_default();
+    match name.parse::<u32>() {
+        Ok(0) => Err("container has runAsNonRoot and image will run as root".into()),
+        Ok(_) => Ok(()),
+        Err(_) if name.is_empty() || name == "root" => {
+            Err("container has runAsNonRoot and image will run as root".into())
+        }
+        Err(_) => Err(format!(
+            "container has runAsNonRoot and image has non-numeric user ({name}), cannot verify user is non-root"
+        )),
+    }
+}
+
+/// Whether the container is to have the runtime's seccomp profile. One from a file of the node is refused rather than left out.
+fn wants_runtime_seccomp(container: &SecurityContext, pod: &PodSecurityContext) -> Result<bool, String> {
+    let profile = container.seccomp_profile.as_ref().or(pod.seccomp_profile.as_ref());
+    match profile.map(|profile| profile.type_.as_str()) {
+        None | Some("Unconfined") => Ok(false),
+        Some("RuntimeDefault") => Ok(true),
+        Some(other) => Err(format!("seccomp profiles of type {other} are not supported by this kubelet")),
+    }
 }
 
 fn arguments(container: &Container, config: &ImageConfig, env: &[(String, String)]) -> Vec<String> {
@@ -314,8 +342,24 @@ pub(crate) fn unsupported(pod: &Pod) -> Vec<String> {
     note(spec.ephemeral_containers.as_ref().is_some_and(|list| !list.is_empty()), "ephemeralContainers".into());
     note(spec.resource_claims.as_ref().is_some_and(|list| !list.is_empty()), "resourceClaims".into());
     note(spec.dns_config.is_some(), "dnsConfig".into());
+    let pod_security = spec.security_context.as_ref();
+    note(
+        pod_security.is_some_and(|security| security.sysctls.as_ref().is_some_and(|list| !list.is_empty())),
+        "sysctls".into(),
+    );
+    note(pod_security.is_some_and(|security| security.se_linux_options.is_some()), "seLinuxOptions".into());
+    note(pod_security.is_some_and(|security| security.app_armor_profile.is_some()), "appArmorProfile".into());
     for container in spec.containers.iter().chain(spec.init_containers.iter().flatten()) {
         let name = &container.name;
+        let security = container.security_context.as_ref();
+        note(
+            security.is_some_and(|security| security.se_linux_options.is_some()),
+            format!("seLinuxOptions of container {name}"),
+        );
+        note(
+            security.is_some_and(|security| security.app_armor_profile.is_some()),
+            format!("appArmorProfile of container {name}"),
+        );
         note(container.lifecycle.is_some(), format!("lifecycle hooks of container {name}"));
         note(
             container.tty == Some(true) || container.stdin == Some(true),
@@ -334,7 +378,7 @@ pub(crate) fn unsupported(pod: &Pod) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
-    use k8s_openapi::api::core::v1::Capabilities;
+    use k8s_openapi::api::core::v1::{Capabilities, SeccompProfile};
 
     use super::*;
 
@@ -370,6 +414,28 @@ mod tests {
         assert_eq!(with(&["NET_ADMIN"], &["ALL"]), [12]);
         assert!(!with(&[], &["CAP_CHOWN"]).contains(&0));
         assert_eq!(with(&["ALL"], &[]).len(), CAPABILITIES.len());
+    }
+
+    #[test]
+    fn who_must_not_be_root_is_shown_not_to_be() {
+        assert_eq!(check_non_root(Some(107), "107"), Ok(()));
+        assert_eq!(check_non_root(None, "107:107"), Ok(()));
+        for (run_as, user, why) in
+            [(Some(0), "0", "breaks"), (None, "", "as root"), (None, "root", "as root"), (None, "qemu", "non-numeric")]
+        {
+            assert!(check_non_root(run_as, user).unwrap_err().contains(why), "{user}");
+        }
+    }
+
+    #[test]
+    fn a_containers_seccomp_profile_wins_over_its_pods() {
+        let profile = |type_: &str| Some(SeccompProfile { type_: type_.to_owned(), localhost_profile: None });
+        let pod = PodSecurityContext { seccomp_profile: profile("RuntimeDefault"), ..PodSecurityContext::default() };
+        let container = |type_: &str| SecurityContext { seccomp_profile: profile(type_), ..SecurityContext::default() };
+        assert_eq!(wants_runtime_seccomp(&SecurityContext::default(), &pod), Ok(true));
+        assert_eq!(wants_runtime_seccomp(&container("Unconfined"), &pod), Ok(false));
+        assert_eq!(wants_runtime_seccomp(&SecurityContext::default(), &PodSecurityContext::default()), Ok(false));
+        assert!(wants_runtime_seccomp(&container("Localhost"), &pod).is_err());
     }
 
     #[test]

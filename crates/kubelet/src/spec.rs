@@ -57,6 +57,9 @@ pub struct ContainerSpec {
     pub cgroups: Vec<PathBuf>,
     /// Linux capabilities by number; `None` keeps all (privileged).
     pub capabilities: Option<Vec<u8>>,
+    /// Whether system calls that reach beyond a container are refused (seccomp profile `RuntimeDefault`); never where it is privileged.
+    #[serde(default)]
+    pub runtime_seccomp: bool,
     /// Whether programs with setuid bits gain nothing.
     pub no_new_privileges: bool,
     /// Where [`TERMINATION_LOG`] is mounted in it.

@@ -56,6 +56,7 @@ impl Scratch {
             loops: Vec::new(),
             cgroups: Vec::new(),
             capabilities: Some(vec![0, 1, 3, 5, 6, 7]),
+            runtime_seccomp: false,
             no_new_privileges: true,
             termination_log: "/dev/termination-log".into(),
         }
@@ -115,6 +116,31 @@ fn programs_run_in_their_own_world() {
     assert!(lines[4].parse::<u32>().unwrap() <= 5, "sees the machine's processes: {text}");
     assert!(text.contains("over"));
     assert_eq!(fs::read_to_string(scratch.container().join(spec::TERMINATION_LOG)).unwrap(), "done\n");
+}
+
+#[test]
+fn the_runtimes_profile_refuses_what_reaches_beyond_a_container() {
+    let script = "exec 2>&1; /bin/busybox unshare -U true && echo a user namespace; \
+                  /bin/busybox unshare -i true && echo an ipc namespace; /bin/busybox grep Seccomp: /proc/self/status";
+    let told = |change: fn(&mut ContainerSpec)| {
+        let mut scratch = Scratch::new();
+        let mut spec = scratch.spec(&["sh", "-c", script]);
+        change(&mut spec);
+        let (text, exit) = scratch.run(&spec);
+        assert_eq!(exit.exit_code, 0, "{text}");
+        text
+    };
+    let free = told(|_| {});
+    assert!(free.contains("a user namespace") && free.contains("Seccomp:\t0"), "{free}");
+    let confined = told(|spec| spec.runtime_seccomp = true);
+    assert!(!confined.contains("a user namespace") && confined.contains("Operation not permitted"), "{confined}");
+    assert!(confined.contains("Seccomp:\t2"), "{confined}");
+    // With the capability that they belong to they are given back.
+    let trusted = told(|spec| (spec.runtime_seccomp, spec.capabilities) = (true, Some(vec![21])));
+    assert!(trusted.contains("an ipc namespace") && trusted.contains("Seccomp:\t2"), "{trusted}");
+    // It is in force for who is not root as well.
+    let other = told(|spec| (spec.runtime_seccomp, spec.user) = (true, "77".into()));
+    assert!(!other.contains("a user namespace") && other.contains("Seccomp:\t2"), "{other}");
 }
 
 #[test]

@@ -187,7 +187,7 @@ impl Client {
     }
 
     async fn hand(&self, migration_uid: &str, paused: bool) -> Result<rpc::State, Error> {
-        let order = rpc::GoOrder { migration_uid: migration_uid.into(), paused, run_until_ms: None };
+        let order = rpc::GoOrder { migration_uid: migration_uid.into(), paused, run_until: None };
         self.give_go(&order).await
     }
 
@@ -196,9 +196,8 @@ impl Client {
         self.call(Method::POST, rpc::MIGRATION_GO, Some(order)).await
     }
 
-    /// The guest may run until then, by [`crate::fence::now`]'s clock.
-    pub async fn run_until(&self, until: Duration) -> Result<rpc::State, Error> {
-        let order = rpc::RunUntilOrder { run_until_ms: u64::try_from(until.as_millis()).unwrap_or(u64::MAX) };
+    /// The guest may run until then.
+    pub async fn run_until(&self, order: rpc::RunUntilOrder) -> Result<rpc::State, Error> {
         self.call(Method::PUT, rpc::RUN_UNTIL, Some(&order)).await
     }
 
@@ -238,7 +237,7 @@ impl Client {
         self.call(Method::POST, rpc::RESET, None::<&()>).await
     }
 
-    /// Have the guest agent reboot the guest.
+    /// Have the guest reboot itself.
     pub async fn reboot(&self) -> Result<rpc::State, Error> {
         self.call(Method::POST, rpc::REBOOT, None::<&()>).await
     }
@@ -372,16 +371,46 @@ async fn collect(call: &str, body: Incoming) -> Result<Bytes, Error> {
     }
 }
 
-/// Connects, also where the path is too long for a socket address (`sun_path` holds 107 bytes; kubelet paths can be longer).
+/// Connects to this very socket: the pod puts there what it likes, and a symbolic link could lead to any socket of the node. A path
+/// may be too long for a socket address (`sun_path` holds 107 bytes; kubelet paths can be longer).
 async fn connect(socket: &Path) -> std::io::Result<UnixStream> {
+    use nix::libc::{O_CLOEXEC, O_NOFOLLOW, O_PATH};
     use std::os::fd::AsRawFd;
-    if socket.as_os_str().len() < 108 {
+    use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+    // Somebody has opened it already.
+    if socket.parent() == Some(Path::new(DESCRIPTORS)) {
         return UnixStream::connect(socket).await;
     }
-    let (Some(parent), Some(name)) = (socket.parent(), socket.file_name()) else {
-        return UnixStream::connect(socket).await;
-    };
-    let directory = std::fs::File::open(parent)?;
-    let short = PathBuf::from(format!("/proc/self/fd/{}", directory.as_raw_fd())).join(name);
-    UnixStream::connect(short).await
+    let opened = std::fs::OpenOptions::new().read(true).custom_flags(O_PATH | O_NOFOLLOW | O_CLOEXEC).open(socket)?;
+    if !opened.metadata()?.file_type().is_socket() {
+        return Err(std::io::Error::other("it is not a socket"));
+    }
+    UnixStream::connect(Path::new(DESCRIPTORS).join(opened.as_raw_fd().to_string())).await
+}
+
+const DESCRIPTORS: &str = "/proc/self/fd";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_link_is_not_followed_and_a_long_path_is_no_hindrance() {
+        let folder = tempfile::tempdir().unwrap();
+        let deep = folder.path().join("x".repeat(120));
+        std::fs::create_dir(&deep).unwrap();
+        let (short, long) = (folder.path().join("short.sock"), deep.join("launcher.sock"));
+        let _listener = tokio::net::UnixListener::bind(&short).unwrap();
+        std::os::unix::fs::symlink(&short, &long).unwrap();
+        assert!(connect(&short).await.is_ok());
+        assert!(connect(&long).await.is_err(), "it leads to another one");
+        std::fs::remove_file(&long).unwrap();
+        std::fs::rename(&short, &long).unwrap();
+        assert!(connect(&long).await.is_ok());
+        let opened = std::fs::File::open(&deep).unwrap();
+        let through = format!("/proc/self/fd/{}/launcher.sock", std::os::fd::AsRawFd::as_raw_fd(&opened));
+        assert!(connect(Path::new(&through)).await.is_ok());
+        std::fs::write(folder.path().join("file"), "").unwrap();
+        assert!(connect(&folder.path().join("file")).await.is_err());
+    }
 }

@@ -5,9 +5,13 @@
 //! launcher to the next misses nothing. It has one client at a time; a newer one takes the older one's place.
 
 use bytes::{BufMut, Bytes, BytesMut};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
-use std::io::Write;
+use std::io::{ErrorKind, Read, Write};
+use std::net::Shutdown;
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -107,6 +111,12 @@ impl Frame {
 /// Carries the console while it exists.
 #[derive(Debug)]
 pub struct Console {
+    /// Reads what the guest says, on a thread of its own: QEMU's socket holds not even three hundred bytes, for QEMU sends a serial
+    /// port byte by byte, and a guest that has waited for the port long enough goes on without it. The launcher's own thread
+    /// may be busy, with a disk for example, for longer than that.
+    reader: Option<JoinHandle<()>>,
+    /// What ends the reader.
+    qemu: std::os::unix::net::UnixStream,
     tasks: Vec<JoinHandle<()>>,
     /// Gone once every client of the streams has been served.
     served: watch::Receiver<()>,
@@ -114,6 +124,8 @@ pub struct Console {
 
 impl Drop for Console {
     fn drop(&mut self) {
+        // It may be closed already.
+        let _ = self.qemu.shutdown(Shutdown::Both);
         self.tasks.iter().for_each(JoinHandle::abort);
     }
 }
@@ -138,27 +150,24 @@ impl Console {
         let said = Arc::new(Said::default());
         let (input, typed) = mpsc::channel(64);
         let (serving, served) = watch::channel(());
-        let (read, write) = stream.into_split();
+        let qemu = stream.into_std()?;
+        let read = qemu.try_clone()?;
+        let write = UnixStream::from_std(qemu.try_clone()?)?;
+        let heard = said.clone();
+        let reader = tokio::task::spawn_blocking(move || from_guest(read, &heard, log));
         let tasks = vec![
-            tokio::spawn(from_guest(read, said.clone(), log)),
             tokio::spawn(to_guest(write, typed)),
             tokio::spawn(accept(raw, said.clone(), input.clone())),
             tokio::spawn(accept_followers(follow, said, input, serving)),
         ];
-        Ok(Console { tasks, served })
+        Ok(Console { reader: Some(reader), qemu, tasks, served })
     }
 
     /// After QEMU's end: what it said last is read and handed on, in some time.
     pub async fn drain(mut self) {
-        if self.tasks.is_empty() {
-            return;
-        }
-        let reader = self.tasks.remove(0);
-        let abort = reader.abort_handle();
+        let Some(reader) = self.reader.take() else { return };
         let deadline = tokio::time::Instant::now() + DRAIN;
-        if tokio::time::timeout_at(deadline, reader).await.is_err() {
-            abort.abort();
-        }
+        let _ = tokio::time::timeout_at(deadline, reader).await;
         let served = async { while self.served.changed().await.is_ok() {} };
         let _ = tokio::time::timeout_at(deadline, served).await;
     }
@@ -251,10 +260,22 @@ async fn connect(path: &Path) -> std::io::Result<UnixStream> {
     }
 }
 
-async fn from_guest(mut read: impl AsyncReadExt + Unpin, said: Arc<Said>, mut log: impl FnMut(&[u8]) + Send) {
+fn from_guest(mut qemu: impl Read + AsFd, said: &Said, mut log: impl FnMut(&[u8])) {
     let mut line = Vec::new();
     let mut buffer = vec![0u8; 4096];
-    while let Ok(count) = read.read(&mut buffer).await {
+    loop {
+        // The socket does not block: its other half is tokio's.
+        let count = match qemu.read(&mut buffer) {
+            Ok(count) => count,
+            Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                match poll(&mut [PollFd::new(qemu.as_fd(), PollFlags::POLLIN)], PollTimeout::NONE) {
+                    Ok(_) | Err(Errno::EINTR) => continue,
+                    Err(_) => break,
+                }
+            }
+            Err(_) => break,
+        };
         let Some(bytes) = buffer.get(..count).filter(|b| !b.is_empty()) else { break };
         said.add(bytes);
         for byte in bytes {
@@ -512,6 +533,24 @@ mod tests {
         drop(guest);
         let (heard, ()) = tokio::join!(hear(&mut again, usize::MAX), console.drain());
         assert_eq!(heard, (None, "last".to_owned(), Some(Frame::End)));
+    }
+
+    /// As QEMU sends it: byte by byte, into a socket that holds few of them.
+    #[tokio::test]
+    async fn the_guest_is_heard_while_the_launchers_thread_is_busy() {
+        let folder = tempfile::tempdir().unwrap();
+        let (console, guest) = console(folder.path(), Arc::default()).await;
+        let mut guest = guest.into_std().unwrap();
+        guest.set_nonblocking(false).unwrap();
+        guest.set_write_timeout(Some(Duration::from_secs(20))).unwrap();
+        // This is the only thread of the runtime.
+        for _ in 0..2000 {
+            guest.write_all(b"x").unwrap();
+        }
+        let mut client = follower(folder.path(), Some(0)).await;
+        drop(guest);
+        let (heard, ()) = tokio::join!(hear(&mut client, usize::MAX), console.drain());
+        assert_eq!((heard.0, heard.1.len(), heard.2), (Some(0), 2000, Some(Frame::End)));
     }
 
     #[tokio::test]

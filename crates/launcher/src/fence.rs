@@ -1,9 +1,10 @@
 //! The end of a guest whose node may not run it any more (docs/fencing.md).
 //!
-//! The handler tells until when the guest may run, by the clock that also counts while the machine sleeps. A thread of its own
+//! The handler tells until when the guest may run, and by which clock. A thread of its own
 //! waits for that moment, so that nothing that hangs in this process keeps it from killing QEMU. It sleeps in the kernel until
 //! then, and a process that was stopped meanwhile kills as soon as it goes on.
 
+use crate::plain_file;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::timerfd::{self, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 use nix::time::{ClockId, clock_gettime};
@@ -19,10 +20,58 @@ const RECORD: &str = "fenced.json";
 pub const REASON: &str = "Fenced: its node could not renew its lease in time, so the guest was killed before it may be \
                           started elsewhere";
 
-/// `CLOCK_BOOTTIME`: the time since this machine's start, its sleep included. The same for all its processes.
+/// What a node's times are counted by; the same for all processes of a machine. None of them ever jumps.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Clock {
+    /// `CLOCK_BOOTTIME`: the machine's sleep counts, since others may be awake meanwhile.
+    #[default]
+    Boot,
+    /// `CLOCK_MONOTONIC`: it does not. For nodes that share one machine with each other and with their control plane, and sleep when
+    /// these do.
+    Awake,
+}
+
+impl Clock {
+    const fn id(self) -> ClockId {
+        match self {
+            Self::Boot => ClockId::CLOCK_BOOTTIME,
+            Self::Awake => ClockId::CLOCK_MONOTONIC,
+        }
+    }
+
+    /// The time.
+    #[must_use]
+    pub fn now(self) -> Duration {
+        clock_gettime(self.id()).map(Duration::from).unwrap_or(Duration::MAX)
+    }
+}
+
+/// The time of [`Clock::Boot`].
 #[must_use]
 pub fn now() -> Duration {
-    clock_gettime(ClockId::CLOCK_BOOTTIME).map(Duration::from).unwrap_or(Duration::MAX)
+    Clock::Boot.now()
+}
+
+/// A moment of a clock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Deadline {
+    /// Whose.
+    pub clock: Clock,
+    /// Its time.
+    pub at: Duration,
+}
+
+impl Deadline {
+    /// How far away it is; zero when it has passed.
+    #[must_use]
+    pub fn left(self) -> Duration {
+        self.at.saturating_sub(self.clock.now())
+    }
+
+    fn has_passed(self) -> bool {
+        self.left().is_zero()
+    }
 }
 
 /// A process to be killed, held so that its number cannot become another one's.
@@ -85,7 +134,7 @@ pub fn write_down(ephemeral_disks: &Path, reason: &str) {
     let fenced = Fenced { at_ms: jiff::Timestamp::now().as_millisecond(), reason: reason.to_owned() };
     let written = serde_json::to_vec(&fenced)
         .map_err(std::io::Error::from)
-        .and_then(|bytes| std::fs::write(ephemeral_disks.join(RECORD), bytes));
+        .and_then(|bytes| plain_file::write(&ephemeral_disks.join(RECORD), &bytes));
     if let Err(error) = written {
         tracing::warn!(%error, "that the guest was fenced could not be written down");
     }
@@ -94,13 +143,13 @@ pub fn write_down(ephemeral_disks: &Path, reason: &str) {
 /// What was written down of it, if it was fenced.
 #[must_use]
 pub fn read(ephemeral_disks: &Path) -> Option<Fenced> {
-    serde_json::from_slice(&std::fs::read(ephemeral_disks.join(RECORD)).ok()?).ok()
+    serde_json::from_slice(&plain_file::read(&ephemeral_disks.join(RECORD)).ok()?).ok()
 }
 
 #[derive(Debug, Default)]
 struct Held {
     /// Until when the guest may run; none when nobody has said so.
-    until: Option<Duration>,
+    until: Option<Deadline>,
     victim: Option<Victim>,
     struck: bool,
     closed: bool,
@@ -109,7 +158,8 @@ struct Held {
 #[derive(Debug)]
 struct Shared {
     held: Mutex<Held>,
-    timer: TimerFd,
+    boot: TimerFd,
+    awake: TimerFd,
     ephemeral_disks: PathBuf,
 }
 
@@ -124,7 +174,7 @@ pub struct Watchdog(Fence);
 impl Drop for Watchdog {
     fn drop(&mut self) {
         self.0.lock().closed = true;
-        self.0.wake_at(Duration::from_nanos(1));
+        self.0.wake_at(Deadline { clock: Clock::Boot, at: Duration::ZERO });
     }
 }
 
@@ -134,8 +184,9 @@ impl Watchdog {
     /// # Errors
     /// When the system has no timer or thread to give.
     pub fn start(ephemeral_disks: PathBuf) -> std::io::Result<Watchdog> {
-        let timer = TimerFd::new(timerfd::ClockId::CLOCK_BOOTTIME, TimerFlags::TFD_CLOEXEC)?;
-        let fence = Fence(Arc::new(Shared { held: Mutex::default(), timer, ephemeral_disks }));
+        let timer = |clock| TimerFd::new(clock, TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK);
+        let (boot, awake) = (timer(timerfd::ClockId::CLOCK_BOOTTIME)?, timer(timerfd::ClockId::CLOCK_MONOTONIC)?);
+        let fence = Fence(Arc::new(Shared { held: Mutex::default(), boot, awake, ephemeral_disks }));
         let watched = fence.clone();
         std::thread::Builder::new().name("fence".into()).stack_size(128 * 1024).spawn(move || watched.watch())?;
         Ok(Watchdog(fence))
@@ -153,20 +204,24 @@ impl Fence {
         self.0.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn wake_at(&self, at: Duration) {
-        let at = Expiration::OneShot(at.max(Duration::from_nanos(1)).into());
-        if let Err(error) = self.0.timer.set(at, TimerSetTimeFlags::TFD_TIMER_ABSTIME) {
+    fn wake_at(&self, deadline: Deadline) {
+        let timer = match deadline.clock {
+            Clock::Boot => &self.0.boot,
+            Clock::Awake => &self.0.awake,
+        };
+        let at = Expiration::OneShot(deadline.at.max(Duration::from_nanos(1)).into());
+        if let Err(error) = timer.set(at, TimerSetTimeFlags::TFD_TIMER_ABSTIME) {
             tracing::error!(%error, "the fence's timer cannot be set");
         }
     }
 
-    /// The guest may run until then ([`now`]'s clock). What was allowed before is not taken back, and a guest that was killed
+    /// The guest may run until then. What was allowed before is not taken back, and a guest that was killed
     /// gets nothing any more.
-    pub fn run_until(&self, until: Duration) {
+    pub fn run_until(&self, until: Deadline) {
         let mut held = self.lock();
         // Whoever comes too late finds it passed, even where the thread has not been woken yet.
         self.strike_if_due(&mut held);
-        if held.until.is_none_or(|known| known < until) {
+        if held.until.is_none_or(|known| known.left() < until.left()) {
             held.until = Some(until);
             self.wake_at(until);
         }
@@ -197,11 +252,11 @@ impl Fence {
     #[must_use]
     pub fn allows(&self) -> bool {
         let held = self.lock();
-        !held.struck && held.until.is_none_or(|until| now() < until)
+        !held.struck && held.until.is_none_or(|until| !until.has_passed())
     }
 
     fn strike_if_due(&self, held: &mut Held) {
-        if held.until.is_none_or(|until| now() < until) {
+        if held.until.is_none_or(|until| !until.has_passed()) {
             return;
         }
         let Some(victim) = held.victim.take() else { return };
@@ -212,10 +267,20 @@ impl Fence {
     }
 
     fn watch(&self) {
+        let timers = [&self.0.boot, &self.0.awake];
         loop {
-            if let Err(error) = self.0.timer.wait() {
-                tracing::error!(%error, "the fence's timer cannot be waited for");
-                std::thread::sleep(Duration::from_millis(100));
+            let mut wanted = timers.map(|timer| PollFd::new(timer.as_fd(), PollFlags::POLLIN));
+            match poll(&mut wanted, PollTimeout::NONE) {
+                Ok(_) => {}
+                Err(nix::errno::Errno::EINTR) => continue,
+                Err(error) => {
+                    tracing::error!(%error, "the fence's timers cannot be waited for");
+                    std::thread::sleep(Duration::from_millis(100));
+                }
+            }
+            for timer in timers {
+                // One that has not run out has nothing to say.
+                let _ = timer.wait();
             }
             let mut held = self.lock();
             if held.closed {
@@ -230,6 +295,10 @@ impl Fence {
 mod tests {
     use super::*;
     use std::process::{Child, Command};
+
+    fn after(time: Duration) -> Deadline {
+        Deadline { clock: Clock::Boot, at: now() + time }
+    }
 
     fn sleeper() -> Child {
         Command::new("sleep").arg("600").spawn().unwrap()
@@ -249,12 +318,12 @@ mod tests {
         let child = sleeper();
         nix::sys::signal::kill(nix::unistd::Pid::from_raw(child.id() as i32), nix::sys::signal::SIGSTOP).unwrap();
         fence.guard(child.id());
-        fence.run_until(now() + Duration::from_millis(50));
+        fence.run_until(after(Duration::from_millis(50)));
         assert!(killed(child));
         while !fence.has_struck() || read(folder.path()).is_none() {
             std::thread::yield_now();
         }
-        fence.run_until(now() + Duration::from_secs(600));
+        fence.run_until(after(Duration::from_secs(600)));
         assert!(!fence.allows(), "it stays fenced");
     }
 
@@ -264,13 +333,13 @@ mod tests {
         let dog = Watchdog::start(folder.path().to_owned()).unwrap();
         let (fence, mut child) = (dog.fence(), sleeper());
         fence.guard(child.id());
-        fence.run_until(now() + Duration::from_secs(600));
-        fence.run_until(now());
+        fence.run_until(after(Duration::from_secs(600)));
+        fence.run_until(after(Duration::ZERO));
         assert!(fence.allows() && child.try_wait().unwrap().is_none());
         // A guest that has left is nobody's to kill.
         fence.release();
         let late = Watchdog::start(folder.path().to_owned()).unwrap().fence();
-        late.run_until(now());
+        late.run_until(after(Duration::ZERO));
         late.guard(child.id());
         assert!(late.has_struck() && !late.allows() && killed(child));
         assert!(!fence.has_struck());
@@ -280,9 +349,9 @@ mod tests {
     fn a_launcher_without_a_guest_starts_none_too_late_and_may_later() {
         let folder = tempfile::tempdir().unwrap();
         let dog = Watchdog::start(folder.path().to_owned()).unwrap();
-        dog.fence().run_until(now());
+        dog.fence().run_until(after(Duration::ZERO));
         assert!(!dog.fence().allows() && !dog.fence().has_struck());
-        dog.fence().run_until(now() + Duration::from_secs(600));
+        dog.fence().run_until(after(Duration::from_secs(600)));
         assert!(dog.fence().allows());
     }
 
@@ -295,5 +364,33 @@ mod tests {
         assert!(victim.is_gone_within(Duration::from_secs(60)));
         child.wait().unwrap();
         assert!(Victim::open(child.id()).is_err());
+    }
+
+    #[test]
+    fn each_clock_has_its_own_time_and_wakes_the_fence() {
+        let awake = Clock::Awake.now();
+        assert!(Clock::Boot.now() >= awake, "the machine's sleep counts for one of them");
+        assert_eq!(Clock::default(), Clock::Boot, "nothing is known of others");
+        for clock in [Clock::Boot, Clock::Awake] {
+            let folder = tempfile::tempdir().unwrap();
+            let dog = Watchdog::start(folder.path().to_owned()).unwrap();
+            let child = sleeper();
+            dog.fence().guard(child.id());
+            dog.fence().run_until(Deadline { clock, at: clock.now() + Duration::from_millis(50) });
+            assert!(killed(child));
+        }
+    }
+
+    #[test]
+    fn time_by_one_clock_is_longer_or_shorter_than_by_the_other_by_what_is_left() {
+        let folder = tempfile::tempdir().unwrap();
+        let dog = Watchdog::start(folder.path().to_owned()).unwrap();
+        let (fence, mut child) = (dog.fence(), sleeper());
+        fence.guard(child.id());
+        fence.run_until(Deadline { clock: Clock::Awake, at: Clock::Awake.now() + Duration::from_secs(600) });
+        fence.run_until(after(Duration::ZERO));
+        assert!(fence.allows() && child.try_wait().unwrap().is_none());
+        child.kill().unwrap();
+        child.wait().unwrap();
     }
 }

@@ -13,6 +13,7 @@ mod copy_mark;
 pub mod fence;
 pub mod iso;
 pub mod persistent;
+pub mod plain_file;
 pub mod plan;
 pub mod record;
 pub mod rooms;
@@ -29,6 +30,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
 pub use godwit_qemu::accelerator::{Accelerator, Probe};
+pub use godwit_qemu::processors::{HostModel, Processors};
 pub use godwit_qemu::qmp::commands::VersionTriple;
 pub use godwit_qemu::{descriptor, memory};
 
@@ -130,6 +132,15 @@ pub async fn probe_accelerator() -> Probe {
             reason: "QEMU is not installed (package qemu-system-x86; `make deps` installs it)".into(),
         },
     }
+}
+
+/// What the installed QEMU can give to guests on this machine, with this accelerator. Takes about a second: ask once for a node.
+///
+/// # Errors
+/// Where there is none, or it does not answer: in a sentence.
+pub async fn processors(accelerator: Accelerator) -> Result<Processors, String> {
+    let program = godwit_qemu::process::find_qemu().ok_or("QEMU is not installed")?;
+    godwit_qemu::processors::ask(&program, accelerator).await.map_err(|error| error.to_string())
 }
 
 /// The version that the installed QEMU says it is, such as `7.2.22`; none where there is none.

@@ -4,7 +4,7 @@ mod clock;
 mod firmware;
 
 use crate::persistent::PersistentState;
-use crate::rpc::{InterfaceOrder, Paths, VolumeFacts, VolumeState};
+use crate::rpc::{GuestCpu, InterfaceOrder, Paths, VolumeFacts, VolumeState};
 use crate::volumes::{self, Image, Preparer};
 pub use clock::wall_clock_offset;
 use godwit_api::VirtualMachineInstance;
@@ -22,6 +22,8 @@ pub const SERIAL: &str = "qemu-serial0";
 pub const TPM: &str = "tpm";
 /// Where the module keeps its state, among the guest's other files of this place.
 pub const TPM_STATE: &str = "tpm";
+/// Name of the socket on which QEMU shows the guest's screen (VNC).
+pub const SCREEN: &str = "vnc";
 /// Name of the guest agent's socket.
 pub const AGENT: &str = "qga";
 
@@ -54,6 +56,8 @@ pub struct Inputs<'a> {
     pub machine_type: Option<&'a str>,
     /// How the machine is built ([`crate::rpc::MACHINE_REVISION`]).
     pub revision: u32,
+    /// What stands for the node's own processor, where that is known.
+    pub host_cpu: Option<&'a GuestCpu>,
     /// Whether this is a target.
     pub arriving: bool,
     /// What of the guest is on a claim.
@@ -78,7 +82,7 @@ pub struct WritableDisk {
 }
 
 /// A machine, and what of its disks is on this node only.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Plan {
     /// The machine.
     pub machine: Machine,
@@ -86,6 +90,8 @@ pub struct Plan {
     pub writable: Vec<WritableDisk>,
     /// What is known of each of the machine's disks, in their order; their sizes QEMU knows.
     pub volumes: Vec<VolumeState>,
+    /// Its processor; none when that is the node's own, whatever that is.
+    pub guest_cpu: Option<GuestCpu>,
 }
 
 /// Makes the plan, and the files that it needs.
@@ -97,7 +103,8 @@ pub async fn plan(inputs: &Inputs<'_>) -> Result<Plan, Error> {
     machine.name = name.into();
     machine.accelerator = inputs.accelerator;
     machine.machine_type = machine_type(inputs);
-    machine.cpu = cpu(vmi)?;
+    let guest_cpu = guest_cpu(inputs);
+    machine.cpu = cpu(vmi, guest_cpu.as_ref())?;
     machine.incoming = inputs.arriving;
     machine.rng = domain.devices.rng.is_some();
     machine.balloon = domain.devices.autoattach_mem_balloon.unwrap_or(true);
@@ -105,6 +112,9 @@ pub async fn plan(inputs: &Inputs<'_>) -> Result<Plan, Error> {
     machine.hotplug = inputs.revision >= 2 && domain.devices.disable_hotplug != Some(true);
     if domain.devices.autoattach_serial_console.unwrap_or(true) {
         machine.serial = Some(inputs.paths.sockets.join(SERIAL));
+    }
+    if inputs.revision >= 3 && domain.devices.autoattach_graphics_device.unwrap_or(true) {
+        machine.screen = Some(inputs.paths.sockets.join(SCREEN));
     }
     machine.guest_agent = Some(inputs.paths.sockets.join(AGENT));
     machine.acpi = domain.features.as_ref().and_then(|f| f.acpi.as_ref()).is_none_or(|a| a.enabled.unwrap_or(true));
@@ -125,7 +135,7 @@ pub async fn plan(inputs: &Inputs<'_>) -> Result<Plan, Error> {
     let (writable, volumes) = disks(inputs, &mut machine).await?;
     machine.nics = nics(inputs)?;
     boot_order(&mut machine);
-    Ok(Plan { machine, writable, volumes })
+    Ok(Plan { machine, writable, volumes, guest_cpu })
 }
 
 fn invalid(message: impl Into<String>) -> Error {
@@ -160,7 +170,23 @@ fn memory_mib(vmi: &VirtualMachineInstance) -> Result<u64, Error> {
     }
 }
 
-fn cpu(vmi: &VirtualMachineInstance) -> Result<Cpu, Error> {
+/// The processor that is built the same at every node: an arriving guest's is what it was started with.
+fn guest_cpu(inputs: &Inputs<'_>) -> Option<GuestCpu> {
+    if inputs.revision < 4 {
+        return None;
+    }
+    if inputs.arriving && inputs.vmi.status.guest_cpu.is_some() {
+        return inputs.vmi.status.guest_cpu.clone();
+    }
+    let asked = inputs.vmi.spec.domain.cpu.as_ref().and_then(|cpu| cpu.model.as_deref());
+    match asked.filter(|model| !model.is_empty()) {
+        None | Some("host-model") => inputs.host_cpu.cloned(),
+        Some("host-passthrough") => None,
+        Some(named) => Some(GuestCpu { model: named.to_owned(), features: Vec::new() }),
+    }
+}
+
+fn cpu(vmi: &VirtualMachineInstance, guest_cpu: Option<&GuestCpu>) -> Result<Cpu, Error> {
     let domain = &vmi.spec.domain;
     let mut cpu = Cpu::default();
     let topology = domain.cpu.as_ref();
@@ -175,7 +201,11 @@ fn cpu(vmi: &VirtualMachineInstance) -> Result<Cpu, Error> {
             cpu.sockets = u32::try_from((milli + 999) / 1000).unwrap_or(1).max(1);
         }
     }
-    if let Some(topology) = topology {
+    if let Some(guest_cpu) = guest_cpu {
+        cpu.model = Some(guest_cpu.model.clone());
+        cpu.features = guest_cpu.features.iter().map(|feature| (feature.clone(), true)).collect();
+        cpu.enforce = true;
+    } else if let Some(topology) = topology {
         cpu.model = topology.model.clone().filter(|m| !m.is_empty());
     }
     Ok(cpu)
@@ -429,6 +459,15 @@ mod tests {
     use serde_json::{Value, json};
 
     async fn try_plan(vmi: Value, interfaces: &[InterfaceOrder], arriving: bool) -> Result<Plan, Error> {
+        plan_of_revision(vmi, interfaces, arriving, MACHINE_REVISION).await
+    }
+
+    async fn plan_of_revision(
+        vmi: Value,
+        interfaces: &[InterfaceOrder],
+        arriving: bool,
+        revision: u32,
+    ) -> Result<Plan, Error> {
         let folder = tempfile::tempdir().unwrap();
         let paths = Paths::under(folder.path());
         for place in [&paths.sockets, &paths.ephemeral_disks, &paths.kernel_boot] {
@@ -444,7 +483,8 @@ mod tests {
             paths: &paths,
             accelerator: Accelerator::Tcg,
             machine_type: None,
-            revision: MACHINE_REVISION,
+            revision,
+            host_cpu: Some(&GuestCpu { model: "Opteron_G2".into(), features: vec!["avx".into(), "bmi1".into()] }),
             arriving,
             persistent: None,
         };
@@ -516,12 +556,43 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_processor_is_spelled_out_where_the_guest_starts_and_stays_with_it() {
+        let with = |model: Value, guest_cpu: Value| {
+            let mut vmi = vmi();
+            vmi["spec"]["domain"]["cpu"]["model"] = model;
+            vmi["status"] = json!({ "guestCpu": guest_cpu });
+            vmi
+        };
+        let option = |plan: &Plan| {
+            let arguments = plan.machine.arguments(0).unwrap();
+            arguments[arguments.iter().position(|argument| argument == "-cpu").unwrap() + 1].clone()
+        };
+        let spelled = "Opteron_G2,avx=on,bmi1=on,enforce";
+        for asked in [json!(null), json!("host-model")] {
+            let started = try_plan(with(asked.clone(), json!(null)), &wired(), false).await.unwrap();
+            assert_eq!(option(&started), spelled, "{asked}");
+            // The target's own processor does not count.
+            let elsewhere = json!({"model": "Penryn", "features": ["avx"]});
+            let arrived = try_plan(with(asked.clone(), elsewhere), &wired(), true).await.unwrap();
+            assert_eq!(option(&arrived), "Penryn,avx=on,enforce");
+            // A guest of an older machine has what it had.
+            let old = plan_of_revision(with(asked, json!(null)), &wired(), true, 3).await.unwrap();
+            assert_eq!((option(&old).as_str(), old.guest_cpu), ("max,la57=off", None));
+        }
+        let passed = try_plan(with(json!("host-passthrough"), json!(null)), &wired(), false).await.unwrap();
+        assert_eq!((option(&passed).as_str(), passed.guest_cpu), ("max,la57=off", None));
+        let named = try_plan(with(json!("Nehalem"), json!(null)), &wired(), false).await.unwrap();
+        assert_eq!(option(&named), "Nehalem,enforce");
+    }
+
+    #[tokio::test]
     async fn both_ends_of_a_migration_plan_the_same_machine() {
         let source = try_plan(vmi(), &wired(), false).await.unwrap();
         let mut target = try_plan(vmi(), &wired(), true).await.unwrap();
         target.machine.incoming = false;
         target.machine.monitor = source.machine.monitor.clone();
         target.machine.serial = source.machine.serial.clone();
+        target.machine.screen = source.machine.screen.clone();
         target.machine.guest_agent = source.machine.guest_agent.clone();
         assert_eq!(source, target);
     }
@@ -549,6 +620,15 @@ mod tests {
         let started = try_plan(with, &wired(), false).await.unwrap();
         assert!(started.machine.disks.iter().all(|disk| disk.place.is_none()));
         assert!(started.machine.hotplug && !started.machine.free_page_hint);
+    }
+
+    #[tokio::test]
+    async fn a_guest_has_a_screen_unless_it_wants_none() {
+        let screen = async |vmi: Value| try_plan(vmi, &wired(), false).await.unwrap().machine.screen;
+        assert!(screen(vmi()).await.unwrap().ends_with(SCREEN));
+        let mut without = vmi();
+        without["spec"]["domain"]["devices"]["autoattachGraphicsDevice"] = json!(false);
+        assert_eq!(screen(without).await, None);
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! It is forced to the disk while the guest stands still, so all that can be done before is done before: the file is there, of
 //! its final size and known to its folder, when the migration begins, and then only its content changes.
 
+use crate::plain_file;
 use crate::rpc::MigrationFacts;
 use std::fs::File;
 use std::io::{Error, ErrorKind, Result};
@@ -51,7 +52,7 @@ impl Record {
 
 /// The migration with which the guest has left, if it has. A record that is there but cannot be read is an error: it may say so.
 pub fn read_departed(folder: &Path) -> Result<Option<MigrationFacts>> {
-    match std::fs::read(folder.join(NAME)) {
+    match plain_file::read(&folder.join(NAME)) {
         Ok(bytes) if bytes.iter().all(u8::is_ascii_whitespace) => Ok(None),
         Ok(bytes) => Ok(Some(serde_json::from_slice(&bytes)?)),
         Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),

@@ -3,7 +3,9 @@
 //! HTTP/1.1 with JSON bodies over the unix socket `launcher.sock` (docs/architecture.md, "Launcher RPC"). Unknown members
 //! are ignored and new ones are optional, so that a handler and a launcher of different builds understand each other.
 
+use crate::fence::{Clock, Deadline};
 use godwit_api::VirtualMachineInstance;
+pub use godwit_api::vmi::GuestCpu;
 pub use godwit_qemu::accelerator::Accelerator;
 pub use godwit_qemu::failure::Cause;
 pub use godwit_qemu::forecast::{self, Written};
@@ -11,6 +13,7 @@ pub use godwit_qemu::transport::{self, Ability, Transport};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// Path of [`State`].
 pub const STATE: &str = "/v1/state";
@@ -54,7 +57,8 @@ pub const PAUSE: &str = "/v1/pause";
 pub const UNPAUSE: &str = "/v1/unpause";
 /// Path that presses the machine's reset button. An older launcher does not know it.
 pub const RESET: &str = "/v1/reset";
-/// Path that has the guest agent reboot the guest. An older launcher does not know it.
+/// Path that has the guest reboot itself: by its agent, or where there is none by its power button, after which it is started over
+/// ([`State::reboot`]). An older launcher does not know it, or only the first.
 pub const REBOOT: &str = "/v1/reboot";
 /// Path of what the guest agent says when it is asked now ([`GuestAnswers`]). An older launcher does not know it.
 pub const GUEST: &str = "/v1/guest";
@@ -63,8 +67,10 @@ pub const GUEST: &str = "/v1/guest";
 /// goes ([`State::machine_revision`], `status.machineRevision`), until it is started anew.
 ///
 /// 0: as launchers built it that knew of no revisions. 1: the memory balloon takes hints of free pages. 2: it takes none, and
-/// there is a SCSI controller for disks that come while the guest runs, whether or not one is there from the start.
-pub const MACHINE_REVISION: u32 = 2;
+/// there is a SCSI controller for disks that come while the guest runs, whether or not one is there from the start. 3: there is a
+/// screen, unless its VMI wants none. 4: a processor that stands for the node's own (`host-model`, or none asked for) is spelled out
+/// ([`VmOrder::host_cpu`]), and a named one is had whole or not at all.
+pub const MACHINE_REVISION: u32 = 4;
 
 /// A network interface of the guest, as the handler wired it in the pod's network namespace.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -105,15 +111,18 @@ pub struct VmOrder {
     /// The accelerator to use; none lets the launcher find out what this machine can do.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub accelerator: Option<Accelerator>,
+    /// What stands for this node's own processor; none where that is not known, and from older handlers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host_cpu: Option<GuestCpu>,
     /// Make the guest's memory such that another QEMU on this node can map it ([`State::shareable_memory`]).
     #[serde(default)]
     pub shareable_memory: bool,
     /// The newest [`MACHINE_REVISION`] that the handler wants, and will keep for the guest's targets. An older one knows none.
     #[serde(default)]
     pub machine_revision: u32,
-    /// As in [`RunUntilOrder`]. An older handler says nothing.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub run_until_ms: Option<u64>,
+    /// An older handler says nothing.
+    #[serde(flatten)]
+    pub run_until: Option<RunUntilOrder>,
 }
 
 /// The guest may run until then (`PUT /v1/run-until`, docs/fencing.md): when that has passed, the launcher kills QEMU, and starts
@@ -123,13 +132,33 @@ pub struct VmOrder {
 pub struct RunUntilOrder {
     /// Milliseconds of `CLOCK_BOOTTIME`, which handler and launcher share.
     pub run_until_ms: u64,
+    /// The same by `CLOCK_MONOTONIC`, on a node whose handler does not count the machine's sleep ([`Clock::Awake`]). Then only this
+    /// counts; an older launcher does not know it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub awake_until_ms: Option<u64>,
 }
 
 impl RunUntilOrder {
-    /// The same as a time of [`crate::fence::now`].
+    /// Until this time of this clock.
     #[must_use]
-    pub fn until(self) -> std::time::Duration {
-        std::time::Duration::from_millis(self.run_until_ms)
+    pub fn by(clock: Clock, until: Duration) -> Self {
+        let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        match clock {
+            Clock::Boot => Self { run_until_ms: ms(until), awake_until_ms: None },
+            Clock::Awake => {
+                let left = until.saturating_sub(clock.now());
+                Self { run_until_ms: ms(Clock::Boot.now().saturating_add(left)), awake_until_ms: Some(ms(until)) }
+            }
+        }
+    }
+
+    /// The moment.
+    #[must_use]
+    pub fn deadline(self) -> Deadline {
+        match self.awake_until_ms {
+            Some(ms) => Deadline { clock: Clock::Awake, at: Duration::from_millis(ms) },
+            None => Deadline { clock: Clock::Boot, at: Duration::from_millis(self.run_until_ms) },
+        }
     }
 }
 
@@ -287,9 +316,9 @@ pub struct GoOrder {
     /// stays paused there until somebody unpauses it.
     #[serde(default)]
     pub paused: bool,
-    /// As in [`RunUntilOrder`]. An older handler says nothing.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub run_until_ms: Option<u64>,
+    /// An older handler says nothing.
+    #[serde(flatten)]
+    pub run_until: Option<RunUntilOrder>,
 }
 
 /// Another link for a post-copy (`POST /v1/migration/recover`): first the target, which listens for it, then the source, which
@@ -378,6 +407,9 @@ pub struct State {
     /// How its machine was built ([`MACHINE_REVISION`]).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub machine_revision: Option<u32>,
+    /// The processor that it was given; none where that is the node's own, whatever that is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub guest_cpu: Option<GuestCpu>,
     /// Another QEMU on this node could map the guest's memory ([`MIGRATION_LEND`]).
     pub shareable_memory: bool,
     /// How its QEMU could carry memory.
@@ -398,6 +430,9 @@ pub struct State {
     pub exit_reason: Option<String>,
     /// The guest was killed because its node might not run it any more ([`RunUntilOrder`]).
     pub fenced: bool,
+    /// The reboot by the power button that is under way, or that the guest did not take part in.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reboot: Option<RebootFacts>,
     /// What was measured of the guest's memory.
     pub memory: MemoryFacts,
     /// The last or current migration.
@@ -406,6 +441,26 @@ pub struct State {
     /// The volumes that are disks of the guest, in the order of the VMI's disks.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub volumes: Vec<VolumeState>,
+}
+
+impl State {
+    /// The guest has been told to power down so that it is started over. It is not sent away meanwhile: at a target its
+    /// power-off would be its end.
+    #[must_use]
+    pub fn is_rebooting(&self) -> bool {
+        self.reboot.is_some_and(|reboot| reboot.given_up_us.is_none())
+    }
+}
+
+/// A reboot by the power button ([`REBOOT`]). There is none any more once the guest has started over.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct RebootFacts {
+    /// When it was asked for, microseconds since the Unix epoch by this host's clock.
+    pub asked_us: i64,
+    /// When the guest had not powered down in time, by the same clock. It runs on, and when it powers down later it ends.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub given_up_us: Option<i64>,
 }
 
 /// The guest's memory, as it was measured while the guest ran here.
@@ -418,7 +473,8 @@ pub struct MemoryFacts {
     pub present_bytes: u64,
     /// How much of it the guest writes to within some times, the shortest first.
     pub written: Vec<Written>,
-    /// When that was measured last, microseconds since the Unix epoch by this host's clock.
+    /// When all of that had been measured last, microseconds since the Unix epoch by this host's clock. The shorter times may be
+    /// newer already, or the only ones that are known yet.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub measured_us: Option<i64>,
     /// A guest that runs is sent in one pass, since this QEMU loses track of what is written between two.
@@ -804,5 +860,28 @@ impl Paths {
     /// The RPC socket.
     pub fn rpc_socket(&self) -> PathBuf {
         self.sockets.join("launcher.sock")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn a_deadline_is_understood_by_launchers_that_know_one_clock_and_from_handlers_that_do() {
+        let boot = RunUntilOrder::by(Clock::Boot, Duration::from_millis(7));
+        assert_eq!(serde_json::to_value(boot).unwrap(), json!({"runUntilMs": 7}));
+        let later = Clock::Awake.now() + Duration::from_secs(600);
+        let awake = RunUntilOrder::by(Clock::Awake, later);
+        assert!(Duration::from_millis(awake.run_until_ms) > Clock::Boot.now() + Duration::from_secs(300));
+        assert_eq!(awake.deadline().clock, Clock::Awake);
+
+        let go = |order| serde_json::to_value(GoOrder { migration_uid: "m".into(), paused: false, run_until: order });
+        assert_eq!(go(Some(boot)).unwrap(), json!({"migrationUid": "m", "paused": false, "runUntilMs": 7}));
+        for order in [None, Some(boot), Some(awake)] {
+            let read: GoOrder = serde_json::from_value(go(order).unwrap()).unwrap();
+            assert_eq!(read.run_until, order);
+        }
     }
 }

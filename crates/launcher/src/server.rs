@@ -75,7 +75,7 @@ async fn with<T: DeserializeOwned>(door: Shared<Door>, body: Bytes, make: impl F
 /// Past the VM's task, which may be waiting for a QEMU that hangs.
 async fn run_until(Shared(door): Shared<Door>, body: Bytes) -> Response {
     match serde_json::from_slice::<rpc::RunUntilOrder>(&body) {
-        Ok(order) => door.fence.run_until(order.until()),
+        Ok(order) => door.fence.run_until(order.deadline()),
         Err(error) => return refuse(Refusal::BadRequest, format!("the order cannot be read: {error}")),
     }
     let state = door.state.borrow().clone();
@@ -135,11 +135,12 @@ fn has_agent(door: &Door) -> Result<(), Box<Response>> {
 }
 
 async fn reboot(Shared(door): Shared<Door>) -> Response {
-    if let Err(refused) = has_agent(&door) {
-        return *refused;
+    if has_agent(&door).is_err() {
+        return order(Shared(door), Order::Reboot).await;
     }
     match agent::reboot(&door.agent).await {
         Ok(()) => state_now(Shared(door)).await,
+        Err(agent::Error::Refused { unknown: true, .. }) => order(Shared(door), Order::Reboot).await,
         Err(error) => refuse(Refusal::Failed, error.to_string()),
     }
 }

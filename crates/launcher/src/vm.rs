@@ -7,6 +7,7 @@ mod measure;
 mod memory;
 mod migration;
 mod persistent;
+mod reboot;
 mod tpm;
 
 use crate::console::{self, Console};
@@ -16,7 +17,7 @@ use crate::plan::{self, Inputs, SERIAL, WritableDisk};
 use crate::record::{self, Record};
 use crate::rooms;
 use crate::rpc::{
-    Accelerator, Cause, DisksOrder, DomainPhase, EventRecord, GoOrder, InterfaceOrder, LendOrder, LinkOrder,
+    Accelerator, Cause, DisksOrder, DomainPhase, EventRecord, GoOrder, GuestCpu, InterfaceOrder, LendOrder, LinkOrder,
     MACHINE_REVISION, MigrationRef, MigrationRole, Paths, Refusal, RunUntilOrder, ShutdownOrder, SourceOrder, State,
     TargetOrder, TargetReady, Transport, TransportOrder, VmOrder, VolumeFacts, VolumeState,
 };
@@ -65,6 +66,7 @@ pub enum Order {
     Abandon(MigrationRef),
     Shutdown(ShutdownOrder),
     Pause,
+    Reboot,
     Reset,
     Unpause,
     Measure,
@@ -186,6 +188,7 @@ pub struct Vm {
     record: Option<Record>,
     grace: Duration,
     ending: Option<Ending>,
+    rebooting: Option<reboot::Rebooting>,
     /// QEMU's reason for its shutdown, once it announced one.
     shutdown_reason: Option<String>,
     inside: inside::Inside,
@@ -200,6 +203,19 @@ pub struct Vm {
     over: Option<Instant>,
     /// Nobody has to learn the end any more.
     dismissed: bool,
+}
+
+/// How a machine is to be built, besides what its VMI says.
+#[derive(Clone, Copy)]
+struct Building<'a> {
+    accelerator: Accelerator,
+    /// The source's.
+    machine_type: Option<&'a str>,
+    /// What stands for the node's own processor.
+    host_cpu: Option<&'a GuestCpu>,
+    revision: u32,
+    /// Whether this is a target.
+    arriving: bool,
 }
 
 impl Vm {
@@ -237,6 +253,7 @@ impl Vm {
             record: None,
             grace: Duration::from_secs(30),
             ending: None,
+            rebooting: None,
             shutdown_reason: None,
             inside: inside::Inside::default(),
             tpm: None,
@@ -311,6 +328,7 @@ impl Vm {
             Order::Abandon(order) => self.abandon(&order.migration_uid).await?,
             Order::Shutdown(order) => self.shut_down(Duration::from_secs(order.grace_seconds)).await,
             Order::Pause => self.pause(true).await?,
+            Order::Reboot => self.reboot().await?,
             Order::Reset => self.reset().await?,
             Order::Unpause => self.pause(false).await?,
             Order::Measure => self.measure(true),
@@ -337,12 +355,15 @@ impl Vm {
             // Started already, here or elsewhere, or ended.
             _ => return Ok(()),
         }
-        let VmOrder { vmi, interfaces, volumes, accelerator, machine_revision, shareable_memory, run_until_ms } = order;
-        self.may_run(run_until_ms)?;
+        let VmOrder { vmi, interfaces, volumes, accelerator, host_cpu, machine_revision, shareable_memory, run_until } =
+            order;
+        self.may_run(run_until)?;
         let revision = machine_revision.min(MACHINE_REVISION);
         let (program, accelerator) = self.program(accelerator).await?;
         self.persistent = persistent::kept(PersistentState::resume(&self.paths, &vmi))?;
-        let mut plan = self.plan(&vmi, &interfaces, &volumes, accelerator, None, (revision, false)).await?;
+        let building =
+            Building { accelerator, machine_type: None, host_cpu: host_cpu.as_ref(), revision, arriving: false };
+        let mut plan = self.plan(&vmi, &interfaces, &volumes, building).await?;
         plan.machine.shared_memory = memory::shareable(shareable_memory, &plan.machine);
         self.start_tpm(&plan)?;
         let prelaunch = Prelaunch::launch(&program, &plan.machine).await?;
@@ -395,7 +416,8 @@ impl Vm {
         let machine_type = machine_type.as_deref();
         self.persistent = persistent::kept(PersistentState::receive(&self.paths, &vmi, &migration_uid))?;
         self.take_images(&disk_sockets).await?;
-        let mut plan = self.plan(&vmi, &interfaces, &volumes, accelerator, machine_type, (revision, true)).await?;
+        let building = Building { accelerator, machine_type, host_cpu: None, revision, arriving: true };
+        let mut plan = self.plan(&vmi, &interfaces, &volumes, building).await?;
         let borrowed = self.borrow_memory(memory_socket.as_deref(), &plan.machine).await;
         let by_reference = borrowed.is_some();
         plan.machine.shared_memory = borrowed.or_else(|| memory::shareable(shareable_memory, &plan.machine));
@@ -449,10 +471,9 @@ impl Vm {
         vmi: &VirtualMachineInstance,
         interfaces: &[InterfaceOrder],
         volumes: &BTreeMap<String, VolumeFacts>,
-        accelerator: Accelerator,
-        machine_type: Option<&str>,
-        (revision, arriving): (u32, bool),
+        building: Building<'_>,
     ) -> Result<plan::Plan, Refused> {
+        let Building { accelerator, machine_type, host_cpu, revision, arriving } = building;
         let (paths, persistent, images) = (&self.paths, self.persistent.as_ref(), &self.handed_over());
         let inputs = Inputs {
             vmi,
@@ -463,16 +484,20 @@ impl Vm {
             accelerator,
             machine_type,
             revision,
+            host_cpu,
             arriving,
             persistent,
         };
         let plan = plan::plan(&inputs).await?;
         self.takes_disks = plan.machine.has_scsi();
         self.now.machine_revision = Some(revision);
+        self.now.guest_cpu.clone_from(&plan.guest_cpu);
         self.efi = plan.machine.efi.clone();
         // Sockets of a QEMU that could not be started the last time.
-        for stale in [Some(&plan.machine.monitor), plan.machine.serial.as_ref(), plan.machine.guest_agent.as_ref()] {
-            let _ = stale.map(std::fs::remove_file);
+        let machine = &plan.machine;
+        let sockets = [&machine.serial, &machine.guest_agent, &machine.screen].map(Option::as_ref);
+        for stale in sockets.into_iter().flatten().chain([&machine.monitor]) {
+            let _ = std::fs::remove_file(stale);
         }
         Ok(plan)
     }
@@ -498,9 +523,9 @@ impl Vm {
     }
 
     /// Refuses while this node may not run guests.
-    fn may_run(&self, run_until_ms: Option<u64>) -> Result<(), Refused> {
-        if let Some(run_until_ms) = run_until_ms {
-            self.fence.run_until(RunUntilOrder { run_until_ms }.until());
+    fn may_run(&self, run_until: Option<RunUntilOrder>) -> Result<(), Refused> {
+        if let Some(order) = run_until {
+            self.fence.run_until(order.deadline());
         }
         match self.fence.allows() {
             true => Ok(()),
@@ -597,12 +622,19 @@ impl Vm {
 
     async fn event(&mut self, event: Event) {
         match event.name.as_str() {
-            "SHUTDOWN" => self.shutdown_reason = Some(event.text("reason").unwrap_or("unknown").to_string()),
+            // The first one is why: a QEMU that stays without its guest says another when it is ended.
+            "SHUTDOWN" => {
+                let reason = event.text("reason").unwrap_or("unknown");
+                self.shutdown_reason.get_or_insert_with(|| reason.to_string());
+            }
             "VSERPORT_CHANGE" => {
                 self.agent_opened(event.data.get("open").and_then(serde_json::Value::as_bool).unwrap_or(false));
             }
+            // A guest that runs has not shut down.
+            "RESUME" => self.shutdown_reason = None,
             _ => {}
         }
+        self.reboot_event(&event).await;
         self.migration_event(&event).await;
         // A guest that stands still for the switchover does not wait for answers that nothing depends on: what follows from them
         // is the end, and is asked for then.
@@ -630,6 +662,19 @@ impl Vm {
         let Ok(status) = qemu.status().await else { return };
         self.now.qemu_status = Some(status.as_str().to_string());
         self.now.phase = match &self.stage {
+            // It is about to start over.
+            Stage::Running(running)
+                if status == RunState::Shutdown && self.rebooting.is_some() && !running.is_paused() =>
+            {
+                DomainPhase::Running
+            }
+            // Nobody starts it over: QEMU may have carried out an order to stay whose answer did not come in time.
+            Stage::Running(running) if status == RunState::Shutdown && self.rebooting.is_none() => {
+                tracing::warn!("the guest has powered down and its QEMU has stayed; it is ended");
+                let qemu = running.qemu().clone();
+                tokio::spawn(async move { qemu.quit().await });
+                self.now.phase
+            }
             Stage::Running(_) if matches!(status, RunState::Running | RunState::Suspended) => DomainPhase::Running,
             Stage::Running(_) => DomainPhase::Paused,
             Stage::Outgoing(outgoing) if outgoing.is_paused() => DomainPhase::Paused,
@@ -644,7 +689,7 @@ impl Vm {
 
     fn next_look(&self) -> Instant {
         let migrating = matches!(self.stage, Stage::Outgoing(_) | Stage::Serving(_));
-        let soon = migrating || self.ending.is_some() || self.inside.is_due();
+        let soon = migrating || self.ending.is_some() || self.rebooting.is_some() || self.inside.is_due();
         let wait = if soon { LOOK_EVERY } else { IDLE_EVERY };
         Instant::now() + wait
     }
@@ -653,6 +698,7 @@ impl Vm {
         self.look_at_migration().await;
         self.measure(false);
         self.look_at_ending().await;
+        self.look_at_reboot().await;
         self.look_at_tpm();
         self.keep_state().await;
         self.now.launcher_rss_bytes = own_rss();

@@ -152,6 +152,8 @@ async fn a_link_that_breaks_in_post_copy_is_followed_by_another_one() {
     }
     pair.source.client.migrate(&order(None)).await.unwrap();
     pair.target.until("completed", |s| status(s) == "completed").await;
+    // The source writes it down when it learns of it itself.
+    pair.source.until("completed", |s| status(s) == "completed").await;
     assert_eq!(written(&pair.source).unwrap().recoveries, 2);
     assert_eq!(refusal(pair.target.client.recover(MIGRATION, "x").await), Refusal::Conflict, "it is whole");
     pair.arrives().await;

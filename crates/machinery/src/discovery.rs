@@ -223,6 +223,7 @@ pub fn subresources(r: &Resource) -> Vec<Subresource<'_>> {
 /// Groups other than the core one, most important first: as in Kubernetes, its own in their order, then those of CRDs by name.
 pub fn groups(resources: &[Resource]) -> Vec<String> {
     const ORDER: &[&str] = &[
+        "apiregistration.k8s.io",
         "apps",
         "events.k8s.io",
         "authentication.k8s.io",
@@ -334,7 +335,7 @@ mod tests {
         let classic = api_group_list(&all());
         let names: Vec<&str> =
             classic["groups"].as_array().unwrap().iter().map(|g| g["name"].as_str().unwrap()).collect();
-        assert_eq!(names[0], "events.k8s.io");
+        assert_eq!(names[..2], ["apiregistration.k8s.io", "apps"]);
         assert_eq!(names.len(), groups(&all()).len());
         let doc = aggregated(&all(), false, "v2");
         assert_eq!(doc["items"].as_array().unwrap().len(), names.len());

@@ -252,7 +252,9 @@ pub fn counts_generations(group: &str, plural: &str, builtin: bool) -> bool {
     !builtin
         || matches!(
             (group, plural),
-            ("policy", "poddisruptionbudgets") | ("apiextensions.k8s.io", "customresourcedefinitions") | ("apps", _)
+            ("policy", "poddisruptionbudgets")
+                | ("apiextensions.k8s.io", "customresourcedefinitions")
+                | ("apps" | "admissionregistration.k8s.io", _)
         )
 }
 

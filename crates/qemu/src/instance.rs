@@ -10,8 +10,8 @@
 //!    └───────────go (post-copy)──▶ Filling ───────────┘
 //! ```
 //!
-//! `cont` is sent by these only: [`Prelaunch::start`], [`Incoming::go`], [`Running::unpause`] and its like of [`Filling`], and
-//! an [`Outgoing`] that has failed or lets a guest go on that it held. A [`Serving`] or [`Departed`] QEMU has no such
+//! `cont` is sent by these only: [`Prelaunch::start`], [`Incoming::go`], [`Running::unpause`] and its like of [`Filling`],
+//! [`Running::start_over`], and an [`Outgoing`] that has failed or lets a guest go on that it held. A [`Serving`] or [`Departed`] QEMU has no such
 //! function, since its guest may run elsewhere.
 
 mod incoming;
@@ -39,6 +39,8 @@ use std::time::Duration;
 const START_LIMIT: Duration = Duration::from_secs(20);
 /// How long QEMU may take to say that the link of its post-copy is broken, after it was told so.
 const BREAK_LIMIT: Duration = Duration::from_secs(5);
+/// How long QEMU may take to stop a guest that has powered off, and to reset it.
+const START_OVER_LIMIT: Duration = Duration::from_secs(20);
 /// How long QEMU may take to let go of a disk that was taken out.
 const UNPLUG_LIMIT: Duration = Duration::from_secs(10);
 /// How long QEMU may take to answer `quit`, and how long to end after that.
@@ -436,6 +438,42 @@ impl Running {
     /// Presses the machine's reset button: the guest starts over without being asked.
     pub async fn reset(&self) -> Result<(), qmp::Error> {
         self.qemu.qmp.execute(&commands::SystemReset {}).await.map(drop)
+    }
+
+    /// Whether this QEMU stays when the guest powers off, so that it can [start over](Running::start_over), or ends with it.
+    pub async fn outlive_power_off(&self, stay: bool) -> Result<(), qmp::Error> {
+        let shutdown = if stay { "pause" } else { "poweroff" };
+        self.qemu.qmp.execute(&commands::SetAction { shutdown }).await.map(drop)
+    }
+
+    /// Boots a guest that has powered off in a QEMU that [stays](Running::outlive_power_off), unless its user has paused it
+    /// meanwhile; from here on QEMU ends with the guest again. May be repeated after an error.
+    pub async fn start_over(&mut self) -> Result<(), Error> {
+        // QEMU announces the power-off a moment before it stops the guest.
+        self.leaves(&[RunState::Running], "a guest that has powered off is to be stopped").await?;
+        self.outlive_power_off(false).await?;
+        self.reset().await?;
+        // The reset comes after its answer.
+        self.leaves(&[RunState::Shutdown, RunState::Paused], "a guest that has powered off is to be reset").await?;
+        if !self.paused {
+            self.qemu.qmp.execute(&commands::Cont {}).await?;
+        }
+        Ok(())
+    }
+
+    /// Waits until QEMU is in none of these states.
+    async fn leaves(&self, states: &[RunState], wanted: &'static str) -> Result<(), Error> {
+        let end = tokio::time::Instant::now() + START_OVER_LIMIT;
+        loop {
+            let state = self.qemu.status().await?;
+            if !states.contains(&state) {
+                return Ok(());
+            }
+            if tokio::time::Instant::now() > end {
+                return Err(Error::State { wanted, state: state.as_str() });
+            }
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
     }
 
     /// Gives the guest a disk, at its [`Disk::place`].

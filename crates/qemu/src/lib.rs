@@ -8,12 +8,14 @@ pub mod accelerator;
 pub mod blocks;
 pub mod descriptor;
 pub mod failure;
-pub mod forecast;
 pub mod instance;
 pub mod machine;
 pub mod memory;
 pub mod migration;
 pub mod process;
+pub mod processors;
 pub mod qmp;
 pub mod tpm;
 pub mod transport;
+
+pub use godwit_forecast as forecast;

@@ -45,6 +45,8 @@ pub struct Machine {
     pub nics: Vec<Nic>,
     /// A unix socket on which QEMU offers the first serial port; no serial port when none.
     pub serial: Option<PathBuf>,
+    /// A screen (VGA, 8 MiB of memory: up to 1920x1080), and the unix socket on which QEMU shows it (VNC); no graphics device when none.
+    pub screen: Option<PathBuf>,
     /// A random number generator.
     pub rng: bool,
     /// A unix socket on which QEMU offers the guest agent's channel.
@@ -79,6 +81,8 @@ pub struct Cpu {
     pub model: Option<String>,
     /// Features that are added (`true`) or removed.
     pub features: Vec<(String, bool)>,
+    /// QEMU ends rather than building it without what this machine lacks of it.
+    pub enforce: bool,
     /// Sockets.
     pub sockets: u32,
     /// Cores a socket.
@@ -89,7 +93,7 @@ pub struct Cpu {
 
 impl Default for Cpu {
     fn default() -> Self {
-        Cpu { model: None, features: Vec::new(), sockets: 1, cores: 1, threads: 1 }
+        Cpu { model: None, features: Vec::new(), enforce: false, sockets: 1, cores: 1, threads: 1 }
     }
 }
 
@@ -175,9 +179,15 @@ pub enum Error {
     },
 }
 
+/// What QEMU denies itself once its machine is built (seccomp): system calls that nobody needs any more, other users and groups,
+/// starting programs, and changing its scheduling. A guest that has taken over its QEMU gets no further with them. None of what
+/// a guest or its migration needs is among them; what serves it from outside (swtpm) is started by the launcher.
+const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
+
 /// What QEMU calls a PC's memory when it makes it itself; streams name it so.
 const RAM: &str = "pc.ram";
 
+const SCREEN_SLOT: usize = 0x2;
 const RNG_SLOT: usize = 0x3;
 const BALLOON_SLOT: usize = 0x4;
 const SERIAL_SLOT: usize = 0x5;
@@ -199,6 +209,7 @@ impl Machine {
             disks: Vec::new(),
             nics: Vec::new(),
             serial: None,
+            screen: None,
             rng: false,
             guest_agent: None,
             balloon: false,
@@ -222,6 +233,7 @@ impl Machine {
         out.flags(&["-nodefaults", "-no-user-config", "-S"]);
         out.pair("-display", "none");
         out.pair("-vga", "none");
+        out.pair("-sandbox", SANDBOX);
 
         let acpi = if self.acpi { "" } else { ",acpi=off" };
         let smm = match self.system_management {
@@ -306,6 +318,11 @@ impl Machine {
             out.pair("-chardev", format!("socket,id=serial0,path={},server=on,wait=off", path_value(serial)?));
             out.pair("-device", "isa-serial,id=serial-port0,chardev=serial0,index=0");
         }
+        if let Some(screen) = &self.screen {
+            out.pair("-vnc", format!("unix:{}", path_value(screen)?));
+            // QEMU's default of 16 MiB is twice what a full HD picture needs, and all of it is looked through when the guest moves.
+            out.pair("-device", format!("VGA,id=video0,vgamem_mb=8,bus={bus},addr={SCREEN_SLOT:#x}"));
+        }
         if self.rng {
             out.pair("-object", "rng-random,id=rng0,filename=/dev/urandom");
             out.pair("-device", format!("virtio-rng-pci,id=rng-device0,rng=rng0,bus={bus},addr={RNG_SLOT:#x}"));
@@ -360,6 +377,9 @@ impl Machine {
         }
         for (feature, on) in &self.cpu.features {
             option += &format!(",{}={}", plain("CPU feature", feature)?, if *on { "on" } else { "off" });
+        }
+        if self.cpu.enforce {
+            option += ",enforce";
         }
         Ok(option)
     }

@@ -7,8 +7,11 @@ use kube::core::Request;
 use kube::core::params::{DeleteParams, Patch, PatchParams, PostParams, Preconditions};
 use kube::core::response::Status;
 use serde_json::{Value, json};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
 use tracing::debug;
+
+use crate::leader::Until;
 
 /// Name under which the controllers write.
 const FIELD_MANAGER: &str = "virt-controller";
@@ -31,6 +34,8 @@ pub enum Failure {
     Conflict,
     /// The server refused or could not be reached.
     Refused(String),
+    /// The lease ran out before the plan's next effect: somebody else may decide by now.
+    Deposed,
 }
 
 /// Writes to the API server.
@@ -42,6 +47,8 @@ pub struct Executor {
     pub controller: Option<Client>,
     /// Where events go.
     pub events: mpsc::Sender<EventRecord>,
+    /// Until when this controller decides; none where nobody else does.
+    pub leads: Option<watch::Receiver<Until>>,
 }
 
 /// The path of a kind's collection; in all namespaces when `namespace` is empty.
@@ -74,31 +81,59 @@ fn refused(what: &str, error: &kube::Error) -> Failure {
 
 impl Executor {
     /// Carries out effects in order and stops at the first that fails. What was learned on the way is returned in any case.
-    pub async fn carry_out(&self, effects: Vec<Effect>) -> (Vec<Learned>, Result<(), Failure>) {
+    /// `seen` are the revisions on which the plan was decided.
+    ///
+    /// Every write of what exists carries a revision, so that nobody's writes succeed who decided on less than the others know:
+    /// a leader that was stopped, or cut off, and has been deposed meanwhile. What is made has a name that follows from what it
+    /// is made for, and is made once. What carries no revision (what is made, bindings and evictions) is not begun any more once the
+    /// lease has run out, as nothing else is.
+    pub async fn carry_out(&self, effects: Vec<Effect>, seen: &Seen) -> (Vec<Learned>, Result<(), Failure>) {
         let mut learned = Vec::new();
         for effect in effects {
-            if let Err(failure) = self.carry_out_one(effect, &mut learned).await {
+            if !self.leads() {
+                return (learned, Err(Failure::Deposed));
+            }
+            if let Err(failure) = self.carry_out_one(effect, seen, &mut learned).await {
                 return (learned, Err(failure));
             }
         }
         (learned, Ok(()))
     }
 
+    /// Whether this controller still decides.
+    fn leads(&self) -> bool {
+        let until = self.leads.as_ref().map(|leads| *leads.borrow());
+        until.is_none_or(|until| until.is_some_and(|until| Instant::now() < until))
+    }
+
     /// The same in the controller's name.
     fn as_controller(&self) -> Self {
         let client = self.controller.clone().unwrap_or_else(|| self.client.clone());
-        Self { client, controller: None, events: self.events.clone() }
+        Self { client, controller: None, ..self.clone() }
     }
 
-    async fn carry_out_one(&self, effect: Effect, learned: &mut Vec<Learned>) -> Result<(), Failure> {
+    async fn carry_out_one(&self, effect: Effect, seen: &Seen, learned: &mut Vec<Learned>) -> Result<(), Failure> {
         match effect {
             Effect::Create(object) => self.create(&object, learned).await,
             Effect::Patch(target, patch) if target.kind == Kind::ConfigMap => {
+                let patch = guarded(&target, patch, seen, learned);
                 self.as_controller().patch(target, None, patch, learned).await
             }
-            Effect::Patch(target, patch) => self.patch(target, None, patch, learned).await,
-            Effect::PatchStatus(target, patch) => self.patch(target, Some("status"), patch, learned).await,
-            Effect::Delete { target, uid, grace_seconds } => self.delete(target, uid, grace_seconds, learned).await,
+            Effect::Patch(target, patch) => {
+                let patch = guarded(&target, patch, seen, learned);
+                self.patch(target, None, patch, learned).await
+            }
+            Effect::PatchStatus(target, patch) => {
+                let patch = guarded(&target, patch, seen, learned);
+                self.patch(target, Some("status"), patch, learned).await
+            }
+            Effect::Delete { target, uid, grace_seconds } => {
+                let preconditions = Preconditions {
+                    uid: Some(uid).filter(|uid| !uid.is_empty()),
+                    resource_version: revision(&target, seen, learned),
+                };
+                self.delete(target, preconditions, grace_seconds, learned).await
+            }
             Effect::Bind { pod, uid, node } => {
                 let binding = json!({
                     "apiVersion": "v1",
@@ -145,7 +180,8 @@ impl Executor {
         match self.send(requests(target).get(&target.name.name, &Default::default())).await {
             Ok(value) => {
                 let object = Object::from_value(target.kind, value)
-                    .map_err(|error| Failure::Refused(format!("{target} cannot be read: {error}")))?;
+                    .map_err(|error| Failure::Refused(format!("{target} cannot be read: {error}")))?
+                    .lean();
                 learned.push(Learned::Here(object.clone()));
                 Ok(Some(object))
             }
@@ -162,7 +198,7 @@ impl Executor {
         if let Ok(object) = Object::from_value(kind, value)
             && !object.name().name.is_empty()
         {
-            learned.push(Learned::Here(object));
+            learned.push(Learned::Here(object.lean()));
         }
     }
 
@@ -247,15 +283,13 @@ impl Executor {
     async fn delete(
         &self,
         target: Ref,
-        uid: String,
+        preconditions: Preconditions,
         grace_seconds: Option<u32>,
         learned: &mut Vec<Learned>,
     ) -> Result<(), Failure> {
         let params = DeleteParams {
             grace_period_seconds: grace_seconds,
-            preconditions: Some(uid)
-                .filter(|uid| !uid.is_empty())
-                .map(|uid| Preconditions { uid: Some(uid), resource_version: None }),
+            preconditions: Some(preconditions),
             ..DeleteParams::background()
         };
         match self.send(requests(&target).delete(&target.name.name, &params)).await {
@@ -322,6 +356,28 @@ impl Executor {
             },
         }
     }
+}
+
+/// The revisions of the objects that a plan is to write, as they were known when it was decided.
+pub type Seen = Vec<(Ref, String)>;
+
+/// The revision that a write is to carry: the one that an earlier write of the plan has made, else the one that was decided on.
+fn revision(target: &Ref, seen: &Seen, learned: &[Learned]) -> Option<String> {
+    let made = learned.iter().rev().find_map(|piece| match piece {
+        Learned::Here(object) if object.reference() == *target => object.metadata().resource_version.clone(),
+        _ => None,
+    });
+    made.or_else(|| seen.iter().find(|(other, _)| other == target).map(|(_, revision)| revision.clone()))
+}
+
+/// A patch with the revision that it is to carry, unless the decision has given it one.
+fn guarded(target: &Ref, mut patch: Value, seen: &Seen, learned: &[Learned]) -> Value {
+    if patch.pointer("/metadata/resourceVersion").is_none()
+        && let Some(revision) = revision(target, seen, learned)
+    {
+        patch["metadata"]["resourceVersion"] = revision.into();
+    }
+    patch
 }
 
 /// Whether an object that exists already is the one that was to be made.

@@ -9,6 +9,9 @@ use kube::runtime::{WatchStreamExt, watcher as watch};
 use tokio::sync::mpsc;
 use tracing::warn;
 
+/// How many objects are asked for at once.
+const PAGE: u32 = 100;
+
 /// A piece of news.
 pub enum News {
     /// An object exists in this state.
@@ -38,9 +41,12 @@ pub fn resource(kind: Kind) -> ApiResource {
 
 /// Watches a kind and sends the news until nobody listens any more. Errors of the connection are retried.
 pub async fn watch_kind(client: kube::Client, kind: Kind, news: mpsc::Sender<News>) {
-    let api: Api<DynamicObject> = Api::all_with(client, &resource(kind));
-    // One list page: the server keeps all in memory, and a page more is a round trip more.
-    let config = watcher::Config { page_size: None, ..watcher::Config::default() };
+    let api: Api<DynamicObject> = match kind.only_in() {
+        Some(namespace) => Api::namespaced_with(client, namespace, &resource(kind)),
+        None => Api::all_with(client, &resource(kind)),
+    };
+    // A page is held as it came before it is taken in, which is a multiple of what is kept of it.
+    let config = watcher::Config { page_size: Some(PAGE), ..watcher::Config::default() };
     let mut stream = std::pin::pin!(watch(api, config).default_backoff());
     while let Some(event) = stream.next().await {
         let piece = match event {
@@ -71,7 +77,7 @@ fn typed(kind: Kind, object: DynamicObject) -> Option<Object> {
     );
     let read = serde_json::to_value(object).and_then(|value| Object::from_value(kind, value));
     match read {
-        Ok(object) => Some(object),
+        Ok(object) => Some(object.lean()),
         Err(error) => {
             warn!(kind = kind.kind(), name, %error, "object cannot be read and is left alone");
             None

@@ -1,7 +1,6 @@
 //! Holds the lease of the controllers, or waits for it.
 
-use godwit_control::lease::{self, LEASE, Seen, Step, decide_lease};
-use godwit_control::names::KUBEVIRT_NAMESPACE;
+use godwit_control::lease::{self, Candidate, Seen, Step, decide_lease};
 use jiff::Timestamp;
 use k8s_openapi::api::coordination::v1::Lease;
 use kube::api::{Api, PostParams};
@@ -13,12 +12,12 @@ use tracing::{debug, info, warn};
 pub type Until = Option<Instant>;
 
 /// Looks after the lease for ever, and tells until when it is held.
-pub async fn elect(client: kube::Client, me: String, until: watch::Sender<Until>) {
-    let api: Api<Lease> = Api::namespaced(client, KUBEVIRT_NAMESPACE);
+pub async fn elect(client: kube::Client, me: Candidate, until: watch::Sender<Until>) {
+    let api: Api<Lease> = Api::namespaced(client, &me.lease.namespace);
     let begin = Instant::now();
     let mut seen = Seen::default();
     loop {
-        let look = match api.get_opt(LEASE).await {
+        let look = match api.get_opt(&me.lease.name).await {
             Ok(lease) => {
                 seen.look(begin.elapsed(), lease);
                 attempt(&api, &mut seen, begin, &me, &until).await
@@ -29,7 +28,7 @@ pub async fn elect(client: kube::Client, me: String, until: watch::Sender<Until>
             match error {
                 // Somebody else was faster; the next look tells who.
                 kube::Error::Api(status) if status.code == 409 => debug!("the lease was written by somebody else"),
-                error => warn!(%error, lease = LEASE, "cannot read or write the controllers' lease, trying again"),
+                error => warn!(%error, lease = %me.lease, "cannot read or write the controllers' lease, trying again"),
             }
         }
         tokio::time::sleep(lease::LOOK_EVERY).await;
@@ -40,14 +39,14 @@ async fn attempt(
     api: &Api<Lease>,
     seen: &mut Seen,
     begin: Instant,
-    me: &str,
+    me: &Candidate,
     until: &watch::Sender<Until>,
 ) -> Result<(), kube::Error> {
     let sent = begin.elapsed();
     let params = PostParams::default();
     let held = match decide_lease(sent, seen, me, Timestamp::now()) {
         Step::Create(lease) => api.create(&params, &lease).await?,
-        Step::Replace(lease) => api.replace(LEASE, &params, &lease).await?,
+        Step::Replace(lease) => api.replace(&me.lease.name, &params, &lease).await?,
         Step::Wait => {
             until.send_replace(None);
             return Ok(());
@@ -55,18 +54,18 @@ async fn attempt(
     };
     seen.look(begin.elapsed(), Some(held));
     if until.borrow().is_none() {
-        info!(identity = me, "this controller decides");
+        info!(identity = me.holder, "this controller decides");
     }
     until.send_replace(Some(begin + lease::leads_until(sent)));
     Ok(())
 }
 
 /// Gives the lease back, if it is held.
-pub async fn give_back(client: kube::Client, me: &str) -> Result<(), kube::Error> {
-    let api: Api<Lease> = Api::namespaced(client, KUBEVIRT_NAMESPACE);
-    let held = api.get_opt(LEASE).await?;
-    if let Some(lease) = held.and_then(|lease| lease::given_back(&lease, me)) {
-        api.replace(LEASE, &PostParams::default(), &lease).await?;
+pub async fn give_back(client: kube::Client, me: &Candidate) -> Result<(), kube::Error> {
+    let api: Api<Lease> = Api::namespaced(client, &me.lease.namespace);
+    let held = api.get_opt(&me.lease.name).await?;
+    if let Some(lease) = held.and_then(|lease| lease::given_back(&lease, &me.holder)) {
+        api.replace(&me.lease.name, &PostParams::default(), &lease).await?;
     }
     Ok(())
 }

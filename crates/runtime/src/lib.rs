@@ -13,6 +13,7 @@ mod run;
 #[cfg(test)]
 mod tests;
 
+use godwit_control::lease::Candidate;
 use godwit_control::{Kind, Noun, Settings};
 
 pub use run::run;
@@ -24,11 +25,12 @@ pub struct Options {
     pub identity: String,
     /// How the installation is set up.
     pub settings: Settings,
-    /// What to decide about. [`Noun::ALL`] for the standalone mode.
+    /// What to decide about. [`Noun::STANDALONE`] for the standalone mode.
     pub nouns: Vec<Noun>,
-    /// Under which name to hold the lease of the controllers; decides only while it holds it. No two running controllers may
-    /// have the same name, and one that is restarted goes on faster with the name it had. `None` decides without a lease.
-    pub lease_holder: Option<String>,
+    /// Decides only while it holds this lease. `None` decides without one.
+    pub lease: Option<Candidate>,
+    /// Told when everything has been listed, from when on this controller can take over.
+    pub listed: Option<tokio::sync::watch::Sender<bool>>,
     /// Another identity for placement (`system:kube-scheduler`); the main client places when there is none.
     pub scheduler: Option<kube::Client>,
 }
@@ -39,12 +41,24 @@ impl Options {
         let identity = identity.into();
         Self {
             // The store is open in one process only.
-            lease_holder: Some(identity.clone()),
+            lease: Some(Candidate::new(identity.clone())),
             identity,
             settings: Settings::standalone(data_dir),
-            nouns: Noun::ALL.to_vec(),
+            nouns: Noun::STANDALONE.to_vec(),
+            listed: None,
             scheduler: None,
         }
+    }
+
+    /// What there is to decide beside an API server alone, with volumes in this data directory.
+    pub fn bare(identity: impl Into<String>, data_dir: &str) -> Self {
+        Self { nouns: Noun::BARE.to_vec(), ..Self::standalone(identity, data_dir) }
+    }
+
+    /// What there is to decide on a Kubernetes cluster. The launcher's image is to be set.
+    pub fn cluster(identity: impl Into<String>) -> Self {
+        let standalone = Self::standalone(identity, "");
+        Self { settings: Settings::cluster(), nouns: Noun::CLUSTER.to_vec(), ..standalone }
     }
 }
 

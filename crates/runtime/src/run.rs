@@ -15,22 +15,26 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
-use crate::execute::{Executor, Failure, Learned};
+use crate::execute::{Executor, Failure, Learned, Seen};
 use crate::intake::{News, watch_kind};
 use crate::{Error, Options, events, leader};
 use godwit_control::queue::Queue;
 
 /// How many pieces of news are taken in before decisions are made on them.
 const BATCH: usize = 256;
+/// How many plans are carried out at once. A first look at a large cluster may find thousands, each with a request to hold.
+const UNDER_WAY: usize = 64;
 /// How long writes under way may take when the controllers stop.
 const FAREWELL: Duration = Duration::from_secs(5);
+
+/// How long nothing is looked at when nothing happens.
+const LONGEST_WAIT: Duration = Duration::from_secs(3600);
 
 /// What became of a decision.
 struct Outcome {
     key: Key,
     lane: Lane,
-    /// The revisions of the objects that were to be written, as they were known.
-    seen: Vec<(Ref, u64)>,
+    seen: Seen,
     learned: Vec<Learned>,
     result: Result<(), Failure>,
 }
@@ -48,15 +52,18 @@ pub async fn run(client: Client, options: Options, shutdown: impl Future<Output 
     background.spawn(events::record(client.clone(), options.identity.clone(), events_out));
 
     let (tell_until, mut until) = watch::channel(None);
-    let holder = options.lease_holder.clone();
+    let holder = options.lease.clone();
     let election =
         holder.as_ref().map(|holder| background.spawn(leader::elect(client.clone(), holder.clone(), tell_until)));
 
-    let executor = Executor { client: client.clone(), controller: None, events: events_in.clone() };
+    let leads = holder.as_ref().map(|_| until.clone());
+    let executor =
+        Executor { client: client.clone(), controller: None, events: events_in.clone(), leads: leads.clone() };
     let scheduler = Executor {
         client: options.scheduler.clone().unwrap_or_else(|| client.clone()),
         controller: Some(client.clone()),
         events: events_in,
+        leads,
     };
     let mut shell = Shell {
         options,
@@ -139,9 +146,7 @@ impl Shell {
     fn lead(&mut self, until: leader::Until) {
         if matches!(self.leads, Leads::Not) && until.is_some() && self.unlisted.is_empty() {
             // Whoever decided before may have left something undone.
-            for key in Key::all(&self.world) {
-                self.push(key);
-            }
+            self.push_all();
         }
         self.leads = until.map_or(Leads::Not, Leads::Until);
     }
@@ -185,9 +190,10 @@ impl Shell {
                 }
                 if self.unlisted.remove(&kind) && self.unlisted.is_empty() {
                     info!("all kinds listed, controllers begin");
-                    for key in Key::all(&self.world) {
-                        self.push(key);
+                    if let Some(listed) = &self.options.listed {
+                        listed.send_replace(true);
                     }
+                    self.push_all();
                 }
             }
             News::Ended(kind) => return Err(Error::WatchEnded(kind)),
@@ -205,25 +211,40 @@ impl Shell {
     fn touch(&mut self, change: Option<Change>) {
         // Before everything is known nothing is decided, and then everything is.
         if let Some(change) = change.filter(|_| self.unlisted.is_empty()) {
-            for key in Key::affected(&change, &self.world) {
+            let mut keys = Key::affected(&change, &self.world);
+            if self.is_beside_a_bare_server() {
+                keys.extend(Key::affected_beside_a_bare_server(&change, &self.world));
+            }
+            for key in keys {
                 self.push(key);
             }
         }
     }
 
-    fn until_next_wake(&self) -> Duration {
-        let longest = Duration::from_secs(3600);
-        if matches!(self.leads, Leads::Not) {
-            return longest;
+    fn push_all(&mut self) {
+        let mut keys = Key::all(&self.world);
+        if self.is_beside_a_bare_server() {
+            keys.extend(Key::all_beside_a_bare_server(&self.world));
         }
-        let Some(wake) = self.queue.next_wake() else { return longest };
-        let wait = wake.duration_since(Timestamp::now());
-        Duration::try_from(wait).unwrap_or(Duration::ZERO).min(longest)
+        for key in keys {
+            self.push(key);
+        }
+    }
+
+    fn is_beside_a_bare_server(&self) -> bool {
+        [Noun::Garbage, Noun::Disruption].iter().any(|noun| self.options.nouns.contains(noun))
+    }
+
+    fn until_next_wake(&self) -> Duration {
+        if matches!(self.leads, Leads::Not) {
+            return LONGEST_WAIT;
+        }
+        wait(self.queue.next_wake(), self.running.len(), Timestamp::now())
     }
 
     /// Decides about everything that is due, and starts carrying it out.
     fn pump(&mut self) {
-        while self.decides() {
+        while self.running.len() < UNDER_WAY && self.decides() {
             let now = Timestamp::now();
             let world = &self.world;
             let Some((key, lane)) = self.queue.next(now, |key| key.lane(world)) else { return };
@@ -238,11 +259,14 @@ impl Shell {
             }
             trace(&key, &plan.effects);
             let executor = if key.noun() == Noun::Placement { &self.scheduler } else { &self.executor }.clone();
-            let seen = targets(&plan.effects)
-                .filter_map(|target| Some((target.clone(), world.get(target.kind, &target.name)?.revision())))
+            let seen: Seen = targets(&plan.effects)
+                .filter_map(|target| {
+                    let held = world.get(target.kind, &target.name)?;
+                    Some((target.clone(), held.metadata().resource_version.clone()?))
+                })
                 .collect();
             self.running.spawn(async move {
-                let (learned, result) = executor.carry_out(plan.effects).await;
+                let (learned, result) = executor.carry_out(plan.effects, &seen).await;
                 Outcome { key, lane, seen, learned, result }
             });
         }
@@ -279,7 +303,8 @@ impl Shell {
                 Learned::Gone(target) => {
                     // Under the same name something newer may have appeared by now.
                     let held = self.world.get(target.kind, &target.name).map_or(0, |object| object.revision());
-                    let known = seen.iter().find(|(other, _)| *other == target).map_or(0, |(_, revision)| *revision);
+                    let known = seen.iter().find(|(other, _)| *other == target);
+                    let known = known.and_then(|(_, revision)| revision.parse().ok()).unwrap_or(0);
                     (held <= known).then(|| self.world.forget(target.kind, &target.name)).flatten()
                 }
             };
@@ -293,6 +318,7 @@ impl Shell {
                 match failure {
                     // What is fresh has been taken in, which decides again at once; the pause is the second net.
                     Failure::Conflict => debug!(%key, "decided on an old state, deciding again"),
+                    Failure::Deposed => debug!(%key, "not carried out to its end, the lease has run out"),
                     Failure::Refused(error) => {
                         self.tell_evacuated(&key, &error);
                         warn!(%key, %error, retry_in_ms = pause.as_millis(), "could not be carried out");
@@ -301,6 +327,12 @@ impl Shell {
             }
         }
     }
+}
+
+/// How long to wait for the next timer. While as many plans are under way as may be, no timer is taken: the end of one is waited for.
+fn wait(timer: Option<Timestamp>, under_way: usize, now: Timestamp) -> Duration {
+    let Some(timer) = timer.filter(|_| under_way < UNDER_WAY) else { return LONGEST_WAIT };
+    Duration::try_from(timer.duration_since(now)).unwrap_or(Duration::ZERO).min(LONGEST_WAIT)
 }
 
 /// The objects that effects write to.
@@ -327,5 +359,19 @@ fn trace(key: &Key, effects: &[Effect]) {
             Effect::Evict { pod, .. } => debug!(%key, %pod, "evict"),
             Effect::Record(event) => debug!(%key, reason = event.reason, message = event.message, "event"),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_timer_that_is_overdue_waits_for_a_plan_to_end() {
+        let at = |second| Timestamp::from_second(second).unwrap();
+        assert_eq!(wait(Some(at(90)), UNDER_WAY - 1, at(100)), Duration::ZERO);
+        assert_eq!(wait(Some(at(90)), UNDER_WAY, at(100)), LONGEST_WAIT);
+        assert_eq!(wait(Some(at(130)), 0, at(100)), Duration::from_secs(30));
+        assert_eq!(wait(None, 0, at(100)), LONGEST_WAIT);
     }
 }

@@ -2,16 +2,19 @@
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
+use godwit_control::lease::Candidate;
 use godwit_control::{Effect, EventRecord, EventType, Kind, Name, Object, Ref, VM_CONTROLLER};
 use http::{Request, Response, StatusCode};
 use http_body_util::BodyExt;
 use kube::Client;
 use kube::client::Body;
 use serde_json::{Value, json};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
 
-use crate::execute::{Executor, Failure, Learned};
+use crate::execute::{Executor, Failure, Learned, Seen};
 use crate::{events, leader};
 
 /// What was asked: method, path and body.
@@ -62,9 +65,19 @@ async fn carry_out(
     effects: Vec<Effect>,
     answers: Vec<(u16, Value)>,
 ) -> (Vec<Learned>, Result<(), Failure>, Vec<(String, String, Value)>, Vec<EventRecord>) {
+    carry_out_seen(effects, &Seen::new(), answers).await
+}
+
+/// The same for a plan that was decided on these revisions.
+async fn carry_out_seen(
+    effects: Vec<Effect>,
+    seen: &Seen,
+    answers: Vec<(u16, Value)>,
+) -> (Vec<Learned>, Result<(), Failure>, Vec<(String, String, Value)>, Vec<EventRecord>) {
     let (client, asked) = server(answers);
     let (events, mut told) = mpsc::channel(8);
-    let (learned, result) = Executor { client, controller: None, events }.carry_out(effects).await;
+    let executor = Executor { client, controller: None, events, leads: None };
+    let (learned, result) = executor.carry_out(effects, seen).await;
     let asked = asked.lock().unwrap().clone();
     let mut recorded = Vec::new();
     while let Ok(event) = told.try_recv() {
@@ -182,6 +195,36 @@ async fn a_plan_goes_on_only_when_what_it_rests_on_is_confirmed() {
 }
 
 #[tokio::test]
+async fn each_write_carries_the_revision_that_it_was_decided_on_or_that_the_plan_has_made() {
+    let seen = vec![(the_pod(), "4".to_owned())];
+    let delete = || Effect::Delete { target: the_pod(), uid: "u".into(), grace_seconds: None };
+    // The first write carries the revision that the decision gave it, the others what that has become.
+    let plan = vec![
+        Effect::Patch(the_pod(), json!({"metadata": {"resourceVersion": "4", "labels": {"a": "b"}}})),
+        Effect::PatchStatus(the_pod(), json!({"status": {"phase": "Running"}})),
+        delete(),
+    ];
+    let answers = vec![(200, pod("o", "5")), (200, pod("o", "6")), refusal(404, "NotFound")];
+    let (_, result, asked, _) = carry_out_seen(plan, &seen, answers).await;
+    assert!(result.is_ok());
+    let carried = |at: usize, path: &str| asked[at].2.pointer(path).cloned().unwrap_or_default();
+    assert_eq!(carried(0, "/metadata/resourceVersion"), "4");
+    assert_eq!(carried(1, "/metadata/resourceVersion"), "5");
+    assert_eq!(carried(2, "/preconditions/resourceVersion"), "6");
+    assert_eq!(carried(2, "/preconditions/uid"), "u");
+    // Alone it carries what was decided on, and ends the plan when that is not what there is.
+    for alone in [delete(), Effect::PatchStatus(the_pod(), json!({"status": {"phase": "Failed"}}))] {
+        let plan = vec![alone, Effect::Record(event("never told"))];
+        let answers = vec![refusal(409, "Conflict"), (200, pod("o", "9"))];
+        let (learned, result, asked, told) = carry_out_seen(plan, &seen, answers).await;
+        assert!(matches!(result, Err(Failure::Conflict)) && told.is_empty());
+        let carried = ["/preconditions/resourceVersion", "/metadata/resourceVersion"];
+        assert!(carried.iter().any(|path| asked[0].2.pointer(path) == Some(&json!("4"))), "{:?}", asked[0]);
+        assert_eq!(revisions(&learned), ["9"]);
+    }
+}
+
+#[tokio::test]
 async fn deleting_what_is_gone_is_done() {
     let effects = vec![Effect::Delete { target: the_pod(), uid: "u".into(), grace_seconds: Some(3) }];
     let (learned, result, asked, _) = carry_out(effects, vec![refusal(404, "NotFound")]).await;
@@ -201,6 +244,37 @@ async fn binding_learns_where_the_pod_is_now() {
     assert_eq!(asked[0].1, "/api/v1/namespaces/ns/pods/p/binding");
     assert_eq!(asked[0].2["target"]["name"], "node1");
     assert_eq!(revisions(&learned), ["9"]);
+}
+
+#[tokio::test]
+async fn a_plan_ends_where_the_lease_does() {
+    let bind = || Effect::Bind { pod: the_pod(), uid: "u".into(), node: "node1".into() };
+    let now = Instant::now();
+    for (until, asked_for) in [(None, 0), (Some(now), 0), (Some(now + Duration::from_secs(3600)), 4)] {
+        let made = (201, json!({"kind": "Status", "status": "Success"}));
+        let (client, asked) = server(vec![made.clone(), (200, pod("o", "8")), made, (200, pod("o", "9"))]);
+        let (events, _told) = mpsc::channel(8);
+        let executor = Executor { client, controller: None, events, leads: Some(watch::channel(until).1) };
+        let (_, result) = executor.carry_out(vec![bind(), bind()], &Seen::new()).await;
+        assert_eq!(matches!(result, Err(Failure::Deposed)), asked_for == 0, "{until:?}");
+        assert_eq!(asked.lock().unwrap().len(), asked_for, "{until:?}");
+    }
+    // It is looked at before each effect: here it is lost while the first is carried out.
+    let (tell, leads) = watch::channel(Some(now + Duration::from_secs(3600)));
+    let asked = Asked::default();
+    let log = asked.clone();
+    let service = tower::service_fn(move |request: Request<Body>| {
+        log.lock().unwrap().push((request.method().to_string(), request.uri().path().to_owned(), Value::Null));
+        tell.send_replace(None);
+        let response = Response::new(Body::from(pod("o", "9").to_string().into_bytes()));
+        async move { Ok::<_, std::convert::Infallible>(response) }
+    });
+    let (events, _told) = mpsc::channel(8);
+    let executor = Executor { client: Client::new(service, "default"), controller: None, events, leads: Some(leads) };
+    let patch = || Effect::PatchStatus(the_pod(), json!({"status": {}}));
+    let (learned, result) = executor.carry_out(vec![patch(), bind()], &Seen::new()).await;
+    assert!(matches!(result, Err(Failure::Deposed)));
+    assert_eq!((revisions(&learned), asked.lock().unwrap().len()), (vec!["9".to_owned()], 1));
 }
 
 #[tokio::test]
@@ -234,7 +308,7 @@ fn lease(holder: &str, revision: &str) -> Value {
 async fn first_look(answers: Vec<(u16, Value)>) -> (bool, Vec<(String, String, Value)>) {
     let (client, asked) = server(answers);
     let (tell, mut until) = tokio::sync::watch::channel(None);
-    let election = tokio::spawn(leader::elect(client, "me".into(), tell));
+    let election = tokio::spawn(leader::elect(client, Candidate::new("me"), tell));
     until.changed().await.unwrap();
     let leads = until.borrow().is_some();
     election.abort();
@@ -259,8 +333,9 @@ async fn the_lease_is_made_taken_back_and_left_to_others() {
 #[tokio::test]
 async fn the_lease_is_given_back_by_its_holder_only() {
     let (client, asked) = server(vec![(200, lease("me", "7")), (200, lease("", "8")), (200, lease("other", "9"))]);
-    leader::give_back(client.clone(), "me").await.unwrap();
-    leader::give_back(client, "me").await.unwrap();
+    let me = Candidate::new("me");
+    leader::give_back(client.clone(), &me).await.unwrap();
+    leader::give_back(client, &me).await.unwrap();
     let asked = asked.lock().unwrap().clone();
     assert_eq!(asked.len(), 3);
     assert_eq!((asked[1].0.as_str(), &asked[1].2["spec"]["holderIdentity"]), ("PUT", &json!("")));

@@ -100,6 +100,10 @@ pub fn run_of(seed: u64, faults: Faults) -> Options {
         (options.nodes, options.vms, options.migrations) = (4, 4, 3);
         options.duration = Duration::from_secs(180);
     }
+    // One of five with nodes in maintenance.
+    if seed % 5 == 3 {
+        options.maintenances = if seed.is_multiple_of(2) { 2 } else { 4 };
+    }
     // Half of them with two controllers at work at once.
     options.controllers = if seed % 4 < 2 { 1 } else { 2 };
     options

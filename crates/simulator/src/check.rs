@@ -28,6 +28,9 @@ pub enum Rule {
     Limits,
     /// One migration of a VMI at a time.
     OneAtATime,
+    /// Nothing goes to a node in maintenance, what was cordoned before stays so, and nobody goes home unasked; what has ended leaves
+    /// nothing behind, and what has not says why.
+    Maintenance,
     /// Status never goes backwards.
     Backwards,
     /// The simulation itself is not as it should be.

@@ -141,7 +141,7 @@ impl Sim {
         let cut = old.chains.values().filter(|chain| !chain.effects.is_empty()).count();
         let (skew, next_chain, mutation) = (old.skew, old.next_chain, old.mutation);
         self.note(format!("controller {who} restarts, {cut} plans cut off"));
-        let unlisted = kinds_for(Noun::ALL).into_iter().collect();
+        let unlisted = kinds_for(Noun::STANDALONE).into_iter().collect();
         if let Some(one) = self.controllers.get_mut(who) {
             *one = Controllers { life, skew, next_chain, unlisted, mutation, ..Controllers::new(who) };
         }
@@ -168,7 +168,7 @@ impl Sim {
         if self.living(life).is_none() {
             return;
         }
-        for kind in kinds_for(Noun::ALL) {
+        for kind in kinds_for(Noun::STANDALONE) {
             let after = self.random.between(MS, 40 * MS);
             if let Some(one) = self.living(life) {
                 one.feeds.insert(kind, Feed { last: 0, broken: true });
@@ -466,6 +466,7 @@ impl Sim {
                     learned.push(Learned::NotEvicted(target, uid, why));
                     return or_learn;
                 }
+                self.evicted_by(key, &uid);
                 match self.store.delete(&target, &uid, None, now) {
                     Err(Refusal::NotFound) => Ok(None),
                     answer => answer,

@@ -107,6 +107,12 @@ pub enum Event {
     StoreUp,
     /// An administrator empties a node.
     Empty { node: usize },
+    /// An administrator puts a node into maintenance.
+    Maintain { number: u32 },
+    /// An administrator deletes a maintenance.
+    EndMaintenance { target: Ref },
+    /// An administrator cordons a node and leaves it so.
+    CordonForGood { node: usize },
     /// Users and faults stop.
     Calm,
     /// Whether everything is at rest.

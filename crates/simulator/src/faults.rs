@@ -115,6 +115,7 @@ impl Sim {
     pub fn store_is_back(&mut self) {
         self.note("the API server is back".to_owned());
         self.store_down = false;
+        self.maintenances_are_heard_of();
         for index in 0..self.nodes.len() {
             let Some(epoch) = self.nodes.get(index).filter(|node| node.reaches_api()).map(|node| node.epoch) else {
                 continue;

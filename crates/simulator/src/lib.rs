@@ -17,6 +17,7 @@ mod kubelet;
 mod launchers;
 mod limits;
 mod machine;
+mod maintained;
 mod mutation;
 mod post_copy;
 mod quick;
@@ -85,6 +86,9 @@ pub struct Options {
     /// In a cluster that stands already: all VMs run on the node of this number (from 0), which is emptied. Users and faults stop
     /// when it is empty, or after `duration`.
     pub empty: Option<u32>,
+    /// So many NodeMaintenances are asked for, each for a node and with fields drawn at random; most guests are then to be moved rather
+    /// than shut down.
+    pub maintenances: u32,
     /// Tells how much real time has passed, to measure how long decisions take. It changes nothing else.
     pub clock: Option<fn() -> Duration>,
     /// So soon after the death of its node a VM runs elsewhere, unless another node dies meanwhile; `None` checks only that it does
@@ -116,6 +120,7 @@ impl Default for Options {
             unchecked: BTreeSet::new(),
             standing: false,
             empty: None,
+            maintenances: 0,
             clock: None,
             rescued_within: None,
             mutation: None,

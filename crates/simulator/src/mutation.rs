@@ -1,7 +1,9 @@
 //! Faults of the controllers, handlers and launchers themselves, put in on purpose: what the checks are worth shows in whether they see them.
 
 use godwit_api::MigrationPhase as Phase;
-use godwit_control::{Effect, Key, Kind, Name, Object, Plan, Source, Stored, View, World, fence, names, vmi};
+use godwit_control::{
+    Effect, Key, Kind, Name, Object, Plan, Ref, Source, Stored, View, World, fence, maintenance, names, vmi,
+};
 use jiff::SignedDuration;
 
 /// Something that is wrong with the controllers, or with the agents and launchers of all nodes.
@@ -37,13 +39,27 @@ pub enum Mutation {
     NoMargin,
     /// A node counts as lost by the time that is written in its lease.
     LostByTimestamps,
+    /// Pods are placed as if no node were closed or in maintenance.
+    PlacesOnClosed,
+    /// Migrations go on to a node that is put into maintenance before their memory is sent.
+    GoesToClosed,
+    /// A maintenance that ends opens its node, whoever closed it.
+    UncordonsAlways,
+    /// A maintenance that ends leaves its node as it is.
+    LeavesMarks,
+    /// A maintenance asks for no evictions.
+    EmptiesSilently,
+    /// Nobody is brought home.
+    NeverReturns,
+    /// Guests are brought home to another node than the one that they have left.
+    ReturnsElsewhere,
     /// Handlers write on no revision: what one decided before it stood still is carried out when it goes on.
     HandlersWithoutRevisions,
 }
 
 impl Mutation {
     /// All of them.
-    pub const ALL: [Mutation; 16] = [
+    pub const ALL: [Mutation; 23] = [
         Mutation::NoRevisions,
         Mutation::DropsUnresolvedTarget,
         Mutation::StartsBesideOthers,
@@ -59,6 +75,13 @@ impl Mutation {
         Mutation::NoWatchdog,
         Mutation::NoMargin,
         Mutation::LostByTimestamps,
+        Mutation::PlacesOnClosed,
+        Mutation::GoesToClosed,
+        Mutation::UncordonsAlways,
+        Mutation::LeavesMarks,
+        Mutation::EmptiesSilently,
+        Mutation::NeverReturns,
+        Mutation::ReturnsElsewhere,
         Mutation::HandlersWithoutRevisions,
     ];
 
@@ -67,6 +90,9 @@ impl Mutation {
         let mut plan = match self {
             Mutation::StartsBesideOthers => self.decide_without_others(key, view),
             Mutation::LimitOffByOne => self.decide_with_one_more(key, view),
+            Mutation::PlacesOnClosed if matches!(key, Key::Turns | Key::Placement(_)) => decide_as_if_open(key, view),
+            Mutation::GoesToClosed if matches!(key, Key::Migration(_)) => decide_as_if_open(key, view),
+            Mutation::NeverReturns if matches!(key, Key::Homecoming(_)) => Plan::nothing(),
             _ => key.decide(view),
         };
         let world = view.world;
@@ -89,6 +115,42 @@ impl Mutation {
                     if pod.name() != current.name() && !pod.deleting() && !waited_for {
                         plan.delete(pod.as_ref());
                     }
+                }
+            }
+            (Mutation::EmptiesSilently, Key::Maintenance(..)) => {
+                plan.effects.retain(|effect| !matches!(effect, Effect::Evict { .. }));
+            }
+            // Nor does anybody find what was left.
+            (Mutation::LeavesMarks, Key::Node(name)) => {
+                let node = world.nodes.get(&Name::cluster(name.as_str()));
+                let from = node.and_then(|node| maintenance::orphaned_from(node, world));
+                if from.is_some_and(|from| view.now >= from) {
+                    plan = Plan::nothing();
+                }
+            }
+            (Mutation::LeavesMarks | Mutation::UncordonsAlways, Key::Maintenance(kind, name)) => {
+                let found = world.get(*kind, &Name::cluster(name.as_str()));
+                let Some(one) = found.filter(|one| one.metadata().deletion_timestamp.is_some()) else { return plan };
+                if self == Mutation::LeavesMarks {
+                    let of_node =
+                        |effect: &Effect| matches!(effect, Effect::Patch(target, _) if target.kind == Kind::Node);
+                    plan.effects.retain(|effect| !of_node(effect));
+                } else if let Some(node) = maintenance::node_of(&one) {
+                    let open = serde_json::json!({"spec": {"unschedulable": null}});
+                    let node = Ref::new(Kind::Node, Name::cluster(node));
+                    plan.effects.insert(0, Effect::Patch(node, open));
+                }
+            }
+            (Mutation::ReturnsElsewhere, Key::Homecoming(home)) => {
+                let Some(other) = world.nodes.names().find(|node| node.name != *home) else { return plan };
+                for effect in &mut plan.effects {
+                    let Effect::Create(object) = effect else { continue };
+                    let Object::Migration(migration) = object.as_mut() else { continue };
+                    let mut elsewhere = migration.as_ref().clone();
+                    let annotations = elsewhere.metadata.annotations.get_or_insert_default();
+                    annotations.insert(names::ANNOTATION_HOMECOMING.to_owned(), other.name.to_string());
+                    elsewhere.spec.added_node_selector.insert(names::HOSTNAME.to_owned(), other.name.to_string());
+                    *migration = elsewhere.into();
                 }
             }
             (Mutation::NeverWakes, _) => plan.wake_at = None,
@@ -167,4 +229,24 @@ impl Mutation {
         world.apply(Object::from(raised), Source::Watch);
         key.decide(&View { world: &world, ..*view })
     }
+}
+
+/// As if no node were cordoned or tainted, and none in maintenance.
+fn decide_as_if_open(key: &Key, view: &View<'_>) -> Plan {
+    let mut world: World = view.world.clone();
+    for kind in maintenance::KINDS {
+        for name in world.names_of(kind) {
+            world.forget(kind, &name);
+        }
+    }
+    let nodes: Vec<_> = world.nodes.iter().cloned().collect();
+    for node in nodes {
+        let mut open = node.as_ref().clone();
+        if let Some(spec) = &mut open.spec {
+            (spec.unschedulable, spec.taints) = (None, None);
+        }
+        world.forget(Kind::Node, &node.key());
+        world.apply(Object::from(open), Source::Watch);
+    }
+    key.decide(&View { world: &world, ..*view })
 }

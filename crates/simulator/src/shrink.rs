@@ -85,12 +85,13 @@ impl Search {
             smaller.without = BTreeSet::new();
             self.take(smaller, best);
         }
-        let sizes: [Size; 5] = [
+        let sizes: [Size; 6] = [
             |options| Some((&mut options.vms, 1)),
             |options| Some((&mut options.migrations, 1)),
             |options| Some((options.moves.as_mut()?, 1)),
             |options| Some((&mut options.nodes, 2)),
             |options| Some((&mut options.controllers, 1)),
+            |options| Some((&mut options.maintenances, 0)),
         ];
         for size in sizes {
             // First by halves, then one by one.

@@ -15,6 +15,7 @@ use crate::event::{Event, Fault};
 use crate::launchers::Launchers;
 use crate::limits::Count;
 use crate::machine::{Guest, Node, Why};
+use crate::maintained::Maintained;
 use crate::mutation::Mutation;
 use crate::random::Random;
 use crate::store::Store;
@@ -129,6 +130,8 @@ pub struct Sim {
     pub asked_migrations: u64,
     /// A node is being emptied, or has been.
     pub emptying: Option<Emptying>,
+    /// Nodes in maintenance.
+    pub maintained: Maintained,
     calm: bool,
     rested: u32,
     violation: Option<Violation>,
@@ -168,6 +171,7 @@ impl Sim {
             prefix: crate::users::PREFIX,
             asked_migrations: 0,
             emptying: None,
+            maintained: Maintained::default(),
             calm: false,
             rested: 0,
             violation: None,
@@ -254,6 +258,7 @@ impl Sim {
                 self.feed_controllers(&commit);
                 self.feed_nodes(&commit);
                 self.check_commit(&commit);
+                self.check_maintenance(&commit);
                 let owner = commit.latest.metadata().uid.clone().unwrap_or_default();
                 if commit.gone && self.store.owned_by(&owner).next().is_some() {
                     let after = self.random.between(10 * MS, 500 * MS);
@@ -371,6 +376,9 @@ impl Sim {
                 self.links_changed();
             }
             Event::Empty { node } => self.empty_node(node),
+            Event::Maintain { number } => self.maintain(number),
+            Event::EndMaintenance { target } => self.end_maintenance(target),
+            Event::CordonForGood { node } => self.cordon_for_good(node),
             // A node that is empty brings it about before its time.
             Event::Calm if self.calm => {}
             Event::Calm => {
@@ -380,7 +388,8 @@ impl Sim {
                 self.at(REST_EVERY, Event::AtRest);
             }
             Event::AtRest => {
-                self.rested = if self.unrest().is_none() { self.rested + 1 } else { 0 };
+                let unrest = self.unrest().is_some();
+                self.rested = if self.is_maintained(unrest) && !unrest { self.rested + 1 } else { 0 };
                 self.at(REST_EVERY, Event::AtRest);
             }
         }

@@ -114,6 +114,7 @@ impl Sim {
             self.at(after, Event::AskMigration { vmi: vm_name(self.prefix, number, self.options.vms) });
         }
         self.plan_to_empty();
+        self.plan_maintenances(duration);
         for fault in Fault::ALL {
             if let Some(after) = self.interval(fault) {
                 self.at(5 * SECOND + after, Event::Fault(fault));
@@ -146,11 +147,14 @@ impl Sim {
             ),
             false => (json!([]), json!([])),
         };
+        // One of four is shut down by whoever empties its node.
+        let strategy = (self.options.maintenances > 0 && number % 4 != 3).then_some("LiveMigrate");
         self.create(
             Kind::VirtualMachine,
             json!({"metadata": {"namespace": namespace, "name": name}, "spec": {
                 "runStrategy": "Always",
                 "template": {"spec": {
+                    "evictionStrategy": strategy,
                     "terminationGracePeriodSeconds": 5,
                     "domain": {"memory": {"guest": format!("{}Mi", memory / MEBI)}, "devices": {"disks": disks}},
                     "volumes": volumes,
@@ -238,6 +242,9 @@ impl Sim {
 
     /// An administrator cordons a node, or takes that back.
     pub fn cordon(&mut self, index: usize, cordoned: bool) {
+        if self.is_kept(index) {
+            return;
+        }
         if self.store_down {
             if !cordoned {
                 self.at(SECOND, Event::Uncordon { node: index });

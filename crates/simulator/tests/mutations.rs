@@ -143,3 +143,51 @@ fn what_is_seen_is_made_small() {
     assert_eq!(again.violation.as_ref(), Some(after));
     assert_eq!(again.trace, small.report.trace);
 }
+
+/// Controllers that do not keep what a maintenance promises, on nodes that pull images slowly: targets that have a node wait for long.
+/// (`scenarios.rs` shows that those which do are sound.)
+fn seen_in_maintenance(mutation: Mutation) {
+    let faults = Faults { slow_pulls_per_mille: 700, late_news_per_mille: 50, ..Faults::NONE };
+    let run = |seed| {
+        let (duration, mutation) = (Duration::from_secs(200), Some(mutation));
+        let options = Options { seed, vms: 4, maintenances: 6, duration, faults, mutation, ..Options::default() };
+        simulate(options).violation
+    };
+    let violation = (0..40).find_map(run).unwrap_or_else(|| panic!("{mutation:?} is not seen"));
+    assert_eq!(violation.rule, Rule::Maintenance, "{mutation:?} is seen as {violation}");
+}
+
+#[test]
+fn pods_that_are_placed_on_nodes_in_maintenance_are_seen() {
+    seen_in_maintenance(Mutation::PlacesOnClosed);
+}
+
+#[test]
+fn migrations_that_go_to_a_node_that_is_to_be_emptied_are_seen() {
+    seen_in_maintenance(Mutation::GoesToClosed);
+}
+
+#[test]
+fn nodes_that_were_cordoned_before_and_are_opened_are_seen() {
+    seen_in_maintenance(Mutation::UncordonsAlways);
+}
+
+#[test]
+fn marks_that_a_maintenance_leaves_are_seen() {
+    seen_in_maintenance(Mutation::LeavesMarks);
+}
+
+#[test]
+fn nodes_that_are_not_emptied_in_silence_are_seen() {
+    seen_in_maintenance(Mutation::EmptiesSilently);
+}
+
+#[test]
+fn guests_that_never_come_home_are_seen() {
+    seen_in_maintenance(Mutation::NeverReturns);
+}
+
+#[test]
+fn guests_that_come_home_to_another_node_are_seen() {
+    seen_in_maintenance(Mutation::ReturnsElsewhere);
+}

@@ -217,3 +217,16 @@ fn everything_at_each_phase_on_caches_that_lag() {
         }
     }
 }
+
+/// Nodes in maintenance, several at once, and everything going wrong.
+#[test]
+fn nodes_in_maintenance_in_all_weather() {
+    let mut moved = 0;
+    for seed in 0..12 {
+        let (duration, vms) = (Duration::from_secs(240), 5);
+        let faults = if seed < 4 { Faults::NONE } else { Faults::ALL };
+        let options = Options { nodes: 4, vms, maintenances: 5, duration, faults, ..one_vm(seed) };
+        moved += simulate(Options { controllers: 1 + u32::from(seed % 2 == 1), ..options }).expect_sound().succeeded;
+    }
+    assert!(moved > 30, "{moved}");
+}

@@ -31,6 +31,7 @@ pub fn down(data_dir: &Path) -> Result<bool, Error> {
     unmount_below(layout.root())?;
     remove_cgroups(&cluster.id);
     let _ = std::fs::remove_dir_all(layout.root().join("run"));
+    let _ = std::fs::remove_dir_all(cluster.state());
     Ok(!main.is_empty() || removed > 0)
 }
 

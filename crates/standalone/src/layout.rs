@@ -41,6 +41,16 @@ impl Cluster {
         Ipv4Addr::new(10, 88, 0, 10 + number)
     }
 
+    /// Range of the pods of node `number`.
+    pub fn pod_range(number: u8) -> String {
+        format!("10.244.{number}.0/24")
+    }
+
+    /// Folder, in memory, of what may not outlive the machine's boot.
+    pub fn state(&self) -> PathBuf {
+        state(&self.id)
+    }
+
     /// Prefix of all namespaces of this cluster.
     pub fn namespace_prefix(&self) -> String {
         format!("gw-{}-", self.id)
@@ -50,6 +60,11 @@ impl Cluster {
     pub fn namespace(&self, what: &str) -> String {
         format!("gw-{}-{what}", self.id)
     }
+}
+
+/// Folder, in memory, of what the nodes of the data directory with this id keep until the machine's next boot.
+pub fn state(id: &str) -> PathBuf {
+    Path::new("/run/godwit").join(id)
 }
 
 /// Paths inside a data directory.

@@ -5,10 +5,12 @@ use crate::status::{kubevirt, text};
 use crate::{Error, fabric, pki, process};
 use k8s_openapi::api::core::v1::Node;
 use kube::api::DynamicObject;
+use kube::client::ClientBuilder;
 use kube::{Api, Client};
 use std::net::{Ipv4Addr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
+use tower::timeout::TimeoutLayer;
 
 /// Name of the control plane's process.
 pub const CONTROL_PLANE: &str = "control-plane";
@@ -96,14 +98,26 @@ pub async fn admin_client(layout: &Layout) -> Result<Client, Error> {
 /// # Errors
 /// No such kubeconfig, or one that cannot be used.
 pub async fn client(kubeconfig: &Path) -> Result<Client, Error> {
-    Ok(Client::try_from(config(kubeconfig).await?)?)
+    client_of(config(kubeconfig).await?)
+}
+
+/// How long the API may take to begin its answer; a watch begins at once. The slowest, a webhook, has 10 s.
+const ANSWER_WITHIN: Duration = Duration::from_secs(30);
+
+/// A client none of whose calls waits for ever: where a link was down, both ends of a connection may think that it is whole, and
+/// nothing comes over it.
+///
+/// # Errors
+/// A configuration that cannot be used.
+pub fn client_of(config: kube::Config) -> Result<Client, Error> {
+    Ok(ClientBuilder::try_from(config)?.with_layer(&TimeoutLayer::new(ANSWER_WITHIN)).build())
 }
 
 /// The same for controllers: a "not now" (429) is an answer to them, on which they decide; kube would ask again for minutes.
 pub async fn impatient_client(kubeconfig: &Path) -> Result<Client, Error> {
     let mut config = config(kubeconfig).await?;
     config.default_retry = false;
-    Ok(Client::try_from(config)?)
+    client_of(config)
 }
 
 async fn config(kubeconfig: &Path) -> Result<kube::Config, Error> {

@@ -94,7 +94,7 @@ impl Lookup for Known<'_> {
 ///
 /// # Errors
 /// When something could not be read; the rule's verdict is then worth nothing.
-pub async fn ask<T>(client: &kube::Client, rule: impl Fn(&dyn Lookup) -> T) -> Result<T, Error> {
+pub async fn ask<T>(client: &kube::Client, mut rule: impl FnMut(&dyn Lookup) -> T) -> Result<T, Error> {
     let mut facts = Facts::default();
     for _ in 0..ROUNDS {
         let (verdict, missing) = {
@@ -130,8 +130,16 @@ async fn read(client: &kube::Client, question: &Question) -> Result<Vec<Value>, 
         // an object without a name cannot exist, and its path would be that of the list
         Question::Get { name, .. } if name.is_empty() => Ok(Vec::new()),
         Question::Get { kind, namespace, name } => {
-            let found = api(client, kind, namespace).get_opt(name).await.map_err(failed)?;
-            Ok(found.map(value).into_iter().collect())
+            match api(client, kind, namespace).get_opt(name).await {
+                Ok(found) => Ok(found.map(value).into_iter().collect()),
+                // Kubernetes asks who may see a thing before it looks whether there is one, and only OpenShift has these: whose
+                // account may see none of them has none, or could have no maintenance of any control plane.
+                Err(kube::Error::Api(status)) if status.code == 403 && kind == "ClusterVersion" => {
+                    tracing::debug!(%status, "not allowed to read {}: this is taken to be no OpenShift", question.what());
+                    Ok(Vec::new())
+                }
+                Err(error) => Err(failed(error)),
+            }
         }
         Question::List { kind, namespace, label } => {
             let parameters = match label {
@@ -153,5 +161,54 @@ pub(crate) fn api(client: &kube::Client, kind: &str, namespace: &str) -> Api<Dyn
     match namespace {
         "" => Api::all_with(client.clone(), &resource),
         _ => Api::namespaced_with(client.clone(), namespace, &resource),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::SocketAddr;
+
+    use bytes::Bytes;
+    use http::{Request, Response};
+    use http_body_util::Full;
+    use hyper::body::Incoming;
+    use hyper::service::service_fn;
+    use hyper_util::rt::TokioIo;
+    use serde_json::json;
+
+    use super::*;
+
+    /// An API server that answers all requests with this code.
+    async fn server(code: u16) -> SocketAddr {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let answer = move |_: Request<Incoming>| async move {
+            let status =
+                json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "message": "no", "code": code});
+            Response::builder().status(code).body(Full::new(Bytes::from(status.to_string())))
+        };
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                let served = hyper::server::conn::http1::Builder::new();
+                tokio::spawn(served.serve_connection(TokioIo::new(stream), service_fn(answer)));
+            }
+        });
+        address
+    }
+
+    #[tokio::test]
+    async fn who_may_not_see_openshifts_version_is_on_none() {
+        let client = async |code| {
+            let uri = format!("http://{}", server(code).await).parse().unwrap();
+            kube::Client::try_from(kube::Config::new(uri)).unwrap()
+        };
+        let forbidden = client(403).await;
+        let version = ask(&forbidden, |lookup| lookup.get("ClusterVersion", "", "version")).await;
+        assert_eq!(version.unwrap(), None);
+        // Of what every cluster has, that is an error.
+        let node = ask(&forbidden, |lookup| lookup.get("Node", "", "node1")).await;
+        assert!(node.unwrap_err().to_string().starts_with("cannot read Node /node1 from the API server"));
+        let broken = client(500).await;
+        assert!(ask(&broken, |lookup| lookup.get("ClusterVersion", "", "version")).await.is_err());
     }
 }

@@ -9,10 +9,10 @@ pub mod facts;
 mod judge;
 mod listen;
 pub mod review;
-pub mod routes;
+pub use godwit_api::admission::routes;
 
 pub use judge::judge;
-pub use listen::serve;
+pub use listen::{answer as answer_request, serve};
 
 use std::net::TcpListener;
 use std::path::PathBuf;
@@ -33,13 +33,8 @@ pub struct Options {
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A certificate or key could not be read.
-    #[error("cannot use {path}: {why}")]
-    Pem {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong with it.
-        why: String,
-    },
+    #[error(transparent)]
+    Pem(#[from] godwit_serving::pem::PemError),
     /// Certificate and key do not go together, or TLS cannot be set up with them.
     #[error("TLS cannot be served with this certificate and key: {0}")]
     Tls(#[from] rustls::Error),

@@ -1,30 +1,23 @@
-//! The socket: TLS, HTTP/1.1 and HTTP/2.
+//! The socket, and HTTP above it.
 
-use std::convert::Infallible;
 use std::future::Future;
-use std::path::Path;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
+use futures::FutureExt;
+use godwit_serving::{listen, pem};
 use http::{Method, Request, Response, StatusCode, Version, header};
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
-use hyper::service::service_fn;
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use hyper_util::server::conn::auto::Builder;
 use rustls::ServerConfig;
-use rustls_pki_types::pem::PemObject;
-use rustls_pki_types::{CertificateDer, PrivateKeyDer};
-use tokio::net::TcpStream;
-use tokio::task::JoinSet;
-use tokio_rustls::TlsAcceptor;
+use tokio::sync::{Semaphore, watch};
 
 use crate::review::Review;
+use crate::routes::{Act, Route};
 use crate::{Error, Options, judge, routes};
 
-/// A client that says nothing for so long is not a client.
-const HANDSHAKE: Duration = Duration::from_secs(10);
 /// A review holds the object twice, each at most three MiB (the API server's own limit), and some more.
 const MAX_BODY: usize = 8 << 20;
 /// Of a body that is too long this much is read all the same: a client that still writes would see a broken connection in
@@ -33,80 +26,48 @@ const MAX_DISCARDED: usize = 4 * MAX_BODY;
 /// How long requests may still run after the end was asked for.
 const GRACE: Duration = Duration::from_secs(2);
 
+/// How long a review may take, from the first byte of its body: longer than kube-apiserver waits for an answer (10 s, as the
+/// webhooks are announced), so whoever sends one slowly is nobody who waits for it.
+const DEADLINE: Duration = Duration::from_secs(15);
+/// So many reviews are read or judged at once. Each may take [`MAX_BODY`] and what it is parsed into.
+const AT_ONCE: usize = 64;
+static REVIEWS: Semaphore = Semaphore::const_new(AT_ONCE);
+/// Evictions have places of their own: they mark VMIs, which is reviewed here while they wait for it.
+static EVICTIONS: Semaphore = Semaphore::const_new(AT_ONCE);
+
 /// Serves until `shutdown`. Certificates are read once.
 ///
 /// # Errors
 /// When certificate, key or socket cannot be used.
 pub async fn serve(options: Options, shutdown: impl Future<Output = ()> + Send) -> Result<(), Error> {
-    let acceptor = acceptor(&options.certificate, &options.key)?;
-    options.listener.set_nonblocking(true)?;
-    let listener = tokio::net::TcpListener::from_std(options.listener)?;
-    let mut connections = JoinSet::new();
-    tokio::pin!(shutdown);
-    loop {
-        let accepted = tokio::select! {
-            () = &mut shutdown => break,
-            accepted = listener.accept() => accepted,
-        };
-        while connections.try_join_next().is_some() {}
-        match accepted {
-            Ok((tcp, _)) => {
-                connections.spawn(connection(tcp, acceptor.clone(), options.client.clone()));
-            }
-            Err(error) => {
-                // out of file descriptors, most likely: let some be closed
-                tracing::warn!(%error, "accept failed");
-                tokio::time::sleep(Duration::from_millis(50)).await;
-            }
-        }
-    }
-    // clients keep idle connections open for minutes: what runs may end, the rest is cut
-    let _ = tokio::time::timeout(GRACE, async { while connections.join_next().await.is_some() {} }).await;
-    Ok(())
-}
-
-fn acceptor(certificate: &Path, key: &Path) -> Result<TlsAcceptor, Error> {
-    let pem = |path: &Path, why: String| Error::Pem { path: path.to_owned(), why };
-    let chain: Result<Vec<_>, _> =
-        CertificateDer::pem_file_iter(certificate).map_err(|e| pem(certificate, e.to_string()))?.collect();
-    let chain = chain.map_err(|e| pem(certificate, e.to_string()))?;
-    if chain.is_empty() {
-        return Err(pem(certificate, "no certificate in it".to_owned()));
-    }
-    let key = PrivateKeyDer::from_pem_file(key).map_err(|e| pem(key, e.to_string()))?;
     let mut config = ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
         .with_safe_default_protocol_versions()?
         .with_no_client_auth()
-        .with_single_cert(chain, key)?;
-    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
-    Ok(TlsAcceptor::from(Arc::new(config)))
-}
-
-async fn connection(tcp: TcpStream, acceptor: TlsAcceptor, client: kube::Client) {
-    let _ = tcp.set_nodelay(true);
-    let stream = match tokio::time::timeout(HANDSHAKE, acceptor.accept(tcp)).await {
-        Ok(Ok(stream)) => stream,
-        Ok(Err(error)) => {
-            tracing::debug!(%error, "TLS handshake failed");
-            return;
-        }
-        Err(_) => return,
-    };
-    let service = service_fn(move |request: Request<Incoming>| {
+        .with_single_cert(pem::certificates(&options.certificate)?, pem::key(&options.key)?)?;
+    config.alpn_protocols = listen::alpn();
+    let listener = listen::listener(options.listener)?;
+    let client = options.client;
+    let handler = move |_| {
         let client = client.clone();
-        async move { Ok::<_, Infallible>(handle(&client, request).await) }
-    });
-    let mut builder = Builder::new(TokioExecutor::new());
-    builder.http1().timer(TokioTimer::new()).header_read_timeout(HANDSHAKE);
-    builder.http2().timer(TokioTimer::new()).keep_alive_interval(Duration::from_secs(30));
-    if let Err(error) = builder.serve_connection(TokioIo::new(stream), service).await {
-        tracing::debug!(%error, "connection ended");
+        move |request| {
+            let client = client.clone();
+            async move { answer(&client, request).await }
+        }
+    };
+    let (stop, stopping) = watch::channel(false);
+    let mut serving = tokio::spawn(listen::serve(listener, Arc::new(config), handler, stopping));
+    shutdown.await;
+    stop.send_replace(true);
+    // clients keep idle connections open for minutes: what runs may end, the rest is cut
+    if tokio::time::timeout(GRACE, &mut serving).await.is_err() {
+        serving.abort();
     }
+    Ok(())
 }
 
-async fn handle(client: &kube::Client, request: Request<Incoming>) -> Response<Full<Bytes>> {
+/// Answers a request: a review at one of the [`routes`].
+pub async fn answer(client: &kube::Client, request: Request<Incoming>) -> Response<Full<Bytes>> {
     let path = request.uri().path().to_owned();
-    let http2 = request.version() == Version::HTTP_2;
     if request.method() == Method::GET && path == "/healthz" {
         return text(StatusCode::OK, "ok");
     }
@@ -116,6 +77,38 @@ async fn handle(client: &kube::Client, request: Request<Incoming>) -> Response<F
     if request.method() != Method::POST {
         return text(StatusCode::METHOD_NOT_ALLOWED, "an AdmissionReview is sent with POST");
     }
+    let places = match route.act {
+        Act::Evict => &EVICTIONS,
+        Act::Mutate | Act::Validate => &REVIEWS,
+    };
+    bounded(DEADLINE, places, review(client, route, request)).await
+}
+
+/// An answer in any case: when there is no place, when it takes too long, when a rule panics.
+async fn bounded(
+    limit: Duration,
+    places: &Semaphore,
+    work: impl Future<Output = Response<Full<Bytes>>>,
+) -> Response<Full<Bytes>> {
+    let work = async {
+        // Never closed.
+        let _place = places.acquire().await;
+        work.await
+    };
+    match AssertUnwindSafe(tokio::time::timeout(limit, work)).catch_unwind().await {
+        Ok(Ok(answer)) => answer,
+        Ok(Err(_)) => {
+            text(StatusCode::SERVICE_UNAVAILABLE, &format!("the review was not done within {limit:?}; try again"))
+        }
+        Err(_) => {
+            tracing::error!("a rule of admission panicked");
+            text(StatusCode::INTERNAL_SERVER_ERROR, "the review could not be done; this is a bug of godwit")
+        }
+    }
+}
+
+async fn review(client: &kube::Client, route: &'static Route, request: Request<Incoming>) -> Response<Full<Bytes>> {
+    let http2 = request.version() == Version::HTTP_2;
     let body = match read(request.into_body()).await {
         Ok(Some(body)) => body,
         Ok(None) => {
@@ -157,4 +150,41 @@ fn text(code: StatusCode, text: &str) -> Response<Full<Bytes>> {
     let mut response = Response::new(Full::new(Bytes::from(text.to_owned())));
     *response.status_mut() = code;
     response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn said(answer: Response<Full<Bytes>>) -> (StatusCode, String) {
+        let code = answer.status();
+        let body = answer.into_body().collect().await.expect("a body").to_bytes();
+        (code, String::from_utf8_lossy(&body).into_owned())
+    }
+
+    async fn good() -> Response<Full<Bytes>> {
+        text(StatusCode::OK, "ok")
+    }
+
+    #[tokio::test]
+    async fn a_rule_that_panics_is_answered_and_leaves_its_place() {
+        let places = Semaphore::new(1);
+        let (code, why) = said(bounded(DEADLINE, &places, async { panic!("of a rule") }).await).await;
+        assert_eq!(code, StatusCode::INTERNAL_SERVER_ERROR);
+        assert!(why.contains("a bug of godwit"), "{why}");
+        assert_eq!(said(bounded(DEADLINE, &places, good()).await).await.0, StatusCode::OK);
+    }
+
+    #[tokio::test]
+    async fn what_does_not_end_is_answered_and_leaves_its_place() {
+        let places = Semaphore::new(1);
+        let held = places.acquire().await.expect("a place");
+        let none_free = said(bounded(Duration::ZERO, &places, good()).await).await;
+        assert_eq!(none_free.0, StatusCode::SERVICE_UNAVAILABLE, "{}", none_free.1);
+        drop(held);
+        // It never sends the end of its body.
+        let slow = said(bounded(Duration::ZERO, &places, std::future::pending()).await).await;
+        assert_eq!(slow.0, StatusCode::SERVICE_UNAVAILABLE, "{}", slow.1);
+        assert_eq!(said(bounded(DEADLINE, &places, good()).await).await.0, StatusCode::OK);
+    }
 }

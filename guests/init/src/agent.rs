@@ -76,7 +76,10 @@ fn answer(line: &[u8], hostname: &str, out: &mut impl Write) {
         "guest-get-users" | "guest-get-fsinfo" => json!({"return": []}),
         "guest-set-time" => set_time(&request["arguments"]["time"]),
         "guest-shutdown" => {
-            crate::boot::power_off();
+            match request["arguments"]["mode"].as_str() {
+                Some("reboot") => crate::boot::start_over(),
+                _ => crate::boot::power_off(),
+            }
             return;
         }
         other => {

@@ -29,8 +29,21 @@ pub struct Options {
     pub witness: Option<std::net::SocketAddrV4>,
     /// How often it is told that the guest runs.
     pub witness_every: Duration,
-    /// QEMU's guest agent instead of our own.
-    pub qemu_agent: bool,
+    /// Which guest agent it has.
+    pub agent: Agent,
+    /// A CD that is mounted at `/mnt`, as the kernel names it.
+    pub mount: Option<String>,
+}
+
+/// A guest agent.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Agent {
+    /// Our own.
+    Own,
+    /// QEMU's.
+    Qemus,
+    /// There is none.
+    None,
 }
 
 impl Options {
@@ -57,7 +70,12 @@ impl Options {
                 .collect(),
             witness: value("godwit.witness").and_then(|v| v.parse().ok()),
             witness_every: Duration::from_micros(number("godwit.witness-us", 2000).max(100) as u64),
-            qemu_agent: value("godwit.agent") == Some("qemu"),
+            agent: match value("godwit.agent") {
+                Some("qemu") => Agent::Qemus,
+                Some("none") => Agent::None,
+                _ => Agent::Own,
+            },
+            mount: value("godwit.mount").map(str::to_owned),
         }
     }
 }
@@ -69,6 +87,19 @@ pub fn mount_all() {
         // devtmpfs may already be there (CONFIG_DEVTMPFS_MOUNT): not an error worth a word.
         let _ = mount(Some(kind), target, Some(kind), MsFlags::empty(), None::<&str>);
     }
+}
+
+/// Mounts a CD at `/mnt`, as soon as there is one.
+pub fn mount_cd(name: &str) {
+    let _ = fs::create_dir_all("/mnt");
+    let device = format!("/dev/{name}");
+    for _ in 0..300 {
+        if mount(Some(device.as_str()), "/mnt", Some("iso9660"), MsFlags::MS_RDONLY, None::<&str>).is_ok() {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    println!("mount: no CD {device}");
 }
 
 /// Loads `/modules/*.ko` in the order of `/modules/order`.
@@ -127,6 +158,13 @@ pub fn power_off() {
     println!("power off");
     nix::unistd::sync();
     let _ = reboot(RebootMode::RB_POWER_OFF);
+}
+
+/// Starts the machine over; returns only if the kernel refuses.
+pub fn start_over() {
+    println!("reboot");
+    nix::unistd::sync();
+    let _ = reboot(RebootMode::RB_AUTOBOOT);
 }
 
 /// Collects orphans, as process 1 must.

@@ -6,7 +6,8 @@
 //! and verified, default 16), `godwit.dirty=MiB/s` (rate of rewriting it, default 1), `godwit.witness=ADDR:PORT` (send a
 //! numbered datagram there every `godwit.witness-us` microseconds, default 2000), `godwit.disks=NAME,…` (write to the first
 //! 4 MiB of these disks all the time, and verify them; `GET /verify` reads all of it back), `godwit.ports=PORT,…` (where it
-//! answers HTTP, default 80), `godwit.agent=qemu` (QEMU's own guest agent in the place of ours, where it is on board).
+//! answers HTTP, default 80), `godwit.agent=qemu|none` (QEMU's own guest agent in the place of ours, where it is on board, or
+//! no agent at all), `godwit.mount=NAME` (mounts this CD at `/mnt`).
 //!
 //! `GET /hardware` says what the guest is made of, `GET /lag` puts its clock back by an hour first, `GET /keep` writes to
 //! its TPM and its EFI variables first.
@@ -44,8 +45,15 @@ fn main() {
         let token = facts.token().to_owned();
         thread::spawn(move || witness::beat(to, options.witness_every, &token));
     }
-    let (hostname, theirs) = (options.hostname.clone(), options.qemu_agent);
-    thread::spawn(move || if theirs { agent::run_qemus() } else { agent::serve(&hostname) });
+    if let Some(cd) = options.mount {
+        thread::spawn(move || boot::mount_cd(&cd));
+    }
+    let hostname = options.hostname;
+    match options.agent {
+        boot::Agent::Own => drop(thread::spawn(move || agent::serve(&hostname))),
+        boot::Agent::Qemus => drop(thread::spawn(agent::run_qemus)),
+        boot::Agent::None => {}
+    }
     thread::spawn(boot::power_button);
     thread::spawn(boot::reap);
     beat::forever(&facts);

@@ -5,7 +5,7 @@ use serde_json::Value;
 use super::{Cause, Denial, Operation, Request, Verdict, read};
 use crate::config::{MAX_DOWNTIME_NEEDS_A_GATE, sift};
 use crate::gates::{Gates, LIVE_MIGRATION};
-use crate::kubevirt::KubeVirtConfiguration;
+use crate::kubevirt::{BASELINE_AUTO, KubeVirtConfiguration};
 use crate::{KubeVirt, MigrationConfiguration};
 
 const CREATE: &str = "kubevirt-create-validator.kubevirt.io";
@@ -36,6 +36,11 @@ pub(super) fn validate(request: &Request<'_>) -> Verdict {
     }
     let mut warnings = Vec::new();
     let gates = Gates::of(Some(&kubevirt), None);
+    if let Some(baseline) = configuration.cpu_baseline.as_deref().filter(|baseline| *baseline != BASELINE_AUTO) {
+        let field = "spec.configuration.cpuBaseline";
+        let text = format!("{field} is {baseline:?}: only {BASELINE_AUTO:?} is possible");
+        causes.push(Cause::invalid(field, text));
+    }
     for ((name, now), (_, then)) in places(configuration).into_iter().zip(places(&before.spec.configuration)) {
         let Some(now) = now else { continue };
         let at = format!("spec.configuration.{name}");

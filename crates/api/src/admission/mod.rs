@@ -10,6 +10,7 @@ mod kubevirt;
 mod maintenance;
 mod migration;
 mod policy;
+pub mod routes;
 pub(crate) mod spec;
 mod vm;
 mod vmi;
@@ -73,6 +74,9 @@ pub fn resource_of(kind: &str) -> (&'static str, &'static str, String) {
     let (kind, group) = kind.split_once('.').map_or((kind, None), |(kind, group)| (kind, Some(group)));
     let (group, version) = match (kind, group) {
         ("ConfigMap" | "Pod" | "Node", _) => ("", "v1"),
+        ("Lease", _) => ("coordination.k8s.io", "v1"),
+        ("PodDisruptionBudget", _) => ("policy", "v1"),
+        ("ClusterVersion", _) => ("config.openshift.io", "v1"),
         (_, Some(group)) => GROUPS.into_iter().find(|(known, _)| *known == group).unwrap_or((GROUP, "v1")),
         _ => (GROUP, "v1"),
     };
@@ -283,7 +287,11 @@ fn installation(request: &Request<'_>) -> Installation {
     let map = request.lookup.get("ConfigMap", KUBEVIRT_NAMESPACE, CONFIG_MAP_NAME);
     let data = map.and_then(|map| serde_json::from_value(map.get("data")?.clone()).ok());
     let gates = Gates::of(kubevirt.as_ref(), data.as_ref());
-    Installation { configuration: kubevirt.map(|kubevirt| kubevirt.spec.configuration), gates }
+    let configuration = kubevirt.map(|kubevirt| {
+        let cpu_model = kubevirt.default_cpu_model().map(str::to_owned);
+        KubeVirtConfiguration { cpu_model, ..kubevirt.spec.configuration }
+    });
+    Installation { configuration, gates }
 }
 
 /// Reads the object as its type; a failure names the place.

@@ -146,6 +146,26 @@ fn a_vmi_gets_its_defaults() {
 }
 
 #[test]
+fn a_cpu_model_comes_from_the_vmi_the_configuration_or_the_baseline_in_this_order() {
+    let given = |configuration: Value, asked: Value| {
+        let baseline = json!({ "model": "Westmere", "nodes": 3 });
+        let kubevirt = json!({
+            "apiVersion": "kubevirt.io/v1", "kind": "KubeVirt",
+            "metadata": { "name": "kubevirt", "namespace": "kubevirt" },
+            "spec": { "configuration": configuration }, "status": { "cpuBaseline": baseline },
+        });
+        let mut vmi = vmi("a");
+        vmi["spec"]["domain"]["cpu"] = json!({ "model": asked });
+        let (vmi, _) = World::new(vec![kubevirt]).create(&vmi).unwrap();
+        vmi["spec"]["domain"]["cpu"]["model"].clone()
+    };
+    assert_eq!(given(json!({}), Value::Null), Value::Null);
+    assert_eq!(given(json!({ "cpuBaseline": "Auto" }), Value::Null), "Westmere");
+    assert_eq!(given(json!({ "cpuBaseline": "Auto", "cpuModel": "Penryn" }), Value::Null), "Penryn");
+    assert_eq!(given(json!({ "cpuBaseline": "Auto" }), json!("host-model")), "host-model");
+}
+
+#[test]
 fn a_manifest_applied_again_is_the_same_spec() {
     let world = World::new(vec![]);
     let mut manifest = vmi("a");

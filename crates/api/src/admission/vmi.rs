@@ -9,7 +9,9 @@ use super::{
 };
 use crate::gates::NODE_RESTRICTION;
 use crate::kubevirt::KubeVirtConfiguration;
-use crate::names::{ANNOTATION_IGNITION, FINALIZER_VMI, HANDLER_USER, LABEL_NODE_NAME, RESERVED_VMI_LABELS};
+use crate::names::{
+    ANNOTATION_HOME, ANNOTATION_IGNITION, FINALIZER_VMI, HANDLER_USER, LABEL_NODE_NAME, RESERVED_VMI_LABELS,
+};
 use crate::{Quantity, VirtualMachineInstance};
 
 const CREATE: &str = "virtualmachineinstances-create-validator.kubevirt.io";
@@ -199,6 +201,7 @@ fn create(request: &Request<'_>, object: &Value) -> Verdict {
     let mut warnings = Vec::new();
     if !request.user.is_own() {
         reserved_labels(vmi.metadata.labels.as_ref(), "metadata.labels", &mut causes);
+        causes.extend(set_home(object, &Value::Null));
     }
     if let Some(ignition) = vmi.annotation(ANNOTATION_IGNITION) {
         let text = format!(
@@ -227,7 +230,18 @@ fn update(request: &Request<'_>, object: &Value) -> Verdict {
         let text = "modification of the following reserved kubevirt.io/ labels on a VMI object is prohibited";
         return Err(Box::new(Denial::causes(UPDATE, vec![Cause::unsupported("metadata.labels", text)])));
     }
-    Ok(Vec::new())
+    match set_home(object, old) {
+        Some(cause) => Err(Box::new(Denial::causes(UPDATE, vec![cause]))),
+        None => Ok(Vec::new()),
+    }
+}
+
+/// Only godwit says where a VM comes home to: it goes there by a migration that its editor may not ask for. Taken off, it stays.
+fn set_home(object: &Value, old: &Value) -> Option<Cause> {
+    let home = |object: &Value| Some(object.get("metadata")?.get("annotations")?.get(ANNOTATION_HOME)?.clone());
+    let after = home(object).filter(|after| Some(after) != home(old).as_ref());
+    let text = "the annotation godwit.io/home is set by godwit alone, it may only be removed";
+    after.map(|_| Cause::unsupported("metadata.annotations", text))
 }
 
 /// A handler writes the VMIs of its node: where the guest is, where it comes from, where it goes to. (KubeVirt's source handler

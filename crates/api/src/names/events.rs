@@ -53,8 +53,12 @@ pub mod reason {
     pub const SYNC_FAILED: &str = "SyncFailed";
     // Ours: the guest was killed because its node had lost its lease.
     pub const GUEST_FENCED: &str = "GuestFenced";
+    // Ours: the guest was to reboot by its power button, and did not react.
+    pub const SOFT_REBOOT_FAILED: &str = "SoftRebootFailed";
     // Ours, on the node: its handler says how many guests were fenced, and why.
     pub const NODE_FENCED: &str = "NodeFenced";
+    // Ours, on the node and on the VMI: the guest had to be killed, and its processes do not die.
+    pub const GUEST_NOT_DEAD: &str = "GuestNotDead";
 }
 
 /// Event messages without holes.

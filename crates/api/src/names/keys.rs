@@ -45,6 +45,13 @@ pub const LABEL_PREFIX_MACHINE_TYPE: &str = "machine-type.node.kubevirt.io/";
 /// Prefix of labels on nodes: Hyper-V features.
 pub const LABEL_PREFIX_HYPERV: &str = "hyperv.node.kubevirt.io/";
 
+/// What a pod asks for to get `/dev/kvm`.
+pub const DEVICE_KVM: &str = "devices.kubevirt.io/kvm";
+/// What a pod asks for to get `/dev/net/tun`.
+pub const DEVICE_TUN: &str = "devices.kubevirt.io/tun";
+/// What a pod asks for to get `/dev/vhost-net`.
+pub const DEVICE_VHOST_NET: &str = "devices.kubevirt.io/vhost-net";
+
 /// Labels that nobody but godwit may put on a VMI.
 pub const RESERVED_VMI_LABELS: [&str; 6] = [
     LABEL_CREATED_BY,
@@ -114,6 +121,10 @@ pub const DESCHEDULER: &str = "descheduler";
 pub const ANNOTATION_IGNITION: &str = "kubevirt.io/ignitiondata";
 /// The handler's sign of life, on nodes (RFC 3339).
 pub const ANNOTATION_HEARTBEAT: &str = "kubevirt.io/heartbeat";
+/// Godwit's own: the CPU models that guests can have on a node and how many features each has (a JSON object), on nodes.
+pub const ANNOTATION_CPU_MODELS: &str = "godwit.io/cpu-models";
+/// Godwit's own: what executes guests on a node, `kvm` or `tcg`; label and annotation of nodes.
+pub const LABEL_ACCELERATOR: &str = "godwit.dev/accelerator";
 /// The descheduler shall ask, not delete, on launcher pods.
 pub const ANNOTATION_DESCHEDULER_EVICT_ONLY: &str = "descheduler.alpha.kubernetes.io/request-evict-only";
 /// An eviction is under way, on launcher pods.

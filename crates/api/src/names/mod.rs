@@ -25,6 +25,15 @@ pub const CONFIG_MAP_NAME: &str = "kubevirt-config";
 pub const SLOTS_NAME: &str = "godwit-migration-slots";
 /// The Lease in [`KUBEVIRT_NAMESPACE`] that the leading controller holds.
 pub const CONTROLLER_LEASE: &str = "virt-controller";
+/// The Secret in [`KUBEVIRT_NAMESPACE`] with the authority of godwit's own certificates.
+pub const CA_SECRET: &str = "godwit-ca";
+/// The ConfigMap in [`KUBEVIRT_NAMESPACE`] with the certificates of that authority that are good: the old one and the new one
+/// while it is changed.
+pub const CA_BUNDLE: &str = "godwit-ca-bundle";
+/// The signer of handlers' certificates.
+pub const NODE_SIGNER: &str = "godwit.io/node";
+/// The APIServices of `subresources.kubevirt.io`.
+pub const API_SERVICES: [&str; 2] = ["v1.subresources.kubevirt.io", "v1alpha3.subresources.kubevirt.io"];
 /// The controller's user.
 pub const CONTROLLER_USER: &str = "system:serviceaccount:kubevirt:kubevirt-controller";
 /// The handler's user.

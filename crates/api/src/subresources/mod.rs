@@ -30,6 +30,8 @@ pub const INSTANCES: &str = "virtualmachineinstances";
 const EVACUATE_CANCEL: &str = "evacuate/cancel";
 /// The serial console, a stream.
 pub const CONSOLE: &str = "console";
+/// The screen (VNC), a stream.
+pub const VNC: &str = "vnc";
 /// The websocket subprotocol of KubeVirt's streams: the bytes as they are, in binary messages.
 pub const PLAIN: &str = "plain.kubevirt.io";
 /// What can be asked of a VM.
@@ -44,12 +46,13 @@ const OF_INSTANCES: &[&str] = &[
     "userlist",
     "filesystemlist",
     CONSOLE,
+    VNC,
     hotplug::ADD,
     hotplug::REMOVE,
     EVACUATE_CANCEL,
 ];
 /// Those that are asked with GET.
-const READ: &[&str] = &["guestosinfo", "userlist", "filesystemlist", CONSOLE];
+const READ: &[&str] = &["guestosinfo", "userlist", "filesystemlist", CONSOLE, VNC];
 /// What KubeVirt serves besides, and godwit does not.
 const NOT_OF_MACHINES: &[&str] = &["memorydump", "removememorydump", "expand-spec", "objectgraph", "portforward"];
 const NOT_OF_INSTANCES: &[&str] = &[
@@ -58,7 +61,6 @@ const NOT_OF_INSTANCES: &[&str] = &[
     "backup",
     "redefine-checkpoint",
     "usbredir",
-    "vnc",
     "vsock",
     "portforward",
     "vnc/screenshot",

@@ -4,7 +4,7 @@ use k8s_openapi::api::core::v1::Pod;
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::{CONSOLE, Errand, Found, Refusal, Request, bad, conflict, dry_run, missing, place};
+use super::{CONSOLE, Errand, Found, Refusal, Request, VNC, bad, conflict, dry_run, missing, place};
 use crate::names::conditions::{AGENT_CONNECTED, PAUSED};
 use crate::{Condition, VirtualMachineInstance, VmiPhase};
 
@@ -20,7 +20,8 @@ struct Options {
 pub(super) fn decide(request: &Request<'_>) -> Result<Errand, Refusal> {
     let vmi = request.instance()?;
     allows(&vmi, request)?;
-    let options: Options = if request.action == CONSOLE { Options::default() } else { request.options()? };
+    let stream = matches!(request.action, CONSOLE | VNC);
+    let options: Options = if stream { Options::default() } else { request.options()? };
     let pod = |name: &str| -> Option<Pod> {
         request.lookup.get("Pod", request.namespace, name).and_then(|pod| serde_json::from_value(pod).ok())
     };
@@ -48,14 +49,11 @@ fn allows(vmi: &Found<VirtualMachineInstance>, request: &Request<'_>) -> Result<
         "reset" if !runs => Err(Refusal::Internal(format!("Failed to reset non-running VMI with phase {phase}"))),
         "softreboot" if !runs => Err(conflict(VM_NOT_RUNNING)),
         "softreboot" if is(PAUSED) => Err(conflict("VMI is paused")),
-        "softreboot" if !is(AGENT_CONNECTED) => {
-            let acpi = vmi.raw.pointer("/spec/domain/features/acpi/enabled") != Some(&Value::Bool(false));
-            Err(conflict(if acpi {
-                "VMI does not have guest agent connected, and a reboot by ACPI is not implemented by godwit: restart the \
-                 VM, or reset the VMI"
-            } else {
-                "VMI neither have the agent connected nor the ACPI feature enabled"
-            }))
+        "softreboot"
+            if !is(AGENT_CONNECTED)
+                && vmi.raw.pointer("/spec/domain/features/acpi/enabled") == Some(&Value::Bool(false)) =>
+        {
+            Err(conflict("VMI neither have the agent connected nor the ACPI feature enabled"))
         }
         "guestosinfo" | "userlist" | "filesystemlist" if !runs => Err(conflict(NOT_RUNNING)),
         "guestosinfo" | "userlist" | "filesystemlist" if !is(AGENT_CONNECTED) => {
@@ -66,9 +64,16 @@ fn allows(vmi: &Found<VirtualMachineInstance>, request: &Request<'_>) -> Result<
         }
         CONSOLE if *phase == VmiPhase::Failed => Err(conflict("VMI is in failed status")),
         CONSOLE if !runs => Err(bad(NOT_RUNNING)),
-        "pause" | "unpause" | "reset" | "softreboot" | "guestosinfo" | "userlist" | "filesystemlist" | CONSOLE => {
-            Ok(())
+        VNC if vmi.read.spec.domain.devices.autoattach_graphics_device == Some(false) => {
+            Err(bad("No graphics devices are present."))
         }
+        VNC if *phase == VmiPhase::Failed => Err(conflict("VMI is in failed status")),
+        VNC if !runs => Err(bad(NOT_RUNNING)),
+        VNC if !vmi.read.has_screen() => Err(bad(
+            "No graphics devices are present: the guest was started by an older version, which gave it none. Restart its VM",
+        )),
+        "pause" | "unpause" | "reset" | "softreboot" | "guestosinfo" | "userlist" | "filesystemlist" | CONSOLE
+        | VNC => Ok(()),
         other => Err(Refusal::Internal(missing(request.resource, other))),
     }
 }

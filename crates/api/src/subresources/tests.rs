@@ -66,6 +66,7 @@ fn the_guests_node_is_asked_what_only_it_can_do() {
         (&paused, "unpause"),
         (&running(), "reset"),
         (&agent, "softreboot"),
+        (&running(), "softreboot"),
         (&agent, "guestosinfo"),
         (&agent, "userlist"),
         (&agent, "filesystemlist"),
@@ -99,6 +100,13 @@ fn the_guests_node_is_asked_what_only_it_can_do() {
     assert_eq!(of_node(&[&starting], "console", Value::Null), bad("VMI is not running"));
     let failed = with(running(), "/status/phase", json!("Failed"));
     assert_eq!(of_node(&[&failed], "console", Value::Null), said("VMI is in failed status"));
+    let older = "No graphics devices are present: the guest was started by an older version, which gave it none. Restart its VM";
+    assert_eq!(of_node(&[&running(), &pod], "vnc", Value::Null), bad(older));
+    let seen = with(running(), "/status/machineRevision", json!(3));
+    assert_eq!(of_node(&[&seen, &pod], "vnc", Value::Null).unwrap().action, "vnc");
+    let unseen = with(seen, "/spec/domain/devices/autoattachGraphicsDevice", json!(false));
+    assert_eq!(of_node(&[&unseen, &pod], "vnc", Value::Null), bad("No graphics devices are present."));
+    assert_eq!(of_node(&[&starting], "vnc", Value::Null), bad("VMI is not running"));
     let silent = with(running(), "/spec/domain/devices/autoattachSerialConsole", json!(false));
     assert_eq!(of_node(&[&silent], "console", Value::Null), bad("No serial consoles are present."));
 }

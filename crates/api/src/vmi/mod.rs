@@ -80,6 +80,12 @@ impl VirtualMachineInstance {
         self.status.machine_revision.unwrap_or(0) >= 2 && self.spec.domain.devices.disable_hotplug != Some(true)
     }
 
+    /// Whether the guest was started with a screen: since revision 3 of the machine, unless `autoattachGraphicsDevice` is false.
+    pub fn has_screen(&self) -> bool {
+        self.status.machine_revision.unwrap_or(0) >= 3
+            && self.spec.domain.devices.autoattach_graphics_device != Some(false)
+    }
+
     /// The disks that were plugged in and that the guest has, by volume.
     pub fn plugged_in(&self) -> impl Iterator<Item = &str> {
         self.status.volume_status.iter().filter(|one| one.is_plugged_in()).map(|one| one.name.as_str())

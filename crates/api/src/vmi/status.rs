@@ -87,12 +87,26 @@ api_struct! {
         accelerator: Option<String>,
         /// Godwit's own: how the guest's machine was built beyond what the spec says; unset is 0. It stays with the guest.
         machine_revision: Option<u32>,
+        /// Godwit's own: the processor that the guest has, spelled out when it started, so that it is the same wherever the guest goes.
+        guest_cpu: Option<GuestCpu>,
         /// Godwit's own: the version of QEMU.
         qemu_version: Option<String>,
+        /// Godwit's own: how fast the guest writes to its memory, measured now and then while it runs.
+        dirty_rate: Option<DirtyRate>,
     }
 }
 
 always_or_default!(VirtualMachineInstanceStatus);
+
+api_struct! {
+    /// The processor of a guest.
+    GuestCpu {
+        /// A QEMU CPU model.
+        model: String,
+        /// What it has beyond the model, in QEMU's names.
+        features: Vec<String>,
+    }
+}
 
 impl crate::macros::Absent for u64 {
     fn absent(&self) -> bool {
@@ -392,6 +406,37 @@ api_struct! {
         dirty_bytes_per_second: Option<u64>,
         /// How fast memory was taken to go.
         bytes_per_second: Option<u64>,
+    }
+}
+
+api_struct! {
+    /// Godwit's own: how fast a guest writes to its memory, as its launcher has measured it while no migration was under way.
+    /// It is written anew when it has changed markedly, at most every few minutes: until then it still holds.
+    DirtyRate {
+        /// When it was measured.
+        measured_at: Option<Time>,
+        /// By the longest measurement.
+        bytes_per_second: Option<u64>,
+        /// Bytes of memory that the guest has.
+        memory_bytes: Option<u64>,
+        /// Bytes of it that are there: what was never written to is not.
+        present_bytes: Option<u64>,
+        /// A migration sends the guest in one pass, since its QEMU loses track of what is written between two.
+        one_pass: Option<bool>,
+        /// How much of its memory it writes to within some times, the shortest first.
+        samples: Vec<DirtySample>,
+    }
+}
+
+api_struct! {
+    /// How much of its memory a guest writes to within a time, however often.
+    DirtySample {
+        /// The time.
+        within_milliseconds: u64,
+        /// Bytes of pages that were written to.
+        bytes: u64,
+        /// By how many bytes that may be wrong.
+        margin_bytes: u64,
     }
 }
 

@@ -61,8 +61,8 @@ impl Api {
     }
 
     /// Another server over what one has stored.
-    pub async fn over(store: Store) -> Self {
-        let server = Server::start(Parts::new(store.clone())).await.unwrap();
+    pub async fn over(store: Store, roles: Vec<Value>) -> Self {
+        let server = Server::start(Parts { roles, ..Parts::new(store.clone()) }).await.unwrap();
         let service = server.service(User::new("admin", &["system:masters"]));
         Self { server, store, service }
     }

@@ -68,6 +68,7 @@ impl Cluster {
             admission,
             actions: Vec::new(),
             dialer: Arc::new(DirectDialer),
+            roles: Vec::new(),
         };
         cluster.stop = Some(stop);
         cluster.thread = Some(std::thread::spawn(move || {

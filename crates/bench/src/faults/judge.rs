@@ -38,6 +38,8 @@ pub struct Evidence {
     pub left: bool,
     /// It left in post-copy, and when the fault came not all of its memory had followed.
     pub follows: bool,
+    /// It left in post-copy, and its migration had failed before the fault came.
+    pub failed_before: bool,
     /// The link over which its memory came was broken, by this run or by another one beside it, before the target's QEMU had read
     /// the devices' state.
     pub early: bool,
@@ -88,9 +90,14 @@ pub fn is_excused(strike: &Strike, evidence: &Evidence) -> bool {
         return true;
     }
     let killed = evidence.landed && strike.deed == Deed::Kill;
+    let link_lost_it = evidence.early || evidence.again || evidence.spent;
+    // Whatever this fault hit, it came too late to take the guest; those of other runs did not.
+    if evidence.failed_before && evidence.left {
+        return link_lost_it;
+    }
     if evidence.follows && evidence.left {
         let needed = [Victim::SourceQemu, Victim::TargetQemu, Victim::SourceLauncher, Victim::TargetLauncher];
-        return evidence.early || evidence.again || evidence.spent || killed && needed.contains(&strike.victim);
+        return link_lost_it || killed && needed.contains(&strike.victim);
     }
     match strike.victim {
         Victim::SourceQemu | Victim::SourceLauncher => killed && !evidence.left,
@@ -222,6 +229,16 @@ mod tests {
             let spent = Evidence { spent: true, ..lost(true) };
             assert!(!broken(victim, deed, spent), "this QEMU does not hear of a break then");
             assert!(broken(victim, deed, Evidence { follows: false, ..early }));
+        }
+    }
+
+    #[test]
+    fn a_guest_that_was_lost_before_the_fault_is_excused_by_the_link_alone() {
+        let lost = Evidence { beats: false, left: true, failed_before: true, ..well() };
+        for (victim, deed) in [(Victim::TargetHandler, Deed::Stop), (Victim::TargetQemu, Deed::Kill)] {
+            let broken = |evidence| !judge(&strike(victim, deed), &evidence).1.is_empty();
+            assert!(broken(lost.clone()), "{victim:?}");
+            assert!(!broken(Evidence { again: true, ..lost.clone() }), "{victim:?}");
         }
     }
 

@@ -99,14 +99,17 @@ pub async fn run(stage: &Arc<Stage>, guest: &Guest, number: u32, strike: Strike,
     let view = sight.now();
     // A migration cannot succeed otherwise; its source's pod, and the record in it, may have gone before it was looked at.
     let left = left_then || view.handed_over || view.phase == "Succeeded" || record(&uid);
-    let follows = view.post_copy && !then.whole && !then.is_over();
+    // How one that was withdrawn has ended may not have been seen.
+    let follows = view.post_copy && !then.whole && !matches!(then.phase.as_str(), "Succeeded" | "Failed");
+    let failed_before = view.post_copy && then.phase == "Failed";
     let target = view.target.place.as_ref().map(|place| place.node.as_str()).unwrap_or_default();
     let breaks = stage.broken_since(began, &source.node, target);
     let early = breaks.iter().any(|at| view.loaded_at.is_none_or(|loaded| *at <= loaded));
     let outdated = !gets_over_any_break(view.qemu_version.as_deref());
     let again = outdated && is_broken_again(&breaks, &view.recovered);
     let spent = view.spent && !breaks.is_empty();
-    let mut evidence = Evidence { landed, left, follows, early, again, spent, over, ..Evidence::default() };
+    let mut evidence =
+        Evidence { landed, left, follows, failed_before, early, again, spent, over, ..Evidence::default() };
     let ended = SystemTime::now().max(mended);
     listen(stage, guest, &source, uid.as_deref(), ended, &mut evidence).await;
     if !evidence.beats && !is_excused(&strike, &evidence) && stage.silent_since(began) >= FENCED_FROM {

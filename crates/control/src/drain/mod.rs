@@ -5,7 +5,9 @@
 //! [`schedule`] in which order, where to, and how long the whole.
 
 mod expect;
+mod link;
 mod pods;
+mod quotas;
 mod schedule;
 mod stage;
 #[cfg(test)]
@@ -22,9 +24,11 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use crate::object::{Name, Stored};
 use crate::plan::View;
 use crate::world::World;
-use crate::{hotplug, placement};
+use crate::{hotplug, kubevirt, placement};
+pub use expect::rate;
 use expect::{CORNERS, LIKELY};
-use schedule::{Course, Job, Work};
+use quotas::Quotas;
+use schedule::{Again, Course, Job, Limit, Work};
 use stage::Stage;
 
 /// How a drain goes about pods that are no VM's, as the flags of `kubectl drain`.
@@ -127,17 +131,31 @@ fn follow(view: &View<'_>, empty: &BTreeSet<&str>, vms: Vec<verdict::Verdict>, p
     jobs.extend(schedule::others(view, &ours, &known));
 
     let limits = schedule::Limits::of(view.world.configuration());
-    let mut stage = Stage::new(view, empty);
+    let quotas = Quotas::of(view);
+    let mut stage = Stage::new(view, empty, quotas.clone());
     let likely = schedule::run(&jobs, LIKELY, &limits, &mut stage);
+    let pods = stage.traffic();
+    // Where each goes to is known now, and with it what the link carries.
+    let mut better = false;
+    for (index, went) in &likely.moves {
+        if let Some(job) = jobs.get_mut(*index) {
+            better |= know_target(job, went.target.as_deref(), view, &known);
+        }
+    }
+    let likely = match better {
+        true => schedule::run(&jobs, LIKELY, &limits, &mut Again::of(&likely, &quotas, pods)),
+        false => likely,
+    };
     let corners: [Course; 3] = CORNERS.map(|corner| match corner {
         LIKELY => likely.clone(),
-        _ => schedule::run(&jobs, corner, &limits, &mut schedule::Again(&likely)),
+        _ => schedule::run(&jobs, corner, &limits, &mut Again::of(&likely, &quotas, pods)),
     });
     let [worst, _, best] = &corners;
 
     let mut order: Vec<(Option<u64>, usize)> = (0..told.len()).map(|index| (None, index)).collect();
     for (job, index) in &owner {
         let (Some(vm), Some(work)) = (told.get_mut(*index), jobs.get(*job)) else { continue };
+        work.takes.tell(vm);
         match likely.moves.get(job) {
             Some(went) => {
                 if let Some(entry) = order.get_mut(*index) {
@@ -183,6 +201,18 @@ fn follow(view: &View<'_>, empty: &BTreeSet<&str>, vms: Vec<verdict::Verdict>, p
     plan.vms = order.into_iter().filter_map(|(_, index)| told.get_mut(index)?.take()).collect();
 }
 
+/// Takes into account where a migration goes to; whether that tells something of how long it takes.
+fn know_target(job: &mut Job, target: Option<&str>, view: &View<'_>, known: &expect::Known) -> bool {
+    let Some(target) = target.filter(|target| known.links.knows(&job.node, target)) else { return false };
+    if job.work != Work::Move || job.under_way.is_some() {
+        return false;
+    }
+    let Some(vmi) = view.world.vmis.get(&job.vmi) else { return false };
+    let configuration = kubevirt::migration_configuration_of(view.world, vmi).configuration;
+    job.takes = expect::migration(vmi, &configuration, known, Some(target));
+    true
+}
+
 fn bounds(
     view: &View<'_>,
     likely: &Course,
@@ -190,12 +220,20 @@ fn bounds(
     jobs: &[Job],
     owner: &BTreeMap<usize, usize>,
 ) -> Vec<DrainBound> {
-    let held = likely.held.iter().map(|((setting, node), held)| DrainBound {
-        limit: setting.name().to_owned(),
-        value: Some(u64::from(limits.value(*setting))),
-        node: node.clone(),
-        vms: u32::try_from(held.jobs.len()).ok(),
-        milliseconds: Some(held.milliseconds),
+    let held = likely.held.iter().map(|((limit, of), held)| {
+        let bound = match limit {
+            Limit::Setting(setting) => DrainBound {
+                limit: setting.name().to_owned(),
+                value: Some(u64::from(limits.value(*setting))),
+                node: of.clone(),
+                ..DrainBound::default()
+            },
+            Limit::Quota => {
+                DrainBound { limit: "ResourceQuota".to_owned(), quota: of.clone(), ..DrainBound::default() }
+            }
+        };
+        let milliseconds = Some(held.milliseconds);
+        DrainBound { vms: u32::try_from(held.jobs.len()).ok(), milliseconds, ..bound }
     });
     let mut bounds: Vec<DrainBound> = held.filter(|bound| bound.milliseconds > Some(0)).collect();
     // The link out of each node: all bytes over what may go at once.
@@ -216,6 +254,7 @@ fn bounds(
                 node: Some(node.to_owned()),
                 vms: Some(vms),
                 milliseconds: Some(milliseconds),
+                ..DrainBound::default()
             });
         }
     }

@@ -121,14 +121,24 @@ impl Manner {
         if daemon {
             against.push("it is of a DaemonSet, which would make it again; use --ignore-daemonsets".to_owned());
         }
-        if owner.is_none() && !self.force {
-            against.push("nobody makes it again elsewhere; use --force to let it go all the same".to_owned());
+        let mut lost = Vec::new();
+        if owner.is_none() {
+            match self.force {
+                true => lost.push("nobody makes it again elsewhere".to_owned()),
+                false => {
+                    against.push("nobody makes it again elsewhere; use --force to let it go all the same".to_owned());
+                }
+            }
         }
-        if has_empty_dir(pod) && !self.delete_empty_dir_data {
-            against
-                .push("its emptyDir is lost with it; use --delete-emptydir-data to let it go all the same".to_owned());
+        if has_empty_dir(pod) {
+            match self.delete_empty_dir_data {
+                true => lost.push("its emptyDir is lost with it".to_owned()),
+                false => against.push(
+                    "its emptyDir is lost with it; use --delete-emptydir-data to let it go all the same".to_owned(),
+                ),
+            }
         }
-        if against.is_empty() { (PodOutcome::Evict, against) } else { (PodOutcome::Block, against) }
+        if against.is_empty() { (PodOutcome::Evict, lost) } else { (PodOutcome::Block, against) }
     }
 }
 

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use godwit_api::MigrationConfiguration;
 
 use super::expect::{self, Corner, FOREVER, Known, Takes};
+use super::quotas::{Quotas, Traffic};
 use crate::kubevirt;
 use crate::object::{Name, Stored};
 use crate::plan::View;
@@ -68,12 +69,23 @@ impl Limits {
     }
 }
 
+/// What somebody waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Limit {
+    /// A limit of migrations; of a node, where one is named with it.
+    Setting(Setting),
+    /// The ResourceQuota that is named with it.
+    Quota,
+}
+
 /// Where a VM can go.
 pub enum Spot {
     /// Here; it counts there from now on.
     On(String),
     /// Only to nodes that receive enough, as this one.
     Full(String),
+    /// Nowhere before this quota has room for its pod.
+    NoQuota(String),
     /// Nowhere.
     Nowhere,
 }
@@ -109,23 +121,51 @@ pub struct Course {
     /// By job; those that are not here stay.
     pub moves: BTreeMap<usize, Went>,
     /// What held them up.
-    pub held: BTreeMap<(Setting, Option<String>), Held>,
+    pub held: BTreeMap<(Limit, Option<String>), Held>,
 }
 
 /// The same places again.
-pub struct Again<'a>(pub &'a Course);
+pub struct Again<'a> {
+    course: &'a Course,
+    quotas: Quotas,
+    pods: &'a Traffic,
+}
+
+impl<'a> Again<'a> {
+    /// Those of a course, with the quotas as they are at the beginning, and the pods that these count.
+    pub fn of(course: &'a Course, quotas: &Quotas, pods: &'a Traffic) -> Self {
+        Self { course, quotas: quotas.clone(), pods }
+    }
+}
 
 impl Place for Again<'_> {
-    fn find(&mut self, index: usize, _: &Job, coming: &dyn Fn(&str) -> u32, limit: u32) -> Spot {
-        match self.0.moves.get(&index).and_then(|went| went.target.clone()) {
-            Some(target) if coming(&target) < limit => Spot::On(target),
-            Some(target) => Spot::Full(target),
-            None => Spot::Nowhere,
-        }
+    fn tick(&mut self) {
+        self.quotas.tick();
     }
 
-    fn left(&mut self, index: usize, _: &Job) -> Option<String> {
-        self.0.moves.get(&index).and_then(|went| went.target.clone())
+    fn find(&mut self, index: usize, job: &Job, coming: &dyn Fn(&str) -> u32, limit: u32) -> Spot {
+        let Some(target) = self.course.moves.get(&index).and_then(|went| went.target.clone()) else {
+            return Spot::Nowhere;
+        };
+        if coming(&target) >= limit {
+            return Spot::Full(target);
+        }
+        let Some(pod) = self.pods.came.get(&index) else { return Spot::On(target) };
+        if let Some(refusal) = self.quotas.ask(&job.vmi, pod) {
+            return Spot::NoQuota(refusal.quota.to_string());
+        }
+        self.quotas.take(pod);
+        Spot::On(target)
+    }
+
+    fn left(&mut self, index: usize, job: &Job) -> Option<String> {
+        if let Some(pod) = self.pods.went.get(&index) {
+            self.quotas.give_back(pod);
+        }
+        if let (Work::ShutDown { .. }, Some(pod)) = (job.work, self.pods.came.get(&index)) {
+            self.quotas.take(pod);
+        }
+        self.course.moves.get(&index).and_then(|went| went.target.clone())
     }
 }
 
@@ -138,7 +178,7 @@ pub fn others(view: &View<'_>, ours: &BTreeSet<Name>, known: &Known) -> Vec<Job>
         let configuration = kubevirt::migration_configuration_of(world, vmi).configuration;
         Some(match under_way {
             true => expect::rest(vmi, &configuration, known, view.now),
-            false => expect::migration(vmi, &configuration, known),
+            false => expect::migration(vmi, &configuration, known, None),
         })
     };
     for holder in world.turns().holders().values().filter(|holder| !ours.contains(&holder.vmi)) {
@@ -236,7 +276,7 @@ pub fn run(jobs: &[Job], corner: Corner, limits: &Limits, places: &mut dyn Place
     let ticket = |index: &usize| jobs.get(*index).map(|job| (&job.ticket, *index));
     waiting.sort_by(|one, other| ticket(one).cmp(&ticket(other)));
     loop {
-        let mut held: BTreeMap<(Setting, Option<String>), Vec<usize>> = BTreeMap::new();
+        let mut held: BTreeMap<(Limit, Option<String>), Vec<usize>> = BTreeMap::new();
         let mut next = None::<u64>;
         let mut looks = 0;
         places.tick();
@@ -246,7 +286,8 @@ pub fn run(jobs: &[Job], corner: Corner, limits: &Limits, places: &mut dyn Place
                 next = Some(next.map_or(job.ready, |next| next.min(job.ready)));
                 return true;
             }
-            let mut hold = |setting, node| held.entry((setting, node)).or_default().push(*index);
+            let mut hold_up = |limit, of| held.entry((limit, of)).or_default().push(*index);
+            let mut hold = |setting, node| hold_up(Limit::Setting(setting), node);
             // Where several limits hold, the nearer one is the more telling.
             if now.leaving.get(&job.node).is_some_and(|leaving| *leaving >= limits.outbound) {
                 hold(Setting::OutboundPerNode, Some(job.node.clone()));
@@ -270,6 +311,11 @@ pub fn run(jobs: &[Job], corner: Corner, limits: &Limits, places: &mut dyn Place
                 Spot::Full(node) => {
                     looks += 1;
                     hold(Setting::InboundPerNode, Some(node));
+                    true
+                }
+                // No look: the first of a namespace answers for all, and those of others are not to wait behind them.
+                Spot::NoQuota(quota) => {
+                    hold_up(Limit::Quota, Some(quota));
                     true
                 }
                 Spot::Nowhere => false,

@@ -1,18 +1,20 @@
 //! A copy of the world on which the plan is played: pods go and come there, so that each place is found as it will be.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use godwit_api::{VirtualMachineInstance, VirtualMachineInstanceMigration};
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
+use super::quotas::{Counted, Quotas, Traffic};
 use super::schedule::{Job, Place, Spot, Work};
 use crate::launcher_pod::{self, Role};
-use crate::names;
 use crate::object::{Kind, Name, Object, Stored};
 use crate::placement::{self, Room};
 use crate::plan::View;
 use crate::world::{Source, World};
+use crate::{names, processor};
 
 /// The copy.
 pub struct Stage<'a> {
@@ -25,12 +27,15 @@ pub struct Stage<'a> {
     fresh: Vec<Pod>,
     empty: &'a BTreeSet<&'a str>,
     /// Why no node took a job.
-    nowhere: BTreeMap<usize, String>,
+    nowhere: BTreeMap<usize, Arc<str>>,
+    quotas: Quotas,
+    /// The pods that these count.
+    pods: Traffic,
 }
 
 impl<'a> Stage<'a> {
     /// A copy in which the nodes to be emptied take nothing new.
-    pub fn new(view: &View<'a>, empty: &'a BTreeSet<&'a str>) -> Self {
+    pub fn new(view: &View<'a>, empty: &'a BTreeSet<&'a str>, quotas: Quotas) -> Self {
         let mut world = view.world.clone();
         for node in empty {
             let Some(node) = view.world.nodes.get(&Name::cluster(*node)) else { continue };
@@ -39,12 +44,18 @@ impl<'a> Stage<'a> {
             put(&mut world, closed);
         }
         let before = world.clone();
-        Self { view: *view, world, before, fresh: Vec::new(), empty, nowhere: BTreeMap::new() }
+        let (fresh, nowhere, pods) = Default::default();
+        Self { view: *view, world, before, fresh, empty, nowhere, quotas, pods }
     }
 
-    /// Why no node took a job, in the scheduler's words.
+    /// The pods that quotas count, as they came and went.
+    pub fn traffic(&self) -> &Traffic {
+        &self.pods
+    }
+
+    /// Why no node took a job, in the scheduler's words or those of a quota.
     pub fn nowhere(&self, index: usize) -> Option<String> {
-        self.nowhere.get(&index).cloned()
+        self.nowhere.get(&index).map(|why| why.to_string())
     }
 
     /// A launcher pod as it would be made: ours, with what the one of now asks of its node, whoever has made that.
@@ -61,8 +72,11 @@ impl<'a> Stage<'a> {
         }
         // What a migration may have asked for that brought the guest here is not asked for again.
         if let Some(now) = now.filter(|now| now.label(names::LABEL_MIGRATION_JOB_UID).is_none())
-            && let Some(selector) = now.spec.as_ref().and_then(|spec| spec.node_selector.clone())
+            && let Some(mut selector) = now.spec.as_ref().and_then(|spec| spec.node_selector.clone())
         {
+            let wanted = processor::wanted(vmi, role, &self.world);
+            selector.extend(wanted.into_iter().map(|label| (label, "true".to_owned())));
+            selector.insert(names::LABEL_SCHEDULABLE.to_owned(), "true".to_owned());
             spec.node_selector = Some(selector);
         }
         // Claims that are made together with the pod, for its node, keep it from none.
@@ -99,7 +113,7 @@ impl<'a> Stage<'a> {
             }
             Room::Full(node) => Spot::Full(node),
             Room::Nowhere => {
-                self.nowhere.insert(index, placement::explain(&pod, &self.world));
+                self.nowhere.insert(index, placement::explain(&pod, &self.world).into());
                 Spot::Nowhere
             }
         }
@@ -121,6 +135,7 @@ fn put(world: &mut World, object: impl Into<Object>) {
 
 impl Place for Stage<'_> {
     fn tick(&mut self) {
+        self.quotas.tick();
         for pod in self.fresh.drain(..) {
             put(&mut self.before, pod);
         }
@@ -128,14 +143,34 @@ impl Place for Stage<'_> {
 
     fn find(&mut self, index: usize, job: &Job, coming: &dyn Fn(&str) -> u32, limit: u32) -> Spot {
         let Some(vmi) = self.world.vmis.get(&job.vmi).cloned() else { return Spot::Nowhere };
+        // Before its pod is made, which takes a while: there may be many of them, at each moment.
+        if let Some(refusal) = self.quotas.refused(&job.vmi.namespace) {
+            self.nowhere.insert(index, refusal.says);
+            return Spot::NoQuota(refusal.quota.to_string());
+        }
         let migration = migration(&job.vmi, &format!("plan-{index}"));
         let now = job.pod.as_ref().and_then(|pod| self.world.pods.get(pod)).cloned();
         let pod = self.pod(&vmi, Role::Receive(&migration), now.as_deref());
-        self.take(index, pod, coming, limit)
+        let counted = self.quotas.count(pod.namespace()).then(|| Counted::of(&pod));
+        if let Some(refusal) = counted.as_ref().and_then(|pod| self.quotas.ask(&job.vmi, pod)) {
+            self.nowhere.insert(index, refusal.says);
+            return Spot::NoQuota(refusal.quota.to_string());
+        }
+        let spot = self.take(index, pod, coming, limit);
+        if let (Spot::On(_), Some(pod)) = (&spot, counted) {
+            self.quotas.take(&pod);
+            self.pods.came.insert(index, pod);
+        }
+        spot
     }
 
     fn left(&mut self, index: usize, job: &Job) -> Option<String> {
         let before = job.pod.as_ref().and_then(|pod| self.world.pods.get(pod)).cloned();
+        if let Some(pod) = before.as_ref().filter(|pod| self.quotas.count(pod.namespace())) {
+            let counted = Counted::of(pod);
+            self.quotas.give_back(&counted);
+            self.pods.went.insert(index, counted);
+        }
         if let Some(pod) = &job.pod {
             self.forget(pod);
         }
@@ -146,9 +181,19 @@ impl Place for Stage<'_> {
         vmi.metadata.uid = Some(format!("again-{}", vmi.uid()));
         vmi.status = Default::default();
         let pod = self.pod(&vmi, Role::Start, before.as_deref());
+        if self.quotas.count(pod.namespace()) {
+            let counted = Counted::of(&pod);
+            self.quotas.tick();
+            if let Some(refusal) = self.quotas.ask(&job.vmi, &counted) {
+                self.nowhere.insert(index, refusal.says);
+                return None;
+            }
+            self.quotas.take(&counted);
+            self.pods.came.insert(index, counted);
+        }
         match self.take(index, pod, &|_| 0, u32::MAX) {
             Spot::On(node) => Some(node),
-            Spot::Full(_) | Spot::Nowhere => None,
+            Spot::Full(_) | Spot::NoQuota(_) | Spot::Nowhere => None,
         }
     }
 }

@@ -1,4 +1,4 @@
-use godwit_api::drain::{DrainBasis, DrainOutcome, DrainPlan, DrainVm, PodOutcome};
+use godwit_api::drain::{BandwidthBasis, DrainBasis, DrainOutcome, DrainPlan, DrainVm, PodOutcome};
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use serde_json::{Value, json};
 
@@ -264,6 +264,23 @@ fn nothing_goes_to_a_node_that_is_emptied_as_well() {
 }
 
 #[test]
+fn a_guest_goes_only_where_its_processor_is() {
+    let mut cluster = cluster();
+    mover(&mut cluster, "a", "node1");
+    let name = Name::new("default", crate::names::launcher_pod("a", "uid-a"));
+    cluster.patch(Kind::Pod, &name, json!({"spec": {"nodeSelector": {"kubevirt.io/schedulable": "true"}}}));
+    let has = json!({"guestCpu": {"model": "Westmere", "features": []}, "machineRevision": 4});
+    cluster.patch(Kind::VirtualMachineInstance, &Name::new("default", "a"), json!({"status": has}));
+    for (node, model) in [("node1", "Westmere"), ("node2", "Penryn"), ("node3", "Westmere")] {
+        let label = format!("cpu-model-migration.node.kubevirt.io/{model}");
+        cluster.patch(Kind::Node, &Name::cluster(node), json!({"metadata": {"labels": {label: "true"}}}));
+    }
+    assert_eq!(vm(&plan(&cluster, &["node1"]), "a").target_node.as_deref(), Some("node3"));
+    let none = plan(&cluster, &["node1", "node3"]);
+    assert!(none.is_blocked() && vm(&none, "a").target_node.is_none(), "{none:#?}");
+}
+
+#[test]
 fn what_was_placed_before_takes_room() {
     let mut cluster = cluster();
     let big = json!({"metadata": {"name": "big", "namespace": "default"}, "status": {"phase": "Running"}});
@@ -385,6 +402,10 @@ fn other_pods_go_as_kubectl_and_their_budgets_have_it() {
     use PodOutcome::{Block, Evict, Ignore, Wait};
     assert_eq!(free.clone().map(|(outcome, _)| outcome), [Ignore, Evict, Wait, Block, Block, Evict, Evict]);
     assert_eq!(free[3].1, "PodDisruptionBudget default/db needs 2 healthy pods and has 2");
+    assert_eq!(
+        [&free[1], &free[5], &free[6]].map(|(_, why)| why.as_str()),
+        ["", "nobody makes it again elsewhere", "its emptyDir is lost with it"]
+    );
     assert!(free[4].1.contains("more than one PodDisruptionBudget (default/one and default/two)"));
     let strict = said(Manner { ignore_daemon_sets: false, delete_empty_dir_data: false, force: false });
     assert_eq!(strict.clone().map(|(outcome, _)| outcome), [Block, Evict, Wait, Block, Block, Block, Block]);
@@ -441,4 +462,275 @@ fn the_controllers_do_what_the_plan_says() {
     }
     assert_eq!(count("node2").0 + count("node3").0, 8);
     assert!(count("node3").0 > count("node2").0);
+}
+
+/// What a guest was measured to write, `rate` bytes a second to all of its memory.
+fn writes(cluster: &mut Cluster, name: &str, rate: u64, present: u64) {
+    let samples: Vec<Value> = [1000, 2000, 4000]
+        .iter()
+        .map(|ms| json!({"withinMilliseconds": ms, "bytes": (rate * ms / 1000).min(present), "marginBytes": 0}))
+        .collect();
+    let dirty = json!({"measuredAt": "1970-01-01T00:00:00Z", "bytesPerSecond": rate, "memoryBytes": 128 << 20,
+        "presentBytes": present, "onePass": false, "samples": samples});
+    cluster.patch(Kind::VirtualMachineInstance, &Name::new("default", name), json!({"status": {"dirtyRate": dirty}}));
+}
+
+#[test]
+fn what_a_guest_was_measured_to_write_counts_though_it_never_moved() {
+    const MI: u64 = 1 << 20;
+    let mut cluster = cluster();
+    for name in ["quiet", "busy", "hopeless"] {
+        mover(&mut cluster, name, "node1");
+    }
+    writes(&mut cluster, "quiet", 0, 32 * MI);
+    writes(&mut cluster, "busy", 30 * MI, 96 * MI);
+    writes(&mut cluster, "hopeless", 90 * MI, 128 * MI);
+    let first = plan(&cluster, &["node1"]);
+    let likely = |plan: &DrainPlan, name: &str| vm(plan, name).duration.as_ref().unwrap().milliseconds.unwrap();
+    for name in ["quiet", "busy", "hopeless"] {
+        assert_eq!(vm(&first, name).basis, Some(DrainBasis::DirtyRate), "{name}");
+        let bandwidth = (vm(&first, name).bytes_per_second, vm(&first, name).bandwidth_basis.clone());
+        assert_eq!(bandwidth, (Some(64 * MI), Some(BandwidthBasis::Configured)), "{name}");
+    }
+    // 32 MiB at 64 MiB/s; 96 MiB and again what was written meanwhile. And 1.5 s before each.
+    assert!((1_900..2_300).contains(&likely(&first, "quiet")), "{first:#?}");
+    assert!((3_500..5_500).contains(&likely(&first, "busy")), "{first:#?}");
+    let busy = vm(&first, "busy");
+    assert_eq!((busy.dirty_bytes_per_second, busy.converges), (Some(30 * MI), Some(true)));
+    assert!(busy.downtime.as_ref().unwrap().milliseconds < Some(1_000), "{busy:#?}");
+    // Its memory is written faster than it is sent: the time of KubeVirt's default, 800 s a GiB.
+    let hopeless = vm(&first, "hopeless");
+    assert_eq!((hopeless.converges, hopeless.downtime.clone()), (Some(false), None));
+    assert_eq!(likely(&first, "hopeless"), 800_000 + 1_500);
+    assert!(said(&first, "hopeless", "at 64 MiB/s the copying does not end by itself: it is given up"), "{first:#?}");
+
+    configure(&mut cluster, json!({"migrations": {"allowPostCopy": true}}));
+    let ended = plan(&cluster, &["node1"]);
+    assert!(said(&ended, "hopeless", "post-copy ends it"), "{ended:#?}");
+    assert!((8_000..10_000).contains(&likely(&ended, "hopeless")), "{ended:#?}");
+    configure(&mut cluster, json!({"migrations": {"bandwidthPerMigration": "512Mi"}}));
+    let fast = plan(&cluster, &["node1"]);
+    assert_eq!(vm(&fast, "hopeless").converges, Some(true), "{fast:#?}");
+
+    // A guest that stands still writes nothing.
+    configure(&mut cluster, json!({}));
+    let paused = json!([{"type": "LiveMigratable", "status": "True"}, {"type": "Paused", "status": "True"}]);
+    let key = Name::new("default", "hopeless");
+    cluster.patch(Kind::VirtualMachineInstance, &key, json!({"status": {"conditions": paused}}));
+    assert_eq!(vm(&plan(&cluster, &["node1"]), "hopeless").converges, Some(true));
+}
+
+#[test]
+fn a_last_migration_counts_as_long_as_the_guest_does_the_same() {
+    const MI: u64 = 1 << 20;
+    let mut cluster = cluster();
+    mover(&mut cluster, "a", "node1");
+    let last = json!({
+        "migrationUid": "old", "completed": true, "sourceNode": "node2", "targetNode": "node1",
+        "progress": {"totalMilliseconds": 700, "bytesProcessed": 40 << 20},
+        "migrationConfiguration": {"bandwidthPerMigration": "64Mi"},
+        "forecast": {"dirtyBytesPerSecond": 10 << 20},
+    });
+    let key = Name::new("default", "a");
+    cluster.patch(Kind::VirtualMachineInstance, &key, json!({"status": {"migrationState": last}}));
+    let basis = |cluster: &Cluster| vm(&plan(cluster, &["node1"]), "a").basis.clone().unwrap();
+    assert_eq!(basis(&cluster), DrainBasis::LastMigration);
+    writes(&mut cluster, "a", 15 * MI, 64 * MI);
+    assert_eq!(basis(&cluster), DrainBasis::LastMigration);
+    writes(&mut cluster, "a", 40 * MI, 64 * MI);
+    assert_eq!(basis(&cluster), DrainBasis::DirtyRate, "it writes more than then");
+    writes(&mut cluster, "a", 10 * MI, 64 * MI);
+    configure(&mut cluster, json!({"migrations": {"bandwidthPerMigration": "32Mi"}}));
+    assert_eq!(basis(&cluster), DrainBasis::DirtyRate, "another cap");
+}
+
+/// A record of a migration that went at this rate under a cap.
+fn record(cluster: &mut Cluster, name: &str, nodes: (&str, &str), rate: u64, cap: Option<u64>) {
+    cluster.put(
+        Kind::MigrationRecord,
+        json!({
+            "metadata": {"name": name, "namespace": "default"},
+            "spec": {"vmiName": "gone", "migrationName": name, "migrationUID": name, "result": "Succeeded",
+                "sourceNode": nodes.0, "targetNode": nodes.1, "endedAt": "1970-01-01T00:00:00Z",
+                "bytesProcessed": rate * 2, "totalMilliseconds": 2100, "downtimeMilliseconds": 100,
+                "bandwidthBytesPerSecond": cap},
+        }),
+    );
+}
+
+#[test]
+fn bandwidth_is_what_these_nodes_were_seen_to_carry() {
+    const MI: u64 = 1 << 20;
+    let mut cluster = cluster();
+    mover(&mut cluster, "a", "node1");
+    configure(&mut cluster, json!({"migrations": {"bandwidthPerMigration": "0"}}));
+    let bandwidth = |cluster: &Cluster| {
+        let plan = plan(cluster, &["node1"]);
+        let a = vm(&plan, "a");
+        (a.bytes_per_second.unwrap() / MI, a.bandwidth_basis.clone().unwrap())
+    };
+    assert_eq!(bandwidth(&cluster), (400, BandwidthBasis::Assumed));
+    record(&mut cluster, "far", ("node4", "node5"), 300 * MI, Some(0));
+    assert_eq!(bandwidth(&cluster), (300, BandwidthBasis::Cluster));
+    record(&mut cluster, "came", ("node5", "node1"), 200 * MI, Some(0));
+    assert_eq!(bandwidth(&cluster), (200, BandwidthBasis::Node));
+    for to in ["node2", "node3"] {
+        record(&mut cluster, &format!("{to}-slow"), ("node1", to), 50 * MI, Some(0));
+        record(&mut cluster, to, ("node1", to), 100 * MI, None);
+        record(&mut cluster, &format!("{to}-fast"), ("node1", to), 110 * MI, Some(0));
+        // On its node, small, or failed: nothing of the link.
+        record(&mut cluster, &format!("{to}-local"), (to, to), 9000 * MI, Some(0));
+        record(&mut cluster, &format!("{to}-small"), ("node1", to), MI, Some(0));
+    }
+    assert_eq!(bandwidth(&cluster), (100, BandwidthBasis::Pair), "the median");
+    configure(&mut cluster, json!({"migrations": {"bandwidthPerMigration": "80Mi"}}));
+    assert_eq!(bandwidth(&cluster), (80, BandwidthBasis::Configured));
+    configure(&mut cluster, json!({"migrations": {"bandwidthPerMigration": "200Mi"}}));
+    assert_eq!(bandwidth(&cluster), (100, BandwidthBasis::Pair));
+}
+
+#[test]
+fn who_was_held_up_by_a_cap_tells_no_less_of_the_link() {
+    const MI: u64 = 1 << 20;
+    let mut cluster = cluster();
+    mover(&mut cluster, "a", "node1");
+    for to in ["node2", "node3"] {
+        record(&mut cluster, to, ("node1", to), 60 * MI, Some(64 * MI));
+    }
+    let plan = plan(&cluster, &["node1"]);
+    let a = vm(&plan, "a");
+    assert_eq!((a.bytes_per_second, a.bandwidth_basis.clone()), (Some(64 * MI), Some(BandwidthBasis::Configured)));
+}
+
+#[test]
+fn who_was_held_up_by_a_lower_cap_than_there_is_now_tells_nothing() {
+    const MI: u64 = 1 << 20;
+    let mut cluster = cluster();
+    mover(&mut cluster, "a", "node1");
+    for to in ["node2", "node3"] {
+        record(&mut cluster, to, ("node1", to), 64 * MI, Some(64 * MI));
+    }
+    let bandwidth = |cluster: &mut Cluster, cap: &str| {
+        configure(cluster, json!({"migrations": {"bandwidthPerMigration": cap}}));
+        let plan = plan(cluster, &["node1"]);
+        let a = vm(&plan, "a");
+        (a.bytes_per_second.unwrap() / MI, a.bandwidth_basis.clone().unwrap())
+    };
+    // As if nothing had been measured.
+    let mut untold = self::cluster();
+    mover(&mut untold, "a", "node1");
+    for cap in ["1Gi", "0", "100Mi"] {
+        assert_eq!(bandwidth(&mut cluster, cap), bandwidth(&mut untold, cap), "{cap}");
+    }
+    assert_eq!(bandwidth(&mut cluster, "0"), (400, BandwidthBasis::Assumed));
+    assert_eq!(bandwidth(&mut cluster, "100Mi"), (100, BandwidthBasis::Configured));
+    assert_eq!(bandwidth(&mut cluster, "64Mi"), (64, BandwidthBasis::Configured));
+    // A policy's cap holds up some of them; the others tell.
+    for to in ["node2", "node3"] {
+        for n in 0..30 {
+            record(&mut cluster, &format!("policy-{to}-{n}"), ("node1", to), 15 * MI, Some(16 * MI));
+        }
+        record(&mut cluster, &format!("free-{to}"), ("node1", to), 50 * MI, Some(200 * MI));
+    }
+    assert_eq!(bandwidth(&mut cluster, "200Mi"), (50, BandwidthBasis::Pair));
+    assert_eq!(bandwidth(&mut cluster, "0"), (50, BandwidthBasis::Pair));
+    // Else what the node's other links carried counts, or any.
+    for n in ["came", "came2"] {
+        record(&mut untold, n, ("node9", "node1"), 80 * MI, Some(0));
+    }
+    for to in ["node2", "node3"] {
+        record(&mut untold, to, ("node1", to), 15 * MI, Some(16 * MI));
+    }
+    assert_eq!(bandwidth(&mut untold, "200Mi"), (80, BandwidthBasis::Node));
+}
+
+fn quota(cluster: &mut Cluster, memory: &str, used: &str) {
+    cluster.put(
+        Kind::ResourceQuota,
+        json!({"metadata": {"name": "small", "namespace": "default"}, "spec": {"hard": {"requests.memory": memory}},
+            "status": {"hard": {"requests.memory": memory}, "used": {"requests.memory": used}}}),
+    );
+}
+
+#[test]
+fn a_quota_without_room_for_a_target_blocks_and_is_named() {
+    let mut cluster = cluster();
+    for name in ["a", "b", "c"] {
+        mover(&mut cluster, name, "node1");
+    }
+    // 200 MiB each: they fill it, so no target comes beside them.
+    quota(&mut cluster, "700Mi", "600Mi");
+    let plan = plan(&cluster, &["node1"]);
+    let numbers = "exceeded quota: small, requested: requests.memory=200Mi, used: requests.memory=600Mi, limited: \
+                   requests.memory=700Mi; requests.memory=100Mi is missing";
+    assert!(said(&plan, "a", numbers), "{plan:#?}");
+    // The numbers are those of the first.
+    for name in ["b", "c"] {
+        assert!(!said(&plan, name, "exceeded quota"), "{plan:#?}");
+        assert!(said(&plan, name, "It waits behind default/a, for which ResourceQuota default/small has no room."));
+    }
+    assert!(["a", "b", "c"].iter().all(|name| outcome(&plan, name) == DrainOutcome::Block), "{plan:#?}");
+    assert!(plan.is_blocked());
+}
+
+#[test]
+fn a_small_one_waits_behind_a_big_one_and_others_behind_neither() {
+    let mut cluster = cluster();
+    mover(&mut cluster, "big", "node1");
+    let small = |n: usize| format!("small{n:03}");
+    // More than are looked at because of full targets.
+    let all: Vec<String> = (0..300).map(small).collect();
+    for name in &all {
+        mover(&mut cluster, name, "node1");
+        let pod = Name::new("default", crate::names::launcher_pod(name, &format!("uid-{name}")));
+        let little = json!([{"name": "compute", "resources": {"requests": {"memory": "1Mi"}}}]);
+        cluster.patch(Kind::Pod, &pod, json!({"spec": {"containers": little}}));
+    }
+    guest(&mut cluster, "zebra", "node1", json!({"evictionStrategy": "LiveMigrate"}));
+    for (kind, name) in [
+        (Kind::VirtualMachineInstance, "zebra".to_owned()),
+        (Kind::Pod, crate::names::launcher_pod("zebra", "uid-zebra")),
+    ] {
+        let key = Name::new("default", name);
+        let mut other = cluster.get(kind, &key).unwrap();
+        cluster.remove(kind, &key);
+        other["metadata"]["namespace"] = json!("other");
+        cluster.put(kind, other);
+    }
+    quota(&mut cluster, "700Mi", "550Mi");
+    let plan = plan(&cluster, &["node1"]);
+    assert!(said(&plan, "big", "requests.memory=50Mi is missing"), "{:#?}", vm(&plan, "big"));
+    for name in &all {
+        assert!(said(&plan, name, "It waits behind default/big,"), "{:#?}", vm(&plan, name));
+    }
+    assert_eq!(outcome(&plan, "zebra"), DrainOutcome::Migrate, "{:#?}", vm(&plan, "zebra"));
+    let bound = plan.bounds.iter().find(|bound| bound.limit == "ResourceQuota").unwrap();
+    assert_eq!(bound.vms, Some(301), "{bound:#?}");
+}
+
+#[test]
+fn what_has_left_gives_its_quota_back() {
+    let mut cluster = cluster();
+    for name in ["a", "b", "c"] {
+        mover(&mut cluster, name, "node1");
+    }
+    let free = plan(&cluster, &["node1"]);
+    let one = vm(&free, "a").duration.as_ref().unwrap().milliseconds.unwrap();
+    assert_eq!(free.duration.as_ref().unwrap().milliseconds, Some(2 * one));
+    quota(&mut cluster, "800Mi", "600Mi");
+    let narrow = plan(&cluster, &["node1"]);
+    assert!(!narrow.is_blocked(), "{narrow:#?}");
+    let begins: Vec<u64> = narrow.vms.iter().map(|vm| vm.start.as_ref().unwrap().milliseconds.unwrap()).collect();
+    assert_eq!(begins, [0, one, 2 * one], "one after the other");
+    let worst: Vec<u64> = narrow.vms.iter().map(|vm| vm.start.as_ref().unwrap().max_milliseconds.unwrap()).collect();
+    assert!(0 == worst[0] && worst[0] < worst[1] && worst[1] < worst[2], "also at worst: {worst:?}");
+    let bound = narrow.bounds.iter().find(|bound| bound.limit == "ResourceQuota").unwrap();
+    assert_eq!((bound.quota.as_deref(), bound.vms), (Some("default/small"), Some(2)));
+    // A guest that is shut down needs no second place.
+    let mut cluster = self::cluster();
+    guest(&mut cluster, "again", "node1", json!({}));
+    machine(&mut cluster, "again", "Always");
+    quota(&mut cluster, "200Mi", "200Mi");
+    let same = plan(&cluster, &["node1"]);
+    assert!(vm(&same, "again").target_node.is_some(), "{same:#?}");
 }

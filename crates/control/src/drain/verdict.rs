@@ -191,7 +191,7 @@ impl Verdict {
     /// What is to be done for it, and how long that takes. Fills in what the plan tells of it.
     pub fn job(&mut self, known: &Known, view: &View<'_>) -> Option<Job> {
         let resolved = kubevirt::migration_configuration_of(view.world, &self.vmi);
-        let whole = || expect::migration(&self.vmi, &resolved.configuration, known);
+        let whole = || expect::migration(&self.vmi, &resolved.configuration, known, None);
         let (work, takes) = match self.vm.outcome.as_ref()? {
             DrainOutcome::Migrate if self.under_way.is_some() => {
                 (Work::Move, expect::rest(&self.vmi, &resolved.configuration, known, view.now))
@@ -207,10 +207,8 @@ impl Verdict {
             false => 0,
         };
         if work == Work::Move {
-            self.vm.bytes = Some(takes.bytes);
             self.vm.migration_policy_name.clone_from(&resolved.policy);
         }
-        self.vm.basis = Some(takes.basis.clone());
         Some(Job {
             vmi: self.vmi.key(),
             node: self.vm.node.clone(),

@@ -7,13 +7,13 @@ use godwit_api::names::conditions::{EVACUATION_STOPPED, LIVE_MIGRATABLE};
 use godwit_api::vmi::EvictionStrategy;
 use godwit_api::{Condition, FailureCause, MigrationPhase, VirtualMachineInstance, VirtualMachineInstanceMigration};
 use jiff::SignedDuration;
-use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::api::core::v1::{Node, Pod};
 
 use super::{AGAIN, Held};
 use crate::object::Stored;
 use crate::plan::{Effect, Plan, View};
 use crate::world::{World, vmi_of_pod};
-use crate::{evacuation, homecoming, names, placement, vmi};
+use crate::{evacuation, homecoming, kubevirt, names, placement, vmi};
 
 /// A VM that was told to leave is on its way; its pod is asked for so often only in case it was told otherwise.
 const ON_ITS_WAY: SignedDuration = SignedDuration::from_mins(1);
@@ -210,15 +210,27 @@ pub fn mark_home(node: &str, world: &World, plan: &mut Plan) {
     }
 }
 
-/// Nobody has to leave the node any more: marks are taken off, and evacuations that have not begun are taken back.
-pub fn call_off(node: &str, world: &World, plan: &mut Plan) {
-    for vmi in world.vmis_on(node).filter(|vmi| vmi.status.evacuation_node_name.as_deref() == Some(node)) {
-        let mut after = vmi.as_ref().clone();
-        evacuation::call_off(&mut after);
-        plan.update(vmi.as_ref(), &after);
+/// Nobody has to leave the node any more: marks are taken off, and evacuations that wait for their turn, for a node or for
+/// their target pod are taken back. So are those that nobody is marked for: the taint alone has sent them off. `node` is as
+/// it will be; where somebody else's drain taint stays, only marks are taken off.
+pub fn call_off(node: &Node, world: &World, plan: &mut Plan) {
+    let drained = evacuation::is_drained(node, &kubevirt::migration_configuration(world));
+    let node = Stored::name(node);
+    for vmi in world.vmis_on(node) {
+        let marked = vmi.status.evacuation_node_name.as_deref() == Some(node);
+        if !marked && drained {
+            continue;
+        }
+        let evacuated = vmi.status.evacuation.as_ref().is_some_and(|state| state.node_name.as_deref() == Some(node));
+        if marked || evacuated {
+            let mut after = vmi.as_ref().clone();
+            evacuation::call_off(&mut after);
+            plan.update(vmi.as_ref(), &after);
+        }
+        // Whatever the VMI says: the open node may have ended its evacuation by now.
         let waits = |one: &&Arc<VirtualMachineInstanceMigration>| {
             let of_this = one.annotation(names::ANNOTATION_EVACUATION_MIGRATION) == Some(node);
-            of_this && !one.is_deleting() && !one.is_final() && !one.status.phase.is_running()
+            of_this && !one.is_final() && !one.is_deleting() && !one.status.phase.target_is_handed_off()
         };
         for migration in world.migrations_of(&vmi.key()).filter(waits) {
             plan.delete(migration.as_ref());

@@ -4,7 +4,7 @@
 //! patch: so only that is taken back, and a node that somebody had cordoned before stays cordoned.
 
 use godwit_api::names::events::{COMPONENT_MAINTENANCE, maintenance as told};
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::{Node, Taint};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use serde::{Deserialize, Serialize};
@@ -12,7 +12,11 @@ use serde::{Deserialize, Serialize};
 use super::Held;
 use crate::names::{self, TAINT_UNSCHEDULABLE};
 use crate::object::{Kind, Stored};
-use crate::plan::{EventType, Plan};
+use crate::plan::{EventType, Plan, later};
+use crate::world::World;
+
+/// So long may news of a maintenance be on their way when those of its node have come.
+const UNKNOWN: SignedDuration = SignedDuration::from_mins(1);
 
 /// What was done to the node.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -26,6 +30,8 @@ struct Marks {
     taints: Vec<String>,
     /// It put the label there.
     labelled: bool,
+    /// When it began to, or took over what another had done.
+    since: Option<Timestamp>,
 }
 
 /// The taints of a maintenance, by its group.
@@ -46,12 +52,27 @@ pub fn are_of(node: &Node, one: &Held<'_>) -> bool {
     marks_of(node).is_some_and(|marks| !marks.uid.is_empty() && Some(&marks.uid) == one.meta.uid.as_ref())
 }
 
+/// From when on a node counts as closed by nobody: its maintenance does not exist. An earlier leader, who did not know of the end, may
+/// have closed it once more.
+pub fn orphaned_from(node: &Node, world: &World) -> Option<Timestamp> {
+    let marks = marks_of(node).filter(|marks| !marks.uid.is_empty())?;
+    let known = super::every(world).any(|one| one.meta.uid.as_ref() == Some(&marks.uid));
+    // Another maintenance of the node takes over what was done.
+    let taken_over = super::of(Stored::name(node), world).is_some();
+    (!known && !taken_over).then(|| marks.since.map_or(Timestamp::MIN, |since| later(since, UNKNOWN)))
+}
+
 /// Closes the node, as far as it is not. Says whether it was closed already.
 pub fn set(node: &Node, one: &Held<'_>, now: Timestamp, plan: &mut Plan) -> bool {
     // Of a maintenance that left no other trace, what it did is taken over.
     let mut marks = marks_of(node).unwrap_or_default();
     let mut after = node.clone();
-    marks.uid = one.meta.uid.clone().unwrap_or_default();
+    let uid = one.meta.uid.clone().unwrap_or_default();
+    if marks.uid != uid {
+        marks.uid = uid;
+        marks.since = None;
+    }
+    marks.since.get_or_insert(now);
     if one.kind == Kind::NodeMaintenance {
         let labels = after.metadata.labels.get_or_insert_default();
         if !labels.contains_key(names::LABEL_EXCLUDE_FROM_REMEDIATION) {
@@ -82,10 +103,10 @@ pub fn set(node: &Node, one: &Held<'_>, now: Timestamp, plan: &mut Plan) -> bool
     closed
 }
 
-/// Takes back what was done to the node, with the event for it.
-pub fn clear(node: &Node, plan: &mut Plan) {
-    let Some(marks) = marks_of(node) else { return };
+/// Takes back what was done to the node, with the event for it. Says what the node will be.
+pub fn clear(node: &Node, plan: &mut Plan) -> Node {
     let mut after = node.clone();
+    let Some(marks) = marks_of(node) else { return after };
     if let Some(annotations) = &mut after.metadata.annotations {
         annotations.remove(names::ANNOTATION_MAINTENANCE);
     }
@@ -107,4 +128,5 @@ pub fn clear(node: &Node, plan: &mut Plan) {
         let (reason, message) = told::UNCORDON;
         plan.record(node, COMPONENT_MAINTENANCE, EventType::Normal, reason, message);
     }
+    after
 }

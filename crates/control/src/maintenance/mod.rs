@@ -102,7 +102,8 @@ pub fn nodes(world: &World) -> impl Iterator<Item = &str> {
     every(world).filter(Held::is_in_force).map(|one| one.spec.node_name.as_str())
 }
 
-fn of_object(object: &Object) -> Option<Held<'_>> {
+/// The NodeMaintenance that an object is.
+pub fn of_object(object: &Object) -> Option<Held<'_>> {
     match object {
         Object::NodeMaintenance(one) => Some(held(one)),
         Object::KubeVirtNodeMaintenance(one) => Some(held(one)),
@@ -147,6 +148,19 @@ pub fn affected(change: &Change, world: &World) -> Vec<Key> {
         _ => None,
     });
     nodes.flat_map(|node| of_node(node, world)).map(|one| one.key()).collect()
+}
+
+/// From when on what was done to a node is nobody's any more, and to be taken back ([`release`]).
+pub fn orphaned_from(node: &Node, world: &World) -> Option<Timestamp> {
+    marks::orphaned_from(node, world)
+}
+
+/// Takes back what a maintenance that does not exist any more has done to a node.
+pub fn release(node: &Arc<Node>, view: &View<'_>) -> Plan {
+    let mut plan = Plan::nothing();
+    let after = marks::clear(node, &mut plan);
+    drain::call_off(&after, view.world, &mut plan);
+    plan
 }
 
 /// Whether a change of a NodeMaintenance changes where pods may go.
@@ -227,6 +241,8 @@ impl<'a> Work<'a> {
         if one.meta.deletion_timestamp.is_some() {
             if ours {
                 self.end();
+                // It goes with its finalizer: a write to its status would find nothing, and end the plan.
+                self.status = one.status.clone();
                 if let Some(finalizers) = &mut self.meta.finalizers {
                     finalizers.retain(|known| known != FINALIZER);
                 }
@@ -324,6 +340,7 @@ impl<'a> Work<'a> {
     fn empty(&mut self, node: &Arc<Node>) {
         let Self { one, view, .. } = *self;
         let closed = marks::set(node, &one, view.now, &mut self.first);
+        self.status.closed = Some(true);
         let (_, pending) = drain::pods(Stored::name(node.as_ref()), view.world);
         drain::list(&pending, &mut self.status);
         if pending.is_empty() && closed {
@@ -365,15 +382,18 @@ impl<'a> Work<'a> {
         }
         // What another maintenance does is not undone.
         let other = of(&one.spec.node_name, view.world).is_some_and(|other| other.age() != one.age());
-        if let Some(node) = node.filter(|_| !other) {
-            marks::clear(node, &mut self.first);
-            drain::call_off(&one.spec.node_name, view.world, &mut self.first);
+        // One that never came so far has marked nobody: what it finds is somebody else's.
+        let closed = one.status.closed == Some(true) || node.is_some_and(|node| marks::are_of(node, &one));
+        if let Some(node) = node.filter(|_| closed && !other) {
+            let after = marks::clear(node, &mut self.first);
+            drain::call_off(&after, view.world, &mut self.first);
         }
         if !other {
             lease::release(&one, view, &mut self.first);
         }
         self.status.virtual_machine_instances.clear();
         self.status.leaving.clear();
+        self.status.closed = None;
     }
 
     /// Says what would happen, and again after a while.

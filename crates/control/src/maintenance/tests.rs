@@ -150,7 +150,7 @@ fn what_the_node_had_before_stays() {
         assert_eq!(object(&cluster, kind)["status"]["phase"], "Succeeded");
         end(&mut cluster, kind);
         assert_eq!(node(&cluster)["spec"]["unschedulable"], true, "somebody had closed it");
-        assert_eq!(taints(&cluster), ["kubevirt.io/drain:NoSchedule"]);
+        assert_eq!(taints(&cluster), ["kubevirt.io/drain:NoSchedule", "node.kubernetes.io/unschedulable:NoSchedule"]);
         assert_eq!(node(&cluster)["metadata"]["labels"]["remediation.medik8s.io/exclude-from-remediation"], "mine");
         assert!(!cluster.has_event("UncordonNode", ""));
     }
@@ -259,19 +259,24 @@ fn a_waiting_evacuation_is_taken_back_with_the_maintenance() {
         guest(&mut cluster, name, Some("LiveMigrate"), true);
     }
     begin(&mut cluster, Kind::OldestNodeMaintenance, json!({}));
-    let running = |cluster: &Cluster| -> Vec<bool> {
-        let open = cluster.world.migrations.iter().filter(|one| !one.is_final());
-        open.map(|one| one.status.phase.is_running()).collect()
+    let open = |cluster: &Cluster| -> Vec<String> {
+        let open = cluster.world.migrations.iter().filter(|one| !one.is_final() && !one.is_deleting());
+        let mut phases: Vec<_> = open.map(|one| one.status.phase.as_str().to_owned()).collect();
+        phases.sort();
+        phases
     };
-    let mut before = running(&cluster);
-    before.sort();
-    assert_eq!(before, [false, true], "one at a time leaves the node");
+    assert_eq!(open(&cluster), ["Pending", "Scheduling"], "one at a time leaves the node");
+    let mut waits = cluster.clone();
+    end(&mut waits, Kind::OldestNodeMaintenance);
+    assert_eq!(open(&waits), Vec::<String>::new(), "neither has begun");
+    cluster.run_kubelets();
+    cluster.settle();
     end(&mut cluster, Kind::OldestNodeMaintenance);
     for name in ["one", "two"] {
         let vmi = cluster.get(Kind::VirtualMachineInstance, &Name::new("ns", name)).unwrap();
         assert!(vmi["status"]["evacuationNodeName"].is_null(), "{vmi}");
     }
-    assert_eq!(running(&cluster), [true], "what is under way goes on, what waits does not begin any more");
+    assert_eq!(open(&cluster), ["PreparingTarget"], "what is under way goes on, what waits does not begin any more");
     assert_eq!(node(&cluster)["spec"]["unschedulable"], true);
 }
 
@@ -500,7 +505,7 @@ fn a_failed_one_leaves_the_next_drain_alone() {
     let mut strayed = cluster.clone();
     strayed.patch(Kind::Node, &Name::cluster(NODE), patch);
     strayed.settle();
-    assert_eq!(taints(&strayed), Vec::<String>::new());
+    assert_eq!(taints(&strayed), ["node.kubernetes.io/unschedulable:NoSchedule"], "it is cordoned");
 
     end(&mut cluster, KIND);
     assert_eq!(cluster.get(KIND, &Name::cluster("m")), None);
@@ -527,4 +532,168 @@ fn guests_are_only_looked_at_when_their_turn_may_have_come() {
     assert!(wakes("/status/leaving", json!(["ns/other"])));
     assert!(wakes("/spec/maxParallel", json!(2)));
     assert!(wakes("/status/phase", json!("Failed")));
+}
+
+#[test]
+fn one_that_never_closed_its_node_takes_nobodys_marks_off() {
+    for kind in KINDS {
+        let mut cluster = two_nodes();
+        let lease = match kind {
+            Kind::NodeMaintenance => ("medik8s-leases", "node-node1"),
+            _ => ("node-maintenance", NODE),
+        };
+        let spec = json!({
+            "holderIdentity": "somebody", "leaseDurationSeconds": 600, "renewTime": format!("{:.6}", cluster.now),
+        });
+        let metadata = json!({"namespace": lease.0, "name": lease.1});
+        cluster.put(Kind::Lease, json!({"metadata": metadata, "spec": spec}));
+        begin(&mut cluster, kind, json!({}));
+        // A drain by hand, of a guest that nobody can take.
+        guest(&mut cluster, "mover", Some("LiveMigrate"), true);
+        cluster.patch(Kind::Node, &Name::cluster("node2"), json!({"spec": {"unschedulable": true}}));
+        let mover = Name::new("ns", "mover");
+        cluster.patch(Kind::VirtualMachineInstance, &mover, json!({"status": {"evacuationNodeName": NODE}}));
+        cluster.settle();
+        let open = |cluster: &Cluster| cluster.world.migrations.iter().filter(|one| !one.is_deleting()).count();
+        assert_eq!(open(&cluster), 1);
+        end(&mut cluster, kind);
+        assert_eq!(cluster.get(kind, &Name::cluster("m")), None);
+        let vmi = cluster.get(Kind::VirtualMachineInstance, &mover).unwrap();
+        assert_eq!((&vmi["status"]["evacuationNodeName"], open(&cluster)), (&json!(NODE), 1), "{vmi}");
+    }
+}
+
+/// An earlier leader closes the node when the maintenance has gone already.
+#[test]
+fn what_a_late_write_leaves_is_taken_back() {
+    const KIND: Kind = Kind::NodeMaintenance;
+    let mut cluster = two_nodes();
+    begin(&mut cluster, KIND, json!({}));
+    let closed = node(&cluster);
+    end(&mut cluster, KIND);
+    let again = json!({
+        "metadata": {"annotations": closed["metadata"]["annotations"], "labels": closed["metadata"]["labels"]},
+        "spec": closed["spec"],
+    });
+    cluster.patch(Kind::Node, &Name::cluster(NODE), again);
+    guest(&mut cluster, "mover", Some("LiveMigrate"), true);
+    let mover = Name::new("ns", "mover");
+    cluster.patch(Kind::VirtualMachineInstance, &mover, json!({"status": {"evacuationNodeName": NODE}}));
+    cluster.settle();
+    assert_eq!(node(&cluster)["spec"]["unschedulable"], true, "it may be that of a maintenance that is not known yet");
+    let woken = cluster.decide(&Key::Node(NODE.into())).wake_at.unwrap();
+    assert_eq!(woken, cluster.now + SignedDuration::from_mins(1));
+    cluster.pass(60);
+    cluster.settle();
+    assert!(node(&cluster)["spec"]["unschedulable"].is_null() && taints(&cluster).is_empty());
+    assert!(node(&cluster)["metadata"]["annotations"].get("godwit.io/maintenance").is_none());
+    let vmi = cluster.get(Kind::VirtualMachineInstance, &mover).unwrap();
+    assert!(vmi["status"]["evacuationNodeName"].is_null());
+}
+
+#[test]
+fn what_goes_with_its_finalizer_is_not_written_to_afterwards() {
+    const KIND: Kind = Kind::NodeMaintenance;
+    for guests in [0, 1] {
+        let mut cluster = two_nodes();
+        for number in 0..guests {
+            guest(&mut cluster, &format!("stuck{number}"), Some("LiveMigrate"), false);
+        }
+        begin(&mut cluster, KIND, json!({}));
+        cluster.delete(&Ref::new(KIND, Name::cluster("m")));
+        let plan = cluster.decide(&Key::Maintenance(KIND, "m".into()));
+        let told = plan
+            .effects
+            .iter()
+            .any(|effect| matches!(effect, Effect::Record(one) if one.reason == "RemovedMaintenance"));
+        let written =
+            plan.effects.iter().any(|effect| matches!(effect, Effect::PatchStatus(target, _) if target.kind == KIND));
+        assert_eq!((told, written), (true, false), "{:?}", plan.effects);
+    }
+}
+
+#[test]
+fn who_leaves_by_the_taint_alone_or_lost_its_mark_is_let_off_as_well() {
+    let open = |cluster: &Cluster| -> Vec<String> {
+        let open = cluster.world.migrations.iter().filter(|one| !one.is_final() && !one.is_deleting());
+        open.map(|one| one.uid().to_owned()).collect()
+    };
+    let mover = Name::new("ns", "mover");
+    let drain = json!([{"key": "kubevirt.io/drain", "effect": "NoSchedule"}]);
+    for (kind, somebody_drains) in
+        [(Kind::OldestNodeMaintenance, false), (Kind::NodeMaintenance, false), (Kind::OldestNodeMaintenance, true)]
+    {
+        let mut cluster = two_nodes();
+        guest(&mut cluster, "mover", Some("LiveMigrate"), true);
+        cluster.patch(Kind::Node, &Name::cluster("node2"), json!({"spec": {"unschedulable": true}}));
+        if somebody_drains {
+            cluster.patch(Kind::Node, &Name::cluster(NODE), json!({"spec": {"taints": drain}}));
+            cluster.settle();
+        }
+        begin(&mut cluster, kind, json!({}));
+        let off = json!({"status": {"evacuationNodeName": null}});
+        cluster.patch(Kind::VirtualMachineInstance, &mover, off);
+        cluster.settle();
+        let before = open(&cluster);
+        assert_eq!(before.len(), 1, "{kind:?}");
+        end(&mut cluster, kind);
+        assert_eq!(cluster.get(kind, &Name::cluster("m")), None);
+        let vmi = cluster.get(Kind::VirtualMachineInstance, &mover).unwrap();
+        if somebody_drains {
+            assert_eq!((open(&cluster), &vmi["status"]["evacuation"]["nodeName"]), (before, &json!(NODE)), "{vmi}");
+        } else {
+            assert_eq!((open(&cluster), &vmi["status"]["evacuation"]), (vec![], &Value::Null), "{kind:?}: {vmi}");
+        }
+    }
+}
+
+/// Marks of a maintenance that is gone are left on a node whose next maintenance waits for the lease.
+#[test]
+fn what_another_maintenance_will_take_over_is_not_taken_back() {
+    use crate::world::Change;
+    const KIND: Kind = Kind::NodeMaintenance;
+    let mut cluster = two_nodes();
+    begin(&mut cluster, KIND, json!({}));
+    let closed = node(&cluster);
+    end(&mut cluster, KIND);
+    let spec = json!({
+        "holderIdentity": "somebody", "leaseDurationSeconds": 600, "renewTime": format!("{:.6}", cluster.now),
+    });
+    let metadata = json!({"namespace": "medik8s-leases", "name": "node-node1"});
+    cluster.put(Kind::Lease, json!({"metadata": metadata, "spec": spec}));
+    begin(&mut cluster, KIND, json!({}));
+    let again = json!({
+        "metadata": {"annotations": closed["metadata"]["annotations"], "labels": closed["metadata"]["labels"]},
+        "spec": closed["spec"],
+    });
+    cluster.patch(Kind::Node, &Name::cluster(NODE), again);
+    let marks = |cluster: &Cluster| -> Value {
+        let text = node(cluster)["metadata"]["annotations"]["godwit.io/maintenance"].clone();
+        text.as_str().map_or(Value::Null, |text| serde_json::from_str(text).unwrap())
+    };
+    let left = marks(&cluster);
+    cluster.pass(300);
+    cluster.settle();
+    assert_eq!((&node(&cluster)["spec"]["unschedulable"], marks(&cluster)), (&json!(true), left.clone()));
+
+    // It gives up, and nobody else will.
+    let mut given_up = cluster.clone();
+    let before = object(&given_up, KIND);
+    let failed = json!({"status": {"phase": "Failed", "lastError": "a test"}});
+    given_up.patch(KIND, &Name::cluster("m"), failed);
+    let read = |value: Value| Some(Object::from_value(KIND, value).unwrap());
+    let change = Change { before: read(before), after: read(object(&given_up, KIND)) };
+    assert!(Key::affected(&change, &given_up.world).contains(&Key::Node(NODE.into())));
+    given_up.settle();
+    assert!(node(&given_up)["spec"]["unschedulable"].is_null() && marks(&given_up).is_null());
+
+    // The lease has run out: they are its own from now on.
+    cluster.pass(300);
+    cluster.settle();
+    assert_eq!(object(&cluster, KIND)["status"]["phase"], "Succeeded");
+    assert_ne!(marks(&cluster)["uid"], left["uid"]);
+    assert_eq!(marks(&cluster)["uid"], object(&cluster, KIND)["metadata"]["uid"]);
+    assert_eq!(marks(&cluster)["since"], cluster.now.to_string());
+    end(&mut cluster, KIND);
+    assert!(node(&cluster)["spec"]["unschedulable"].is_null() && taints(&cluster).is_empty());
 }

@@ -87,6 +87,10 @@ pub fn carry_out(
                 tell.record(migration, VM_CONTROLLER, EventType::Warning, reason, text);
             }
         }
+        Action::WarnVmi(reason, text) => {
+            let Some(vmi) = situation.vmi else { return };
+            tell.record(vmi.as_ref(), VM_CONTROLLER, EventType::Warning, reason, text);
+        }
         Action::Tell(type_, reason, text) => tell.record(migration, VM_CONTROLLER, type_, reason, text),
     }
 }

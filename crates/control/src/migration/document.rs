@@ -18,6 +18,7 @@ fn phase(phase: &Phase) -> &str {
 fn action(action: &Action) -> String {
     match action {
         Action::Tell(type_, reason, text) => format!("event {} `{reason}`: {text}", type_.as_str()),
+        Action::WarnVmi(reason, text) => format!("event Warning `{reason}` on the VMI: {text}"),
         other => format!("**{other:?}**"),
     }
 }

@@ -14,7 +14,7 @@ use super::table::{Blame, Fact, Row};
 use crate::launcher_pod::{self, Role};
 use crate::object::Stored;
 use crate::world::{World, claims_of};
-use crate::{names, placement};
+use crate::{names, placement, processor};
 use crate::{turns, volumes};
 
 /// Writes into the status what the migration waits for, why it failed, or how it went.
@@ -96,6 +96,7 @@ fn nodes(fact: Fact, situation: &Situation<'_>) -> Vec<NodeVerdict> {
             let pod = launcher_pod::build(vmi, Role::Receive(situation.migration), &situation.view);
             placement::verdicts(&pod, &situation.view).nodes
         }
+        (Fact::NoFittingNode, _, Some(vmi)) => processor::verdicts(vmi, situation.view.world),
         _ => Vec::new(),
     }
 }
@@ -131,9 +132,21 @@ fn reported(situation: &Situation<'_>) -> FailureCause {
         _ if situation.vmi.is_some_and(|vmi| vmi.is_final()) => FailureCause::SourceLost,
         _ => FailureCause::HypervisorError,
     };
-    // An abort that nobody asked for by deleting the migration was asked for by the controller: its time was up.
+    // An abort that nobody asked for by deleting the migration was asked for by the controller: its target was closed, or its
+    // time was up.
     let timed_out = state.abort_requested == Some(true) && !situation.migration.is_deleting();
-    if timed_out && cause == FailureCause::Cancelled { FailureCause::OutOfTime } else { cause }
+    match cause {
+        FailureCause::Cancelled if timed_out && target_was_closed(situation) => FailureCause::TargetInMaintenance,
+        FailureCause::Cancelled if timed_out => FailureCause::OutOfTime,
+        cause => cause,
+    }
+}
+
+/// Whether the controller asked for the abort because the target's node was put into maintenance.
+fn target_was_closed(situation: &Situation<'_>) -> bool {
+    let asked = situation.migration.condition(names::conditions::MIGRATION_ABORT_REQUESTED);
+    let word = Fact::TargetInMaintenance.word();
+    asked.is_some_and(|asked| asked.reason.as_deref() == Some(word.as_str()))
 }
 
 /// What keeps a target pod from becoming ready.
@@ -222,6 +235,8 @@ pub fn sentence(fact: Fact, situation: &Situation<'_>) -> String {
     let target = state.and_then(|state| state.target_node.as_deref()).or(pod_node).unwrap_or("unknown");
     let secs = |limit: SignedDuration| limit.as_secs();
     let waited = |pod: &Pod| span(secs(situation.view.now.duration_since(situation.target_pod_since(pod))));
+    let target_closed =
+        || format!("The target node {target} was put into maintenance; the guest stays on node {source}.");
     match fact {
         Fact::VmiGone => {
             format!("The VMI {vmi_name:?} does not exist in namespace {:?}.", migration.namespace())
@@ -239,6 +254,10 @@ pub fn sentence(fact: Fact, situation: &Situation<'_>) -> String {
             let (reason, message) = condition.map_or((None, None), |c| (c.reason.as_deref(), c.message.as_deref()));
             let (reason, message) = (reason.unwrap_or("unknown"), message.unwrap_or("none given"));
             format!("Cannot migrate VMI, Reason: {reason}, Message: {}.", message.trim_end_matches('.'))
+        }
+        Fact::NoFittingNode => {
+            let has = vmi.map(|vmi| processor::describe(vmi)).unwrap_or_default();
+            format!("No other node offers what the guest of the VMI {vmi_name:?} has ({has}); it stays on node {source}.")
         }
         Fact::GuestNotRunning => format!("Waits until the guest of the VMI {vmi_name:?} runs."),
         Fact::EarlierUnresolved => {
@@ -324,6 +343,8 @@ pub fn sentence(fact: Fact, situation: &Situation<'_>) -> String {
             format!("The target pod {pod_name} on node {target} has ended{why}; the guest stays on node {source}.")
         }
         Fact::TargetPodGone => format!("The target pod was removed; the guest stays on node {source}."),
+        Fact::TargetInMaintenance => target_closed(),
+        Fact::SourceFailed if cause(fact, situation) == FailureCause::TargetInMaintenance => target_closed(),
         Fact::HandOverTooLong => {
             format!("The VMI {vmi_name:?} could not be told of the migration within {} s.", secs(deadlines::HAND_OVER))
         }
@@ -395,8 +416,9 @@ pub fn sentence(fact: Fact, situation: &Situation<'_>) -> String {
         }
         Fact::Aborting => format!("Waits until the handler of the source node {source} has aborted."),
         Fact::AbortBeforeStartUnanswered => format!(
-            "The migration was deleted before it started, and given up without an answer of the handler of the source \
+            "The migration was {} before it started, and given up without an answer of the handler of the source \
              node {source} within {} s; the guest stays there.",
+            if migration.is_deleting() { "deleted" } else { "called off" },
             secs(deadlines::ABORT)
         ),
         Fact::AbortUnanswered => format!(

@@ -364,11 +364,11 @@ fn the_memory_of_the_launcher_follows_the_guest() {
     };
     let told = memory(&cluster);
     assert_eq!((&told["guestAtBoot"], &told["guestCurrent"]), (&json!("128Mi"), &json!("128Mi")));
-    assert_eq!(told["memoryOverhead"], "72Mi");
+    assert_eq!(told["memoryOverhead"], "64Mi");
     run(&mut cluster, "job", "demo");
     tell(&mut cluster, "demo", json!({"targetMemoryOverhead": "90Mi"}));
     cluster.settle();
-    assert_eq!(memory(&cluster)["memoryOverhead"], "72Mi");
+    assert_eq!(memory(&cluster)["memoryOverhead"], "64Mi");
     arrive(&mut cluster, "demo");
     assert_eq!(memory(&cluster)["memoryOverhead"], "90Mi");
 }
@@ -393,6 +393,19 @@ fn the_ends_of_the_guest_have_their_own_words() {
         assert_failed(&cluster, "job", cause, "\"demo\"");
         assert!(cluster.has_event("FailedMigration", "Migration failed vmi shutdown during migration."));
     }
+}
+
+#[test]
+fn a_guest_that_is_lost_does_not_count_as_shut_down_because_its_vm_starts_another_one() {
+    let mut cluster = cluster(&[("demo", "node1")]);
+    run(&mut cluster, "job", "demo");
+    let dying = json!({"metadata": {"deletionTimestamp": "2026-01-01T00:00:00Z"}, "status": {"phase": "Failed"}});
+    cluster.patch(Kind::VirtualMachineInstance, &name("demo"), dying);
+    let end =
+        json!({"failed": true, "completed": true, "failureCause": "TargetLost", "failureReason": "node1 is gone"});
+    tell(&mut cluster, "demo", end);
+    cluster.step(&Key::Migration(name("job")));
+    assert_failed(&cluster, "job", FailureCause::TargetLost, "node1 is gone.");
 }
 
 #[test]

@@ -12,6 +12,8 @@ mod mirror;
 mod observe;
 pub mod table;
 #[cfg(test)]
+mod target_closed_tests;
+#[cfg(test)]
 pub(crate) mod tests;
 #[cfg(test)]
 mod waiting_tests;
@@ -32,6 +34,7 @@ use crate::object::Name;
 use crate::persistent_state;
 use crate::plan::{Plan, View};
 use observe::Situation;
+use table::Fact;
 
 /// Decides about one migration.
 pub fn decide(name: &Name, view: &View<'_>) -> Plan {
@@ -65,6 +68,18 @@ pub fn decide(name: &Name, view: &View<'_>) -> Plan {
     let now = Time(view.now);
     if row.to != row.from {
         enter(&mut after, &row.to, &now);
+    }
+    // Before the start nobody else asks for an abort: also when this could not be written with the request.
+    let closed = match observation.fact {
+        Fact::TargetInMaintenance => true,
+        Fact::Aborting | Fact::AbortBeforeStartUnanswered => migration.status.phase != Phase::Running,
+        _ => false,
+    };
+    if closed && !migration.is_deleting() {
+        let asked = Condition::new(names::conditions::MIGRATION_ABORT_REQUESTED, true);
+        let text = explain::sentence(Fact::TargetInMaintenance, &situation);
+        let asked = asked.because(&Fact::TargetInMaintenance.word(), text);
+        condition::set(&mut after.status.conditions, asked, &now);
     }
     if migration.is_deleting() {
         let mut asked = Condition::new(names::conditions::MIGRATION_ABORT_REQUESTED, true);

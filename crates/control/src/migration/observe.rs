@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use godwit_api::MigrationPhase as Phase;
 use godwit_api::vmi::{AbortStatus, VirtualMachineInstanceMigrationState as State};
-use godwit_api::{MigrationConfiguration, VirtualMachineInstance, VirtualMachineInstanceMigration, VmiPhase};
+use godwit_api::{
+    FailureCause, MigrationConfiguration, VirtualMachineInstance, VirtualMachineInstanceMigration, VmiPhase,
+};
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::Pod;
 
@@ -15,7 +17,7 @@ use crate::object::{Name, Stored};
 use crate::plan::View;
 use crate::turns::{Setting, Turn};
 use crate::world::Refusal;
-use crate::{hotplug, kubevirt, names, node, placement, quota, turns};
+use crate::{hotplug, kubevirt, maintenance, names, node, placement, processor, quota, turns};
 
 /// What counts about a migration, gathered once.
 pub struct Situation<'a> {
@@ -122,7 +124,17 @@ impl<'a> Situation<'a> {
         if let Some(fact) = self.before_hand_over() {
             return fact.into();
         }
-        if self.rival().is_some() { Fact::OtherMigration.into() } else { Fact::Eligible.into() }
+        match self.rival() {
+            Some(_) => Fact::OtherMigration.into(),
+            None if self.fits_nowhere() => Fact::NoFittingNode.into(),
+            None => Fact::Eligible.into(),
+        }
+    }
+
+    /// Whether no other node can give the guest what it has; a launcher that is only renewed stays where that is.
+    fn fits_nowhere(&self) -> bool {
+        let Some(vmi) = self.vmi else { return false };
+        !launcher_pod::may_stay(vmi, self.migration) && processor::is_nowhere_else(vmi, self.view.world)
     }
 
     /// Another unfinished migration of the same VMI that goes first: one that is past its first phase, or an older one.
@@ -168,6 +180,10 @@ impl<'a> Situation<'a> {
 
     /// It is its turn; whether the API server takes the target pod is another matter.
     fn granted(&self, vmi: &VirtualMachineInstance) -> Observation {
+        // Nodes come and go while it waits.
+        if self.fits_nowhere() {
+            return Fact::NoFittingNode.into();
+        }
         let Some(refusal) = self.refusal(vmi) else { return Fact::MayStart.into() };
         let mut observation = match deadlines::pending(self.migration) {
             _ if refusal.is_quota() => {
@@ -214,6 +230,9 @@ impl<'a> Situation<'a> {
         if placement::is_finished(pod) {
             return Fact::TargetPodDown.into();
         }
+        if self.is_target_leaving() {
+            return Fact::TargetInMaintenance.into();
+        }
         let ready = is_ready(pod);
         if ready && self.disks_missing().is_none() {
             return Fact::TargetPodReady.into();
@@ -239,6 +258,12 @@ impl<'a> Situation<'a> {
         }
     }
 
+    /// Whether the target pod has a node that is to be emptied: the guest would have to leave it at once.
+    fn is_target_leaving(&self) -> bool {
+        let node = self.pod.and_then(|pod| pod.spec.as_ref()).and_then(|spec| spec.node_name.as_deref());
+        node.is_some_and(|node| maintenance::of(node, self.view.world).is_some())
+    }
+
     /// Since when there has been a target pod.
     pub fn target_pod_since(&self, pod: &Pod) -> Timestamp {
         pod.metadata.creation_timestamp.as_ref().map_or_else(|| self.since(), |time| time.0)
@@ -259,6 +284,9 @@ impl<'a> Situation<'a> {
         if self.vmi.is_some_and(|vmi| turns::is_on_its_way(vmi)) {
             return Fact::OtherMigration.into();
         }
+        if self.is_target_leaving() {
+            return Fact::TargetInMaintenance.into();
+        }
         let fact = if self.disks_missing().is_none() { Fact::ReadyToHandOver } else { Fact::DisksNotReady };
         self.within(self.since(), deadlines::HAND_OVER, fact, Fact::HandOverTooLong)
     }
@@ -276,8 +304,10 @@ impl<'a> Situation<'a> {
             return Err(if other.is_empty() { Fact::StateCleared } else { Fact::StateTakenOver });
         };
         if state.failed == Some(true) {
-            // A handler gives a migration up when its VMI is being deleted.
-            return Err(if vmi.is_deleting() { Fact::VmiFinal } else { Fact::SourceFailed });
+            // A handler gives a migration up when its VMI is being deleted. One that has failed is deleted to be started again.
+            let blamed = !matches!(state.failure_cause, None | Some(FailureCause::GuestEnded));
+            let lost = vmi.status.phase == VmiPhase::Failed && blamed;
+            return Err(if vmi.is_deleting() && !lost { Fact::VmiFinal } else { Fact::SourceFailed });
         }
         // The end of the guest after a completed migration is the guest's own affair.
         if vmi.is_final() && state.completed != Some(true) {
@@ -308,8 +338,14 @@ impl<'a> Situation<'a> {
         if self.pod.is_none_or(|pod| placement::is_finished(pod)) {
             return Fact::TargetPodDown.into();
         }
-        if let Some(observation) = self.abort(state, self.since(), Fact::AbortBeforeStartUnanswered) {
+        // That the condition is missing says that it could not be written with the request: it is written now.
+        let deleted = self.migration.metadata.deletion_timestamp.as_ref();
+        let asked = deleted.map_or(self.view.now, |time| time.0.max(self.since()));
+        if let Some(observation) = self.abort(state, asked, Fact::AbortBeforeStartUnanswered) {
             return observation;
+        }
+        if self.is_target_leaving() {
+            return Fact::TargetInMaintenance.into();
         }
         let (waiting, late) =
             if preparing { (Fact::Preparing, Fact::PreparingTooLong) } else { (Fact::Starting, Fact::StartTooLong) };
@@ -337,8 +373,8 @@ impl<'a> Situation<'a> {
         }
     }
 
-    /// What an abort that was asked for, or is to be, makes of the migration. `latest` is when it was asked for if nobody
-    /// has deleted the migration.
+    /// What an abort that was asked for, or is to be, makes of the migration. `latest` is when it was asked for if the
+    /// migration does not say so.
     fn abort(&self, state: &State, latest: Timestamp, unanswered: Fact) -> Option<Observation> {
         if state.abort_requested == Some(true) {
             let asked = self.migration.condition(names::conditions::MIGRATION_ABORT_REQUESTED);

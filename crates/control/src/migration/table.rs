@@ -27,6 +27,8 @@ pub enum Fact {
     Eligible,
     /// The VMI says that it cannot be migrated.
     NotMigratable,
+    /// No other node can give the guest its processor and machine.
+    NoFittingNode,
     /// The guest does not run yet.
     GuestNotRunning,
     /// An earlier migration was handed over and never reported its end.
@@ -75,6 +77,8 @@ pub enum Fact {
     TargetPodDown,
     /// The target pod was removed.
     TargetPodGone,
+    /// The target's node is to be emptied, and the guest is not on its way there yet.
+    TargetInMaintenance,
     /// The target pod is ready and the VMI does not know of the migration yet.
     ReadyToHandOver,
     /// The VMI could not be told of the migration for too long.
@@ -144,6 +148,8 @@ pub enum Action {
     NoteLateAbort,
     /// Warn that no node takes the target pod, once.
     WarnUnschedulable,
+    /// Warn on the VMI: reason and text.
+    WarnVmi(&'static str, &'static str),
     /// Record an event on the migration.
     Tell(EventType, &'static str, &'static str),
 }
@@ -187,7 +193,17 @@ const NO_VMI: Action = failed(message::MIGRATION_FAILED_NO_VMI);
 const SHUTDOWN: Action = failed(message::MIGRATION_FAILED_VMI_SHUTDOWN);
 const CANCELED: Action = failed(message::MIGRATION_FAILED_CANCELED);
 const NOT_ELIGIBLE: Action = failed(message::MIGRATION_NOT_ELIGIBLE);
+/// The event on the VMI is KubeVirt's.
+const NO_NODE: &[Action] = &[
+    Action::WarnVmi(
+        reason::NO_SUITABLE_NODES_FOR_HOST_MODEL,
+        "Migration cannot proceed: no other node offers the CPU and the machine type that the guest has.",
+    ),
+    failed("Migration failed because no other node offers the CPU and the machine type that the guest has."),
+];
 const POD_DOWN: Action = failed(message::MIGRATION_FAILED_TARGET_POD_SHUTDOWN);
+const TARGET_CLOSED: Action =
+    failed("Migration failed because its target node was put into maintenance before the guest was on its way.");
 const POD_REMOVED: Action = failed(message::MIGRATION_FAILED_TARGET_POD_REMOVED);
 const CLEARED: Action = failed(message::MIGRATION_FAILED_STATE_CLEARED);
 const TAKEN_OVER: Action = failed(message::MIGRATION_FAILED_STATE_TAKEN_OVER);
@@ -211,6 +227,7 @@ pub static TABLE: &[Row] = &[
     row(Phase::Unset, Fact::GuestLost, Phase::Failed, &[SHUTDOWN]),
     row(Phase::Unset, Fact::Cancelled, Phase::Failed, &[CANCELED]),
     row(Phase::Unset, Fact::OtherMigration, Phase::Failed, &[NOT_ELIGIBLE]),
+    row(Phase::Unset, Fact::NoFittingNode, Phase::Failed, NO_NODE),
     row(Phase::Unset, Fact::Eligible, Phase::Pending, &[Action::NoteSourcePod]),
     // Pending: waits for its turn, then makes the target pod.
     row(Phase::Pending, Fact::VmiGone, Phase::Failed, &[DROP_POD, NO_VMI]),
@@ -223,6 +240,7 @@ pub static TABLE: &[Row] = &[
         Phase::Failed,
         &[failed("Migration failed because the VMI is not migratable.")],
     ),
+    row(Phase::Pending, Fact::NoFittingNode, Phase::Failed, NO_NODE),
     row(Phase::Pending, Fact::GuestNotRunning, Phase::Pending, &[]),
     row(Phase::Pending, Fact::EarlierUnresolved, Phase::Pending, &[]),
     row(Phase::Pending, Fact::OldPodRemains, Phase::Pending, &[]),
@@ -259,6 +277,7 @@ pub static TABLE: &[Row] = &[
     row(Phase::Scheduling, Fact::Cancelled, Phase::Failed, &[DROP_POD, CANCELED]),
     row(Phase::Scheduling, Fact::TargetPodGone, Phase::Failed, &[POD_REMOVED]),
     row(Phase::Scheduling, Fact::TargetPodDown, Phase::Failed, &[DROP_POD, POD_DOWN]),
+    row(Phase::Scheduling, Fact::TargetInMaintenance, Phase::Failed, &[DROP_POD, TARGET_CLOSED]),
     row(Phase::Scheduling, Fact::TargetPodStarting, Phase::Scheduling, &[]),
     row(Phase::Scheduling, Fact::TargetPodImage, Phase::Scheduling, &[]),
     row(Phase::Scheduling, Fact::TargetPodVolumes, Phase::Scheduling, &[]),
@@ -274,6 +293,7 @@ pub static TABLE: &[Row] = &[
     row(Phase::Scheduled, Fact::Cancelled, Phase::Failed, &[DROP_POD, CANCELED]),
     row(Phase::Scheduled, Fact::TargetPodGone, Phase::Failed, &[POD_REMOVED]),
     row(Phase::Scheduled, Fact::TargetPodDown, Phase::Failed, &[DROP_POD, POD_DOWN]),
+    row(Phase::Scheduled, Fact::TargetInMaintenance, Phase::Failed, &[DROP_POD, TARGET_CLOSED]),
     row(Phase::Scheduled, Fact::OtherMigration, Phase::Failed, &[DROP_POD, NOT_ELIGIBLE]),
     row(
         Phase::Scheduled,
@@ -293,6 +313,7 @@ pub static TABLE: &[Row] = &[
     row(Phase::PreparingTarget, Fact::SourceFailed, Phase::Failed, &[BY_SOURCE]),
     row(Phase::PreparingTarget, Fact::TargetPodDown, Phase::PreparingTarget, &[Action::FailOnVmi]),
     row(Phase::PreparingTarget, Fact::Cancelled, Phase::PreparingTarget, ABORT),
+    row(Phase::PreparingTarget, Fact::TargetInMaintenance, Phase::PreparingTarget, ABORT),
     row(Phase::PreparingTarget, Fact::Aborting, Phase::PreparingTarget, &[]),
     row(Phase::PreparingTarget, Fact::AbortBeforeStartUnanswered, Phase::PreparingTarget, &[Action::FailOnVmi]),
     row(Phase::PreparingTarget, Fact::PreparingTooLong, Phase::PreparingTarget, &[Action::FailOnVmi]),
@@ -307,6 +328,7 @@ pub static TABLE: &[Row] = &[
     row(Phase::TargetReady, Fact::SourceFailed, Phase::Failed, &[BY_SOURCE]),
     row(Phase::TargetReady, Fact::TargetPodDown, Phase::TargetReady, &[Action::FailOnVmi]),
     row(Phase::TargetReady, Fact::Cancelled, Phase::TargetReady, ABORT),
+    row(Phase::TargetReady, Fact::TargetInMaintenance, Phase::TargetReady, ABORT),
     row(Phase::TargetReady, Fact::Aborting, Phase::TargetReady, &[]),
     row(Phase::TargetReady, Fact::AbortBeforeStartUnanswered, Phase::TargetReady, &[Action::FailOnVmi]),
     row(Phase::TargetReady, Fact::StartTooLong, Phase::TargetReady, &[Action::FailOnVmi]),
@@ -383,11 +405,13 @@ impl Fact {
             Fact::Cancelled | Fact::AbortBeforeStartUnanswered => FailureCause::Cancelled,
             Fact::OtherMigration => FailureCause::OtherMigration,
             Fact::NotMigratable => FailureCause::NotMigratable,
+            Fact::NoFittingNode => FailureCause::TargetRefusedCpu,
             Fact::QuotaExceededTooLong => FailureCause::QuotaExceeded,
             Fact::WaitedTooLong => FailureCause::WaitedTooLong,
             Fact::TargetPodUnschedulableTooLong => FailureCause::Unschedulable,
             Fact::TargetPodRefusedTooLong | Fact::TargetPodPendingTooLong => FailureCause::TargetNotReady,
             Fact::TargetPodDown | Fact::TargetPodGone | Fact::GuestLostAtTarget => FailureCause::TargetLost,
+            Fact::TargetInMaintenance => FailureCause::TargetInMaintenance,
             Fact::HandOverTooLong => FailureCause::NotHandedOver,
             Fact::StateCleared | Fact::StateTakenOver => FailureCause::StateTaken,
             Fact::PreparingTooLong => FailureCause::TargetUnresponsive,

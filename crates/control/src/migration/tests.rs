@@ -89,7 +89,6 @@ fn every_way_to_fail_has_one_cause() {
         C::NoProgress,
         C::NotConverging,
         C::LinkLost,
-        C::TargetRefusedCpu,
         C::TargetOutOfSpace,
         C::TargetRefusedStorage,
         C::TargetRefusedMachine,

@@ -165,7 +165,7 @@ fn without_any_right_node_the_pod_is_made_and_says_why() {
     assert_eq!((phase(&cluster, "job"), slot(&cluster, "job").target), ("Scheduling".into(), None));
     assert!(cluster.has_event("FailedScheduling", "2 node(s) were unschedulable"));
     // A node that is found later is written down before the pod is bound.
-    cluster.patch(Kind::Node, &Name::cluster("node3"), json!({"spec": {"unschedulable": false}}));
+    cluster.patch(Kind::Node, &Name::cluster("node3"), json!({"spec": {"unschedulable": false, "taints": null}}));
     let pod = pod_of(&cluster, "job");
     let plan = cluster.decide(&Key::Placement(pod.clone()));
     assert!(matches!(&plan.effects[0], crate::Effect::Patch(target, _) if *target == reference()), "{plan:?}");

@@ -5,6 +5,12 @@
 
 pub mod events;
 pub mod linux;
+pub mod moving;
+pub mod real;
+pub mod stopped;
+pub mod streams;
+pub mod terminal;
+pub mod witnessed;
 
 use godwit_launcher::client as launcher;
 use kube::api::{ApiResource, DynamicObject, GroupVersionKind, Patch, PatchParams};
@@ -20,21 +26,44 @@ pub const ROM_IMAGE: &str = "godwit.local/rom:latest";
 pub struct Cluster {
     folder: tempfile::TempDir,
     pub client: Client,
+    /// The API server, where it is not the embedded one.
+    pub real: Option<real::Real>,
 }
 
 impl Cluster {
-    /// Starts a cluster and an image with the ROM guest in its store.
+    /// Starts a cluster: `godwit up`, or nodes of ours on etcd and kube-apiserver where KUBEBUILDER_ASSETS names a folder with
+    /// these.
     pub async fn start(nodes: usize) -> Self {
-        let _ = rustls::crypto::ring::default_provider().install_default();
-        let folder = tempfile::Builder::new().prefix("godwit-test-").tempdir_in("/var/tmp").expect("scratch folder");
-        // From here on the folder's cluster must go, whatever happens.
-        let guard = Down(folder.path().to_owned());
+        let Some(assets) = real::assets() else { return Self::up(nodes).await };
+        Self::of_assets(assets, nodes, None).await
+    }
+
+    /// Starts one on etcd and kube-apiserver, whose CA and certificates live so long; none, with a line that says so, where
+    /// KUBEBUILDER_ASSETS does not name a folder with these.
+    pub async fn rotating(nodes: usize, lifetimes: [&'static str; 2]) -> Option<Self> {
+        let Some(assets) = real::assets() else {
+            println!("skipped: it needs etcd and kube-apiserver in the folder that KUBEBUILDER_ASSETS names");
+            return None;
+        };
+        Some(Self::of_assets(assets, nodes, Some(lifetimes)).await)
+    }
+
+    async fn of_assets(assets: PathBuf, nodes: usize, lifetimes: Option<[&'static str; 2]>) -> Self {
+        let (folder, guard) = scratch();
+        let (real, client) = real::Real::start(assets, folder.path(), nodes, lifetimes).await;
+        std::mem::forget(guard);
+        Self { folder, client, real: Some(real) }
+    }
+
+    /// Starts a cluster of `godwit up`, for tests of what only that does.
+    pub async fn up(nodes: usize) -> Self {
+        let (folder, guard) = scratch();
         let nodes = nodes.to_string();
         let output = godwit(folder.path(), &["up", "--nodes", &nodes, "--api-port", "0", "--detach"]);
         assert!(output.status.success(), "godwit up: {}", text(&output.stderr));
         let client = godwit_standalone::client(&folder.path().join("kubeconfig")).await.expect("client");
         std::mem::forget(guard);
-        Self { folder, client }
+        Self { folder, client, real: None }
     }
 
     pub fn data_dir(&self) -> &Path {
@@ -173,6 +202,17 @@ impl Cluster {
         (code, body["message"].as_str().unwrap_or_default().to_owned())
     }
 
+    /// Asks for an action that tells something, as (plural, name, action): the answer's code, and the answer.
+    pub async fn get_action(&self, at: (&str, &str, &str)) -> (u16, Value) {
+        let (resource, name, action) = at;
+        let path = format!("/apis/subresources.kubevirt.io/v1/namespaces/default/{resource}/{name}/{action}");
+        let request = http::Request::get(path).body(kube::client::Body::empty()).expect("request");
+        let answer = self.client.send(request).await.expect("an answer");
+        let code = answer.status().as_u16();
+        let bytes = answer.into_body().collect_bytes().await.expect("a body");
+        (code, serde_json::from_slice(&bytes).unwrap_or_default())
+    }
+
     /// Waits until the object is as wanted; panics with its last state after two minutes.
     pub async fn wait(
         &self,
@@ -219,6 +259,25 @@ impl Cluster {
             .collect()
     }
 
+    /// What the server says to the eviction of the pod that a VMI began in; empty when it is granted. By way of kubectl: kube's
+    /// client does not tell of a 429 but asks again for minutes.
+    pub async fn evict(&self, kubectl: &Path, vmi: &str, dry_run: bool) -> String {
+        let launchers = self.launchers(vmi).await;
+        let (pod, _) = launchers.iter().find(|(_, node)| !node.is_empty()).expect("a launcher on a node");
+        let query = if dry_run { "?dryRun=All" } else { "" };
+        let path = format!("/api/v1/namespaces/default/pods/{pod}/eviction{query}");
+        let eviction = json!({
+            "apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": pod, "namespace": "default"},
+        });
+        let output = self.try_kubectl(kubectl, &["create", "--raw", &path, "-f", "-"], Some(&eviction.to_string()));
+        if output.status.success() {
+            return String::new();
+        }
+        let said = text(&output.stderr);
+        let refusal = said.trim().strip_prefix("Error from server (TooManyRequests): ");
+        refusal.unwrap_or_else(|| panic!("not a 429: {said}")).to_owned()
+    }
+
     /// Does something with a pod's launcher, as its node would. (A socket's path must be short: it is reached through the
     /// open folder.)
     pub async fn with_launcher<T>(&self, pod: &str, what: impl AsyncFnOnce(launcher::Client) -> T) -> T {
@@ -243,8 +302,11 @@ impl Cluster {
         self.console(pod).await.lines().filter_map(godwit_guest_rom::Line::parse).collect()
     }
 
-    /// The number of one of the cluster's processes: `control-plane` or a node's name.
+    /// The number of one of the cluster's processes: `control-plane` or a node's name, or a process of [`real`].
     pub fn pid(&self, process: &str) -> nix::unistd::Pid {
+        if let Some(real) = &self.real {
+            return real.pid(process);
+        }
         let output = self.godwit(&["status", "-o", "json"]);
         assert!(output.status.success(), "{}", text(&output.stderr));
         let said: Value = serde_json::from_slice(&output.stdout).expect("JSON");
@@ -253,23 +315,64 @@ impl Cluster {
         nix::unistd::Pid::from_raw(pid.try_into().expect("a pid"))
     }
 
+    /// Starts a node's process that was killed, and asks nobody whether the node is ready: the control plane may be away.
+    pub fn start_node(&self, name: &str) {
+        if let Some(real) = &self.real {
+            return real.start_node(name);
+        }
+        use std::os::unix::process::CommandExt;
+        let log =
+            std::fs::OpenOptions::new().append(true).open(self.data_dir().join("log").join(format!("{name}.log")));
+        let log = log.expect("its log");
+        let mut node = Command::new(env!("CARGO_BIN_EXE_godwit"));
+        node.args(["node", "--name", name, "--data-dir"]).arg(self.data_dir()).stdin(Stdio::null()).process_group(0);
+        node.stdout(log.try_clone().expect("its log")).stderr(log);
+        let mut node = node.spawn().expect("godwit starts");
+        let process = godwit_standalone::Process::of(node.id() as i32).expect("it runs");
+        let record = self.data_dir().join("run").join(format!("{name}.pid"));
+        std::fs::write(record, format!("{} {}\n", process.pid, process.started)).expect("record it");
+        std::thread::spawn(move || node.wait());
+    }
+
     /// The ends of the cluster's logs, for messages.
     pub fn words(&self) -> String {
-        let mut words = String::new();
-        for entry in std::fs::read_dir(self.folder.path().join("log")).into_iter().flatten().flatten() {
-            let log = std::fs::read_to_string(entry.path()).unwrap_or_default();
-            let lines: Vec<_> = log.lines().collect();
-            words +=
-                &format!("--- {}\n{}\n", entry.path().display(), lines[lines.len().saturating_sub(40)..].join("\n"));
-        }
-        words
+        words(self.folder.path())
+    }
+}
+
+/// The ends of the logs of a data directory.
+pub fn words(data_dir: &Path) -> String {
+    let mut words = String::new();
+    for entry in std::fs::read_dir(data_dir.join("log")).into_iter().flatten().flatten() {
+        let log = std::fs::read_to_string(entry.path()).unwrap_or_default();
+        let lines: Vec<_> = log.lines().collect();
+        words += &format!("--- {}\n{}\n", entry.path().display(), lines[lines.len().saturating_sub(40)..].join("\n"));
+    }
+    words
+}
+
+impl Cluster {
+    /// What the API server has refused to the cluster's components: their rules are all that they need (`api::access`).
+    fn refused(&self) -> Vec<String> {
+        let log = std::fs::read_to_string(self.folder.path().join("log/control-plane.log")).unwrap_or_default();
+        log.lines().filter(|line| line.contains("a component was refused")).map(str::to_owned).collect()
     }
 }
 
 impl Drop for Cluster {
     fn drop(&mut self) {
+        let refused = self.refused();
         drop(Down(self.folder.path().to_owned()));
+        assert!(refused.is_empty() || std::thread::panicking(), "components lack rights: {refused:#?}");
     }
+}
+
+/// A folder for a cluster that must go, whatever happens from here on.
+fn scratch() -> (tempfile::TempDir, Down) {
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let folder = tempfile::Builder::new().prefix("godwit-test-").tempdir_in("/var/tmp").expect("scratch folder");
+    let guard = Down(folder.path().to_owned());
+    (folder, guard)
 }
 
 struct Down(PathBuf);

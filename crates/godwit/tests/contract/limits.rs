@@ -1,6 +1,6 @@
 //! How many migrations run at once, and whose turn it is.
 
-use crate::common::{Cluster, kill_hard, kubectls, status};
+use crate::common::{Cluster, kubectls, status};
 use crate::stage::{NARROW, condition, is_over, is_running, migration, phase};
 use kube::api::DynamicObject;
 use serde_json::json;
@@ -153,7 +153,7 @@ async fn limits_hold_when_the_control_plane_is_killed() {
         }
         // In the middle of things, after the first and after the third.
         if over > 2 * kills && kills < 2 && list.items.iter().any(is_running) {
-            kill_hard(cluster.pid("control-plane"));
+            cluster.kill_control_plane();
             kills += 1;
             cluster.up_again(3).await;
         }

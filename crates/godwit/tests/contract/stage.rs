@@ -1,12 +1,12 @@
 //! What the tests of the contract do to a cluster and ask of it.
 
 use crate::common::events::Said;
-use crate::common::{Cluster, rom_vmi, status, text};
+use crate::common::real::{API_SERVER, CONTROLLER};
+use crate::common::stopped::Stopped;
+use crate::common::{Cluster, kill_hard, rom_vmi, status, text};
 use godwit_guest_rom::{Line, Parameters, Story};
 use kube::api::{Api, ApiResource, DynamicObject, GroupVersionKind, Patch, PostParams};
 use kube::client::Body;
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use serde_json::{Value, json};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -39,16 +39,6 @@ impl Answer {
     pub fn made(&self) -> String {
         assert_eq!(self.code, 201, "{}", self.body);
         self.body["metadata"]["uid"].as_str().expect("uid").to_owned()
-    }
-}
-
-/// A process that stands still until this is dropped.
-pub struct Frozen(Pid);
-
-impl Drop for Frozen {
-    fn drop(&mut self) {
-        // It may have ended meanwhile.
-        let _ = kill(self.0, Signal::SIGCONT);
     }
 }
 
@@ -199,14 +189,23 @@ impl Cluster {
     }
 
     /// Makes a node's kubelet and handler stand still; its guests go on.
-    pub fn freeze(&self, node: &str) -> Frozen {
-        let pid = self.pid(node);
-        kill(pid, Signal::SIGSTOP).expect("stop it");
-        Frozen(pid)
+    pub fn freeze(&self, node: &str) -> Stopped {
+        Stopped::stop(self.pid(node))
+    }
+
+    /// `kill -9` of the API server and of the controllers.
+    pub fn kill_control_plane(&self) {
+        match &self.real {
+            Some(real) => [API_SERVER, CONTROLLER].iter().for_each(|process| real.kill(process)),
+            None => kill_hard(self.pid("control-plane")),
+        }
     }
 
     /// Starts again what of the cluster does not run.
     pub async fn up_again(&mut self, nodes: usize) {
+        if let Some(real) = &self.real {
+            return real.start_missing(&self.client).await;
+        }
         let output = self.godwit(&["up", "--nodes", &nodes.to_string(), "--detach"]);
         assert!(output.status.success(), "godwit up: {}", text(&output.stderr));
         // It may listen on another port.

@@ -1,11 +1,16 @@
 //! A guest that belongs to this node: start it, say how it is, end it.
 
+use std::time::Duration;
+
 use godwit_api::names::events::reason;
 use godwit_launcher::fence;
-use godwit_launcher::rpc::{DomainPhase, MigrationRole, State};
+use godwit_launcher::rpc::{DomainPhase, MigrationRole, RebootFacts, State};
 
 use super::{Action, Change, Plan, end};
 use crate::facts::{Facts, Launcher, MigrationView, PodView, VmiView, migration};
+
+/// For how long it is news that a reboot was given up.
+const NEWS: Duration = Duration::from_secs(60);
 
 /// The migration to here is over and went well; the API may not say so in full yet, if this handler restarted in between.
 pub(super) fn arrived(facts: &Facts, m: &MigrationView, plan: &mut Plan) {
@@ -59,6 +64,7 @@ pub(super) fn decide(facts: &Facts, pod: &PodView, plan: &mut Plan) {
             if begins {
                 plan.event("Started", "VirtualMachineInstance started.");
             }
+            tell_reboot(facts, pod, state, plan);
             if vmi.deleting {
                 end(pod, vmi.grace_seconds, plan);
             } else {
@@ -67,6 +73,25 @@ pub(super) fn decide(facts: &Facts, pod: &PodView, plan: &mut Plan) {
         }
         _ => ended(vmi.phase.as_str(), state, plan),
     }
+}
+
+/// A guest that was to reboot by its power button and has not powered down: said once. A restarted handler does not know what was
+/// said, and says only what is new.
+fn tell_reboot(facts: &Facts, pod: &PodView, state: &State, plan: &mut Plan) {
+    let Some(RebootFacts { asked_us, given_up_us: Some(at) }) = state.reboot else { return };
+    let age = u64::try_from(facts.now.as_microsecond().saturating_sub(at)).unwrap_or(0);
+    if pod.reboot_told == Some(asked_us) || Duration::from_micros(age) > NEWS {
+        return;
+    }
+    let waited = at.saturating_sub(asked_us) / 1_000_000;
+    plan.act(Action::RebootTold { pod: pod.name.clone(), asked_us });
+    plan.warn(
+        reason::SOFT_REBOOT_FAILED,
+        format!(
+            "The guest has not powered down within {waited} s of its power button, and runs on. Restart its VM, reset the \
+             VirtualMachineInstance, or run a guest agent in it."
+        ),
+    );
 }
 
 /// Disks come and go while the guest runs, but not while it moves: both ends have the same.

@@ -170,6 +170,9 @@ fn begin(facts: &Facts, m: &MigrationView, pod: &PodView, link: Option<&SourceVi
     if let Some(refused) = &link.start_error {
         let reason = format!("Live migration failed: {}", refused.reason);
         fail(m, Failure::new(refused.cause.clone(), reason), plan);
+    } else if link.ready && pod.launcher.state().is_some_and(State::is_rebooting) {
+        // Its launcher gives it up in time; what changes wakes this up.
+        plan.wake(REDIAL_AFTER);
     } else if link.ready {
         plan.act(Action::Migrate { pod: pod.name.clone() });
     } else if let Some(error) = &link.error {

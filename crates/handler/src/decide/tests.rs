@@ -36,7 +36,14 @@ fn answers(state: State) -> Launcher {
 }
 
 fn pod(name: &str, launcher: Launcher) -> PodView {
-    PodView { name: name.into(), migration_uid: None, terminal: false, shutdown_ordered: None, launcher }
+    PodView {
+        name: name.into(),
+        migration_uid: None,
+        terminal: false,
+        shutdown_ordered: None,
+        reboot_told: None,
+        launcher,
+    }
 }
 
 fn facts(phase: &str, pods: Vec<PodView>) -> Facts {
@@ -164,7 +171,7 @@ fn orders(plan: &Plan) -> Vec<String> {
     plan.actions
         .iter()
         .filter_map(|a| match a {
-            Action::Write(_) | Action::Event { .. } | Action::Wire { .. } => None,
+            Action::Write(_) | Action::Event { .. } | Action::Wire { .. } | Action::RebootTold { .. } => None,
             Action::Start { pod } => Some(format!("start {pod}")),
             Action::ChangeDisks { pod, missing } => Some(format!("disks {pod} {missing:?}")),
             Action::PrepareTarget { pod, .. } => Some(format!("prepare {pod}")),

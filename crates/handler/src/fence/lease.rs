@@ -8,19 +8,23 @@ use godwit_api::names::fence::{DURATION, LEASE_PREFIX, RENEW_EVERY};
 use godwit_api::names::{
     ANNOTATION_FENCE_ADDRESS, ANNOTATION_FENCE_PEERS, ANNOTATION_NODE_LOST, FENCE_NO_PEERS, KUBEVIRT_NAMESPACE,
 };
-use godwit_launcher::fence::now;
 use jiff::Timestamp;
 use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta};
+use k8s_openapi::api::core::v1::Node;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta, OwnerReference};
+use kube::Resource;
 use kube::api::{Api, PostParams};
 
 use super::Surroundings;
-use super::enforce::{Whom, strike};
+use super::enforce::{NotDead, Whom, strike};
 use super::peers::Others;
+use super::report;
 use super::rules::Peers;
 
 /// How long a renewal may take before it counts as not answered.
 const LIMIT: Duration = Duration::from_secs(4);
+/// How long the API may take to show the node.
+const OWNER_LIMIT: Duration = Duration::from_millis(500);
 /// After a failure, before the next attempt.
 const RETRY: Duration = Duration::from_millis(500);
 
@@ -31,8 +35,12 @@ enum Failure {
     Api(#[from] kube::Error),
     #[error("the API does not answer within {LIMIT:?}")]
     Late,
-    #[error("the controller counts this node's guests as dead, and not all of them are")]
-    NotDead,
+    #[error("the controller counts this node's guests as dead, and not all of them are: {0}")]
+    LostNotDead(NotDead),
+    #[error("the node's lease is gone, and not all that it covered is dead: {0}")]
+    GoneNotDead(NotDead),
+    #[error("what the next handler of this node would have to know cannot be written down: {0}")]
+    NotKept(#[from] std::io::Error),
 }
 
 struct Keeper {
@@ -44,8 +52,8 @@ struct Keeper {
     address: Option<String>,
     /// As it was last read or written here; none: not known.
     lease: Option<Lease>,
-    /// The last revision of it that was seen here.
-    seen: Option<String>,
+    /// Its node.
+    owner: Option<OwnerReference>,
 }
 
 /// Renews the lease for ever.
@@ -53,23 +61,24 @@ pub(super) async fn keep(around: Arc<Surroundings>, others: Arc<Others>, address
     let mut keeper = Keeper {
         api: Api::namespaced(around.client.clone(), KUBEVIRT_NAMESPACE),
         name: format!("{LEASE_PREFIX}{}", around.node),
-        identity: format!("{}/{}-{}", around.node, std::process::id(), now().as_millis()),
+        identity: format!("{}/{}-{}", around.node, std::process::id(), around.fence.now().as_millis()),
         acquired: Timestamp::now(),
         address,
         lease: None,
-        seen: None,
+        owner: None,
         around,
     };
     let began = std::time::Instant::now();
     let mut said = String::new();
     loop {
-        let sent = now();
-        let wait = match keeper.renew(others.to_name()).await {
+        let sent = keeper.around.fence.now();
+        let (peers, addresses) = others.to_name();
+        let wait = match keeper.renew(peers, addresses).await {
             Ok(()) => {
                 if !std::mem::take(&mut said).is_empty() {
                     tracing::info!(lease = keeper.name, "the node's lease is renewed again");
                 }
-                RENEW_EVERY.saturating_sub(now().saturating_sub(sent))
+                RENEW_EVERY.saturating_sub(keeper.around.fence.now().saturating_sub(sent))
             }
             Err(failure) => {
                 keeper.lease = None;
@@ -77,6 +86,14 @@ pub(super) async fn keep(around: Arc<Surroundings>, others: Arc<Others>, address
                 let what = failure.to_string();
                 if said != what && !early {
                     tracing::warn!(lease = keeper.name, error = what, "the node's lease is not renewed; trying again");
+                    if let Failure::LostNotDead(not_dead) | Failure::GoneNotDead(not_dead) = &failure {
+                        let (around, guests) = (keeper.around.clone(), not_dead.guests());
+                        let why = format!(
+                            "{what}. This node's lease is renewed, and guests are started here, when they are gone"
+                        );
+                        // The API may take its time, and the next attempt may not.
+                        tokio::spawn(async move { report::not_dead(&around, &why, &guests).await });
+                    }
                     said = what;
                 }
                 RETRY
@@ -87,37 +104,48 @@ pub(super) async fn keep(around: Arc<Surroundings>, others: Arc<Others>, address
 }
 
 impl Keeper {
-    async fn renew(&mut self, peers: Peers) -> Result<(), Failure> {
+    async fn renew(&mut self, peers: Peers, addresses: BTreeMap<String, String>) -> Result<(), Failure> {
         if self.lease.is_none() {
             self.lease = limited(self.api.get_opt(&self.name)).await?;
+            self.owner = self.lease.as_ref().and_then(|lease| lease.metadata.owner_references.clone()?.pop());
             let revision = self.lease.as_ref().and_then(|lease| lease.metadata.resource_version.clone());
-            // Not any reading: where nothing can be written for anybody, all of them read the same again and again, and may say
-            // that they have no contact.
-            if revision.is_none() || revision != self.seen {
-                self.around.fence.finds_news();
-            }
-            self.seen = revision;
+            self.around.fence.reads(revision);
         }
-        if self.lease.as_ref().is_some_and(is_lost) {
+        let (root, met) = (&self.around.kubelet_root, self.around.fence.met());
+        match &self.lease {
             // Whatever was here may run elsewhere by now, and what has no guest yet must not get one.
-            self.around.fence.found_lost();
-            if !strike(&self.around.kubelet_root, self.around.fence.met(), Whom::Launchers).await {
-                return Err(Failure::NotDead);
+            Some(lease) if is_lost(lease) => {
+                self.around.fence.found_lost();
+                strike(root, met, Whom::Launchers).await.map_err(Failure::LostNotDead)?;
             }
+            // It may have gone with its node, and with it what the controllers had written there.
+            None if !self.around.fence.is_held() => {
+                strike(root, met, Whom::Leased).await.map_err(Failure::GoneNotDead)?;
+            }
+            _ => {}
+        }
+        if self.owner.is_none() {
+            self.owner = self.find_owner().await;
         }
         let lease = self.next(&peers);
-        self.around.fence.sends(peers.clone());
-        let sent = now();
+        self.around.fence.sends(peers.clone(), addresses)?;
+        let sent = self.around.fence.now();
         let params = PostParams::default();
         let written = match &self.lease {
             // On the revision that was last heard of here: whoever sees this renewal knows that the one before it was.
             Some(_) => limited(self.api.replace(&self.name, &params, &lease)).await?,
             None => limited(self.api.create(&params, &lease)).await?,
         };
-        self.around.fence.answered(sent, peers);
-        self.seen.clone_from(&written.metadata.resource_version);
+        self.around.fence.answered(sent, peers, written.metadata.resource_version.clone());
         self.lease = Some(written);
         Ok(())
+    }
+
+    /// The node, so that its lease goes with it; none where the API does not show it yet.
+    async fn find_owner(&self) -> Option<OwnerReference> {
+        let nodes: Api<Node> = Api::all(self.around.client.clone());
+        let node = tokio::time::timeout(OWNER_LIMIT, nodes.get_opt(&self.around.node)).await.ok()?.ok()??;
+        node.owner_ref(&())
     }
 
     fn next(&self, peers: &Peers) -> Lease {
@@ -135,6 +163,7 @@ impl Keeper {
             name: Some(self.name.clone()),
             namespace: Some(KUBEVIRT_NAMESPACE.to_owned()),
             annotations: Some(annotations),
+            owner_references: self.owner.clone().map(|owner| vec![owner]),
             resource_version: known.and_then(|lease| lease.metadata.resource_version.clone()),
             ..ObjectMeta::default()
         };
@@ -194,35 +223,39 @@ mod tests {
         kube::Client::new(service, "default")
     }
 
-    /// Whether a renewal that nobody answers, after one that nobody answered, counts as contact all the same.
-    async fn is_contact(takes: bool) -> bool {
-        let client = mute(Arc::new(AtomicU32::new(1)), takes);
-        let folder = tempfile::tempdir().unwrap();
-        let pem = folder.path().join("none.pem");
+    fn keeper(client: kube::Client, folder: &std::path::Path) -> Keeper {
+        let pem = folder.join("none.pem");
         let around = Arc::new(Surroundings {
             client: client.clone(),
             node: "a".to_owned(),
             node_ip: Ipv4Addr::LOCALHOST.into(),
-            kubelet_root: folder.path().to_owned(),
+            kubelet_root: folder.to_owned(),
             tls: TlsPaths { ca: pem.clone(), cert: pem.clone(), key: pem },
             events: Events::start(client.clone(), "a".to_owned()),
             fence: Fence::begin(),
         });
-        let mut keeper = Keeper {
+        Keeper {
             api: Api::namespaced(client, KUBEVIRT_NAMESPACE),
             name: "virt-handler-a".to_owned(),
             identity: "a/1".to_owned(),
             acquired: Timestamp::now(),
             address: None,
             lease: None,
-            seen: None,
-            around: around.clone(),
-        };
-        assert!(keeper.renew(None).await.is_err());
-        let before = around.fence.lock().rules.clone();
+            owner: None,
+            around,
+        }
+    }
+
+    /// Whether a renewal that nobody answers, after one that nobody answered, counts as contact all the same.
+    async fn is_contact(takes: bool) -> bool {
+        let folder = tempfile::tempdir().unwrap();
+        let mut keeper = keeper(mute(Arc::new(AtomicU32::new(1)), takes), folder.path());
+        let around = keeper.around.clone();
+        assert!(keeper.renew(None, BTreeMap::new()).await.is_err());
+        let before = around.fence.lock().kept.rules.clone();
         keeper.lease = None;
-        assert!(keeper.renew(None).await.is_err());
-        let after = around.fence.lock().rules.clone();
+        assert!(keeper.renew(None, BTreeMap::new()).await.is_err());
+        let after = around.fence.lock().kept.rules.clone();
         assert!(after.until().is_none(), "guests get no time by it");
         after != before
     }
@@ -231,5 +264,21 @@ mod tests {
     async fn a_renewal_that_was_taken_is_contact_even_if_only_the_lease_tells_and_reading_alone_is_not() {
         assert!(is_contact(true).await, "the next one that is taken shows that this node knew of it");
         assert!(!is_contact(false).await, "where nobody can write, everybody is silent");
+    }
+
+    #[tokio::test]
+    async fn a_lease_goes_with_its_node_and_one_that_has_gone_is_made_anew_when_nothing_is_left_that_it_covered() {
+        let (api, folder) = (crate::testing::api::Api::default(), tempfile::tempdir().unwrap());
+        let mut keeper = keeper(api.client(), folder.path());
+        let owner = || api.get("leases", "virt-handler-a").unwrap()["metadata"]["ownerReferences"][0]["uid"].clone();
+        keeper.renew(None, BTreeMap::new()).await.unwrap();
+        assert_eq!(owner(), Value::Null, "its node is not there yet");
+        api.put("nodes", json!({"metadata": {"name": "a", "uid": "first"}}));
+        keeper.renew(None, BTreeMap::new()).await.unwrap();
+        assert_eq!(owner(), "first");
+        keeper.lease = None;
+        api.put("nodes", json!({"metadata": {"name": "a", "uid": "second"}}));
+        keeper.renew(None, BTreeMap::new()).await.unwrap();
+        assert_eq!(owner(), "first", "whoever collects it finds that its node is gone");
     }
 }

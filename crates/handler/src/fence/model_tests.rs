@@ -28,10 +28,16 @@ struct Renewal {
     peers: Peers,
     arrives: Duration,
     answer: Option<(Duration, u32)>,
+    /// Whoever sent it is no more.
+    deaf: bool,
 }
 
 struct Node {
     rules: Rules,
+    /// What the next handler finds.
+    kept: Rules,
+    /// It has just started, and reads the lease first.
+    begins: bool,
     revision: u32,
     next: Duration,
     renewals: Vec<Renewal>,
@@ -69,6 +75,8 @@ impl World {
     fn new() -> Self {
         let node = |_| Node {
             rules: Rules::new(Duration::ZERO),
+            kept: Rules::new(Duration::ZERO),
+            begins: false,
             revision: 0,
             next: Duration::ZERO,
             renewals: Vec::new(),
@@ -108,11 +116,13 @@ impl World {
             }
             if works {
                 let hears = |one: &&Renewal| {
-                    one.answer.is_some_and(|(at, _)| at <= now && at < one.sent + LIMIT) && now < one.sent + LIMIT
+                    let heard = one.answer.is_some_and(|(at, _)| at <= now && at < one.sent + LIMIT);
+                    heard && !one.deaf && now < one.sent + LIMIT
                 };
                 let answered = node.renewals.iter().find(hears).cloned();
                 if let Some(Renewal { sent, peers, answer: Some((_, revision)), .. }) = answered {
                     node.rules.answered(sent, now, peers);
+                    node.kept = node.rules.clone();
                     node.revision = revision;
                     node.next = sent + RENEW_EVERY;
                     node.renewals.clear();
@@ -121,15 +131,17 @@ impl World {
             if now >= node.next {
                 // After a failure it reads the lease first.
                 let read = self.leases[number].revision;
-                if works && !node.renewals.is_empty() && node.revision != read {
+                if works && (node.begins || !node.renewals.is_empty()) && node.revision != read {
                     node.rules.finds_news(now);
                     node.revision = read;
                 }
+                node.begins &= !works;
                 let others = (0..NODES).filter(|other| *other != number && named >> other & 1 == 1).map(name);
                 let peers: Peers = (named < 250).then(|| others.collect::<BTreeSet<_>>());
                 node.rules.sends(peers.clone());
+                node.kept = node.rules.clone();
                 let (on, arrives) = (node.revision, now + late);
-                node.renewals.push(Renewal { sent: now, on, peers, arrives, answer: None });
+                node.renewals.push(Renewal { sent: now, on, peers, arrives, answer: None, deaf: false });
                 node.next = now + LIMIT;
             }
         }
@@ -142,7 +154,9 @@ impl World {
                     |other: usize| self.between[number][other] && counts(self.nodes[other].rules.silent_for(now));
                 let all = (0..NODES).filter(|other| peers.contains(&name(*other))).all(silent);
                 if all {
-                    self.nodes[number].rules.put_off(now, now);
+                    let node = &mut self.nodes[number];
+                    node.rules.put_off(now, now);
+                    node.kept = node.rules.clone();
                 }
             }
         }
@@ -159,6 +173,14 @@ impl World {
             }
         }
         self.declare();
+    }
+
+    /// Its handler dies, and another one starts.
+    fn restart(&mut self, number: usize) {
+        let (now, node) = (self.now, &mut self.nodes[number]);
+        node.rules = if node.kept.is_held(now) { node.kept.clone() } else { Rules::new(now) };
+        node.renewals.iter_mut().for_each(|renewal| renewal.deaf = true);
+        (node.begins, node.next) = (true, now);
     }
 
     fn declare(&mut self) {
@@ -189,6 +211,7 @@ enum Turn {
     Uplink(usize, bool),
     Between(usize, usize, bool),
     Late(usize, bool),
+    Restart(usize),
 }
 
 fn turn() -> impl Strategy<Value = Turn> {
@@ -197,6 +220,7 @@ fn turn() -> impl Strategy<Value = Turn> {
         (0..NODES, any::<bool>()).prop_map(|(node, up)| Turn::Uplink(node, up)),
         (0..NODES, 0..NODES, any::<bool>()).prop_map(|(one, other, up)| Turn::Between(one, other, up)),
         (0..NODES, any::<bool>()).prop_map(|(node, late)| Turn::Late(node, late)),
+        (0..NODES).prop_map(Turn::Restart),
     ]
 }
 
@@ -212,6 +236,7 @@ proptest! {
                 Turn::Uplink(node, up) => world.nodes[node].reaches_api = up,
                 Turn::Between(one, other, up) => (world.between[one][other], world.between[other][one]) = (up, up),
                 Turn::Late(node, late) => world.nodes[node].hears_late = late,
+                Turn::Restart(node) => world.restart(node),
             }
             for (late, named) in ticks {
                 world.tick(late, named);
@@ -233,6 +258,22 @@ fn a_node_that_is_cut_off_is_declared_and_one_that_all_are_like_is_not() {
     (0..40).for_each(|_| world.tick(0, everybody));
     world.api = false;
     (0..200).for_each(|_| world.tick(0, everybody));
+    assert!(world.nodes.iter().all(|node| node.rules.is_held(world.now)), "no guest is fenced");
+    world.api = true;
+    (0..200).for_each(|_| world.tick(0, everybody));
+    assert_eq!(world.declared, 0);
+}
+
+#[test]
+fn handlers_that_restart_while_the_api_is_away_for_all_cost_no_guest() {
+    let everybody = 0b1111;
+    let mut world = World::new();
+    (0..40).for_each(|_| world.tick(0, everybody));
+    world.api = false;
+    for number in (0..NODES).cycle().take(20) {
+        (0..20).for_each(|_| world.tick(0, everybody));
+        world.restart(number);
+    }
     assert!(world.nodes.iter().all(|node| node.rules.is_held(world.now)), "no guest is fenced");
     world.api = true;
     (0..200).for_each(|_| world.tick(0, everybody));

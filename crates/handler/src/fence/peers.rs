@@ -11,7 +11,6 @@ use std::time::Duration;
 use futures::future::join_all;
 use godwit_api::names::fence::{LEASE_PREFIX, MAX_PEERS};
 use godwit_api::names::{ANNOTATION_FENCE_ADDRESS, KUBEVIRT_NAMESPACE};
-use godwit_launcher::fence::now;
 use k8s_openapi::api::coordination::v1::Lease;
 use kube::api::{Api, ListParams};
 use serde::{Deserialize, Serialize};
@@ -73,9 +72,15 @@ impl Others {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whom a renewal names.
-    pub(super) fn to_name(&self) -> Peers {
-        self.lock().live.clone()
+    /// As the last handler of this node knew them.
+    pub(super) fn resume((live, addresses): (Peers, BTreeMap<String, String>)) -> Self {
+        Self(Mutex::new(Known { live, addresses, ..Known::default() }))
+    }
+
+    /// Whom a renewal names, and where all of them answer.
+    pub(super) fn to_name(&self) -> (Peers, BTreeMap<String, String>) {
+        let known = self.lock();
+        (known.live.clone(), known.addresses.clone())
     }
 
     fn learn(&self, me: &str, leases: &[Lease]) {
@@ -156,7 +161,7 @@ pub(super) async fn put_off(around: Arc<Surroundings>, others: Arc<Others>) {
         } else if fence.is_held()
             && let Some(peers) = fence.to_ask()
         {
-            let asked = now();
+            let asked = fence.now();
             let answers = join_all(peers.iter().map(|node| ask(&around, &others, node))).await;
             let against: Vec<String> = peers
                 .iter()
@@ -276,7 +281,7 @@ mod tests {
     }
 
     fn names(others: &Others) -> Option<Vec<String>> {
-        Some(others.to_name()?.into_iter().collect())
+        Some(others.to_name().0?.into_iter().collect())
     }
 
     #[test]

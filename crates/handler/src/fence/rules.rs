@@ -5,12 +5,14 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use godwit_api::names::fence::{DURATION, PUT_OFF, SILENCE};
+use serde::{Deserialize, Serialize};
 
 /// The nodes that are asked before the fence is put off: empty where there is no other node, none where they are not known.
 pub type Peers = Option<BTreeSet<String>>;
 
 /// What a handler knows of its lease.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub struct Rules {
     until: Option<Duration>,
     /// When it was last heard here that a renewal had been taken; before that, when this process began: its predecessor may have
@@ -22,7 +24,7 @@ pub struct Rules {
 }
 
 impl Rules {
-    /// A handler that has just begun holds nothing.
+    /// A handler that has just begun and was left nothing ([`super::kept`]) holds nothing.
     #[must_use]
     pub fn new(now: Duration) -> Self {
         Self { until: None, contact: now, may_stand: None }

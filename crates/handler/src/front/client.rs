@@ -17,7 +17,7 @@ use rustls::pki_types::ServerName;
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 
-use super::{CONSOLE, PORT, Refused, path};
+use super::{CONSOLE, PORT, Refused, SCREEN, path};
 use crate::tls::{Identity, TlsPaths};
 
 /// How long a node may take to be reached and to answer. An agent that is asked may take a while.
@@ -49,18 +49,26 @@ pub enum CallError {
     },
 }
 
+/// What is shown to handlers, at the moment: a certificate of [`super::CLIENT_NAME`].
+pub type Show = Arc<dyn Fn() -> Result<Identity, String> + Send + Sync>;
+
 /// Calls handlers. Each call is a connection of its own.
 #[derive(Clone)]
 pub struct FrontClient {
-    files: TlsPaths,
+    show: Show,
     dial: Dial,
     port: u16,
 }
 
 impl FrontClient {
-    /// With the certificate of [`super::CLIENT_NAME`].
+    /// With the certificate of [`super::CLIENT_NAME`] in files, which are read for each call.
     pub fn new(files: TlsPaths, dial: Dial) -> Self {
-        Self { files, dial, port: PORT }
+        Self::showing(Arc::new(move || Identity::load(&files).map_err(|error| error.to_string())), dial)
+    }
+
+    /// With a certificate that is asked for at each call.
+    pub fn showing(show: Show, dial: Dial) -> Self {
+        Self { show, dial, port: PORT }
     }
 
     #[cfg(test)]
@@ -108,23 +116,46 @@ impl FrontClient {
     /// As of [`FrontClient::call`].
     pub async fn console(
         &self,
-        (node, address): (&str, IpAddr),
+        at: (&str, IpAddr),
         pod_uid: &str,
         hello: Hello,
     ) -> Result<TokioIo<Upgraded>, CallError> {
+        let query = hello.from.map(|from| format!("?from={from}")).unwrap_or_default();
+        self.stream(at, format!("{}{query}", path(pod_uid, "console")), CONSOLE).await
+    }
+
+    /// Opens the screen of the guest in a pod: the bytes are those of VNC. A newer one closes it, unless it is told to `preserve`
+    /// the one that is open; then it is refused itself.
+    ///
+    /// # Errors
+    /// As of [`FrontClient::call`].
+    pub async fn screen(
+        &self,
+        at: (&str, IpAddr),
+        pod_uid: &str,
+        preserve: bool,
+    ) -> Result<TokioIo<Upgraded>, CallError> {
+        self.stream(at, format!("{}?preserve={preserve}", path(pod_uid, "vnc")), SCREEN).await
+    }
+
+    async fn stream(
+        &self,
+        (node, address): (&str, IpAddr),
+        path: String,
+        protocol: &'static str,
+    ) -> Result<TokioIo<Upgraded>, CallError> {
         let unreachable = |why: String| CallError::Unreachable { node: node.to_owned(), why };
         let work = async {
-            let query = hello.from.map(|from| format!("?from={from}")).unwrap_or_default();
-            let request = Request::get(format!("{}{query}", path(pod_uid, "console")))
+            let request = Request::get(path)
                 .header(header::HOST, node)
                 .header(header::CONNECTION, "upgrade")
-                .header(header::UPGRADE, CONSOLE);
+                .header(header::UPGRADE, protocol);
             let request = request.body(Empty::<Bytes>::new()).map_err(|e| unreachable(e.to_string()))?;
             let response = self.send((node, address), request).await.map_err(unreachable)?;
             if response.status() != StatusCode::SWITCHING_PROTOCOLS {
                 let status = response.status();
                 checked(response).await?;
-                return Err(unreachable(format!("it answers a console with {status}")));
+                return Err(unreachable(format!("it answers a stream with {status}")));
             }
             let upgraded = hyper::upgrade::on(response).await.map_err(|e| unreachable(e.to_string()))?;
             Ok(TokioIo::new(upgraded))
@@ -142,8 +173,7 @@ impl FrontClient {
     ) -> Result<Response<Incoming>, String> {
         let tcp = (self.dial)(SocketAddr::new(address, self.port)).await.map_err(|e| e.to_string())?;
         tcp.set_nodelay(true).map_err(|e| e.to_string())?;
-        let config =
-            Identity::load(&self.files).and_then(|identity| identity.client(node)).map_err(|e| e.to_string())?;
+        let config = (self.show)()?.client(node).map_err(|e| e.to_string())?;
         let name = ServerName::IpAddress(address.into());
         let stream = TlsConnector::from(config).connect(name, tcp).await.map_err(|e| e.to_string())?;
         let (mut sender, connection) =

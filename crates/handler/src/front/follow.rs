@@ -9,6 +9,7 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures::future::BoxFuture;
 use godwit_launcher::console::{Frame, Hello};
 use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
@@ -52,7 +53,7 @@ pub struct Sight {
 /// Who knows where a guest is.
 pub trait Whereabouts: Send + Sync {
     /// Looks. `left` is the uid of the pod where it was last.
-    fn look(&self, left: &str) -> Sight;
+    fn look<'a>(&'a self, left: &'a str) -> BoxFuture<'a, Sight>;
 }
 
 /// An open console.
@@ -89,28 +90,26 @@ enum Left {
 }
 
 /// Carries a console until the guest's run is over, the client goes (its end of `typed` or `said` is closed), or a newer client
-/// takes its place.
+/// takes its place. Gives the place where the guest was last, when it was the run that ended.
 pub async fn follow(
     front: &FrontClient,
     guest: &dyn Whereabouts,
     mut here: Here,
     mut typed: mpsc::Receiver<Bytes>,
     said: mpsc::Sender<Bytes>,
-) {
+) -> Option<Spot> {
     loop {
         let spot = here.spot.clone();
         let left = carry(guest, here, &mut typed, &said).await;
-        here = match left {
-            Left::ForGood => return,
-            Left::Ended => match found(front, guest, &spot, None, &said).await {
-                Some(here) => here,
-                None => return,
-            },
-            Left::Broken(at) => match found(front, guest, &spot, Some(at), &said).await {
-                Some(here) => here,
-                None => return,
-            },
+        let found = match left {
+            Left::ForGood => return None,
+            Left::Ended => found(front, guest, &spot, None, &said).await,
+            Left::Broken(at) => found(front, guest, &spot, Some(at), &said).await,
         };
+        match found {
+            Some(found) => here = found,
+            None => return (!said.is_closed()).then_some(spot),
+        }
         tracing::info!(from = spot.node, to = here.spot.node, "an open console follows its guest");
     }
 }
@@ -135,6 +134,8 @@ async fn carry(
     });
     let mut look = tokio::time::interval(LOOK);
     let mut gone_since: Option<Instant> = None;
+    // What is typed and said does not wait for a look.
+    let mut looking: Option<BoxFuture<'_, Sight>> = None;
     loop {
         tokio::select! {
             frame = frames.recv() => match frame {
@@ -160,8 +161,10 @@ async fn carry(
                 None => return Left::ForGood,
             },
             () = said.closed() => return Left::ForGood,
-            _ = look.tick() => {
-                let sight = guest.look(&spot.pod_uid);
+            _ = look.tick(), if looking.is_none() => looking = Some(guest.look(&spot.pod_uid)),
+            sight = async { Some(looking.as_mut()?.await) }, if looking.is_some() => {
+                looking = None;
+                let Some(sight): Option<Sight> = sight else { continue };
                 let elsewhere = sight.over || sight.now.as_ref().is_some_and(|now| now.pod_uid != spot.pod_uid);
                 match (elsewhere, gone_since) {
                     (false, _) => gone_since = None,
@@ -203,7 +206,7 @@ async fn found(
     let mut pauses = Pauses::default();
     let mut warned = false;
     loop {
-        let sight = guest.look(&left.pod_uid);
+        let sight = guest.look(&left.pod_uid).await;
         let elsewhere = |spot: &Spot| spot.pod_uid != left.pod_uid;
         let spot = match broken {
             None => sight.next.or(sight.now).filter(elsewhere),

@@ -8,6 +8,7 @@
 mod client;
 mod follow;
 mod listener;
+mod screen;
 #[cfg(test)]
 mod tests;
 
@@ -26,7 +27,7 @@ use godwit_launcher::rpc::Refusal;
 use hyper_util::rt::TokioIo;
 use serde::{Deserialize, Serialize};
 
-pub use client::{CallError, Dial, FrontClient};
+pub use client::{CallError, Dial, FrontClient, Show};
 pub use follow::{Here, Sight, Spot, Whereabouts, follow};
 
 use crate::context::Context;
@@ -40,6 +41,9 @@ pub const CLIENT_NAME: &str = "kubevirt.io:system:client:virt-handler";
 /// [`Hello`].
 pub const CONSOLE: &str = "godwit-console";
 
+/// What a screen's connection is upgraded to: the bytes of VNC, both ways.
+pub const SCREEN: &str = "godwit-vnc";
+
 /// The body of an answer that is not a success.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Refused {
@@ -47,7 +51,8 @@ pub struct Refused {
     pub message: String,
 }
 
-/// The path of a call about the guest in a launcher pod: `pause`, `unpause`, `reset`, `softreboot` (PUT), `guest`, `console` (GET).
+/// The path of a call about the guest in a launcher pod: `pause`, `unpause`, `reset`, `softreboot` (PUT), `guest`, `console`, `vnc`
+/// (GET).
 #[must_use]
 pub fn path(pod_uid: &str, call: &str) -> String {
     format!("/v1/pods/{pod_uid}/{call}")
@@ -65,7 +70,8 @@ async fn serve(listener: listener::Listener, kubelet_root: PathBuf) {
         .route("/v1/pods/{uid}/{call}", put(carry_out))
         .route("/v1/pods/{uid}/guest", get(guest))
         .route("/v1/pods/{uid}/console", get(open_console))
-        .with_state(Arc::new(kubelet_root));
+        .with_state(Arc::new(kubelet_root.clone()))
+        .route("/v1/pods/{uid}/vnc", get(screen::open).with_state(Arc::new(screen::Screens::of(kubelet_root))));
     if let Err(error) = axum::serve(listener, router).await {
         tracing::error!(%error, "the door for the API server has closed");
     }
@@ -158,10 +164,15 @@ async fn open_console(
         // Either end may go at any time.
         let _ = tokio::io::copy_bidirectional(&mut TokioIo::new(client), &mut guest).await;
     });
+    becomes(CONSOLE)
+}
+
+/// The connection becomes this.
+fn becomes(protocol: &'static str) -> Response {
     let mut response = Response::new(Body::empty());
     *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
     let headers = response.headers_mut();
     headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
-    headers.insert(header::UPGRADE, HeaderValue::from_static(CONSOLE));
+    headers.insert(header::UPGRADE, HeaderValue::from_static(protocol));
     response
 }

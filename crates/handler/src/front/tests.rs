@@ -48,8 +48,8 @@ async fn console(folder: &Path, pod: &str) -> (Console, UnixStream) {
 struct Told(Mutex<Sight>);
 
 impl Whereabouts for Told {
-    fn look(&self, _: &str) -> Sight {
-        self.0.lock().unwrap().clone()
+    fn look<'a>(&'a self, _: &'a str) -> futures::future::BoxFuture<'a, Sight> {
+        Box::pin(std::future::ready(self.0.lock().unwrap().clone()))
     }
 }
 

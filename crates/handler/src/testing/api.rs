@@ -26,6 +26,8 @@ struct Inner {
     watches: Vec<(String, Selector, UnboundedSender<Value>)>,
     /// Every change: collection, before, after.
     history: Vec<(String, Option<Value>, Value)>,
+    /// So many writes are answered with an error, the last of them after it was done.
+    refused: usize,
 }
 
 /// `labelSelector` and `fieldSelector`, equality only.
@@ -59,7 +61,25 @@ impl Api {
         self.0.lock().unwrap().list(collection)
     }
 
+    /// Answers the next so many writes with an error: it does not do them, except the last one, whose answer is only lost.
+    pub fn refuse_writes(&self, number: usize) {
+        self.0.lock().unwrap().refused = number;
+    }
+
     async fn serve(&self, request: Request<Body>) -> Response<axum::body::Body> {
+        let refused = if request.method() == Method::GET {
+            0
+        } else {
+            let mut inner = self.0.lock().unwrap();
+            let left = inner.refused;
+            inner.refused = left.saturating_sub(1);
+            left
+        };
+        let answered = if refused > 1 { None } else { Some(self.answer(request).await) };
+        answered.filter(|_| refused == 0).unwrap_or_else(|| status(500, "InternalError"))
+    }
+
+    async fn answer(&self, request: Request<Body>) -> Response<axum::body::Body> {
         let (parts, body) = request.into_parts();
         let body = body.collect().await.unwrap().to_bytes();
         let body: Value = serde_json::from_slice(&body).unwrap_or_default();
@@ -108,8 +128,11 @@ impl Api {
             },
             (Method::POST, None) => {
                 let mut inner = self.0.lock().unwrap();
-                inner.store(&collection, body.clone());
                 let name = body["metadata"]["name"].as_str().unwrap();
+                if inner.get(&collection, name).is_some() {
+                    return status(409, "AlreadyExists");
+                }
+                inner.store(&collection, body.clone());
                 answer(201, &inner.get(&collection, name).unwrap())
             }
             (Method::PUT, Some(name)) => {

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
 
+use godwit_launcher::fence::Clock;
 use godwit_launcher::rpc::DomainPhase;
 use serde_json::{Value, json};
 
@@ -31,8 +32,11 @@ impl Node {
             node_name: self.name.into(),
             node_ip: "127.0.0.1".parse().unwrap(),
             kubelet_root: self.root.clone(),
+            state: self.root.join("state"),
+            clock: Clock::default(),
             tls: self.tls.clone(),
             cluster_id: "test".into(),
+            device_plugins: None,
             accelerator: Some(godwit_launcher::rpc::Accelerator::Tcg),
         };
         self.handler = Some(tokio::spawn(async move { drop(run(options, std::future::pending()).await) }));

@@ -1,6 +1,7 @@
 //! Carrying out what was decided about one VMI.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -10,7 +11,9 @@ use godwit_api::names::events;
 use godwit_api::vmi::{PersistentVolumeClaimInfo, VirtualMachineInstance, VolumeStatus};
 use godwit_launcher::client::Error as LauncherError;
 use godwit_launcher::rpc::transport::{Transport, Wish};
-use godwit_launcher::rpc::{DomainPhase, Refusal, SourceOrder, TargetOrder, TargetReady, VmOrder, VolumeFacts};
+use godwit_launcher::rpc::{
+    DomainPhase, Refusal, RunUntilOrder, SourceOrder, TargetOrder, TargetReady, VmOrder, VolumeFacts,
+};
 use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Pod as KubePod};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity as ApiQuantity;
 use kube::api::Api;
@@ -20,7 +23,7 @@ use super::{Meter, Order, Pod, Source, Stop, Target, Worker, limited};
 use crate::channel::{BLOCKS, CONTROL, MEMORY, TargetChannels, TargetOptions};
 use crate::decide::{Action, Change, Disruption, Failure, causes};
 use crate::facts::{Facts, MigrationView};
-use crate::fence::enforce;
+use crate::fence::Fence;
 use crate::frames::Relay;
 use crate::lend::{self, Offered};
 use crate::networks;
@@ -33,8 +36,9 @@ use crate::worker::disks::sockets_of;
 use crate::write::Migratable;
 
 /// The machine revision that guests are started with. 1 exists (free-page hints) and migrates, but was measured to hold an idle
-/// guest up for a second (docs/benchmarks.md); 2 has a place for disks that come while the guest runs.
-const NEW_GUESTS: u32 = 2;
+/// guest up for a second (docs/benchmarks.md); 2 has a place for disks that come while the guest runs; 3 has a screen; 4 has a
+/// processor that other nodes can build.
+const NEW_GUESTS: u32 = 4;
 
 /// How long what is known of claims stays good.
 const CLAIMS_GOOD_FOR: Duration = Duration::from_secs(30);
@@ -102,6 +106,10 @@ impl Worker {
                 self.pod(&pod)?.shutdown_ordered = Some(grace_seconds);
                 Ok(())
             }
+            Action::RebootTold { pod, asked_us } => {
+                self.pod(&pod)?.reboot_told = Some(asked_us);
+                Ok(())
+            }
             Action::Write(changes) => {
                 let current = self.vmi.clone().unwrap_or_else(|| vmi.clone());
                 let written = self.write(&current, &changes).await?;
@@ -164,8 +172,8 @@ impl Worker {
         }
     }
 
-    /// Until when guests may run on this node, in milliseconds of the boot clock; nothing is begun while none may.
-    async fn leased(&mut self, what: &str) -> Result<u64, Stop> {
+    /// Until when guests may run on this node; nothing is begun while none may.
+    async fn leased(&mut self, what: &str) -> Result<RunUntilOrder, Stop> {
         match self.context.fence.wait_held().await {
             Some(until) => Ok(until),
             None => {
@@ -178,23 +186,30 @@ impl Worker {
 
     async fn start_vm(&mut self, vmi: &VirtualMachineInstance, name: &str) -> Result<(), Stop> {
         let began = Instant::now();
-        let until = self.leased("start the VM").await?;
+        self.leased("start the VM").await?;
         let mut ordered = vmi.clone();
         let volumes = self.volumes(&mut ordered).await?;
+        // A guest keeps its processor for good: the moment after the handler's start is waited for.
+        let host_cpu =
+            self.context.host_cpu.clone().wait_for(Option::is_some).await.ok().and_then(|known| known.clone());
         let accelerator = *self.context.accelerator.borrow();
+        // What went before may have taken long.
+        let until = self.leased("start the VM").await?;
         let guest = format!("{}/{}", self.namespace, self.name);
+        let fence = self.context.fence.clone();
         let pod = self.pod(name)?;
         // Before the guest is there: nobody else may get to say so.
-        enforce::mark(&pod.follower.folder, &guest);
+        mark(&fence, &pod.follower.folder, &guest).await;
         let interfaces = pod.wired.as_ref().map(|w| w.interfaces.clone()).unwrap_or_default();
         let order = VmOrder {
             vmi: ordered,
             interfaces,
             volumes,
             accelerator,
+            host_cpu: host_cpu.flatten(),
             machine_revision: NEW_GUESTS,
             shareable_memory: pod.pod.shareable_memory,
-            run_until_ms: Some(until),
+            run_until: Some(until),
         };
         match pod.follower.client.start(&order).await {
             Ok(state) => {
@@ -233,8 +248,9 @@ impl Worker {
             Err(error) => return Err(self.complain(format!("cannot prepare the migration target: {error}")).await),
         };
         let guest = format!("{}/{}", self.namespace, self.name);
+        let fence = self.context.fence.clone();
         let pod = self.pod(name)?;
-        enforce::mark(&pod.follower.folder, &guest);
+        mark(&fence, &pod.follower.folder, &guest).await;
         let order = TargetOrder {
             migration_uid: uid.to_owned(),
             vmi: ordered,
@@ -471,6 +487,13 @@ impl Worker {
                 self.wake.notify_one();
                 Ok(())
             }
+            // It was asked to reboot in this moment, and is sent when it has done so (`decide::source`).
+            Err(LauncherError::Refused { reason: Refusal::Conflict, .. })
+                if pod.follower.client.state().await.is_ok_and(|state| state.is_rebooting()) =>
+            {
+                self.wake.notify_one();
+                Ok(())
+            }
             // Refused for good: the migration fails with these words. Anything else may have begun: look again.
             Err(LauncherError::Refused { message, cause, .. }) => {
                 source.start_error = Some(Failure::new(causes::of_target(cause), message));
@@ -664,6 +687,14 @@ impl Source {
             transport: link.transport,
             rooms: link.rooms,
         })
+    }
+}
+
+/// Puts a guest under the node's lease before it is there.
+async fn mark(fence: &Fence, folder: &Path, guest: &str) {
+    if let Err(error) = fence.mark(folder, guest).await {
+        // It is fenced all the same while this process lives, and whoever tells it its time tries again.
+        tracing::warn!(%error, guest, folder = %folder.display(), "cannot mark a guest as leased");
     }
 }
 

@@ -6,6 +6,7 @@
 mod log;
 mod mounts;
 mod rootfs;
+mod seccomp;
 
 use std::ffi::{CString, OsString};
 use std::fs::{self, File};
@@ -193,6 +194,11 @@ fn become_container(spec: &ContainerSpec, output: &OwnedFd, error: &OwnedFd) -> 
                 break;
             }
         }
+    }
+    if spec.runtime_seccomp
+        && let Some(capabilities) = &spec.capabilities
+    {
+        seccomp::confine(capabilities)?;
     }
     let groups: Vec<Gid> = spec.groups.iter().map(|group| Gid::from_raw(*group)).collect();
     nix::unistd::setgroups(&groups).map_err(failed("set groups"))?;

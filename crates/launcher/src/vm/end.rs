@@ -156,6 +156,8 @@ impl Vm {
         self.events = None;
         self.console = None;
         self.ending = None;
+        self.rebooting = None;
+        self.now.reboot = None;
         self.now.phase = phase;
         self.now.qemu_pid = None;
         self.now.qemu_status = None;

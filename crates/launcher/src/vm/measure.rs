@@ -1,7 +1,7 @@
 //! How fast the guest writes to its memory, measured again and again while it runs: what a migration will take is told from that.
 
 use super::{Stage, Vm};
-use crate::rpc::Written;
+use crate::rpc::{MemoryFacts, Written};
 use godwit_qemu::instance::Qemu;
 use std::time::Duration;
 use tokio::sync::mpsc;
@@ -16,6 +16,22 @@ const FRESH: Duration = Duration::from_secs(3);
 pub(super) struct Measured {
     written: Written,
     present: Option<u64>,
+    /// The last of its round: all that is known is of this round now.
+    whole: bool,
+}
+
+impl Measured {
+    /// Writes it down, at this time in microseconds since the Unix epoch.
+    fn note(self, memory: &mut MemoryFacts, now: i64) {
+        // What is not told is taken to be there.
+        memory.present_bytes = self.present.unwrap_or(memory.total_bytes);
+        memory.written.retain(|known| known.within_ms != self.written.within_ms);
+        memory.written.push(self.written);
+        memory.written.sort_by_key(|written| written.within_ms);
+        if self.whole {
+            memory.measured_us = Some(now);
+        }
+    }
 }
 
 /// The round that is under way, and when it began.
@@ -60,23 +76,17 @@ impl Vm {
     }
 
     pub(super) fn measured(&mut self, measured: Option<Measured>) {
-        let Some(Measured { written, present }) = measured else {
-            self.measuring.round = None;
-            return;
-        };
-        let memory = &mut self.now.memory;
-        // What is not told is taken to be there.
-        memory.present_bytes = present.unwrap_or(memory.total_bytes);
-        memory.measured_us = Some(jiff::Timestamp::now().as_microsecond());
-        memory.written.retain(|known| known.within_ms != written.within_ms);
-        memory.written.push(written);
-        memory.written.sort_by_key(|written| written.within_ms);
+        match measured {
+            Some(measured) => measured.note(&mut self.now.memory, jiff::Timestamp::now().as_microsecond()),
+            None => self.measuring.round = None,
+        }
     }
 }
 
 /// One round, one time after another: QEMU measures only one at once.
 async fn measure(qemu: Qemu, tell: mpsc::Sender<Measured>) {
-    for window in qemu.write_windows() {
+    let windows = qemu.write_windows();
+    for window in windows {
         let written = match qemu.written_within(*window).await {
             Ok(written) => written,
             Err(error) => {
@@ -87,8 +97,30 @@ async fn measure(qemu: Qemu, tell: mpsc::Sender<Measured>) {
         let asked = qemu.clone();
         // The kernel goes through the page tables for this.
         let present = tokio::task::spawn_blocking(move || asked.memory_present()).await.ok().flatten();
-        if tell.send(Measured { written, present }).await.is_err() {
+        let whole = windows.last() == Some(window);
+        if tell.send(Measured { written, present, whole }).await.is_err() {
             return;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_round_has_the_time_of_its_end() {
+        let mut memory = MemoryFacts { total_bytes: 1000, ..MemoryFacts::default() };
+        let mut note = |within_ms, bytes, whole, now| {
+            let written = Written { within_ms, bytes, margin: 0 };
+            Measured { written, present: Some(bytes), whole }.note(&mut memory, now);
+            let known: Vec<u64> = memory.written.iter().map(|written| written.bytes).collect();
+            (known, memory.present_bytes, memory.measured_us)
+        };
+        assert_eq!(note(100, 1, false, 5), (vec![1], 1, None));
+        assert_eq!(note(3000, 30, true, 8), (vec![1, 30], 30, Some(8)));
+        // The longest is still of the round before, and so is the time.
+        assert_eq!(note(100, 2, false, 68), (vec![2, 30], 2, Some(8)));
+        assert_eq!(note(3000, 60, true, 71), (vec![2, 60], 60, Some(71)));
     }
 }

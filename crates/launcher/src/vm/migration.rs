@@ -147,6 +147,12 @@ impl Vm {
             Stage::Running(_) if self.ending.is_some() => {
                 return Err(refused(Refusal::Conflict, "the guest is being shut down"));
             }
+            Stage::Running(_) if self.now.is_rebooting() => {
+                return Err(refused(
+                    Refusal::Conflict,
+                    "the guest is being rebooted; it can be sent when it has started over",
+                ));
+            }
             Stage::Running(_) => {}
             Stage::Filling(_) => {
                 return Err(refused(Refusal::Conflict, "the guest has not all of its memory yet (post-copy)"));
@@ -274,7 +280,7 @@ impl Vm {
     /// The source is stopped for good: the guest is this end's. The same go again is no second one.
     pub(super) async fn go(&mut self, order: &GoOrder) -> Result<(), Refused> {
         let gone = self.about(&order.migration_uid, MigrationRole::Target)?.gone;
-        self.may_run(order.run_until_ms)?;
+        self.may_run(order.run_until)?;
         match std::mem::replace(&mut self.stage, Stage::Ended) {
             Stage::Incoming(mut incoming) => {
                 if gone {

@@ -137,16 +137,24 @@ pub fn vm_order() -> VmOrder {
         interfaces: vec![],
         volumes: Default::default(),
         accelerator: Some(Accelerator::Tcg),
+        host_cpu: Some(guest_cpu()),
         machine_revision: MACHINE_REVISION,
         shareable_memory: false,
-        run_until_ms: None,
+        run_until: None,
     }
 }
 
+/// What the source's node has beyond a model that any translator has.
+pub fn guest_cpu() -> GuestCpu {
+    GuestCpu { model: "Opteron_G2".into(), features: ["avx", "bmi1", "xsave"].map(str::to_owned).to_vec() }
+}
+
 pub fn target_order() -> TargetOrder {
+    let mut vmi = vm_order().vmi;
+    vmi.status.guest_cpu = Some(guest_cpu());
     TargetOrder {
         migration_uid: MIGRATION.into(),
-        vmi: vm_order().vmi,
+        vmi,
         interfaces: vec![],
         volumes: Default::default(),
         accelerator: Some(Accelerator::Tcg),

@@ -20,6 +20,7 @@ pub fn set_defaults(resource: &Resource, object: &mut Value) {
             in_spec(object, &[("volumeMode", json!("Filesystem")), ("persistentVolumeReclaimPolicy", json!("Retain"))])
         }
         ("", "Service") => service(object),
+        ("apps", kind) => workload(kind, object),
         ("storage.k8s.io", "StorageClass") => {
             put(object, "reclaimPolicy", || json!("Delete"));
             put(object, "volumeBindingMode", || json!("Immediate"));
@@ -279,6 +280,29 @@ fn service(object: &mut Value) {
     }
 }
 
+fn workload(kind: &str, object: &mut Value) {
+    let quarter = json!("25%");
+    let (update, own) = match kind {
+        "Deployment" => ("strategy", vec![("replicas", json!(1)), ("progressDeadlineSeconds", json!(600))]),
+        _ => ("updateStrategy", Vec::new()),
+    };
+    in_spec(object, &own);
+    in_spec(object, &[("revisionHistoryLimit", json!(10)), (update, json!({}))]);
+    let Some(spec) = object.get_mut("spec") else { return };
+    if let Some(update) = spec.get_mut(update) {
+        put(update, "type", || json!("RollingUpdate"));
+        if update["type"] == "RollingUpdate" {
+            put(update, "rollingUpdate", || json!({}));
+            let (surge, unavailable) =
+                if kind == "Deployment" { (quarter.clone(), quarter) } else { (json!(0), json!(1)) };
+            if let Some(rolling) = update.get_mut("rollingUpdate") {
+                put_all(rolling, &[("maxSurge", surge), ("maxUnavailable", unavailable)]);
+            }
+        }
+    }
+    spec.pointer_mut("/template/spec").into_iter().for_each(pod_spec);
+}
+
 fn binding(object: &mut Value) {
     const GROUP: &str = "rbac.authorization.k8s.io";
     if let Some(role) = object.get_mut("roleRef") {
@@ -320,6 +344,27 @@ mod tests {
         let once = object.clone();
         set_defaults(&pod, &mut object);
         assert_eq!(object, once);
+    }
+
+    #[test]
+    fn a_deployment_gets_kubernetes_defaults() {
+        let deployment = resource("Deployment");
+        let template =
+            json!({"metadata": {"labels": {"a": "b"}}, "spec": {"containers": [{"name": "c", "image": "a/b:1"}]}});
+        let selector = json!({"matchLabels": {"a": "b"}});
+        let mut object = json!({"metadata": {"name": "d"}, "spec": {"selector": selector, "template": template}});
+        set_defaults(&deployment, &mut object);
+        let spec = &object["spec"];
+        assert_eq!((&spec["replicas"], &spec["revisionHistoryLimit"]), (&json!(1), &json!(10)));
+        let rolling = json!({"maxSurge": "25%", "maxUnavailable": "25%"});
+        assert_eq!(spec["strategy"], json!({"type": "RollingUpdate", "rollingUpdate": rolling}));
+        assert_eq!(spec["template"]["spec"]["restartPolicy"], "Always");
+        let mut recreated = json!({"metadata": {"name": "d"}, "spec": {"strategy": {"type": "Recreate"}}});
+        set_defaults(&deployment, &mut recreated);
+        assert_eq!(recreated["spec"]["strategy"], json!({"type": "Recreate"}));
+        let mut daemons = json!({"metadata": {"name": "d"}, "spec": {"selector": {}, "template": {}}});
+        set_defaults(&resource("DaemonSet"), &mut daemons);
+        assert_eq!(daemons["spec"]["updateStrategy"]["rollingUpdate"], json!({"maxSurge": 0, "maxUnavailable": 1}));
     }
 
     #[test]

@@ -65,6 +65,13 @@ const FACTS: &[(&str, &str, Fact)] = &[
     ("policy.v1.PodDisruptionBudgetSpec", "selector", Replace),
     ("policy.v1.PodDisruptionBudgetStatus", "conditions", Map(&["type"])),
     ("apiextensions.v1.CustomResourceDefinitionStatus", "conditions", ApplyMap(&["type"])),
+    ("apps.v1.DeploymentStatus", "conditions", Map(&["type"])),
+    ("apps.v1.DaemonSetStatus", "conditions", Map(&["type"])),
+    ("admissionregistration.v1.MutatingWebhookConfiguration", "webhooks", Map(&["name"])),
+    ("admissionregistration.v1.MutatingWebhook", "matchConditions", Map(&["name"])),
+    ("admissionregistration.v1.ValidatingWebhookConfiguration", "webhooks", Map(&["name"])),
+    ("admissionregistration.v1.ValidatingWebhook", "matchConditions", Map(&["name"])),
+    ("apiregistration.v1.APIServiceStatus", "conditions", Map(&["type"])),
 ];
 
 /// Structs that apply treats as one value (`x-kubernetes-map-type: atomic`).

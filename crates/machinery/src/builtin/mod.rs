@@ -12,12 +12,13 @@ use crate::resource::{Columns, GroupVersion, Resource};
 use crate::schema::Schema;
 use convert::Definitions;
 use k8s_openapi::api::{
-    authentication::v1 as authentication, authorization::v1 as authorization, coordination::v1 as coordination,
-    core::v1 as core, events::v1 as events, policy::v1 as policy, rbac::v1 as rbac, scheduling::v1 as scheduling,
-    storage::v1 as storage,
+    admissionregistration::v1 as admissionregistration, apps::v1 as apps, authentication::v1 as authentication,
+    authorization::v1 as authorization, coordination::v1 as coordination, core::v1 as core, events::v1 as events,
+    policy::v1 as policy, rbac::v1 as rbac, scheduling::v1 as scheduling, storage::v1 as storage,
 };
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1 as apiextensions;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1 as meta;
+use k8s_openapi::kube_aggregator::pkg::apis::apiregistration::v1 as apiregistration;
 use std::collections::BTreeMap;
 use std::sync::{Arc, LazyLock};
 
@@ -126,10 +127,19 @@ fn build() -> Table {
     service.status_subresource = true;
     service.categories = names(&["all"]);
 
+    let deployment = b.add::<apps::Deployment>("deployments", NAMESPACED, &["deploy"]);
+    deployment.status_subresource = true;
+    deployment.categories = names(&["all"]);
+    let daemon_set = b.add::<apps::DaemonSet>("daemonsets", NAMESPACED, &["ds"]);
+    daemon_set.status_subresource = true;
+    daemon_set.categories = names(&["all"]);
+    b.add::<admissionregistration::MutatingWebhookConfiguration>("mutatingwebhookconfigurations", CLUSTER, &[]);
+    b.add::<admissionregistration::ValidatingWebhookConfiguration>("validatingwebhookconfigurations", CLUSTER, &[]);
+    b.add::<apiregistration::APIService>("apiservices", CLUSTER, &[]).status_subresource = true;
     b.add::<apiextensions::CustomResourceDefinition>("customresourcedefinitions", CLUSTER, &["crd", "crds"])
         .status_subresource = true;
-    if let Some((crd, _)) = b.rows.last_mut() {
-        crd.categories = names(&["api-extensions"]);
+    for (resource, _) in b.rows.iter_mut().rev().take(4) {
+        resource.categories = names(&["api-extensions"]);
     }
     b.review::<authentication::SelfSubjectReview>("selfsubjectreviews", CLUSTER);
     b.review::<authorization::LocalSubjectAccessReview>("localsubjectaccessreviews", NAMESPACED);

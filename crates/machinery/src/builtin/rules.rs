@@ -35,6 +35,7 @@ pub fn validate(resource: &Resource, object: &Value) -> Vec<FieldError> {
         ("", "PersistentVolumeClaim") => claim(object, &mut errors),
         ("", "ResourceQuota") => resource_quota(object, &mut errors),
         ("policy", "PodDisruptionBudget") => budget(object, &mut errors),
+        ("apps", "Deployment" | "DaemonSet") => workload(object, &mut errors),
         ("storage.k8s.io", "StorageClass") => needs(object, "provisioner", "provisioner", &mut errors),
         ("rbac.authorization.k8s.io", "RoleBinding" | "ClusterRoleBinding") => role_ref(object, &mut errors),
         ("apiextensions.k8s.io", "CustomResourceDefinition") => errors.extend(crate::crd::validate_crd(object)),
@@ -140,6 +141,25 @@ fn named(object: &Value, field: &str, seen: &mut BTreeSet<String>, errors: &mut 
     names::label(name).iter().for_each(|why| invalid(field, name, why, errors));
     if !seen.insert(name.to_owned()) {
         push("FieldValueDuplicate", field, format!("Duplicate value: {}", Value::from(name)), errors);
+    }
+}
+
+/// The template is a pod, and one that is selected.
+fn workload(object: &Value, errors: &mut Vec<FieldError>) {
+    let Some(template) = object.pointer("/spec/template") else { return };
+    let mut within = Vec::new();
+    pod(template, &mut within);
+    one_of(template.get("spec").unwrap_or(template), "restartPolicy", "spec.restartPolicy", &["Always"], &mut within);
+    errors.extend(
+        within.into_iter().map(|error| FieldError { field: format!("spec.template.{}", error.field), ..error }),
+    );
+    let labels = template.pointer("/metadata/labels");
+    let selected = object.pointer("/spec/selector/matchLabels").and_then(Value::as_object);
+    let mut selected = selected.into_iter().flatten();
+    if !selected.all(|(key, value)| labels.is_some_and(|labels| labels.get(key) == Some(value))) {
+        let labels = labels.cloned().unwrap_or_default();
+        let why = format!("Invalid value: {labels}: `selector` does not match template `labels`");
+        push("FieldValueInvalid", "spec.template.metadata.labels", why, errors);
     }
 }
 
@@ -270,6 +290,26 @@ mod tests {
                 "volumes": [{"name": "v", "emptyDir": {}}]},
             "status": {"containerStatuses": [{"name": "c"}]}});
         assert_eq!(check("Pod", pod), Vec::<String>::new());
+    }
+
+    #[test]
+    fn a_workload_selects_good_pods() {
+        let good = json!({"metadata": {"name": "d", "namespace": "n"}, "spec": {"selector": {"matchLabels": {"a": "b"}},
+            "template": {"metadata": {"labels": {"a": "b"}}, "spec": {"containers": [{"name": "c", "image": "i"}]}}}});
+        for kind in ["Deployment", "DaemonSet"] {
+            assert_eq!(check(kind, good.clone()), Vec::<String>::new());
+            let mut bad = good.clone();
+            bad["spec"]["template"] = json!({"metadata": {"labels": {"a": "c"}},
+                "spec": {"restartPolicy": "Never", "containers": [{"name": "c"}]}});
+            assert_eq!(
+                check(kind, bad),
+                [
+                    "spec.template.spec.containers[0].image: Required value",
+                    "spec.template.spec.restartPolicy: Unsupported value: \"Never\": supported values: \"Always\"",
+                    "spec.template.metadata.labels: Invalid value: {\"a\":\"c\"}: `selector` does not match template `labels`",
+                ]
+            );
+        }
     }
 
     #[test]

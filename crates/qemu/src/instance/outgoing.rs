@@ -2,7 +2,8 @@
 
 use super::{Capabilities, Error, Qemu, Running, now_us};
 use crate::blocks::{Blocks, Mirrors, Writes, left_for_memory};
-use crate::migration::{DowntimeRamp, Facts, Mode, Options, Tracker};
+use crate::forecast::DowntimeRamp;
+use crate::migration::{Facts, Mode, Options, Tracker};
 use crate::qmp::commands::{self, MigrationStatus, RunState, VersionTriple};
 use crate::qmp::{self, Event};
 use crate::transport::Transport;

@@ -176,3 +176,13 @@ fn a_clock_with_an_offset_starts_there() {
     machine.clock_offset_seconds = 3600;
     assert!(machine.arguments(0).unwrap().join(" ").contains("base=1970-01-01T01:00:00"));
 }
+
+#[test]
+fn a_screen_has_a_place_of_its_own_and_is_shown_on_a_socket() {
+    let mut machine = full();
+    let before = joined(&machine);
+    assert!(!before.contains("VGA") && !before.contains("-vnc"), "{before}");
+    machine.screen = Some("/run/a,b".into());
+    let with = joined(&machine);
+    assert!(with.contains("-vnc unix:/run/a,,b -device VGA,id=video0,vgamem_mb=8,bus=pcie.0,addr=0x2"), "{with}");
+}

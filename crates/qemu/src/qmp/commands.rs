@@ -5,6 +5,7 @@
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use std::collections::BTreeMap;
 
 /// A command with the type of its answer. Only this crate can send one.
 pub trait Command: Serialize {
@@ -83,6 +84,8 @@ commands! {
     SystemReset = "system_reset" -> Nothing;
     /// Presses the power button.
     SystemPowerdown = "system_powerdown" -> Nothing;
+    /// What QEMU does when the guest has powered off: `poweroff` (it ends) or `pause`.
+    SetAction = "set-action" -> Nothing { shutdown: &'static str };
     /// Starts QEMU's NBD server.
     NbdServerStart = "nbd-server-start" -> Nothing { addr: Value };
     /// Ends QEMU's NBD server.
@@ -116,6 +119,48 @@ commands! {
     PhysicalMemorySave = "pmemsave" -> Nothing { val: u64, size: u64, filename: String };
     /// The block jobs.
     QueryBlockJobs = "query-block-jobs" -> Vec<BlockJob>;
+    /// The processor models that this QEMU knows.
+    QueryCpuDefinitions = "query-cpu-definitions" -> Vec<CpuDefinition>;
+    /// What a model has: `static` spells out its features, `full` its properties.
+    QueryCpuModelExpansion = "query-cpu-model-expansion" -> CpuModelExpansion { r#type: &'static str, model: CpuModel };
+    /// The machine types that this QEMU knows.
+    QueryMachines = "query-machines" -> Vec<MachineInfo>;
+}
+
+/// A processor model.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct CpuDefinition {
+    /// Its name.
+    pub name: String,
+    /// What of it this accelerator cannot give on this machine; empty when it can be had whole, missing when QEMU does not know.
+    pub unavailable_features: Option<Vec<String>>,
+}
+
+/// A processor model with properties.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct CpuModel {
+    /// Its name.
+    pub name: String,
+    /// Properties beyond it.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub props: BTreeMap<String, Value>,
+}
+
+/// Answer of `query-cpu-model-expansion`.
+#[derive(Clone, Debug, Deserialize)]
+pub struct CpuModelExpansion {
+    /// The model, spelled out.
+    pub model: CpuModel,
+}
+
+/// A machine type.
+#[derive(Clone, Debug, Deserialize)]
+pub struct MachineInfo {
+    /// Its name, with its version.
+    pub name: String,
+    /// Its name without.
+    pub alias: Option<String>,
 }
 
 /// Adds a block node of any kind.

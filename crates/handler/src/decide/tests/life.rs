@@ -1,6 +1,6 @@
 //! A guest's own life.
 
-use godwit_launcher::rpc::VolumeState;
+use godwit_launcher::rpc::{RebootFacts, VolumeState};
 
 use super::*;
 
@@ -105,4 +105,24 @@ fn disks_come_and_go_while_the_guest_runs_but_not_while_it_moves() {
     assert_eq!(changes(&facts), Some(Vec::new()), "it is to go");
     facts.vmi.deleting = true;
     assert_eq!(changes(&facts), None);
+}
+
+#[test]
+fn a_guest_that_did_not_hear_its_power_button_is_told_of_once() {
+    let asked_us = us() - 120_000_000;
+    let reboot = |given_up_us| Some(RebootFacts { asked_us, given_up_us });
+    let with = |reboot| vec![pod("a", answers(State { reboot, ..state(DomainPhase::Running) }))];
+    assert!(events(&decide(&facts("Running", with(reboot(None))))).is_empty());
+    let mut facts = facts("Running", with(reboot(Some(us()))));
+    let plan = decide(&facts);
+    let said = "The guest has not powered down within 120 s of its power button, and runs on. Restart its VM, reset the \
+                VirtualMachineInstance, or run a guest agent in it.";
+    assert_eq!(events(&plan), [("SoftRebootFailed", said)]);
+    assert!(plan.actions.contains(&Action::RebootTold { pod: "a".into(), asked_us }));
+    facts.pods.get_mut("a").unwrap().reboot_told = Some(asked_us);
+    assert!(events(&decide(&facts)).is_empty());
+    // Another one, which the handler's predecessor has told of.
+    facts.pods.get_mut("a").unwrap().reboot_told = None;
+    facts.now += Duration::from_secs(61);
+    assert!(events(&decide(&facts)).is_empty());
 }

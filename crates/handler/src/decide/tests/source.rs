@@ -1,7 +1,7 @@
 //! The sending half, up to the progress it reports.
 
-use godwit_launcher::rpc::Ability;
 use godwit_launcher::rpc::forecast::Forecast;
+use godwit_launcher::rpc::{Ability, RebootFacts};
 
 use super::*;
 
@@ -13,6 +13,16 @@ fn a_source_waits_for_the_target_then_dials_then_starts() {
     let dialling = SourceView { ready: false, ..link() };
     assert!(orders(&decide(&source_facts(published(), running(), Some(dialling)))).is_empty());
     assert_eq!(orders(&decide(&source_facts(published(), running(), Some(link())))), ["migrate old"]);
+}
+
+#[test]
+fn a_guest_that_is_rebooting_is_sent_when_it_has_started_over() {
+    let told = |given_up_us| {
+        let reboot = Some(RebootFacts { asked_us: us(), given_up_us });
+        decide(&source_facts(published(), answers(State { reboot, ..state(DomainPhase::Running) }), Some(link())))
+    };
+    assert!(orders(&told(None)).is_empty() && told(None).wake.is_some());
+    assert_eq!(orders(&told(Some(us()))), ["migrate old"]);
 }
 
 #[test]

@@ -7,7 +7,10 @@
 //!
 //! It is reckoned three times: as is likely, and with everything at its best and at its worst. The last two are the interval.
 
-use crate::migration::DowntimeRamp;
+mod ramp;
+
+pub use ramp::DowntimeRamp;
+
 use serde::{Deserialize, Serialize};
 
 const MIB: f64 = 1024.0 * 1024.0;
@@ -48,6 +51,11 @@ pub struct Written {
 }
 
 impl Written {
+    /// Bytes a second.
+    pub fn rate(&self) -> u64 {
+        self.bytes.saturating_mul(1000) / self.within_ms.max(1)
+    }
+
     /// Of memory of which so many pages were looked at: by how much the rest may differ.
     pub fn sampled(memory: u64, pages: f64, within_ms: u64, bytes: f64, rounded_by: f64) -> Written {
         let (all, pages) = (memory as f64, pages.max(1.0));
@@ -173,7 +181,7 @@ pub struct Terms {
     /// The longest standstill.
     pub max_downtime_ms: u64,
     /// The guest is sent in one pass, and stands still for what it has written meanwhile
-    /// ([`crate::migration::tracks_writes`]).
+    /// (`godwit_qemu::migration::tracks_writes`).
     pub one_pass: bool,
     /// The guest may be slowed down.
     pub auto_converge: bool,
@@ -436,5 +444,4 @@ impl Curve {
 const RECENT: usize = 4;
 
 #[cfg(test)]
-#[path = "forecast_tests.rs"]
 mod tests;

@@ -12,11 +12,11 @@ use serde_json::Value;
 pub type Body = UnsyncBoxBody<Bytes, std::io::Error>;
 
 /// What a handler returns.
-pub(crate) type Reply = Result<Response<Body>, Status>;
+pub type Reply = Result<Response<Body>, Status>;
 
 /// How the client wants objects.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Form {
+pub enum Form {
     /// As they are.
     Object,
     /// `meta.k8s.io` Table of this version.
@@ -27,8 +27,9 @@ pub(crate) enum Form {
 
 /// One media range of an `Accept` header.
 #[derive(Debug)]
-pub(crate) struct Range<'a> {
-    pub(crate) media: &'a str,
+pub struct Range<'a> {
+    /// `application/json`
+    pub media: &'a str,
     parameters: Vec<(&'a str, &'a str)>,
     quality: f32,
 }
@@ -42,17 +43,19 @@ impl<'a> Range<'a> {
         Self { media, parameters, quality }
     }
 
-    pub(crate) fn parameter(&self, key: &str) -> &'a str {
+    /// The value of a parameter, empty without it.
+    pub fn parameter(&self, key: &str) -> &'a str {
         self.parameters.iter().find(|(k, _)| *k == key).map_or("", |(_, v)| v)
     }
 
-    pub(crate) fn takes_json(&self) -> bool {
+    /// Whether JSON will do.
+    pub fn takes_json(&self) -> bool {
         matches!(self.media, "application/json" | "application/*" | "*/*")
     }
 }
 
 /// What the client accepts, best first.
-pub(crate) fn ranges(headers: &HeaderMap) -> Vec<Range<'_>> {
+pub fn ranges(headers: &HeaderMap) -> Vec<Range<'_>> {
     let values = headers.get_all(ACCEPT).iter().filter_map(|value| value.to_str().ok());
     let mut ranges: Vec<_> =
         values.flat_map(|value| value.split(',')).map(Range::parse).filter(|range| !range.media.is_empty()).collect();
@@ -65,7 +68,10 @@ const MEDIA_TYPES: [&str; 3] =
     ["application/json", "application/json;as=Table;g=meta.k8s.io;v=v1", "application/json;stream=watch"];
 
 /// The form to answer in.
-pub(crate) fn form(headers: &HeaderMap) -> Result<Form, Status> {
+///
+/// # Errors
+/// There is none that the client would take.
+pub fn form(headers: &HeaderMap) -> Result<Form, Status> {
     let ranges = ranges(headers);
     if ranges.is_empty() {
         return Ok(Form::Object);
@@ -90,12 +96,12 @@ pub(crate) fn form(headers: &HeaderMap) -> Result<Form, Status> {
 }
 
 /// A body of known content.
-pub(crate) fn full(bytes: impl Into<Bytes>) -> Body {
+pub fn full(bytes: impl Into<Bytes>) -> Body {
     Full::new(bytes.into()).map_err(|never| match never {}).boxed_unsync()
 }
 
 /// An answer with a body of this type.
-pub(crate) fn bytes(status: StatusCode, media: &'static str, body: impl Into<Bytes>) -> Response<Body> {
+pub fn bytes(status: StatusCode, media: &'static str, body: impl Into<Bytes>) -> Response<Body> {
     let mut response = Response::new(full(body));
     *response.status_mut() = status;
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(media));
@@ -103,22 +109,22 @@ pub(crate) fn bytes(status: StatusCode, media: &'static str, body: impl Into<Byt
 }
 
 /// A JSON answer.
-pub(crate) fn json(status: StatusCode, value: &Value) -> Response<Body> {
+pub fn json(status: StatusCode, value: &Value) -> Response<Body> {
     bytes(status, "application/json", value.to_string())
 }
 
 /// A text answer.
-pub(crate) fn text(status: StatusCode, body: impl Into<Bytes>) -> Response<Body> {
+pub fn text(status: StatusCode, body: impl Into<Bytes>) -> Response<Body> {
     bytes(status, "text/plain; charset=utf-8", body)
 }
 
 /// The answer to a path that is not served.
-pub(crate) fn page_not_found() -> Response<Body> {
+pub fn page_not_found() -> Response<Body> {
     text(StatusCode::NOT_FOUND, PAGE_NOT_FOUND)
 }
 
 /// A failure.
-pub(crate) fn failure(status: &Status) -> Response<Body> {
+pub fn failure(status: &Status) -> Response<Body> {
     let code = StatusCode::from_u16(status.code).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     let mut response = json(code, &status.to_value());
     let seconds = status.details.as_ref().map_or(0, |details| details.retry_after_seconds);
@@ -129,7 +135,7 @@ pub(crate) fn failure(status: &Status) -> Response<Body> {
 }
 
 /// Adds `Warning: 299 - "text"` headers.
-pub(crate) fn warn(response: &mut Response<Body>, warnings: &[String]) {
+pub fn warn(response: &mut Response<Body>, warnings: &[String]) {
     let mut seen: Vec<&str> = Vec::new();
     for warning in warnings {
         if seen.contains(&warning.as_str()) {

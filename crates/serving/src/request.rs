@@ -1,27 +1,36 @@
 //! What a request is about, read from its method and path alone, and its query parameters.
 
+use godwit_machinery::status::Status;
 use http::{Method, Uri};
 
 /// What a request is about. One parser for all kinds.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(crate) struct RequestInfo {
+pub struct RequestInfo {
     /// About objects; else `path` is all there is.
-    pub(crate) is_resource: bool,
+    pub is_resource: bool,
     /// `get`, `list`, `watch`, `create`, `update`, `patch`, `delete`, `deletecollection`; for other paths the method.
-    pub(crate) verb: &'static str,
-    pub(crate) group: String,
-    pub(crate) version: String,
-    pub(crate) namespace: String,
-    pub(crate) resource: String,
-    pub(crate) subresource: String,
-    pub(crate) name: String,
+    pub verb: &'static str,
+    /// The group, empty for the core group.
+    pub group: String,
+    /// The version.
+    pub version: String,
+    /// The namespace, empty outside of all.
+    pub namespace: String,
+    /// The plural.
+    pub resource: String,
+    /// The subresource, empty for the object itself.
+    pub subresource: String,
+    /// The object's name.
+    pub name: String,
     /// What follows the subresource.
-    pub(crate) rest: String,
-    pub(crate) path: String,
+    pub rest: String,
+    /// The path as it came.
+    pub path: String,
 }
 
 impl RequestInfo {
-    pub(crate) fn parse(method: &Method, uri: &Uri, params: &Params) -> Self {
+    /// Reads it from a request's method, path and parameters.
+    pub fn parse(method: &Method, uri: &Uri, params: &Params) -> Self {
         let path = uri.path();
         let plain = Self { verb: plain_verb(method), path: path.to_owned(), ..Self::default() };
         let parts: Vec<String> = path.split('/').filter(|part| !part.is_empty()).map(decode).collect();
@@ -80,7 +89,7 @@ impl RequestInfo {
     }
 
     /// Actions may have names of several parts, such as `evacuate/cancel`: here, and where roles are asked.
-    pub(crate) fn take_action(&mut self, actions: &[String]) {
+    pub fn take_action(&mut self, actions: &[String]) {
         let whole = format!("{}/{}", self.subresource, self.rest);
         if actions.contains(&whole) {
             self.subresource = whole;
@@ -103,7 +112,7 @@ fn plain_verb(method: &Method) -> &'static str {
 }
 
 /// Undoes percent-encoding; what is no encoding or no UTF-8 stays as it is or becomes U+FFFD.
-fn decode(text: &str) -> String {
+pub fn decode(text: &str) -> String {
     let bytes = text.as_bytes();
     let mut out = Vec::with_capacity(bytes.len());
     let mut at = 0;
@@ -125,10 +134,11 @@ fn decode(text: &str) -> String {
 
 /// Query parameters.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Params(Vec<(String, String)>);
+pub struct Params(Vec<(String, String)>);
 
 impl Params {
-    pub(crate) fn parse(uri: &Uri) -> Self {
+    /// Reads them from a request's target.
+    pub fn parse(uri: &Uri) -> Self {
         let query = uri.query().unwrap_or_default();
         let pairs = query.split('&').filter(|pair| !pair.is_empty()).map(|pair| {
             let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
@@ -139,28 +149,44 @@ impl Params {
     }
 
     /// All of them, in their order.
-    pub(crate) fn pairs(&self) -> &[(String, String)] {
+    pub fn pairs(&self) -> &[(String, String)] {
         &self.0
     }
 
     /// First value, empty if absent.
-    pub(crate) fn get(&self, key: &str) -> &str {
+    pub fn get(&self, key: &str) -> &str {
         self.0.iter().find(|(k, _)| k == key).map_or("", |(_, value)| value)
     }
 
-    pub(crate) fn all(&self, key: &str) -> Vec<&str> {
+    /// All values of a parameter.
+    pub fn all(&self, key: &str) -> Vec<&str> {
         self.0.iter().filter(|(k, _)| k == key).map(|(_, value)| value.as_str()).collect()
     }
 
     /// True for `1`, `true` and a parameter without a value.
-    pub(crate) fn flag(&self, key: &str) -> bool {
+    pub fn flag(&self, key: &str) -> bool {
         self.0
             .iter()
             .find(|(k, _)| k == key)
             .is_some_and(|(_, v)| matches!(v.as_str(), "" | "1" | "t" | "true" | "True"))
     }
 
-    pub(crate) fn has(&self, key: &str) -> bool {
+    /// Whether nothing is to be stored.
+    ///
+    /// # Errors
+    /// 400 for anything but `All`.
+    pub fn dry_run(&self) -> Result<bool, Status> {
+        let values = self.all("dryRun");
+        match values.iter().find(|value| **value != "All" && !value.is_empty()) {
+            None => Ok(values.contains(&"All")),
+            Some(odd) => {
+                Err(Status::bad_request(format!("dryRun: Unsupported value: {odd:?}: supported values: \"All\"")))
+            }
+        }
+    }
+
+    /// Whether a parameter is there.
+    pub fn has(&self, key: &str) -> bool {
         self.0.iter().any(|(k, _)| k == key)
     }
 }

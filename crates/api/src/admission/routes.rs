@@ -130,7 +130,62 @@ pub const ROUTES: &[Route] = &[
     },
 ];
 
+/// Webhooks that one object announces.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Configuration {
+    /// `MutatingWebhookConfiguration` or `ValidatingWebhookConfiguration`.
+    pub kind: &'static str,
+    /// The object's name.
+    pub name: &'static str,
+    /// Its webhooks, each of another name.
+    pub routes: Vec<&'static Route>,
+}
+
+/// Names of the ValidatingWebhookConfigurations: a webhook's name may stand in each of them once, and some are of several.
+pub const VALIDATING: [&str; 3] = ["virt-api-validator", "virt-api-validator-2", "virt-api-validator-3"];
+/// Name of the MutatingWebhookConfiguration.
+pub const MUTATING: &str = "virt-api-mutator";
+
+/// Every webhook, in the objects that announce it.
+pub fn configurations() -> Vec<Configuration> {
+    let of = |kind, name, routes| Configuration { kind, name, routes };
+    let (mutating, validating): (Vec<_>, Vec<_>) = ROUTES.iter().partition(|route| route.act == Act::Mutate);
+    let mut all = vec![of("MutatingWebhookConfiguration", MUTATING, mutating)];
+    all.extend(VALIDATING.map(|name| of("ValidatingWebhookConfiguration", name, Vec::new())));
+    for route in validating {
+        let free = |one: &&mut Configuration| {
+            one.name != MUTATING && one.routes.iter().all(|other| other.webhook != route.webhook)
+        };
+        if let Some(one) = all.iter_mut().find(free) {
+            one.routes.push(route);
+        }
+    }
+    all
+}
+
 /// The webhook of a path.
 pub fn of(path: &str) -> Option<&'static Route> {
     ROUTES.iter().find(|route| route.path == path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_webhook_is_announced_once() {
+        let all = configurations();
+        assert!(all.iter().all(|one| !one.routes.is_empty()));
+        let mut paths: Vec<&str> = all.iter().flat_map(|one| &one.routes).map(|route| route.path).collect();
+        assert_eq!(paths.len(), ROUTES.len());
+        paths.sort_unstable();
+        paths.dedup();
+        assert_eq!(paths.len(), ROUTES.len());
+        for one in &all {
+            let mut names: Vec<&str> = one.routes.iter().map(|route| route.webhook).collect();
+            names.sort_unstable();
+            names.dedup();
+            assert_eq!(names.len(), one.routes.len(), "{}", one.name);
+        }
+    }
 }

@@ -2,7 +2,6 @@
 
 use http::HeaderMap;
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
 /// Everyone who showed a valid certificate.
@@ -78,22 +77,25 @@ impl User {
     }
 }
 
-/// What the client of one connection was found to be; shared by its requests.
-#[derive(Debug, Clone)]
-pub(crate) struct Peer(pub(crate) Arc<User>);
-
 /// Who the request wants to be instead: `kubectl --as`.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub(crate) struct Impersonation {
-    pub(crate) user: String,
-    pub(crate) uid: String,
-    pub(crate) groups: Vec<String>,
-    pub(crate) extra: BTreeMap<String, Vec<String>>,
+pub struct Impersonation {
+    /// The name.
+    pub user: String,
+    /// The uid, mostly empty.
+    pub uid: String,
+    /// The groups.
+    pub groups: Vec<String>,
+    /// Anything else.
+    pub extra: BTreeMap<String, Vec<String>>,
 }
 
 impl Impersonation {
-    /// What the headers say; an error when groups or more are wanted without a user.
-    pub(crate) fn parse(headers: &HeaderMap) -> Result<Option<Self>, &'static str> {
+    /// What the headers say.
+    ///
+    /// # Errors
+    /// Groups or more are wanted without a user.
+    pub fn parse(headers: &HeaderMap) -> Result<Option<Self>, &'static str> {
         let all = |name: &str| -> Vec<String> {
             headers.get_all(name).iter().filter_map(|v| v.to_str().ok()).map(str::to_owned).collect()
         };
@@ -118,7 +120,7 @@ impl Impersonation {
     }
 
     /// The user to act as, with the groups that everyone of the kind has.
-    pub(crate) fn into_user(self) -> User {
+    pub fn into_user(self) -> User {
         let mut groups = self.groups;
         if groups.is_empty()
             && let Some((namespace, _)) = service_account(&self.user)
@@ -135,7 +137,7 @@ impl Impersonation {
 }
 
 /// Namespace and name of the service account that a user name stands for.
-pub(crate) fn service_account(user: &str) -> Option<(&str, &str)> {
+pub fn service_account(user: &str) -> Option<(&str, &str)> {
     user.strip_prefix("system:serviceaccount:")?.split_once(':')
 }
 

@@ -1,0 +1,111 @@
+//! `godwit handler`: a node's handler on a Kubernetes cluster.
+
+use crate::args::{Handler, NodeTls};
+use crate::{connect, health, shutdown};
+use anyhow::Context;
+use godwit_api::names::KUBEVIRT_NAMESPACE;
+use godwit_certificates::node::{self, Files};
+use godwit_handler::TlsPaths;
+use kube::Client;
+use nix::fcntl::{Flock, FlockArg};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use tokio::sync::watch;
+
+/// Between two attempts to be the node's handler.
+const AGAIN: Duration = Duration::from_millis(200);
+
+/// Runs until SIGTERM or SIGINT. Guests run on.
+pub async fn run(args: Handler) -> anyhow::Result<()> {
+    let mut asked = std::pin::pin!(shutdown::asked()?);
+    if let Some(address) = args.health {
+        // A rollout starts the next handler beside the one that is to go, and ends that when the next one is ready.
+        health::serve(address, watch::channel(true).1).await?;
+    }
+    let _alone = tokio::select! {
+        lock = alone(&args.state) => lock?,
+        () = &mut asked => return Ok(()),
+    };
+    let client = connect::client(args.kubeconfig.as_deref()).await?;
+    let tls = match args.tls.request_certificate || args.tls.tls_cert.is_none() {
+        true => tokio::select! {
+            tls = request(client.clone(), &args.node_name, &args.state) => tls,
+            () = &mut asked => return Ok(()),
+        },
+        false => tls(&args.tls)?,
+    };
+    let options = godwit_handler::Options {
+        client,
+        tls,
+        node_name: args.node_name,
+        node_ip: args.address,
+        kubelet_root: args.kubelet_root.clone(),
+        state: args.state,
+        clock: godwit_handler::Clock::Boot,
+        cluster_id: "kubernetes".to_owned(),
+        device_plugins: Some(args.device_plugins.unwrap_or_else(|| args.kubelet_root.join("device-plugins"))),
+        accelerator: None,
+    };
+    godwit_handler::run(options, asked).await?;
+    Ok(())
+}
+
+/// Waits until no other handler of this node runs. The lock is the kernel's: it ends with the process, however that ends.
+async fn alone(state: &Path) -> anyhow::Result<Flock<File>> {
+    let path = state.join("handler.lock");
+    std::fs::create_dir_all(state).with_context(|| format!("make {}", state.display()))?;
+    let mut file = File::create(&path).with_context(|| format!("make {}", path.display()))?;
+    let mut said = false;
+    loop {
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(lock),
+            Err((back, nix::Error::EWOULDBLOCK)) => file = back,
+            Err((_, error)) => return Err(error).with_context(|| format!("lock {}", path.display())),
+        }
+        if !std::mem::replace(&mut said, true) {
+            tracing::info!(lock = %path.display(), "another handler of this node runs; waiting until it ends");
+        }
+        tokio::time::sleep(AGAIN).await;
+    }
+}
+
+/// A certificate that the cluster's controllers sign (docs/certificates.md), kept new for as long as this process runs. Waits for
+/// the first one.
+pub async fn request(client: Client, node: &str, state: &Path) -> TlsPaths {
+    let (namespace, folder) = (KUBEVIRT_NAMESPACE.to_owned(), state.join("certificates"));
+    let Files { bundle, identity } =
+        node::obtain(node::Node { client, namespace, name: node.to_owned(), folder }).await;
+    TlsPaths { ca: bundle, cert: identity.clone(), key: identity }
+}
+
+/// The files of the node's certificate.
+///
+/// # Errors
+/// One that is not named.
+pub fn tls(files: &NodeTls) -> anyhow::Result<TlsPaths> {
+    let given = |file: &Option<PathBuf>, flag: &str| {
+        file.clone().with_context(|| format!("no {flag}: nodes know each other by certificates of one authority"))
+    };
+    Ok(TlsPaths {
+        ca: given(&files.tls_ca, "--tls-ca")?,
+        cert: given(&files.tls_cert, "--tls-cert")?,
+        key: given(&files.tls_key, "--tls-key")?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn the_next_handler_waits_until_the_one_before_has_ended() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let state = folder.path().join("state");
+        let first = alone(&state).await.expect("the lock");
+        let mut next = std::pin::pin!(alone(&state));
+        assert!(futures::poll!(&mut next).is_pending());
+        drop(first);
+        drop(next.await.expect("the lock"));
+    }
+}

@@ -1,0 +1,553 @@
+//! etcd and kube-apiserver under the tests' nodes, in the place of the embedded server.
+//!
+//! Both run in the cluster's namespace `fabric`, where their ports are free whatever else runs on the machine; a relay
+//! makes the API server reachable on 127.0.0.1. What is started lives in the cluster's namespaces or has its record in `run/`,
+//! so `godwit down` ends it, whatever became of the test.
+
+use super::{kill_hard, text, words};
+use godwit_api::access;
+use godwit_network::Namespace;
+use godwit_standalone::{CONTROL_PLANE_ADDRESS, Cluster as Shape, FABRIC_API_PORT, Layout, Process, fabric, pki};
+use kube::api::{Api, ApiResource, DynamicObject, GroupVersionKind, Patch, PatchParams, PostParams};
+use kube::{Client, core::Request};
+use rcgen::{
+    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
+};
+use serde_json::{Value, json};
+use std::ffi::OsStr;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// Names of the processes, as their logs and records have them.
+const ETCD: &str = "etcd";
+pub const API_SERVER: &str = "kube-apiserver";
+pub const CONTROLLER: &str = "controller";
+/// A second controller, in the tests that start one.
+pub const STANDBY: &str = "standby";
+pub const API: &str = "api";
+const CONTROLLER_ACCOUNT: &str = "kubevirt-controller";
+const API_ACCOUNT: &str = "kubevirt-apiserver";
+/// Where `godwit api` listens, in the namespace of the API server.
+const API_PORT: u16 = 8443;
+/// The Service by which the API server reaches it.
+const API_SERVICE: &str = "virt-api";
+/// How long all of it may take on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// The folder with the two programs, when the environment names one that has them.
+pub fn assets() -> Option<PathBuf> {
+    let folder = PathBuf::from(std::env::var_os("KUBEBUILDER_ASSETS")?);
+    [ETCD, API_SERVER].iter().all(|program| folder.join(program).is_file()).then_some(folder)
+}
+
+/// An API server of Kubernetes, and what makes a cluster of it.
+pub struct Real {
+    assets: PathBuf,
+    layout: Layout,
+    shape: Shape,
+    switch: Namespace,
+    relay: Relay,
+    lifetimes: Option<[&'static str; 2]>,
+}
+
+impl Real {
+    /// Starts everything and waits until the nodes take VMs. `lifetimes` are those of the CA and of what it signs, where they are
+    /// not to be as always.
+    pub async fn start(
+        assets: PathBuf,
+        folder: &Path,
+        nodes: usize,
+        lifetimes: Option<[&'static str; 2]>,
+    ) -> (Self, Client) {
+        let layout = Layout::open(folder).expect("layout");
+        let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
+        let names = (1..=nodes).map(|number| format!("node{number}")).collect();
+        let api_port = port.local_addr().expect("its number").port();
+        let shape = Shape { id: layout.id(), nodes: names, api_port };
+        layout.save(&shape).expect("cluster.json");
+        pki::ensure(&layout, &shape).expect("certificates");
+        fabric::ensure(&shape).await.expect("the fabric");
+        let switch = Namespace::open(&fabric::switch(&shape)).expect("the switch");
+        let relay = Relay::start(port, switch.clone());
+        let real = Self { assets, layout, shape, switch, relay, lifetimes };
+        real.make_certificates();
+        real.start_etcd();
+        real.start_api_server();
+        let client = godwit_standalone::client(&real.layout.kubeconfig()).await.expect("client");
+        real.until_it_serves(&client).await;
+        real.furnish(&client).await;
+        real.start_api(&client).await;
+        real.kubeconfig(&client, CONTROLLER_ACCOUNT, None).await;
+        real.start_controller(CONTROLLER);
+        for (index, name) in real.shape.nodes.iter().enumerate() {
+            real.join(&client, name, u8::try_from(index + 1).expect("few nodes")).await;
+        }
+        real.until_ready(&client).await;
+        (real, client)
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        self.layout.root().join("kubernetes").join(name)
+    }
+
+    /// A certificate authority of the API server's front proxy, and a key for service accounts.
+    fn make_certificates(&self) {
+        std::fs::create_dir_all(self.file("")).expect("a folder");
+        let key = KeyPair::generate().expect("a key");
+        std::fs::write(self.file("accounts.key"), key.serialize_pem()).expect("write");
+        std::fs::write(self.file("accounts.pub"), key.public_key_pem()).expect("write");
+        let key = KeyPair::generate().expect("a key");
+        let mut params = CertificateParams::default();
+        params.distinguished_name.push(DnType::CommonName, "front-proxy-ca");
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::DigitalSignature];
+        std::fs::write(self.file("front-ca.crt"), params.self_signed(&key).expect("a CA").pem()).expect("write");
+        let authority = Issuer::new(params, key);
+        let key = KeyPair::generate().expect("a key");
+        let mut params = CertificateParams::default();
+        params.distinguished_name.push(DnType::CommonName, "front-proxy-client");
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
+        let certificate = params.signed_by(&key, &authority).expect("a certificate");
+        std::fs::write(self.file("front-proxy-client.crt"), certificate.pem()).expect("write");
+        std::fs::write(self.file("front-proxy-client.key"), key.serialize_pem()).expect("write");
+    }
+
+    /// Starts a process in a namespace of the cluster, with a log and a record of its own.
+    fn spawn(&self, name: &str, namespace: &Namespace, program: &Path, arguments: &[impl AsRef<OsStr> + Sync]) {
+        for folder in ["log", "run"] {
+            std::fs::create_dir_all(self.layout.root().join(folder)).expect("a folder");
+        }
+        let log = std::fs::OpenOptions::new().create(true).append(true).open(self.layout.log(name)).expect("a log");
+        let mut command = Command::new(program);
+        command.args(arguments).stdin(Stdio::null()).stdout(log.try_clone().expect("the log")).stderr(log);
+        command.process_group(0);
+        let spawned = namespace.run(|| command.spawn()).expect("the namespace");
+        let mut child = spawned.unwrap_or_else(|error| panic!("{}: {error}", program.display()));
+        let process = Process::of(i32::try_from(child.id()).expect("a pid")).expect("it runs");
+        std::fs::write(self.layout.pid(name), format!("{} {}\n", process.pid, process.started)).expect("record it");
+        std::thread::spawn(move || child.wait());
+    }
+
+    fn start_etcd(&self) {
+        let arguments = [
+            format!("--data-dir={}", self.file("etcd").display()),
+            "--listen-client-urls=http://127.0.0.1:2379".to_owned(),
+            "--advertise-client-urls=http://127.0.0.1:2379".to_owned(),
+            "--listen-peer-urls=http://127.0.0.1:2380".to_owned(),
+            "--log-level=warn".to_owned(),
+            // Nobody pulls this machine's plug while a test runs.
+            "--unsafe-no-fsync".to_owned(),
+        ];
+        self.spawn(ETCD, &self.switch, &self.assets.join(ETCD), &arguments);
+    }
+
+    /// Starts kube-apiserver, also anew after [`Self::kill`].
+    pub fn start_api_server(&self) {
+        let pair = |flags: [&str; 2], identity: &str| {
+            let pair = pki::pair(&self.layout, identity);
+            [format!("--{}={}", flags[0], pair.cert.display()), format!("--{}={}", flags[1], pair.key.display())]
+        };
+        let file = |flag: &str, name: &str| format!("--{flag}={}", self.file(name).display());
+        let ca = pki::ca(&self.layout);
+        let mut arguments = vec![
+            "--etcd-servers=http://127.0.0.1:2379".to_owned(),
+            format!("--secure-port={FABRIC_API_PORT}"),
+            format!("--advertise-address={CONTROL_PLANE_ADDRESS}"),
+            format!("--client-ca-file={}", ca.display()),
+            format!("--kubelet-certificate-authority={}", ca.display()),
+            "--kubelet-preferred-address-types=InternalIP".to_owned(),
+            "--service-cluster-ip-range=10.96.0.0/16".to_owned(),
+            "--service-account-issuer=https://kubernetes.default.svc".to_owned(),
+            file("service-account-key-file", "accounts.pub"),
+            file("service-account-signing-key-file", "accounts.key"),
+            "--authorization-mode=Node,RBAC".to_owned(),
+            // As every cluster has it that has network plugins.
+            "--allow-privileged=true".to_owned(),
+            "--enable-admission-plugins=NodeRestriction".to_owned(),
+            // What these two leave to kube-controller-manager, nobody would do.
+            "--disable-admission-plugins=ServiceAccount,StorageObjectInUseProtection".to_owned(),
+            "--enable-aggregator-routing=true".to_owned(),
+            file("requestheader-client-ca-file", "front-ca.crt"),
+            "--requestheader-allowed-names=front-proxy-client".to_owned(),
+            "--requestheader-username-headers=X-Remote-User".to_owned(),
+            "--requestheader-group-headers=X-Remote-Group".to_owned(),
+            "--requestheader-uid-headers=X-Remote-Uid".to_owned(),
+            "--requestheader-extra-headers-prefix=X-Remote-Extra-".to_owned(),
+            file("proxy-client-cert-file", "front-proxy-client.crt"),
+            file("proxy-client-key-file", "front-proxy-client.key"),
+        ];
+        arguments.extend(pair(["tls-cert-file", "tls-private-key-file"], pki::API_SERVER));
+        arguments.extend(pair(["kubelet-client-certificate", "kubelet-client-key"], pki::KUBELET_CLIENT));
+        self.spawn(API_SERVER, &self.switch, &self.assets.join(API_SERVER), &arguments);
+    }
+
+    /// The number of one of the processes.
+    pub fn pid(&self, name: &str) -> nix::unistd::Pid {
+        let process = godwit_standalone::find(&self.layout, name).unwrap_or_else(|| panic!("{name} does not run"));
+        nix::unistd::Pid::from_raw(process.pid)
+    }
+
+    /// `kill -9`.
+    pub fn kill(&self, name: &str) {
+        kill_hard(self.pid(name));
+    }
+
+    /// Starts the API server, the controllers and the nodes that do not run.
+    pub async fn start_missing(&self, client: &Client) {
+        let runs = |name: &str| godwit_standalone::find(&self.layout, name).is_some();
+        if !runs(API_SERVER) {
+            self.start_api_server();
+            self.until_it_serves(client).await;
+        }
+        if !runs(CONTROLLER) {
+            self.start_controller(CONTROLLER);
+        }
+        for node in self.shape.nodes.iter().filter(|node| !runs(node)) {
+            self.start_node(node);
+        }
+    }
+
+    /// Waits until the API server answers.
+    pub async fn until_it_serves(&self, client: &Client) {
+        let deadline = Instant::now() + PATIENCE;
+        let ready = || http::Request::get("/readyz").body(Vec::new()).expect("request");
+        let mut last = String::new();
+        while Instant::now() < deadline {
+            assert!(
+                godwit_standalone::find(&self.layout, API_SERVER).is_some(),
+                "kube-apiserver ended: {}",
+                self.tail()
+            );
+            match client.request_text(ready()).await {
+                Ok(_) => return,
+                Err(error) => last = error.to_string(),
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        panic!("kube-apiserver does not serve: {last}\n{}", self.tail());
+    }
+
+    fn tail(&self) -> String {
+        let log = std::fs::read(self.layout.log(API_SERVER)).unwrap_or_default();
+        let log = text(&log);
+        let lines: Vec<&str> = log.lines().collect();
+        lines[lines.len().saturating_sub(10)..].join("\n")
+    }
+
+    /// KubeVirt's kinds, objects and rights.
+    async fn furnish(&self, client: &Client) {
+        for object in godwit_api::crd::crds().into_iter().chain(godwit_api::initial::initial_objects()) {
+            apply(client, &object).await;
+        }
+        for object in rights() {
+            apply(client, &object).await;
+        }
+    }
+
+    /// A kubeconfig for a service account, for a handler bound to its node.
+    async fn kubeconfig(&self, client: &Client, account: &str, node: Option<&DynamicObject>) -> PathBuf {
+        let reference = node.map(|node| {
+            let meta = &node.metadata;
+            json!({"apiVersion": "v1", "kind": "Node", "name": meta.name, "uid": meta.uid})
+        });
+        let body = json!({
+            "apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest",
+            "spec": {"expirationSeconds": 86400, "audiences": [], "boundObjectRef": reference},
+        });
+        let request = Request::new("/api/v1/namespaces/kubevirt/serviceaccounts");
+        let body = serde_json::to_vec(&body).expect("JSON");
+        let request = request.create_subresource("token", account, &PostParams::default(), body).expect("request");
+        let token: Value = client.request(request).await.expect("a token");
+        let path = self.file(&match node {
+            Some(node) => format!("{account}-{}.kubeconfig", node.metadata.name.clone().expect("a name")),
+            None => format!("{account}.kubeconfig"),
+        });
+        let config = json!({
+            "apiVersion": "v1", "kind": "Config", "current-context": "test",
+            "clusters": [{"name": "test", "cluster": {
+                "server": format!("https://{CONTROL_PLANE_ADDRESS}:{FABRIC_API_PORT}"),
+                "certificate-authority": pki::ca(&self.layout)}}],
+            "users": [{"name": "test", "user": {"token": token["status"]["token"]}}],
+            "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test"}}],
+        });
+        std::fs::write(&path, config.to_string()).expect("write");
+        path
+    }
+
+    async fn start_api(&self, client: &Client) {
+        self.kubeconfig(client, API_ACCOUNT, None).await;
+        self.start_api_process();
+        for object in webhooks().iter().chain(&behind_the_api_server()) {
+            apply(client, object).await;
+        }
+        let deadline = Instant::now() + PATIENCE;
+        let served = || http::Request::get("/apis/subresources.kubevirt.io/v1").body(Vec::new()).expect("request");
+        while let Err(error) = client.request_text(served()).await {
+            assert!(Instant::now() < deadline, "godwit api is not reached: {error}\n{}", words(self.layout.root()));
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        self.until_webhooks_are_known(client, deadline).await;
+    }
+
+    /// Waits until the API server is told by what it knows the webhooks, and asks them.
+    async fn until_webhooks_are_known(&self, client: &Client, deadline: Instant) {
+        let refused = json!({
+            "apiVersion": "kubevirt.io/v1", "kind": "VirtualMachineInstanceMigration",
+            "metadata": {"name": "none", "namespace": "default"}, "spec": {"vmiName": "nobody"},
+        });
+        let create = || {
+            let path = "/apis/kubevirt.io/v1/namespaces/default/virtualmachineinstancemigrations?dryRun=All";
+            let request = http::Request::post(path).header("content-type", "application/json");
+            request.body(refused.to_string().into_bytes()).expect("request")
+        };
+        loop {
+            let said = client.request_text(create()).await.expect_err("it is refused").to_string();
+            if said.contains("admission webhook \"migration-create-validator.kubevirt.io\" denied the request") {
+                return;
+            }
+            assert!(Instant::now() < deadline, "the webhooks are not asked: {said}\n{}", words(self.layout.root()));
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    /// Starts `godwit api`, also anew after [`Self::kill`].
+    pub fn start_api_process(&self) {
+        let mut arguments = vec![
+            "api".to_owned(),
+            format!("--kubeconfig={}", self.file(&format!("{API_ACCOUNT}.kubeconfig")).display()),
+            format!("--listen={CONTROL_PLANE_ADDRESS}:{API_PORT}"),
+        ];
+        if let Some([authority, certificate]) = self.lifetimes {
+            arguments.push(format!("--ca-lifetime={authority}"));
+            arguments.push(format!("--certificate-lifetime={certificate}"));
+        }
+        self.spawn(API, &self.switch, Path::new(env!("CARGO_BIN_EXE_godwit")), &arguments);
+    }
+
+    /// Starts the controllers, also anew after [`Self::kill`].
+    pub fn start_controller(&self, name: &str) {
+        let [_, certificate] = self.lifetimes.unwrap_or(["90d", "10d"]);
+        let arguments = [
+            "controller".to_owned(),
+            format!("--identity={name}"),
+            format!("--certificate-lifetime={certificate}"),
+            format!("--kubeconfig={}", self.file(&format!("{CONTROLLER_ACCOUNT}.kubeconfig")).display()),
+            format!("--bare-api-server={}", self.layout.root().display()),
+        ];
+        self.spawn(name, &self.switch, Path::new(env!("CARGO_BIN_EXE_godwit")), &arguments);
+    }
+
+    /// Makes the node's object, for its handler's token to be bound to, and starts the node.
+    async fn join(&self, client: &Client, name: &str, number: u8) {
+        let range = Shape::pod_range(number);
+        let node = json!({
+            "apiVersion": "v1", "kind": "Node", "metadata": {"name": name},
+            "spec": {"podCIDR": range, "podCIDRs": [range]},
+        });
+        let node = apply(client, &node).await;
+        self.kubeconfig(client, "kubevirt-handler", Some(&node)).await;
+        self.start_node(name);
+    }
+
+    /// Starts a node's process, also anew after it was killed.
+    pub fn start_node(&self, name: &str) {
+        let pair = pki::pair(&self.layout, &pki::node_file(name));
+        let arguments = [
+            "node".to_owned(),
+            format!("--name={name}"),
+            format!("--data-dir={}", self.layout.root().display()),
+            format!("--kubeconfig={}", pki::kubeconfig(&self.layout, &pki::node_file(name)).display()),
+            format!("--handler-kubeconfig={}", self.file(&format!("kubevirt-handler-{name}.kubeconfig")).display()),
+            format!("--network-namespace={}", self.shape.namespace(name)),
+            format!("--tls-ca={}", pki::ca(&self.layout).display()),
+            format!("--tls-cert={}", pair.cert.display()),
+            format!("--tls-key={}", pair.key.display()),
+            "--request-certificate".to_owned(),
+        ];
+        let origin = Namespace::current().expect("the test's namespace");
+        self.spawn(name, &origin, Path::new(env!("CARGO_BIN_EXE_godwit")), &arguments);
+    }
+
+    async fn until_ready(&self, client: &Client) {
+        let deadline = Instant::now() + PATIENCE;
+        let nodes: Api<k8s_openapi::api::core::v1::Node> = Api::all(client.clone());
+        loop {
+            let list = nodes.list(&Default::default()).await.expect("nodes").items;
+            let untainted =
+                |node: &k8s_openapi::api::core::v1::Node| node.spec.as_ref().is_none_or(|spec| spec.taints.is_none());
+            if list.iter().filter(|node| godwit_standalone::is_ready(node) && untainted(node)).count()
+                == self.shape.nodes.len()
+            {
+                return;
+            }
+            assert!(Instant::now() < deadline, "the nodes are not ready: {list:?}\n{}", words(self.layout.root()));
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+}
+
+/// Applies an object as its owner, whose kind may be a moment behind its definition.
+async fn apply(client: &Client, value: &Value) -> DynamicObject {
+    let object: DynamicObject = serde_json::from_value(value.clone()).expect("an object");
+    let gvk = GroupVersionKind::try_from(object.types.as_ref().expect("a kind")).expect("apiVersion");
+    let resource = ApiResource::from_gvk(&gvk);
+    let api: Api<DynamicObject> = match &object.metadata.namespace {
+        Some(namespace) => Api::namespaced_with(client.clone(), namespace, &resource),
+        None => Api::all_with(client.clone(), &resource),
+    };
+    let name = object.metadata.name.clone().expect("a name");
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match api.patch(&name, &PatchParams::apply("godwit").force(), &Patch::Apply(&object)).await {
+            Ok(made) => return made,
+            Err(kube::Error::Api(status)) if ![403, 404, 409, 429, 500, 503].contains(&status.code) => {
+                panic!("{} {name}: {status}", gvk.kind)
+            }
+            Err(error) => assert!(Instant::now() < deadline, "{} {name}: {error}", gvk.kind),
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// The service accounts and what they may; what our kubelets do beyond what Kubernetes lets its own do.
+fn rights() -> Vec<Value> {
+    let mut all = Vec::new();
+    let bind = |name: &str, role: &str, subject: Value| {
+        json!({
+            "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRoleBinding", "metadata": {"name": name},
+            "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": role},
+            "subjects": [subject],
+        })
+    };
+    for name in [CONTROLLER_ACCOUNT, "kubevirt-handler", API_ACCOUNT] {
+        all.push(json!({
+            "apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"namespace": "kubevirt", "name": name},
+        }));
+    }
+    let accounts = access::components().into_iter().chain([access::engine_room()]);
+    all.extend(accounts.flat_map(|account| account.objects("kubevirt")));
+    let read = |group: &str, resources: &[&str]| json!({"apiGroups": [group], "resources": resources, "verbs": ["get", "list", "watch"]});
+    all.push(json!({
+        "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole", "metadata": {"name": "godwit:node"},
+        "rules": [
+            read("", &["nodes", "pods", "persistentvolumeclaims", "persistentvolumes"]),
+            read("k8s.cni.cncf.io", &["network-attachment-definitions"]),
+        ],
+    }));
+    let nodes = json!({"apiGroup": "rbac.authorization.k8s.io", "kind": "Group", "name": "system:nodes"});
+    all.push(bind("godwit:node", "godwit:node", nodes));
+    all
+}
+
+/// What makes the API server hand on what is asked of the group: a Service whose endpoint is told, and both versions.
+fn behind_the_api_server() -> Vec<Value> {
+    let namespace = "kubevirt";
+    let version = |version: &str, priority: u8| {
+        json!({
+            "apiVersion": "apiregistration.k8s.io/v1", "kind": "APIService",
+            "metadata": {"name": format!("{version}.subresources.kubevirt.io")},
+            "spec": {
+                "group": "subresources.kubevirt.io", "version": version,
+                "groupPriorityMinimum": 1000, "versionPriority": priority,
+                "service": {"namespace": namespace, "name": API_SERVICE, "port": 443},
+            },
+        })
+    };
+    vec![
+        json!({
+            "apiVersion": "v1", "kind": "Service", "metadata": {"name": API_SERVICE, "namespace": namespace},
+            "spec": {"ports": [{"name": "https", "port": 443, "targetPort": API_PORT, "protocol": "TCP"}]},
+        }),
+        json!({
+            "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
+            "metadata": {"name": "virt-api-1", "namespace": namespace, "labels": {"kubernetes.io/service-name": API_SERVICE}},
+            "addressType": "IPv4",
+            "ports": [{"name": "https", "port": API_PORT, "protocol": "TCP"}],
+            "endpoints": [{"addresses": [CONTROL_PLANE_ADDRESS.to_string()], "conditions": {"ready": true}}],
+        }),
+        version("v1", 15),
+        version("v1alpha3", 9),
+    ]
+}
+
+/// The webhooks of `godwit api`, reached by its Service. By what they are known it says itself.
+fn webhooks() -> [Value; 2] {
+    use godwit_webhook::routes::{Act, ROUTES, Route};
+    let webhook = |route: &Route| {
+        let resource = match route.subresource {
+            "" => route.resource.to_owned(),
+            subresource => format!("{}/{subresource}", route.resource),
+        };
+        let mut webhook = json!({
+            "name": route.webhook,
+            "admissionReviewVersions": ["v1"],
+            "sideEffects": if route.act == Act::Evict { "NoneOnDryRun" } else { "None" },
+            "clientConfig": {"service": {"namespace": "kubevirt", "name": API_SERVICE, "path": route.path}},
+            "rules": [{"apiGroups": [route.group], "apiVersions": ["*"], "resources": [resource],
+                "operations": route.operations}],
+        });
+        if route.resource == "configmaps" {
+            webhook["namespaceSelector"] = json!({"matchLabels": {"kubernetes.io/metadata.name": "kubevirt"}});
+            let ours = json!({"name": "kubevirt-config", "expression": "request.name == 'kubevirt-config'"});
+            webhook["matchConditions"] = json!([ours]);
+            webhook["failurePolicy"] = json!("Ignore");
+        }
+        webhook
+    };
+    let (mutating, validating): (Vec<&Route>, Vec<_>) = ROUTES.iter().partition(|route| route.act == Act::Mutate);
+    [("Mutating", mutating), ("Validating", validating)].map(|(kind, routes)| {
+        // One name may stand for several groups.
+        let mut all: Vec<Value> = routes.into_iter().map(webhook).collect();
+        let mut seen = std::collections::BTreeMap::<String, usize>::new();
+        for one in &mut all {
+            let name = one["name"].as_str().expect("a name").to_owned();
+            let count = seen.entry(name.clone()).or_default();
+            if *count > 0 {
+                one["name"] = json!(format!("{count}.{name}"));
+            }
+            *count += 1;
+        }
+        json!({
+            "apiVersion": "admissionregistration.k8s.io/v1", "kind": format!("{kind}WebhookConfiguration"),
+            "metadata": {"name": format!("virt-api-{}", if kind == "Mutating" { "mutator" } else { "validator" })},
+            "webhooks": all,
+        })
+    })
+}
+
+/// Makes the API server reachable from outside of its namespace, for as long as the test lives.
+struct Relay(Option<tokio::runtime::Runtime>);
+
+impl Relay {
+    fn start(listener: TcpListener, switch: Namespace) -> Self {
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
+        listener.set_nonblocking(true).expect("the socket");
+        runtime.spawn(async move {
+            let listener = tokio::net::TcpListener::from_std(listener).expect("the socket");
+            while let Ok((mut outer, _)) = listener.accept().await {
+                let switch = switch.clone();
+                tokio::spawn(async move {
+                    let to = SocketAddr::from((CONTROL_PLANE_ADDRESS, FABRIC_API_PORT));
+                    let dial = move || switch.connect(to, Duration::from_secs(5));
+                    let Ok(Ok(inner)) = tokio::task::spawn_blocking(dial).await else { return };
+                    inner.set_nonblocking(true).expect("the socket");
+                    let mut inner = tokio::net::TcpStream::from_std(inner).expect("the socket");
+                    let _ = tokio::io::copy_bidirectional(&mut outer, &mut inner).await;
+                });
+            }
+        });
+        Self(Some(runtime))
+    }
+}
+
+impl Drop for Relay {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.0.take() {
+            runtime.shutdown_background();
+        }
+    }
+}

@@ -1,0 +1,144 @@
+//! What is installed on a Kubernetes cluster: every object as data (pure).
+//!
+//! `godwit manifests` prints [`documents`]; `deploy/` holds the same as a kustomize base, one file a [`Part`], and a test holds the
+//! two equal. Names, labels and accounts are KubeVirt's, so that what looks for its components finds them.
+
+mod beside;
+mod routes;
+mod workloads;
+
+use godwit_api::names::KUBEVIRT_NAMESPACE;
+use godwit_api::{access, crds};
+use serde_json::{Value, json};
+
+/// The image of all components unless another one is named; a registry has to be named by whoever pushes it somewhere.
+pub const IMAGE: &str = concat!("godwit:v", env!("CARGO_PKG_VERSION"));
+
+/// What is to be installed.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Where components and their own objects live.
+    pub namespace: String,
+    /// The image of all components, and of launchers.
+    pub image: String,
+    /// What of godwit; all of it when empty.
+    pub components: Vec<Component>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { namespace: KUBEVIRT_NAMESPACE.to_owned(), image: IMAGE.to_owned(), components: Vec::new() }
+    }
+}
+
+/// A part of godwit that works beside an existing KubeVirt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Component {
+    /// `godwit plan drain`: the roles of whoever calls it.
+    Plan,
+    /// NodeMaintenance.
+    Maintenance,
+    /// Node pools.
+    NodePool,
+}
+
+/// Why something cannot be installed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// Components find each other's objects by the namespace's name.
+    #[error(
+        "cannot install into the namespace {0}: godwit's components look for their own objects in the namespace kubevirt, \
+         as KubeVirt's do by default, and cannot be told of another one yet; leave --namespace out"
+    )]
+    Namespace(String),
+    /// Something that is not built yet.
+    #[error("cannot install {0}: {1}")]
+    Missing(&'static str, &'static str),
+}
+
+/// Objects that belong together: a file of `deploy/`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Part {
+    /// The file's name, without `.yaml`.
+    pub name: &'static str,
+    /// What is in it, for a comment at its head.
+    pub title: &'static str,
+    /// Its objects.
+    pub objects: Vec<Value>,
+}
+
+/// Everything to be applied, in an order in which it can be.
+///
+/// # Errors
+/// What cannot be installed, and why.
+pub fn parts(options: &Options) -> Result<Vec<Part>, Error> {
+    if options.namespace != KUBEVIRT_NAMESPACE {
+        return Err(Error::Namespace(options.namespace.clone()));
+    }
+    if !options.components.is_empty() {
+        return beside::parts(options);
+    }
+    let own = &options.namespace;
+    let accounts = access::components();
+    let mut rbac: Vec<Value> = accounts.iter().map(|account| service_account(account.name, own)).collect();
+    rbac.extend(accounts.iter().flat_map(|account| account.objects(own)));
+    let mut users = access::user_roles();
+    users.extend(access::roles(access::PLANNER, &access::planner(), own));
+    Ok(vec![
+        Part { name: "crds", title: "The kinds, generated from the Rust types.", objects: definitions() },
+        Part { name: "namespace", title: "Where godwit's components live.", objects: vec![namespace(own)] },
+        Part { name: "rbac", title: "What each component may do, and nothing that it does not use.", objects: rbac },
+        Part {
+            name: "users",
+            title: "KubeVirt's roles for users, to be bound to whoever shall have them.",
+            objects: users,
+        },
+        Part { name: "api", title: "Webhooks and subresources.kubevirt.io.", objects: workloads::api(options) },
+        Part { name: "controller", title: "The controllers.", objects: workloads::controller(options) },
+        Part { name: "handler", title: "What runs on each node.", objects: workloads::handler(options) },
+        Part {
+            name: "routes",
+            title: "Where Kubernetes' API server asks godwit's; godwit's puts the authority of its certificate in.",
+            objects: routes::objects(own),
+        },
+    ])
+}
+
+/// The kinds that a cluster does not have by itself. NetworkAttachmentDefinitions are Multus', which brings their definition.
+fn definitions() -> Vec<Value> {
+    crds().into_iter().filter(|crd| crd["spec"]["group"] != "k8s.cni.cncf.io").collect()
+}
+
+/// The handler is privileged, and Kubernetes may be set up to refuse such pods elsewhere.
+fn namespace(name: &str) -> Value {
+    json!({
+        "apiVersion": "v1", "kind": "Namespace",
+        "metadata": {"name": name, "labels": {"pod-security.kubernetes.io/enforce": "privileged"}},
+    })
+}
+
+fn service_account(name: &str, namespace: &str) -> Value {
+    json!({
+        "apiVersion": "v1", "kind": "ServiceAccount",
+        "metadata": {"name": name, "namespace": namespace, "labels": {"kubevirt.io": ""}},
+    })
+}
+
+/// Objects as YAML documents.
+pub fn documents<'a>(objects: impl IntoIterator<Item = &'a Value>) -> String {
+    let document = |object: &Value| format!("---\n{}", serde_saphyr::to_string(object).unwrap_or_default());
+    objects.into_iter().map(document).collect()
+}
+
+/// `kustomization.yaml` of the base with these parts.
+pub fn kustomization(parts: &[Part]) -> String {
+    let files: String = parts.iter().map(|part| format!("  - {}.yaml\n", part.name)).collect();
+    format!(
+        "# Godwit on a Kubernetes cluster: docs/install.md. The files are written by a test, which \
+         holds them\n# equal to what `godwit manifests` prints: change the crate godwit-manifests, then\n#   GODWIT_BLESS=1 cargo test -p godwit \
+         --test manifests base\napiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\nresources:\n{files}"
+    )
+}
+
+#[cfg(test)]
+mod tests;

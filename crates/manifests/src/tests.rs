@@ -1,0 +1,204 @@
+use std::collections::BTreeSet;
+
+use k8s_openapi::api::admissionregistration::v1::{MutatingWebhookConfiguration, ValidatingWebhookConfiguration};
+use k8s_openapi::api::apps::v1::{DaemonSet, Deployment};
+use k8s_openapi::api::core::v1::{Namespace, Service, ServiceAccount};
+use k8s_openapi::api::policy::v1::PodDisruptionBudget;
+use k8s_openapi::api::rbac::v1::{ClusterRole, ClusterRoleBinding, Role, RoleBinding};
+use k8s_openapi::api::scheduling::v1::PriorityClass;
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
+use k8s_openapi::kube_aggregator::pkg::apis::apiregistration::v1::APIService;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use super::*;
+
+fn all() -> Vec<Value> {
+    parts(&Options::default()).unwrap().into_iter().flat_map(|part| part.objects).collect()
+}
+
+fn of<'a>(objects: &'a [Value], kind: &str, name: &str) -> &'a Value {
+    let found = objects.iter().find(|one| one["kind"] == kind && one["metadata"]["name"] == name);
+    found.unwrap_or_else(|| panic!("no {kind} {name}"))
+}
+
+/// Reads an object as its type and writes it again: what the type does not know would be lost.
+fn again<T: Serialize + DeserializeOwned>(object: &Value) -> Value {
+    serde_json::to_value(serde_json::from_value::<T>(object.clone()).unwrap_or_else(|e| panic!("{e}: {object}")))
+        .unwrap()
+}
+
+#[test]
+fn objects_are_what_kubernetes_reads() {
+    for object in all() {
+        let read = match object["kind"].as_str().unwrap() {
+            "Namespace" => again::<Namespace>(&object),
+            "ServiceAccount" => again::<ServiceAccount>(&object),
+            "Service" => again::<Service>(&object),
+            "Deployment" => again::<Deployment>(&object),
+            "DaemonSet" => again::<DaemonSet>(&object),
+            "PodDisruptionBudget" => again::<PodDisruptionBudget>(&object),
+            "PriorityClass" => again::<PriorityClass>(&object),
+            "ClusterRole" => again::<ClusterRole>(&object),
+            "ClusterRoleBinding" => again::<ClusterRoleBinding>(&object),
+            "Role" => again::<Role>(&object),
+            "RoleBinding" => again::<RoleBinding>(&object),
+            "APIService" => again::<APIService>(&object),
+            "MutatingWebhookConfiguration" => again::<MutatingWebhookConfiguration>(&object),
+            "ValidatingWebhookConfiguration" => again::<ValidatingWebhookConfiguration>(&object),
+            // its schema is one of the type's own members, which the test of `crds` reads
+            "CustomResourceDefinition" => {
+                drop(again::<CustomResourceDefinition>(&object));
+                continue;
+            }
+            other => panic!("{other}"),
+        };
+        assert_eq!(read, object);
+    }
+}
+
+#[test]
+fn no_object_is_there_twice_and_each_is_where_its_namespace_is() {
+    let mut seen = BTreeSet::new();
+    for object in all() {
+        let text = |pointer| object.pointer(pointer).and_then(Value::as_str).unwrap_or_default().to_owned();
+        let id = [text("/kind"), text("/metadata/namespace"), text("/metadata/name")];
+        assert!(["", "kubevirt", "kube-system"].contains(&id[1].as_str()), "{id:?}");
+        assert!(!id[2].is_empty() && seen.insert(id.clone()), "{id:?}");
+    }
+}
+
+/// Every object that another one names is there.
+#[test]
+fn what_is_named_is_there() {
+    let objects = all();
+    let service = of(&objects, "Service", "virt-api");
+    for workload in objects.iter().filter(|one| one["kind"] == "Deployment" || one["kind"] == "DaemonSet") {
+        let pod = &workload["spec"]["template"];
+        of(&objects, "ServiceAccount", pod["spec"]["serviceAccountName"].as_str().unwrap());
+        of(&objects, "PriorityClass", pod["spec"]["priorityClassName"].as_str().unwrap());
+        let selector = workload["spec"]["selector"]["matchLabels"].as_object().unwrap();
+        assert!(selector.iter().all(|(key, value)| pod["metadata"]["labels"][key] == *value), "{workload}");
+        let container = &pod["spec"]["containers"][0];
+        let ports: Vec<&Value> = container["ports"].as_array().unwrap().iter().map(|port| &port["name"]).collect();
+        for probe in ["livenessProbe", "readinessProbe"] {
+            assert!(ports.contains(&&container[probe]["httpGet"]["port"]), "{container}");
+        }
+        for mount in container["volumeMounts"].as_array().into_iter().flatten() {
+            let volumes = pod["spec"]["volumes"].as_array().unwrap();
+            assert!(volumes.iter().any(|volume| volume["name"] == mount["name"]), "{mount}");
+        }
+    }
+    let served = of(&objects, "Deployment", "virt-api");
+    let selector = service["spec"]["selector"].as_object().unwrap();
+    assert!(selector.iter().all(|(key, value)| served["spec"]["template"]["metadata"]["labels"][key] == *value));
+    let webhooks = objects.iter().flat_map(|one| one["webhooks"].as_array().into_iter().flatten());
+    let services = webhooks.map(|webhook| &webhook["clientConfig"]["service"]);
+    let aggregated = objects.iter().filter(|one| one["kind"] == "APIService").map(|one| &one["spec"]["service"]);
+    for named in services.chain(aggregated) {
+        assert_eq!(named["name"], service["metadata"]["name"]);
+        assert_eq!(named["namespace"], service["metadata"]["namespace"]);
+        assert_eq!(named["port"], service["spec"]["ports"][0]["port"]);
+    }
+}
+
+#[test]
+fn every_webhook_is_asked() {
+    let objects = all();
+    let webhooks: Vec<&Value> =
+        objects.iter().flat_map(|one| one["webhooks"].as_array().into_iter().flatten()).collect();
+    assert_eq!(webhooks.len(), godwit_api::admission::routes::ROUTES.len());
+    let of = |name: &str| *webhooks.iter().find(|webhook| webhook["name"] == name).unwrap();
+    let eviction = of("virt-launcher-eviction-interceptor.kubevirt.io");
+    assert_eq!(eviction["rules"][0]["resources"], json!(["pods/eviction"]));
+    assert_eq!(eviction["failurePolicy"], "Fail", "an eviction that nobody has looked at ends a guest");
+    assert_eq!(
+        eviction["matchConditions"][0]["expression"],
+        "request.name.startsWith('virt-launcher-') || request.name.startsWith('hp-volume-')"
+    );
+    let names: BTreeSet<&str> =
+        webhooks.iter().map(|webhook| webhook["rules"][0]["apiVersions"][0].as_str().unwrap()).collect();
+    assert_eq!(names, ["v1", "v1alpha1", "v1beta1"].into());
+}
+
+/// Kubernetes' profile "restricted", but for the handler.
+#[test]
+fn pods_have_no_privileges_but_the_handlers() {
+    for workload in all().iter().filter(|one| one["kind"] == "Deployment") {
+        let spec = &workload["spec"]["template"]["spec"];
+        assert_eq!(spec["securityContext"]["runAsNonRoot"], true);
+        assert_eq!(spec["securityContext"]["seccompProfile"]["type"], "RuntimeDefault");
+        let container = &spec["containers"][0]["securityContext"];
+        assert_eq!(
+            (&container["allowPrivilegeEscalation"], &container["capabilities"]["drop"][0]),
+            (&json!(false), &json!("ALL"))
+        );
+        assert!(spec.get("volumes").is_none() && spec.get("hostNetwork").is_none() && spec.get("hostPID").is_none());
+    }
+    let objects = all();
+    let handler = &of(&objects, "DaemonSet", "virt-handler")["spec"]["template"]["spec"];
+    assert!(handler.get("hostNetwork").is_none() && handler.get("hostIPC").is_none());
+}
+
+/// The image is of one architecture: a pod of it anywhere else never starts.
+#[test]
+fn pods_are_where_the_image_runs() {
+    let objects = all();
+    let pods: Vec<&Value> = objects.iter().filter_map(|one| one.pointer("/spec/template/spec")).collect();
+    assert_eq!(pods.len(), 3);
+    for pod in pods {
+        assert_eq!(pod["nodeSelector"], json!({"kubernetes.io/os": "linux", "kubernetes.io/arch": "amd64"}));
+    }
+}
+
+#[test]
+fn a_handler_sees_the_devices_of_its_node_as_they_come() {
+    let objects = all();
+    let pod = &of(&objects, "DaemonSet", "virt-handler")["spec"]["template"]["spec"];
+    let volume = pod["volumes"].as_array().unwrap().iter().find(|one| one["hostPath"]["path"] == "/dev").unwrap();
+    let mounts = pod["containers"][0]["volumeMounts"].as_array().unwrap();
+    assert!(mounts.contains(&json!({"name": volume["name"], "mountPath": "/dev"})), "{mounts:?}");
+}
+
+#[test]
+fn image_and_namespace_are_as_asked() {
+    let options = Options { image: "registry.example.com/godwit:1".to_owned(), ..Options::default() };
+    let objects: Vec<Value> = parts(&options).unwrap().into_iter().flat_map(|part| part.objects).collect();
+    let images: Vec<&Value> =
+        objects.iter().filter_map(|one| one.pointer("/spec/template/spec/containers/0/image")).collect();
+    assert_eq!(images, [&json!(options.image); 3]);
+    let elsewhere = Options { namespace: "elsewhere".to_owned(), ..Options::default() };
+    assert_eq!(parts(&elsewhere), Err(Error::Namespace("elsewhere".to_owned())));
+}
+
+#[test]
+fn beside_kubevirt_nothing_of_its_own_is_printed() {
+    let beside = |components: &[Component]| parts(&Options { components: components.to_vec(), ..Options::default() });
+    let plan = beside(&[Component::Plan, Component::Plan]).unwrap();
+    let objects: Vec<&Value> = plan.iter().flat_map(|part| &part.objects).collect();
+    let kinds: Vec<&Value> = objects.iter().map(|one| &one["kind"]).collect();
+    assert_eq!(kinds, ["ClusterRole", "Role"]);
+    let verbs = objects.iter().flat_map(|one| one["rules"].as_array().unwrap()).map(|rule| &rule["verbs"]);
+    assert!(verbs.into_iter().all(|verbs| *verbs == json!(["list"])));
+    assert!(beside(&[Component::Maintenance]).unwrap_err().to_string().contains("not built yet"));
+    assert!(beside(&[Component::NodePool]).unwrap_err().to_string().contains("not built yet"));
+}
+
+fn read_documents(text: &str) -> Vec<Value> {
+    let documents = text.split("\n---\n").map(|document| document.trim_start_matches("---\n"));
+    let documents = documents
+        .map(|document| serde_saphyr::from_str::<Value>(document).unwrap_or_else(|e| panic!("{e}: {document}")));
+    documents.filter(|document| !document.is_null()).collect()
+}
+
+/// What is printed is what is meant, also for parsers of YAML 1.1, to which `no` and `on` are false and true.
+#[test]
+fn documents_read_back() {
+    let objects = all();
+    let text = documents(&objects);
+    assert_eq!(read_documents(&text), objects);
+    for line in text.lines() {
+        let value = line.rsplit(": ").next().unwrap_or_default().trim_start_matches("- ").trim();
+        assert!(!["y", "n", "yes", "no", "on", "off"].contains(&value.to_lowercase().as_str()), "{line}");
+    }
+}

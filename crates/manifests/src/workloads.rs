@@ -1,0 +1,253 @@
+//! The processes: two Deployments and a DaemonSet.
+
+use godwit_api::access;
+use serde_json::{Value, json};
+
+use crate::Options;
+
+/// Where `godwit api` listens.
+const API_PORT: u16 = 8443;
+/// Where controllers and handlers say how they are.
+const HEALTH_PORT: u16 = 8080;
+/// The handler's door for the API server (docs/architecture.md).
+const FRONT_PORT: u16 = 8186;
+/// Where a handler asks others whether the control plane is away for them too (docs/fencing.md).
+const PEERS_PORT: u16 = 8187;
+const BINARY: &str = "/usr/bin/godwit";
+/// KubeVirt's.
+const PRIORITY_CLASS: &str = "kubevirt-cluster-critical";
+
+/// One kind of process.
+struct Process<'a> {
+    /// KubeVirt's name of it.
+    name: &'a str,
+    account: &'a str,
+    command: &'a [&'a str],
+    options: &'a Options,
+}
+
+impl Process<'_> {
+    fn labels(&self) -> Value {
+        json!({
+            "kubevirt.io": self.name,
+            "app.kubernetes.io/name": self.name,
+            "app.kubernetes.io/part-of": "godwit",
+        })
+    }
+
+    fn metadata(&self) -> Value {
+        json!({"name": self.name, "namespace": self.options.namespace, "labels": self.labels()})
+    }
+
+    /// What selects its pods; can never be changed.
+    fn selector(&self) -> Value {
+        json!({"matchLabels": {"kubevirt.io": self.name}})
+    }
+
+    fn container(&self, more: Value) -> Value {
+        let field = |name: &str, path: &str| json!({"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}});
+        let mut container = json!({
+            "name": self.name,
+            "image": self.options.image,
+            "command": self.command,
+            "env": [
+                field("POD_NAME", "metadata.name"),
+                field("POD_NAMESPACE", "metadata.namespace"),
+                field("POD_IP", "status.podIP"),
+                field("NODE_NAME", "spec.nodeName"),
+            ],
+            "terminationMessagePolicy": "FallbackToLogsOnError",
+        });
+        merge(&mut container, more);
+        container
+    }
+
+    fn pod(&self, container: Value, more: Value) -> Value {
+        let mut spec = json!({
+            "serviceAccountName": self.account,
+            "priorityClassName": PRIORITY_CLASS,
+            "containers": [container],
+            // what the image is for
+            "nodeSelector": {"kubernetes.io/os": "linux", "kubernetes.io/arch": "amd64"},
+        });
+        merge(&mut spec, more);
+        json!({"metadata": {"labels": self.labels()}, "spec": spec})
+    }
+
+    /// Two of them on two nodes, as Kubernetes' profile "restricted" has it. One stays while nodes are drained or the other is
+    /// replaced.
+    fn deployment(&self, container: Value) -> [Value; 2] {
+        let mut container = self.container(container);
+        merge(
+            &mut container,
+            json!({
+                "securityContext": {
+                    "allowPrivilegeEscalation": false,
+                    "capabilities": {"drop": ["ALL"]},
+                    "readOnlyRootFilesystem": true,
+                },
+            }),
+        );
+        let spread = json!([{
+            "maxSkew": 1, "topologyKey": "kubernetes.io/hostname", "whenUnsatisfiable": "ScheduleAnyway",
+            "labelSelector": self.selector(),
+        }]);
+        let template = self.pod(
+            container,
+            json!({
+                "securityContext": {"runAsNonRoot": true, "seccompProfile": {"type": "RuntimeDefault"}},
+                "topologySpreadConstraints": spread,
+                "tolerations": [{"key": "CriticalAddonsOnly", "operator": "Exists"}],
+            }),
+        );
+        let deployment = json!({
+            "apiVersion": "apps/v1", "kind": "Deployment", "metadata": self.metadata(),
+            "spec": {
+                "replicas": 2,
+                "selector": self.selector(),
+                "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}},
+                "template": template,
+            },
+        });
+        let budget = json!({
+            "apiVersion": "policy/v1", "kind": "PodDisruptionBudget", "metadata": self.metadata(),
+            "spec": {"minAvailable": 1, "selector": self.selector()},
+        });
+        [deployment, budget]
+    }
+}
+
+fn probes(port: &str, scheme: &str) -> Value {
+    let get = |path: &str| json!({"path": path, "port": port, "scheme": scheme});
+    json!({
+        // Started anew after a minute of silence; sent no requests after ten seconds.
+        "livenessProbe": {"httpGet": get("/livez"), "periodSeconds": 10, "timeoutSeconds": 5, "failureThreshold": 6},
+        "readinessProbe": {"httpGet": get("/readyz"), "periodSeconds": 5, "timeoutSeconds": 5, "failureThreshold": 2},
+    })
+}
+
+fn health() -> String {
+    format!("--health=0.0.0.0:{HEALTH_PORT}")
+}
+
+fn port(name: &str, number: u16) -> Value {
+    json!({"name": name, "containerPort": number, "protocol": "TCP"})
+}
+
+/// `godwit api`: two, and the Service that Kubernetes' API server finds them by.
+pub fn api(options: &Options) -> Vec<Value> {
+    let listen = format!("--listen=0.0.0.0:{API_PORT}");
+    let process = Process { name: "virt-api", account: access::API, command: &[BINARY, "api", &listen], options };
+    let mut container = json!({
+        "ports": [port("https", API_PORT)],
+        "resources": {"requests": {"cpu": "10m", "memory": "64Mi"}},
+    });
+    merge(&mut container, probes("https", "HTTPS"));
+    let service = json!({
+        "apiVersion": "v1", "kind": "Service", "metadata": process.metadata(),
+        "spec": {
+            "type": "ClusterIP",
+            "selector": {"kubevirt.io": process.name},
+            "ports": [{"name": "https", "port": crate::routes::PORT, "protocol": "TCP", "targetPort": "https"}],
+        },
+    });
+    let mut objects = vec![priority_class(), service];
+    objects.extend(process.deployment(container));
+    objects
+}
+
+/// `godwit controller`: two, of which the one with the lease decides.
+pub fn controller(options: &Options) -> Vec<Value> {
+    let health = health();
+    let process = Process {
+        name: "virt-controller",
+        account: access::CONTROLLER,
+        command: &[BINARY, "controller", &health],
+        options,
+    };
+    let mut container = json!({
+        "ports": [port("health", HEALTH_PORT)],
+        // 5,000 VMIs in 150 MiB
+        "resources": {"requests": {"cpu": "10m", "memory": "150Mi"}},
+    });
+    merge(&mut container, probes("health", "HTTP"));
+    process.deployment(container).into()
+}
+
+/// `godwit handler` on each node. It is privileged, as KubeVirt's is, and docs/install.md says what for.
+pub fn handler(options: &Options) -> Vec<Value> {
+    let health = health();
+    let process =
+        Process { name: "virt-handler", account: access::HANDLER, command: &[BINARY, "handler", &health], options };
+    // path, what the kubelet makes sure of, name, how mounts go over
+    let paths = [
+        // the launchers' sockets, which come and go with their pods
+        ("/var/lib/kubelet/pods", "Directory", "pods", Some("HostToContainer")),
+        // where the kubelet and its device plugins find each other
+        ("/var/lib/kubelet/device-plugins", "Directory", "device-plugins", None),
+        // what a handler leaves to its successor; in memory, so gone when the node starts anew
+        ("/run/godwit", "DirectoryOrCreate", "state", None),
+        // The runtime gives a privileged container the devices that are there when it starts; those of modules that are loaded later
+        // would never be seen.
+        ("/dev", "Directory", "dev", None),
+    ];
+    let volume = |(path, kind, name, _): &(&str, &str, &str, Option<&str>)| json!({"name": name, "hostPath": {"path": path, "type": kind}});
+    let mount = |(path, _, name, propagation): &(&str, &str, &str, Option<&str>)| {
+        let mut mount = json!({"name": name, "mountPath": path});
+        if let Some(propagation) = propagation {
+            mount["mountPropagation"] = json!(propagation);
+        }
+        mount
+    };
+    let mut volumes: Vec<Value> = paths.iter().map(volume).collect();
+    volumes.push(json!({"name": "scratch", "emptyDir": {"medium": "Memory"}}));
+    let mut mounts: Vec<Value> = paths.iter().map(mount).collect();
+    mounts.push(json!({"name": "scratch", "mountPath": "/tmp"}));
+    let mut container = json!({
+        "ports": [port("health", HEALTH_PORT), port("front", FRONT_PORT), port("peers", PEERS_PORT)],
+        "resources": {"requests": {"cpu": "10m", "memory": "64Mi"}},
+        "volumeMounts": mounts,
+        "securityContext": {"privileged": true, "runAsUser": 0, "readOnlyRootFilesystem": true},
+    });
+    merge(&mut container, probes("health", "HTTP"));
+    let template = process.pod(
+        process.container(container),
+        json!({
+            // Launchers are known by the processes at the other end of their sockets.
+            "hostPID": true,
+            // Wherever a guest may be, also while its node is cordoned, drained or not ready.
+            "tolerations": [{"operator": "Exists"}],
+            "volumes": volumes,
+        }),
+    );
+    let daemon_set = json!({
+        "apiVersion": "apps/v1", "kind": "DaemonSet", "metadata": process.metadata(),
+        "spec": {
+            "selector": process.selector(),
+            // One that ends soon after its start stops the rollout while most nodes have the one before.
+            "minReadySeconds": 10,
+            // A node whose handler is away for 20 s ends its guests (docs/fencing.md): the next one is there, with its image, before
+            // the old one goes.
+            "updateStrategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}},
+            "template": template,
+        },
+    });
+    vec![daemon_set]
+}
+
+/// Godwit's own pods go last when a node runs short.
+fn priority_class() -> Value {
+    json!({
+        "apiVersion": "scheduling.k8s.io/v1", "kind": "PriorityClass", "metadata": {"name": PRIORITY_CLASS},
+        "value": 1_000_000_000,
+        "globalDefault": false,
+        "description": "For the components that run virtual machines.",
+    })
+}
+
+/// Puts the members of an object into another one.
+fn merge(into: &mut Value, from: Value) {
+    if let (Value::Object(into), Value::Object(from)) = (into, from) {
+        into.extend(from);
+    }
+}
