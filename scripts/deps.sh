@@ -50,18 +50,24 @@ if [ "$qemu" = backports ] && [ "$(qemu_major)" -lt 10 ]; then
         echo "deps: QEMU=backports is for Debian 12 (bookworm), this is '${codename:-unknown}': taking the system's own QEMU"
     fi
 fi
-if [ "${#newer[@]}" -eq 0 ]; then
-    need qemu-system-x86_64 qemu-system-x86 "it runs the guests"
-    need qemu-img qemu-utils "it makes the guests' disks"
-fi
-need swtpm swtpm "it is the trusted platform module of guests that have one"
-need_file /usr/share/OVMF/OVMF_CODE_4M.fd ovmf "it is the firmware of guests that boot by EFI"
-need ip iproute2 "you will want to look into the cluster's network namespaces"
-need nft nftables "it sets the address translation of masqueraded guests"
-need busybox busybox-static "it is the demo guest's user land"
-need cc gcc "crates build C and assembler, and the tests' guest is written in assembler"
-need make make "it runs these targets"
-need xz xz-utils "it unpacks kernel modules"
+# Fills `missing` with the packages of what is not there.
+look() {
+    missing=()
+    hash -r
+    if [ "${#newer[@]}" -eq 0 ]; then
+        need qemu-system-x86_64 qemu-system-x86 "it runs the guests"
+        need qemu-img qemu-utils "it makes the guests' disks"
+    fi
+    need swtpm swtpm "it is the trusted platform module of guests that have one"
+    need_file /usr/share/OVMF/OVMF_CODE_4M.fd ovmf "it is the firmware of guests that boot by EFI"
+    need ip iproute2 "you will want to look into the cluster's network namespaces"
+    need nft nftables "it sets the address translation of masqueraded guests"
+    need busybox busybox-static "it is the demo guest's user land"
+    need cc gcc "crates build C and assembler, and the tests' guest is written in assembler"
+    need make make "it runs these targets"
+    need xz xz-utils "it unpacks kernel modules"
+}
+look
 
 if [ "${#newer[@]}" -gt 0 ] && ! apt-cache policy | grep 'n=bookworm-backports' >/dev/null; then
     list=/etc/apt/sources.list.d/godwit-backports.list
@@ -73,6 +79,16 @@ if [ $((${#missing[@]} + ${#newer[@]})) -gt 0 ]; then
 fi
 if [ "${#missing[@]}" -gt 0 ]; then
     install "${missing[@]}"
+    # What was there may have gone for it: Debian's qemu-system-x86 removes a qemu-utils of another version.
+    look
+    if [ "${#missing[@]}" -gt 0 ]; then
+        install "${missing[@]}"
+        look
+    fi
+    if [ "${#missing[@]}" -gt 0 ]; then
+        echo "deps: still missing after installing: ${missing[*]}" >&2
+        exit 1
+    fi
 fi
 if [ "${#newer[@]}" -gt 0 ]; then
     install -t bookworm-backports "${newer[@]}"

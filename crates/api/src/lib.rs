@@ -18,6 +18,7 @@ pub mod gates;
 pub mod initial;
 pub mod kubevirt;
 pub mod maintenance;
+pub mod metrics;
 pub mod migratability;
 pub mod migration;
 pub mod nad;

@@ -33,6 +33,12 @@ pub(crate) async fn objects(inner: &Arc<Inner>, ca: &str, roles: Vec<Value>) -> 
         reconcile(inner, "clusterrolebindings", binding).await?;
     }
     for mut object in roles {
+        if object["kind"] == "Namespace" {
+            let name = object["metadata"]["name"].as_str().unwrap_or_default().to_owned();
+            ensure(inner, "", "v1", "namespaces", "", object).await?;
+            collector::furnish(inner, &name, ca).await;
+            continue;
+        }
         mark(&mut object);
         let kind = object["kind"].as_str().unwrap_or_default().to_lowercase();
         reconcile(inner, &format!("{kind}s"), object).await?;

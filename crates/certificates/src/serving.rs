@@ -20,8 +20,12 @@ use crate::schedule::Lifetimes;
 pub struct Shown {
     serving: RwLock<Option<Arc<CertifiedKey>>>,
     calling: RwLock<Option<Arc<Calling>>>,
+    ends: RwLock<Option<Arc<Ends>>>,
     provider: Arc<CryptoProvider>,
 }
+
+/// Certificates, and until when each counts.
+type Ends = [(&'static str, i64); 3];
 
 /// What handlers are shown, and by what they are known.
 #[derive(Clone, Debug)]
@@ -39,6 +43,7 @@ impl Default for Shown {
         Self {
             serving: RwLock::default(),
             calling: RwLock::default(),
+            ends: RwLock::default(),
             provider: Arc::new(rustls::crypto::ring::default_provider()),
         }
     }
@@ -48,6 +53,12 @@ impl Shown {
     /// What handlers are shown; none before there is a CA.
     pub fn calling(&self) -> Option<Arc<Calling>> {
         get(&self.calling)
+    }
+
+    /// Until when the certificates count that the process makes, in seconds since 1970, as (which, end): the CA's that signs (`ca`), its
+    /// own (`serving`), and the one that handlers are shown (`calling`). Empty before there are some.
+    pub fn ends(&self) -> Vec<(&'static str, i64)> {
+        get(&self.ends).map(|ends| ends.to_vec()).unwrap_or_default()
     }
 
     fn serve_with(&self, pair: &Pair) -> Result<(), String> {
@@ -151,6 +162,8 @@ fn renew(
     let (serving, calling) = (issue(authority, &subjects.serving)?, issue(authority, &subjects.calling)?);
     let renew_at = serving.validity.renew_at().min(calling.validity.renew_at());
     shown.serve_with(&serving).map_err(failed)?;
+    let ends = [("ca", authority.validity), ("serving", serving.validity), ("calling", calling.validity)];
+    set(&shown.ends, ends.map(|(which, validity)| (which, validity.not_after)));
     let calling = Calling { bundle: bundle.clone(), certificate: calling.certificate, key: calling.key };
     set(&shown.calling, calling);
     tracing::info!(until = serving.validity.not_after, "new certificates are served with");

@@ -5,6 +5,7 @@
 //! attempt under way, how many have failed, and when the next may begin. One attempt is one migration, named before it is
 //! made; a failed one is counted by [`count`] before its object may go, so that each counts once.
 
+use std::collections::{BTreeSet, btree_set};
 use std::sync::Arc;
 
 use godwit_api::config::MAX_ATTEMPTS;
@@ -51,26 +52,31 @@ struct Wish<'a> {
     drained: bool,
 }
 
+/// Whether a VMI is being evacuated or was asked to go, wherever it is.
+pub fn is_touched(vmi: &VirtualMachineInstance) -> bool {
+    vmi.status.evacuation_node_name.is_some()
+        || vmi.status.evacuation.is_some()
+        || vmi.condition(EVICTION_REQUESTED).is_some()
+        || vmi.condition(EVACUATION_STOPPED).is_some()
+}
+
 /// Whether there may be something to decide about the evacuation of this VMI.
 fn concerns(vmi: &VirtualMachineInstance, world: &World) -> bool {
-    let status = &vmi.status;
-    let touched = status.evacuation_node_name.is_some()
-        || status.evacuation.is_some()
-        || vmi.condition(EVICTION_REQUESTED).is_some()
-        || vmi.condition(EVACUATION_STOPPED).is_some();
-    touched || {
-        let node = status.node_name.as_deref().and_then(|node| world.nodes.get(&Name::cluster(node)));
+    is_touched(vmi) || {
+        let node = vmi.status.node_name.as_deref().and_then(|node| world.nodes.get(&Name::cluster(node)));
         node.is_some_and(|node| taints(node).next().is_some())
     }
 }
 
 /// All VMIs whose evacuation there may be something to decide about.
-pub fn all(world: &World) -> impl Iterator<Item = Name> {
-    world.vmis.iter().filter(|vmi| concerns(vmi, world)).map(|vmi| vmi.key())
+pub fn all(world: &World) -> btree_set::IntoIter<Name> {
+    let closed = world.nodes.iter().filter(|node| taints(node).next().is_some());
+    let there = closed.flat_map(|node| world.vmis_on(node.name()));
+    world.vmis_to_evacuate().chain(there).map(|vmi| vmi.key()).collect::<BTreeSet<_>>().into_iter()
 }
 
 /// The VMIs whose evacuation a change touches.
-pub fn affected(change: &Change, world: &World) -> impl Iterator<Item = Name> {
+pub fn affected(change: &Change, world: &World) -> btree_set::IntoIter<Name> {
     let maintained = change.latest().and_then(maintenance::node_of);
     let vmis: Vec<_> = match change.latest() {
         // Each guest's progress is written there.
@@ -84,11 +90,11 @@ pub fn affected(change: &Change, world: &World) -> impl Iterator<Item = Name> {
             pod.label(names::LABEL_CREATED_BY).and_then(|uid| world.vmi_by_uid(uid)).into_iter().collect()
         }
         Some(Object::Node(node)) if opens_or_closes(change) => world.vmis_on(node.name()).collect(),
-        Some(Object::KubeVirt(_)) => world.vmis.iter().collect(),
-        Some(Object::ConfigMap(map)) if map.name() == names::CONFIG_MAP_NAME => world.vmis.iter().collect(),
+        Some(Object::KubeVirt(_)) => return all(world),
+        Some(Object::ConfigMap(map)) if map.name() == names::CONFIG_MAP_NAME => return all(world),
         _ => Vec::new(),
     };
-    vmis.into_iter().filter(|vmi| concerns(vmi, world)).map(|vmi| vmi.key()).collect::<Vec<_>>().into_iter()
+    vmis.into_iter().filter(|vmi| concerns(vmi, world)).map(|vmi| vmi.key()).collect::<BTreeSet<_>>().into_iter()
 }
 
 /// The effects `NoSchedule` of a node's taints, by their keys.

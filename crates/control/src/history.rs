@@ -1,6 +1,5 @@
 //! What remains of migrations: one record each, written before the migration's object may go, kept for two weeks.
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use godwit_api::record::{MigrationRecordSpec, MigrationResult, RECORD_HOURS, RECORDS_KEPT};
@@ -94,7 +93,7 @@ fn expiry(record: &MigrationRecord) -> Option<Timestamp> {
 
 /// The VMIs that have records.
 pub fn all(world: &World) -> impl Iterator<Item = Name> {
-    world.records.iter().map(|record| vmi_of(record)).collect::<BTreeSet<_>>().into_iter()
+    world.guests_with_records()
 }
 
 /// The VMI whose records a change touches.

@@ -57,6 +57,9 @@ pub fn decide(home: &str, view: &View<'_>) -> Plan {
     if maintenance::of(home, view.world).is_some() {
         return plan;
     }
+    if !view.settings.moves_guests {
+        return plan;
+    }
     let node = view.world.nodes.get(&Name::cluster(home));
     let all: Vec<_> = view.world.expected_at(home).filter(|vmi| !vmi.is_deleting()).collect();
     let mut busy = false;

@@ -11,9 +11,9 @@ use godwit_api::VirtualMachineInstance;
 use godwit_api::names::events::{self, reason};
 use godwit_api::vmi::{HotplugVolumeStatus, Volume as VmiVolume, VolumePhase, VolumeStatus};
 use k8s_openapi::api::core::v1::{
-    Affinity, Capabilities, Container, EmptyDirVolumeSource, NodeAffinity, NodeSelector, NodeSelectorRequirement,
-    NodeSelectorTerm, PersistentVolumeClaimVolumeSource, Pod, PodSpec, ResourceRequirements, SeccompProfile,
-    SecurityContext, Toleration, Volume, VolumeDevice, VolumeMount,
+    Affinity, Container, EmptyDirVolumeSource, NodeAffinity, NodeSelector, NodeSelectorRequirement, NodeSelectorTerm,
+    PersistentVolumeClaimVolumeSource, Pod, PodSpec, ResourceRequirements, Toleration, Volume, VolumeDevice,
+    VolumeMount,
 };
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
@@ -23,6 +23,7 @@ use crate::names;
 use crate::object::{Name, Stored};
 use crate::placement;
 use crate::plan::{EventType, Plan, VM_CONTROLLER, View};
+use crate::pod_security::RunAs;
 use crate::vmi;
 use crate::volumes;
 use crate::world::World;
@@ -338,6 +339,7 @@ fn build(vmi: &VirtualMachineInstance, launcher: &Pod, node: &str, held: &[&VmiV
         };
         all.push(Volume { name, persistent_volume_claim: Some(source), ..Volume::default() });
     }
+    let run_as = RunAs::usual(vmi, view.world);
     let container = Container {
         name: names::ATTACHMENT_CONTAINER.to_owned(),
         image: Some(view.settings.launcher_image.clone()),
@@ -348,18 +350,7 @@ fn build(vmi: &VirtualMachineInstance, launcher: &Pod, node: &str, held: &[&VmiV
             limits: Some(amounts(LIMITS)),
             ..ResourceRequirements::default()
         }),
-        security_context: Some(SecurityContext {
-            allow_privilege_escalation: Some(false),
-            privileged: Some(false),
-            run_as_user: Some(0),
-            // Images belong to whoever made them.
-            capabilities: Some(Capabilities {
-                add: Some(vec!["DAC_OVERRIDE".to_owned()]),
-                drop: Some(vec!["ALL".to_owned()]),
-            }),
-            seccomp_profile: Some(SeccompProfile { type_: "RuntimeDefault".to_owned(), localhost_profile: None }),
-            ..SecurityContext::default()
-        }),
+        security_context: Some(run_as.container()),
         volume_mounts: Some(mounts),
         volume_devices: (!devices.is_empty()).then_some(devices),
         ..Container::default()
@@ -393,6 +384,7 @@ fn build(vmi: &VirtualMachineInstance, launcher: &Pod, node: &str, held: &[&VmiV
             // Whoever uses what it holds has opened it.
             termination_grace_period_seconds: Some(0),
             scheduler_name: launcher.spec.as_ref().and_then(|spec| spec.scheduler_name.clone()),
+            security_context: Some(run_as.pod()),
             automount_service_account_token: Some(false),
             enable_service_links: Some(false),
             ..PodSpec::default()

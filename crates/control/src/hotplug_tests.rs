@@ -3,7 +3,7 @@
 use godwit_api::VirtualMachineInstance;
 use serde_json::{Value, json};
 
-use crate::testing::Cluster;
+use crate::testing::{Cluster, breaks_restricted};
 use crate::{Key, Kind, Name, Stored};
 
 fn name(of: &str) -> Name {
@@ -91,6 +91,7 @@ fn a_claim_is_held_on_the_guests_node_until_the_guest_has_let_go_of_it() {
     let pods = attachments(&cluster, "launcher");
     assert_eq!(pods.len(), 1);
     let pod = &pods[0];
+    assert_eq!(breaks_restricted(&serde_json::from_value(pod.clone()).expect("a pod")), [""; 0]);
     assert!(pod["metadata"]["name"].as_str().expect("a name").starts_with("hp-volume-"));
     let command = pod["spec"]["containers"][0]["command"].to_string();
     assert!(command.contains("data:rw:8388608:/var/run/kubevirt-private/vmi-disks/data"), "{command}");

@@ -3,7 +3,6 @@
 use std::fmt;
 use std::sync::Arc;
 
-use godwit_api::{VirtualMachineInstance, VmiPhase};
 use k8s_openapi::api::coordination::v1::Lease;
 
 use smol_str::SmolStr;
@@ -129,6 +128,8 @@ pub enum Key {
     Evacuation(Name),
     /// A NodeMaintenance of one of its groups.
     Maintenance(Kind, SmolStr),
+    /// Whether what a maintenance did to a node is anybody's still.
+    Closure(SmolStr),
     /// Who comes back to a node after its maintenance.
     Homecoming(SmolStr),
     /// The records of a VMI's migrations.
@@ -161,6 +162,7 @@ impl fmt::Display for Key {
             Key::Vmi(name) => write!(f, "vmi {name}"),
             Key::Evacuation(name) => write!(f, "evacuation of vmi {name}"),
             Key::Maintenance(kind, name) => write!(f, "maintenance {name} of {}", kind.group()),
+            Key::Closure(node) => write!(f, "closure of node {node}"),
             Key::Homecoming(node) => write!(f, "homecoming to {node}"),
             Key::History(name) => write!(f, "history of vmi {name}"),
             Key::Vm(name) => write!(f, "vm {name}"),
@@ -196,7 +198,7 @@ impl Key {
             Key::Migration(_) | Key::Turns => Noun::Migration,
             Key::Vmi(_) => Noun::Vmi,
             Key::Evacuation(_) => Noun::Evacuation,
-            Key::Maintenance(..) | Key::Homecoming(_) => Noun::Maintenance,
+            Key::Maintenance(..) | Key::Closure(_) | Key::Homecoming(_) => Noun::Maintenance,
             Key::History(_) => Noun::History,
             Key::Vm(_) => Noun::Vm,
             Key::Placement(_) => Noun::Placement,
@@ -231,6 +233,7 @@ impl Key {
             Key::Vmi(name) => vmi::decide(name, view),
             Key::Evacuation(name) => evacuation::decide(name, view),
             Key::Maintenance(kind, name) => maintenance::decide(*kind, name, view),
+            Key::Closure(node) => maintenance::decide_closure(node, view),
             Key::Homecoming(node) => homecoming::decide(node, view),
             Key::History(name) => history::decide(name, view),
             Key::Vm(name) => vm::decide(name, view),
@@ -300,7 +303,7 @@ impl Key {
                 let (before, after) = (spec(&change.before), spec(&change.after));
                 if before.as_ref().map(|one| &one.spec) != after.as_ref().map(|one| &one.spec) {
                     keys.extend(configured(world));
-                    keys.extend(unstarted(world.vmis.iter()));
+                    keys.extend(world.unstarted_vmis().map(|vmi| Key::Vmi(vmi.key())));
                 }
                 keys.push(Key::KubeVirt(name));
             }
@@ -317,12 +320,16 @@ impl Key {
                 let waiting = world.turns().waiting_in(&name.namespace).take(TOLD_OF_QUOTA);
                 keys.extend(holders.chain(waiting).cloned().map(Key::Migration));
                 keys.push(Key::Turns);
-                keys.extend(unstarted(world.vmis.within(&name.namespace)));
+                let unstarted = world.unstarted_vmis().filter(|vmi| vmi.namespace() == name.namespace);
+                keys.extend(unstarted.map(|vmi| Key::Vmi(vmi.key())));
             }
             Object::MigrationPolicy(_) => keys.extend(under_way(world)),
             Object::Pod(_) => affected_by_pod(change, &name, world, &mut keys),
             Object::Node(node) => {
                 keys.push(Key::Node(SmolStr::new(node.name())));
+                if maintenance::is_closure(node) {
+                    keys.push(Key::Closure(SmolStr::new(node.name())));
+                }
                 if changes_room(change) {
                     keys.extend(unplaced(world));
                     keys.push(Key::Turns);
@@ -383,12 +390,12 @@ impl Key {
             }
             Object::StorageClass(_) => {
                 keys.extend(world.unbound_claims().map(|claim| Key::Claim(claim.key())));
-                keys.extend(unstarted(world.vmis.iter()));
+                keys.extend(world.unstarted_vmis().map(|vmi| Key::Vmi(vmi.key())));
             }
             Object::NodeMaintenance(_) | Object::KubeVirtNodeMaintenance(_) | Object::OldestNodeMaintenance(_) => {
                 // What was done to the node may be nobody's any more, also when another took its place and does nothing more.
                 if change.after.is_none() || maintenance::changes_room(change) {
-                    keys.extend(maintenance::node_of(object).map(|node| Key::Node(SmolStr::new(node))));
+                    keys.extend(maintenance::node_of(object).map(|node| Key::Closure(SmolStr::new(node))));
                 }
                 if maintenance::changes_room(change) {
                     keys.extend(unplaced(world));
@@ -433,7 +440,12 @@ impl Key {
     pub fn all(world: &World) -> Vec<Key> {
         let mut keys = vec![Key::Turns];
         keys.extend(world.kubevirts.names().cloned().map(Key::KubeVirt));
-        keys.extend(world.nodes.iter().map(|node| Key::Node(SmolStr::new(node.name()))));
+        for node in world.nodes.iter() {
+            keys.push(Key::Node(SmolStr::new(node.name())));
+            if maintenance::is_closure(node) {
+                keys.push(Key::Closure(SmolStr::new(node.name())));
+            }
+        }
         keys.extend(world.fenced_nodes().cloned().map(Key::Fence));
         keys.extend(world.vms.names().cloned().map(Key::Vm));
         keys.extend(world.vmis.names().cloned().map(Key::Vmi));
@@ -445,8 +457,7 @@ impl Key {
         keys.extend(world.claims.names().cloned().map(Key::Claim));
         keys.extend(world.volumes.names().cloned().map(Key::Volume));
         keys.extend(world.pods.names().cloned().map(Key::Placement));
-        keys.extend(world.pods.iter().filter_map(|pod| vmi_of_pod(pod)).map(Key::Vmi));
-        keys.extend(world.pods.iter().filter_map(|pod| hotplug::vmi_of_attachment(pod)).map(Key::Vmi));
+        keys.extend(world.guests_with_pods().map(Key::Vmi));
         keys.sort();
         keys.dedup();
         keys
@@ -455,12 +466,6 @@ impl Key {
 
 /// So many that wait in a namespace are looked at again when one of its quotas changes.
 const TOLD_OF_QUOTA: usize = 64;
-
-/// Guests that have not got their first pod yet.
-fn unstarted<'a>(vmis: impl Iterator<Item = &'a Arc<VirtualMachineInstance>>) -> impl Iterator<Item = Key> {
-    let waits = |vmi: &&Arc<VirtualMachineInstance>| matches!(vmi.status.phase, VmiPhase::Unset | VmiPhase::Pending);
-    vmis.filter(waits).map(|vmi| Key::Vmi(vmi.key()))
-}
 
 /// Migrations that are under way.
 fn under_way(world: &World) -> impl Iterator<Item = Key> {
@@ -578,6 +583,8 @@ pub fn kinds_for(nouns: &[Noun]) -> Vec<Kind> {
             nouns.iter().any(|noun| matches!(noun, Noun::Volumes | Noun::Placement | Noun::Vmi | Noun::Migration))
         }
         Kind::Lease => nouns.iter().any(|noun| matches!(noun, Noun::Node | Noun::Fence | Noun::Maintenance)),
+        // Ours alone: beside another KubeVirt they need not exist.
+        Kind::MigrationRecord | Kind::ConfigMap => nouns.iter().any(|noun| *noun != Noun::Maintenance),
         Kind::NetworkAttachmentDefinition => false,
         Kind::PodDisruptionBudget => nouns.contains(&Noun::Disruption),
         _ => true,

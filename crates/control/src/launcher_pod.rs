@@ -5,11 +5,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use godwit_api::vmi::{CloudInitNoCloudSource, ResourceList, VirtualMachineInstanceSpec, Volume as VmiVolume};
 use godwit_api::{VirtualMachineInstance, VirtualMachineInstanceMigration};
 use k8s_openapi::api::core::v1::{
-    Affinity, Capabilities, ConfigMapVolumeSource, Container, EmptyDirVolumeSource, EnvVar, ImageVolumeSource, Node,
+    Affinity, ConfigMapVolumeSource, Container, EmptyDirVolumeSource, EnvVar, ImageVolumeSource, Node,
     NodeSelectorRequirement, NodeSelectorTerm, PersistentVolumeClaimVolumeSource, Pod, PodAffinityTerm,
     PodAntiAffinity, PodReadinessGate, PodSpec, PreferredSchedulingTerm, ProjectedVolumeSource, ResourceRequirements,
-    SeccompProfile, SecretProjection, SecretVolumeSource, SecurityContext, Volume, VolumeDevice, VolumeMount,
-    VolumeProjection,
+    SecretProjection, SecretVolumeSource, Volume, VolumeDevice, VolumeMount, VolumeProjection,
 };
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{
@@ -21,6 +20,7 @@ use crate::kubevirt;
 use crate::names;
 use crate::object::{Name, Stored, labels};
 use crate::plan::View;
+use crate::pod_security::{self, RunAs};
 use crate::world::World;
 use crate::{persistent_state, processor, quantity, vmi, volumes, workloads};
 
@@ -113,6 +113,7 @@ pub fn build(vmi: &VirtualMachineInstance, role: Role<'_>, view: &View<'_>) -> P
         volumes.push(volume, "/var/run/kubevirt-private/persistent-state".to_owned(), false);
     }
 
+    let run_as = run_as(vmi, role, view);
     let settings = view.settings;
     let mut command = settings.launcher_command.clone();
     for (flag, value) in [("--name", Stored::name(vmi)), ("--namespace", vmi.namespace()), ("--uid", vmi.uid())] {
@@ -125,14 +126,7 @@ pub fn build(vmi: &VirtualMachineInstance, role: Role<'_>, view: &View<'_>) -> P
         command: Some(command),
         env: Some(vec![EnvVar { name: "POD_NAME".to_owned(), value: Some(name(vmi, role)), value_from: None }]),
         resources: Some(resources(vmi, role, view.world)),
-        security_context: Some(SecurityContext {
-            allow_privilege_escalation: Some(false),
-            run_as_user: Some(0),
-            privileged: Some(false),
-            capabilities: Some(capabilities(receives_in_post_copy(vmi, role, view))),
-            seccomp_profile: Some(seccomp_profile(receives_in_post_copy(vmi, role, view))),
-            ..SecurityContext::default()
-        }),
+        security_context: Some(run_as.container()),
         volume_mounts: Some(volumes.mounts),
         volume_devices: (!volumes.devices.is_empty()).then_some(volumes.devices),
         ..Container::default()
@@ -155,6 +149,7 @@ pub fn build(vmi: &VirtualMachineInstance, role: Role<'_>, view: &View<'_>) -> P
             priority_class_name: spec.priority_class_name.clone(),
             hostname: spec.hostname.clone(),
             subdomain: spec.subdomain.clone(),
+            security_context: Some(run_as.pod()),
             automount_service_account_token: Some(false),
             enable_service_links: Some(false),
             ..PodSpec::default()
@@ -163,25 +158,12 @@ pub fn build(vmi: &VirtualMachineInstance, role: Role<'_>, view: &View<'_>) -> P
     }
 }
 
-/// Whether the pod may have to receive its guest in post-copy.
-fn receives_in_post_copy(vmi: &VirtualMachineInstance, role: Role<'_>, view: &View<'_>) -> bool {
-    matches!(role, Role::Receive(_))
+/// Whom the pod runs as. A namespace that lets no such pod in gets one that can receive in pre-copy only.
+fn run_as(vmi: &VirtualMachineInstance, role: Role<'_>, view: &View<'_>) -> RunAs {
+    let post_copy = matches!(role, Role::Receive(_))
         && kubevirt::migration_configuration_of(view.world, vmi).configuration.allow_post_copy == Some(true)
-}
-
-/// Images of disks belong to whoever made them (KubeVirt's to user 107, and nobody else may read them): that takes `DAC_OVERRIDE`. Taps,
-/// bridges and addresses are the handler's work, the launcher only opens what is there. Receiving in post-copy needs userfaultfd(2)
-/// for faults in the kernel too, which Linux allows only with `SYS_PTRACE`.
-fn capabilities(post_copy: bool) -> Capabilities {
-    let post_copy = post_copy.then_some("SYS_PTRACE");
-    let add = ["DAC_OVERRIDE"].into_iter().chain(post_copy).map(str::to_owned).collect();
-    Capabilities { add: Some(add), drop: Some(vec!["ALL".to_owned()]) }
-}
-
-/// The runtime's own profile, which has no userfaultfd(2): a pod that receives in post-copy goes without. Its QEMU has its own.
-fn seccomp_profile(post_copy: bool) -> SeccompProfile {
-    let type_ = if post_copy { "Unconfined" } else { "RuntimeDefault" };
-    SeccompProfile { type_: type_.to_owned(), localhost_profile: None }
+        && pod_security::lets_privileged_in(vmi, view.world);
+    if post_copy { RunAs::PostCopyTarget } else { RunAs::usual(vmi, view.world) }
 }
 
 /// The image that a migration asks for instead of the launcher's (KubeVirt's test hook).
@@ -591,29 +573,12 @@ mod tests {
         elsewhere.metadata.annotations = Some(BTreeMap::from([annotation]));
         let other = build(&vmi, Role::Receive(&elsewhere), &view);
         assert_eq!(other.spec.unwrap().containers[0].image.as_deref(), Some("other:1"));
-        let security = |pod: &Pod| pod.spec.as_ref().unwrap().containers[0].security_context.clone().unwrap();
-        let added = |pod: &Pod| security(pod).capabilities.unwrap().add.unwrap();
-        let profile = |pod: &Pod| security(pod).seccomp_profile.unwrap().type_;
-        assert_eq!(added(&pod), ["DAC_OVERRIDE"]);
-        let confined = security(&pod);
-        assert_eq!(confined.capabilities.unwrap().drop.unwrap(), ["ALL"]);
-        assert_eq!((confined.allow_privilege_escalation, confined.privileged), (Some(false), Some(false)));
-        assert_eq!(profile(&pod), "RuntimeDefault");
         let mut allowing = crate::World::default();
         let kubevirt = serde_json::from_value(json!({
             "metadata": {"name": "kubevirt", "namespace": "kubevirt", "uid": "kv"},
             "spec": {"configuration": {"migrations": {"allowPostCopy": true}}},
         }));
         allowing.apply(crate::Object::KubeVirt(std::sync::Arc::new(kubevirt.unwrap())), crate::Source::Watch);
-        let view = testing::view(&allowing, &settings);
-        let receiving = build(&vmi, Role::Receive(&migration), &view);
-        assert_eq!(added(&receiving), ["DAC_OVERRIDE", "SYS_PTRACE"]);
-        assert_eq!(profile(&receiving), "Unconfined");
-        let starting = build(&vmi, Role::Start, &view);
-        assert_eq!(
-            (added(&starting), profile(&starting)),
-            (vec!["DAC_OVERRIDE".to_owned()], "RuntimeDefault".to_owned())
-        );
         // Devices are asked for where nodes offer them.
         let asks = |vmi: &VirtualMachineInstance, role, world: &crate::World| -> Vec<String> {
             let limits = resources(vmi, role, world).limits.unwrap_or_default();

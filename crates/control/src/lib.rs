@@ -13,6 +13,7 @@ mod evacuation_tests;
 pub mod fence;
 #[cfg(test)]
 mod fence_tests;
+pub mod figures;
 pub mod garbage;
 pub mod history;
 #[cfg(test)]
@@ -36,11 +37,14 @@ mod ordered;
 pub mod persistent_state;
 pub mod placement;
 mod plan;
+pub mod pod_security;
 pub mod processor;
 pub mod quantity;
 pub mod queue;
 pub mod quota;
 pub mod selector;
+mod short;
+mod table;
 #[cfg(test)]
 mod testing;
 pub mod turns;
@@ -58,13 +62,14 @@ mod workloads_tests;
 mod world;
 
 pub use key::{Key, Lane, Noun, kinds_for};
-pub use object::{Kind, Name, Object, Ref, Stored};
+pub use object::{Kind, Name, Object, Packed, Ref, Stored};
 pub use ordered::Ordered;
 pub use plan::{
     Effect, EventRecord, EventType, NODE_CONTROLLER, Plan, SCHEDULER, VM_CONTROLLER, VOLUME_CONTROLLER, View,
     has_status_subresource, merge_difference,
 };
-pub use world::{Change, Refusal, Source, Table, World, claims_of, vmi_of_pod};
+pub use table::{Names, Table};
+pub use world::{Change, Refusal, Source, World, claims_of, vmi_of_pod};
 
 /// How an installation is set up: what decisions need to know that no object says.
 #[derive(Clone, Debug)]
@@ -85,6 +90,8 @@ pub struct Settings {
     pub scheduler_name: String,
     /// Whether nobody else says of nodes that they are silent or cordoned (kube-controller-manager).
     pub tells_of_nodes: bool,
+    /// Whether these controllers move guests. Where they only maintain nodes, another KubeVirt does, by its own lights.
+    pub moves_guests: bool,
     /// The version to report.
     pub version: String,
 }
@@ -102,6 +109,7 @@ impl Settings {
             local_root: format!("{data_dir}/nodes/{{node}}/local"),
             scheduler_name: "default-scheduler".to_owned(),
             tells_of_nodes: true,
+            moves_guests: true,
             version: env!("CARGO_PKG_VERSION").to_owned(),
         }
     }

@@ -11,7 +11,6 @@ use k8s_openapi::api::core::v1::{Node, NodeCondition, Taint};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use smol_str::SmolStr;
 
-use crate::maintenance;
 use crate::names;
 use crate::object::{Name, Object, Stored};
 use crate::plan::{EventType, NODE_CONTROLLER, Plan, View, later};
@@ -30,11 +29,6 @@ pub const LEASES: &str = "kube-node-lease";
 pub fn decide(name: &str, view: &View<'_>) -> Plan {
     let mut plan = Plan::nothing();
     let Some(node) = view.world.nodes.get(&Name::cluster(name)).filter(|node| !node.deleting()) else { return plan };
-    match maintenance::orphaned_from(node, view.world) {
-        Some(from) if view.now >= from => return maintenance::release(node, view),
-        Some(from) => plan.wake(from),
-        None => {}
-    }
     // Most decisions change nothing, so the node is copied only when one may.
     let mut after = Cow::Borrowed(node.as_ref());
 

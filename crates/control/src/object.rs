@@ -16,9 +16,12 @@ use k8s_openapi::api::core::v1::{
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use k8s_openapi::api::storage::v1::StorageClass;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 use smol_str::SmolStr;
 
+use crate::table;
 use crate::world::vmi_of_pod;
 
 /// Namespace and name of an object; the namespace is empty for cluster-scoped kinds. Short names lie in place: tens of
@@ -40,6 +43,12 @@ impl Name {
     /// A cluster-scoped name.
     pub fn cluster(name: impl Into<SmolStr>) -> Self {
         Self { namespace: SmolStr::default(), name: name.into() }
+    }
+
+    /// A name as it is displayed.
+    pub fn parse(text: &str) -> Self {
+        let (namespace, name) = text.split_once('/').unwrap_or(("", text));
+        Self::new(namespace, name)
     }
 
     /// The name that an object's metadata carries; missing parts are empty.
@@ -74,6 +83,35 @@ impl Ref {
 impl fmt::Display for Ref {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} {}", self.kind.kind(), self.name)
+    }
+}
+
+/// An object that nobody reads for now, in as little memory as it takes.
+#[derive(Clone, Debug)]
+pub struct Packed(Lying);
+
+#[derive(Clone, Debug)]
+enum Lying {
+    Text(Kind, Box<[u8]>),
+    /// Its text would not be all of it.
+    Object(Object),
+}
+
+impl Packed {
+    /// What it is.
+    pub fn kind(&self) -> Kind {
+        match &self.0 {
+            Lying::Text(kind, _) => *kind,
+            Lying::Object(object) => object.kind(),
+        }
+    }
+
+    /// The object as it was. It has been read back once before it was packed, so this does not fail.
+    pub fn object(self) -> Result<Object, serde_json::Error> {
+        match self.0 {
+            Lying::Text(kind, text) => Object::from_text(kind, &text),
+            Lying::Object(object) => Ok(object),
+        }
     }
 }
 
@@ -148,6 +186,22 @@ macro_rules! kinds {
                     $((Object::$variant(one), Object::$variant(other)) => Arc::ptr_eq(one, other) || one == other,)*
                     _ => false,
                 }
+            }
+
+            /// The same in as little memory as it takes, for as long as nobody reads it.
+            pub fn packed(self) -> Packed {
+                let text = match &self { $(Object::$variant(object) => table::text_of(object.as_ref()),)* };
+                Packed(match text {
+                    Some(text) => Lying::Text(self.kind(), text),
+                    None => Lying::Object(self),
+                })
+            }
+
+            /// Reads an object of `kind` from its JSON text.
+            pub fn from_text(kind: Kind, text: &[u8]) -> Result<Object, serde_json::Error> {
+                Ok(match kind {
+                    $(Kind::$variant => Object::$variant(Arc::new(serde_json::from_slice::<$ty>(text)?)),)*
+                })
             }
 
             /// Reads an object of `kind` from its JSON form.
@@ -291,7 +345,7 @@ fn lean_pod(spec: &mut PodSpec, is_launcher: bool) {
 }
 
 /// A typed object that the [`World`](crate::World) keeps.
-pub trait Stored: Sized {
+pub trait Stored: Clone + PartialEq + Serialize + DeserializeOwned {
     /// Its kind.
     const KIND: Kind;
     /// Its metadata.

@@ -72,6 +72,15 @@ impl<K: Clone + Eq + Hash + Ord, V> Ordered<K, V> {
         self.order.iter().filter_map(|key| self.entries.get(key))
     }
 
+    /// Does something to each value, in the order of their keys.
+    pub fn for_each(&mut self, mut work: impl FnMut(&mut V)) {
+        for key in &self.order {
+            if let Some(value) = self.entries.get_mut(key) {
+                work(value);
+            }
+        }
+    }
+
     /// The keys within bounds and their values, in order.
     pub fn range(&self, bounds: impl RangeBounds<K>) -> impl Iterator<Item = (&K, &V)> {
         self.order.range(bounds).filter_map(|key| Some((key, self.entries.get(key)?)))
@@ -104,6 +113,9 @@ mod tests {
             prop_assert!(map.keys().eq(expected.keys()));
             prop_assert!(map.values().eq(expected.values()));
             prop_assert!(map.range(7..).eq(expected.range(7..)));
+            map.for_each(|value| *value /= 2);
+            expected.values_mut().for_each(|value| *value /= 2);
+            prop_assert!(map.values().eq(expected.values()));
         }
     }
 }

@@ -4,6 +4,7 @@ use godwit_api::access::{self, Right};
 use godwit_api::admission::eviction;
 use godwit_api::names::KUBEVIRT_NAMESPACE;
 use jiff::{SignedDuration, Timestamp};
+use k8s_openapi::api::core::v1::Pod;
 use serde_json::{Value, json};
 
 use crate::plan::{Effect, EventRecord, Plan};
@@ -233,7 +234,8 @@ fn check_rights(key: &Key, plan: &Plan) {
 /// Whether the controllers' account has this right, for decisions of this noun.
 pub fn may(right: &Right<'_>, noun: Noun) -> bool {
     let account = access::components().into_iter().find(|account| account.name == access::CONTROLLER).unwrap();
-    let kubernetes_own = !Noun::CLUSTER.contains(&noun) || noun == Noun::Node;
+    // The manifests bring the namespaces of leases; beside a bare server nobody has applied them.
+    let kubernetes_own = !Noun::CLUSTER.contains(&noun) || noun == Noun::Node || right.resource == "namespaces";
     account.may(right, KUBEVIRT_NAMESPACE) || (kubernetes_own && access::engine_room().may(right, KUBEVIRT_NAMESPACE))
 }
 
@@ -268,4 +270,60 @@ fn merge(target: &mut Value, patch: &Value) {
             merge(map.entry(key.clone()).or_insert(Value::Null), value);
         }
     }
+}
+
+/// Kubernetes' profile "restricted", rule by rule, without those about what the pod never has (host ports, sysctls, Windows …),
+/// which are refused as a whole: only what is known here may be in a pod at all.
+pub fn breaks_restricted(pod: &Pod) -> Vec<String> {
+    let spec = serde_json::to_value(pod.spec.as_ref().unwrap()).unwrap();
+    let mut broken = Vec::new();
+    let mut rule = |holds: bool, rule: &str| {
+        if !holds {
+            broken.push(rule.to_owned());
+        }
+    };
+    let volumes = [
+        "configMap",
+        "csi",
+        "downwardAPI",
+        "emptyDir",
+        "ephemeral",
+        "image",
+        "persistentVolumeClaim",
+        "projected",
+        "secret",
+    ];
+    for volume in spec["volumes"].as_array().unwrap() {
+        let kinds = volume.as_object().unwrap().keys().filter(|key| *key != "name");
+        rule(kinds.into_iter().all(|kind| volumes.contains(&kind.as_str())), "restricted volume types");
+    }
+    for host in ["hostNetwork", "hostPID", "hostIPC"] {
+        rule(spec[host].as_bool() != Some(true), host);
+    }
+    let whole = &spec["securityContext"];
+    let known = ["runAsNonRoot", "runAsUser", "runAsGroup", "fsGroup", "fsGroupChangePolicy", "seccompProfile"];
+    rule(whole.as_object().unwrap().keys().all(|key| known.contains(&key.as_str())), "another field of the pod");
+    rule(spec["initContainers"].is_null(), "other containers");
+    for container in spec["containers"].as_array().unwrap() {
+        let own = &container["securityContext"];
+        let known = ["allowPrivilegeEscalation", "privileged", "capabilities"];
+        rule(
+            own.as_object().unwrap().keys().all(|key| known.contains(&key.as_str())),
+            "another field of the container",
+        );
+        rule(own["allowPrivilegeEscalation"] == json!(false), "allowPrivilegeEscalation != false");
+        rule(own["privileged"] != json!(true), "privileged");
+        rule(
+            own["capabilities"]["drop"].as_array().is_some_and(|drop| drop.contains(&json!("ALL"))),
+            "capabilities.drop",
+        );
+        let added = own["capabilities"]["add"].as_array().into_iter().flatten();
+        rule(added.into_iter().all(|name| name == "NET_BIND_SERVICE"), "unrestricted capabilities");
+        let ports = container["ports"].as_array().into_iter().flatten();
+        rule(ports.into_iter().all(|port| port["hostPort"].is_null()), "host ports");
+    }
+    rule(whole["runAsNonRoot"] == json!(true), "runAsNonRoot != true");
+    rule(whole["runAsUser"] != json!(0), "runAsUser=0");
+    rule(whole["seccompProfile"]["type"] == "RuntimeDefault", "seccompProfile");
+    broken
 }

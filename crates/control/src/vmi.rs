@@ -30,7 +30,7 @@ use crate::quota;
 use crate::volume_update;
 use crate::volumes;
 use crate::workloads;
-use crate::world::World;
+use crate::world::{World, vmi_of_pod};
 
 /// When the source pod of a handed-over migration ends, its guest may already run at the target: the handlers have this
 /// long to say so before the VMI counts as lost. It counts only while the target's node can be reached.
@@ -495,12 +495,8 @@ pub fn quits_by_itself_until(vmi: &VirtualMachineInstance, pod: &Pod, now: Times
 
 /// Launcher pods whose VMI is gone for good.
 fn remove_orphans(name: &Name, world: &World, plan: &mut Plan) {
-    let launchers = world.pods.iter().filter(|pod| {
-        pod.namespace() == name.namespace
-            && pod.label(names::LABEL_APP) == Some(names::APP_VIRT_LAUNCHER)
-            && pod.annotation(names::ANNOTATION_DOMAIN) == Some(name.name.as_str())
-    });
-    let attachments = world.pods.iter().filter(|pod| hotplug::vmi_of_attachment(pod).as_ref() == Some(name));
+    let launchers = world.pods_of_guest(name).filter(|pod| vmi_of_pod(pod).is_some());
+    let attachments = world.pods_of_guest(name).filter(|pod| hotplug::vmi_of_attachment(pod).is_some());
     for pod in launchers.chain(attachments).filter(|pod| !pod.deleting()) {
         plan.delete(pod.as_ref());
     }

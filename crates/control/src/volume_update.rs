@@ -256,8 +256,7 @@ fn prepare(
     for (name, from, to) in moves {
         let Some(there) = claim(to) else { return Err(format!("claim {to} of volume {name} does not exist")) };
         // Whoever else uses it would find another's data on it.
-        let uses = |other: &VirtualMachineInstance| other.spec.volumes.iter().any(|v| claim_of(v) == Some(to));
-        if let Some(other) = view.world.vmis.iter().find(|other| other.namespace() == vmi.namespace() && uses(other)) {
+        if let Some(other) = view.world.vmis_using(&Name::new(vmi.namespace(), to)).next() {
             return Err(format!("claim {to} of volume {name} is used by VirtualMachineInstance {}", other.name()));
         }
         check_destination(name, there, vmi)?;

@@ -90,7 +90,7 @@ fn uses(strategy: &Option<WorkloadUpdateStrategy>, method: &str) -> bool {
 
 /// Counts the outdated and moves, or evicts, as many as may be now.
 pub fn update(before: &Arc<KubeVirt>, after: &mut KubeVirt, view: &View<'_>, plan: &mut Plan) {
-    let outdated: Vec<_> = view.world.vmis.iter().filter(|vmi| is_labelled(vmi) && !vmi.is_final()).collect();
+    let outdated: Vec<_> = view.world.outdated_vmis().filter(|vmi| !vmi.is_final()).collect();
     let count = i64::try_from(outdated.len()).unwrap_or(i64::MAX);
     after.status.outdated_virtual_machine_instance_workloads = Some(count);
     let strategy = &before.spec.workload_update_strategy;
@@ -118,8 +118,7 @@ pub fn update(before: &Arc<KubeVirt>, after: &mut KubeVirt, view: &View<'_>, pla
 fn migrate(vmis: &[&&Arc<VirtualMachineInstance>], view: &View<'_>, plan: &mut Plan) {
     let most = kubevirt::migration_configuration(view.world).parallel_migrations_per_cluster;
     let most = most.unwrap_or(PARALLEL_MIGRATIONS_PER_CLUSTER);
-    let active = view.world.migrations.iter().filter(|migration| !migration.is_final()).count();
-    let mut room = usize::try_from(most).unwrap_or(usize::MAX).saturating_sub(active);
+    let mut room = usize::try_from(most).unwrap_or(usize::MAX).saturating_sub(view.world.unfinished_migrations());
     for vmi in vmis {
         let (last, next) = history(vmi, view);
         if let Some(next) = next.filter(|next| view.now < *next) {

@@ -1,12 +1,12 @@
 //! What the controllers know: every watched object, with the indexes that decisions need.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::{Arc, LazyLock};
 
 use godwit_api::maintenance::{kubevirt as nm_kubevirt, medik8s as nm_medik8s, oldest as nm_oldest};
 use godwit_api::{
     KubeVirt, MigrationConfiguration, MigrationPolicy, MigrationRecord, NetworkAttachmentDefinition, VirtualMachine,
-    VirtualMachineInstance, VirtualMachineInstanceMigration,
+    VirtualMachineInstance, VirtualMachineInstanceMigration, VmiPhase,
 };
 use jiff::Timestamp;
 use k8s_openapi::api::coordination::v1::Lease;
@@ -20,55 +20,11 @@ use smol_str::SmolStr;
 use crate::fence::{self, Heard};
 use crate::object::{Kind, Name, Object, Stored};
 use crate::ordered::Ordered;
-use crate::{homecoming, hotplug, kubevirt, names, node, persistent_state, placement, turns, volumes};
-
-/// All objects of one type, by name.
-#[derive(Clone, Debug)]
-pub struct Table<T>(Ordered<Name, Arc<T>>);
-
-impl<T> Default for Table<T> {
-    fn default() -> Self {
-        Self(Ordered::default())
-    }
-}
-
-impl<T> Table<T> {
-    /// The object of this name.
-    pub fn get(&self, name: &Name) -> Option<&Arc<T>> {
-        self.0.get(name)
-    }
-
-    /// All objects, in order of their names.
-    pub fn iter(&self) -> impl Iterator<Item = &Arc<T>> {
-        self.0.values()
-    }
-
-    /// All names in order.
-    pub fn names(&self) -> impl Iterator<Item = &Name> {
-        self.0.keys()
-    }
-
-    /// How many there are.
-    pub fn len(&self) -> usize {
-        self.0.len()
-    }
-
-    /// Whether there is none.
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-
-    /// The objects of one namespace.
-    pub fn within<'a>(&'a self, namespace: &'a str) -> impl Iterator<Item = &'a Arc<T>> {
-        let from = self.0.range(Name::new(namespace, "")..);
-        from.take_while(move |(name, _)| name.namespace == namespace).map(|(_, object)| object)
-    }
-
-    /// The objects of these names that exist.
-    pub fn pick<'a>(&'a self, names: Option<&'a BTreeSet<Name>>) -> impl Iterator<Item = &'a Arc<T>> {
-        names.into_iter().flatten().filter_map(|name| self.0.get(name))
-    }
-}
+use crate::table::{Names, Table};
+use crate::{
+    evacuation, homecoming, hotplug, kubevirt, names, node, persistent_state, placement, pod_security, turns, volumes,
+    workloads,
+};
 
 /// Where a piece of news comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -101,7 +57,7 @@ impl Change {
 }
 
 /// A map from something objects refer to, to the objects that refer to it.
-type Index = BTreeMap<String, BTreeSet<Name>>;
+type Index = BTreeMap<String, Names>;
 
 /// That the server would not make a pod, or evict it.
 #[derive(Clone, Debug)]
@@ -172,6 +128,7 @@ pub struct World {
     pods_by_migration_uid: Index,
     attachments_by_launcher: Index,
     pods_by_claim: Index,
+    pods_by_guest: Index,
     vmis_by_node: Index,
     vmis_by_uid: Index,
     migrations_by_vmi: Index,
@@ -185,6 +142,11 @@ pub struct World {
     claims_by_guest: Index,
     records_by_vmi: Index,
     vmis_by_home: Index,
+    vmis_to_evacuate: Index,
+    vmis_unstarted: Index,
+    vmis_outdated: Index,
+    migrations_unfinished: Index,
+    nodes_that_keep_files: Index,
 
     /// Target pods that the server would not make.
     refusals: BTreeMap<Name, Refusal>,
@@ -212,6 +174,7 @@ struct Terms {
     pods_by_migration_uid: Vec<String>,
     attachments_by_launcher: Vec<String>,
     pods_by_claim: Vec<String>,
+    pods_by_guest: Vec<String>,
     vmis_by_node: Vec<String>,
     vmis_by_uid: Vec<String>,
     migrations_by_vmi: Vec<String>,
@@ -225,6 +188,11 @@ struct Terms {
     claims_by_guest: Vec<String>,
     records_by_vmi: Vec<String>,
     vmis_by_home: Vec<String>,
+    vmis_to_evacuate: Vec<String>,
+    vmis_unstarted: Vec<String>,
+    vmis_outdated: Vec<String>,
+    migrations_unfinished: Vec<String>,
+    nodes_that_keep_files: Vec<String>,
 }
 
 impl World {
@@ -253,6 +221,18 @@ impl World {
     /// The nodes with a fence lease.
     pub fn fenced_nodes(&self) -> impl Iterator<Item = &SmolStr> {
         self.fences.keys()
+    }
+
+    /// Whether an object is held in this state or a newer one.
+    pub fn knows(&self, object: &Object) -> bool {
+        let seen = object.revision();
+        seen != 0 && self.get(object.kind(), &object.name()).is_some_and(|held| held.revision() >= seen)
+    }
+
+    /// Takes in that the watch or list of a kind has shown what is known at this revision.
+    pub fn shown(&mut self, kind: Kind, revision: u64) {
+        let horizon = self.horizon.entry(kind).or_default();
+        *horizon = revision.max(*horizon);
     }
 
     /// Takes in an object as seen at its revision. Returns the change, or `None` when this was already known or is older
@@ -299,6 +279,14 @@ impl World {
         self.remove(kind, name);
         self.follow(&change);
         Some(change)
+    }
+
+    /// Packs all objects when more than so many have been read or have come since the last time. They stay what they are, and are
+    /// unpacked when they are asked for: this gives memory for time.
+    pub fn pack(&mut self, beyond: usize) {
+        if self.unpacked() > beyond {
+            self.pack_all();
+        }
     }
 
     /// Takes in that the server would not make the target pod of a migration, and why.
@@ -424,6 +412,7 @@ impl World {
             (&mut self.pods_by_migration_uid, &old.pods_by_migration_uid, &new.pods_by_migration_uid),
             (&mut self.attachments_by_launcher, &old.attachments_by_launcher, &new.attachments_by_launcher),
             (&mut self.pods_by_claim, &old.pods_by_claim, &new.pods_by_claim),
+            (&mut self.pods_by_guest, &old.pods_by_guest, &new.pods_by_guest),
             (&mut self.vmis_by_node, &old.vmis_by_node, &new.vmis_by_node),
             (&mut self.vmis_by_uid, &old.vmis_by_uid, &new.vmis_by_uid),
             (&mut self.migrations_by_vmi, &old.migrations_by_vmi, &new.migrations_by_vmi),
@@ -437,6 +426,11 @@ impl World {
             (&mut self.claims_by_guest, &old.claims_by_guest, &new.claims_by_guest),
             (&mut self.records_by_vmi, &old.records_by_vmi, &new.records_by_vmi),
             (&mut self.vmis_by_home, &old.vmis_by_home, &new.vmis_by_home),
+            (&mut self.vmis_to_evacuate, &old.vmis_to_evacuate, &new.vmis_to_evacuate),
+            (&mut self.vmis_unstarted, &old.vmis_unstarted, &new.vmis_unstarted),
+            (&mut self.vmis_outdated, &old.vmis_outdated, &new.vmis_outdated),
+            (&mut self.migrations_unfinished, &old.migrations_unfinished, &new.migrations_unfinished),
+            (&mut self.nodes_that_keep_files, &old.nodes_that_keep_files, &new.nodes_that_keep_files),
         ] {
             for term in old.iter().filter(|term| !new.contains(term)) {
                 if let Some(names) = index.get_mut(term) {
@@ -477,6 +471,21 @@ impl World {
         self.pods.pick(self.pods_by_claim.get(&claim.to_string()))
     }
 
+    /// Launcher pods of a guest by its VMI's name, whichever VMI of that name they were made for, and pods that hold its claims.
+    pub fn pods_of_guest(&self, vmi: &Name) -> impl Iterator<Item = &Arc<Pod>> {
+        self.pods.pick(self.pods_by_guest.get(&vmi.to_string()))
+    }
+
+    /// The names of the VMIs that there are such pods for.
+    pub fn guests_with_pods(&self) -> impl Iterator<Item = Name> {
+        self.pods_by_guest.keys().map(|guest| Name::parse(guest))
+    }
+
+    /// The names of the VMIs that there are records of.
+    pub fn guests_with_records(&self) -> impl Iterator<Item = Name> {
+        self.records_by_vmi.keys().map(|guest| Name::parse(guest))
+    }
+
     /// VMIs whose `status.nodeName` is this node.
     pub fn vmis_on(&self, node: &str) -> impl Iterator<Item = &Arc<VirtualMachineInstance>> {
         self.vmis.pick(self.vmis_by_node.get(node))
@@ -485,6 +494,31 @@ impl World {
     /// VMIs that are to come back to a node after its maintenance.
     pub fn expected_at(&self, home: &str) -> impl Iterator<Item = &Arc<VirtualMachineInstance>> {
         self.vmis.pick(self.vmis_by_home.get(home))
+    }
+
+    /// VMIs that are being evacuated or were asked to go, wherever they are.
+    pub fn vmis_to_evacuate(&self) -> impl Iterator<Item = &Arc<VirtualMachineInstance>> {
+        self.vmis.pick(self.vmis_to_evacuate.get(""))
+    }
+
+    /// VMIs that have not got their first pod yet.
+    pub fn unstarted_vmis(&self) -> impl Iterator<Item = &Arc<VirtualMachineInstance>> {
+        self.vmis.pick(self.vmis_unstarted.get(""))
+    }
+
+    /// VMIs that run in another launcher than new ones would.
+    pub fn outdated_vmis(&self) -> impl Iterator<Item = &Arc<VirtualMachineInstance>> {
+        self.vmis.pick(self.vmis_outdated.get(""))
+    }
+
+    /// How many migrations are not over.
+    pub fn unfinished_migrations(&self) -> usize {
+        self.migrations_unfinished.get("").map_or(0, Names::len)
+    }
+
+    /// Whether wherever guests may run their pods are given what they must open.
+    pub fn all_handlers_give_files(&self) -> bool {
+        self.nodes_that_keep_files.is_empty()
     }
 
     /// Nodes that VMIs are to come back to.
@@ -500,6 +534,11 @@ impl World {
     /// The migration with this UID.
     pub fn migration_by_uid(&self, uid: &str) -> Option<&Arc<VirtualMachineInstanceMigration>> {
         self.migrations.pick(self.migrations_by_uid.get(uid)).next()
+    }
+
+    /// The name of the migration with this UID.
+    pub fn migration_name(&self, uid: &str) -> Option<&Name> {
+        self.migrations_by_uid.get(uid)?.iter().next()
     }
 
     /// VMIs with a volume of this claim.
@@ -539,7 +578,7 @@ impl World {
 
     /// How many pods have a label, written `key=value`.
     pub fn pods_labelled(&self, label: &str) -> usize {
-        self.pods_by_label.get(label).map_or(0, BTreeSet::len)
+        self.pods_by_label.get(label).map_or(0, Names::len)
     }
 
     /// Pods with a term of anti-affinity that asks for this label (empty: for none by its value).
@@ -573,11 +612,19 @@ macro_rules! tables {
 
             fn put(&mut self, object: Object) {
                 let name = object.name();
-                match object { $(Object::$variant(object) => { self.$field.0.insert(name, object); })* }
+                match object { $(Object::$variant(object) => self.$field.insert(name, object),)* }
             }
 
             fn remove(&mut self, kind: Kind, name: &Name) {
-                match kind { $(Kind::$variant => { self.$field.0.remove(name); })* }
+                match kind { $(Kind::$variant => self.$field.remove(name),)* }
+            }
+
+            fn unpacked(&self) -> usize {
+                [$(self.$field.unpacked()),*].iter().sum()
+            }
+
+            fn pack_all(&mut self) {
+                $(self.$field.pack();)*
             }
         }
     };
@@ -616,6 +663,8 @@ fn terms(object: &Object) -> Terms {
             terms.pods_by_migration_uid.extend(pod.label(names::LABEL_MIGRATION_JOB_UID).map(str::to_owned));
             terms.attachments_by_launcher.extend(hotplug::launcher_of(pod).map(str::to_owned));
             terms.pods_by_claim.extend(claims_of(pod).map(|claim| claim.to_string()));
+            let guest = vmi_of_pod(pod).or_else(|| hotplug::vmi_of_attachment(pod));
+            terms.pods_by_guest.extend(guest.map(|guest| guest.to_string()));
             let labels = pod.metadata.labels.iter().flatten();
             terms.pods_by_label.extend(labels.map(|(key, value)| placement::label(key, value)));
             terms.pods_by_repelled.extend(placement::repelled(pod));
@@ -626,13 +675,21 @@ fn terms(object: &Object) -> Terms {
         Object::VirtualMachineInstance(vmi) => {
             terms.vmis_by_uid.extend(vmi.metadata.uid.clone());
             terms.vmis_by_home.extend(homecoming::home_of(vmi).map(str::to_owned));
+            let all = |is_one: bool| is_one.then(String::new);
+            terms.vmis_to_evacuate.extend(all(evacuation::is_touched(vmi)));
+            terms.vmis_unstarted.extend(all(matches!(vmi.status.phase, VmiPhase::Unset | VmiPhase::Pending)));
+            terms.vmis_outdated.extend(all(workloads::is_labelled(vmi)));
             let node = vmi.status.node_name.clone();
             terms.vmis_by_node.extend(node.filter(|node| !node.is_empty()));
             let claims = vmi.spec.volumes.iter().filter_map(|volume| volume.persistent_volume_claim.as_ref());
             terms.vmis_by_claim.extend(claims.map(|claim| Name::new(vmi.namespace(), &claim.claim_name).to_string()));
         }
+        Object::Node(node) => {
+            terms.nodes_that_keep_files.extend(pod_security::keeps_files(node).then(String::new));
+        }
         Object::Migration(migration) => {
             terms.migrations_by_uid.extend(migration.metadata.uid.clone());
+            terms.migrations_unfinished.extend((!migration.is_final()).then(String::new));
             terms.migrations_by_vmi.push(Name::new(migration.namespace(), migration.vmi_name()).to_string());
         }
         Object::PersistentVolume(volume) => {

@@ -4,6 +4,7 @@ use crate::args::Api;
 use crate::{connect, shutdown};
 use anyhow::Context;
 use godwit_api::admission::routes;
+use godwit_api::metrics::{self, Figures};
 use godwit_api::names::API_SERVICES;
 use godwit_certificates::authority::Subject;
 use godwit_certificates::keeper::{Keeper, Trusting};
@@ -13,7 +14,8 @@ use godwit_handler::tls::Identity;
 use godwit_serving::listen::{self, AnyClient, Connection};
 use godwit_serving::respond::{self, Body};
 use godwit_subresources::aggregated::{Aggregated, follow_front_proxy};
-use http::{Request, Response, StatusCode};
+use http::header::CONNECTION;
+use http::{HeaderValue, Request, Response, StatusCode, Version};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use std::net::TcpListener;
@@ -32,6 +34,7 @@ const GRACE: Duration = Duration::from_secs(15);
 /// What requests share.
 struct Front {
     client: kube::Client,
+    shown: Arc<Shown>,
     aggregated: Arc<Aggregated>,
     certificates: watch::Receiver<bool>,
     leaving: watch::Receiver<bool>,
@@ -50,6 +53,7 @@ pub async fn run(args: Api) -> anyhow::Result<()> {
     let shown = Arc::new(Shown::default());
     let aggregated = Arc::new(Aggregated::new(client.clone(), handlers(shown.clone()), stopping.clone()));
     let (ready, certificates) = watch::channel(false);
+    let told = shown.clone();
     let keeper = Keeper::new(client.clone(), &args.namespace, lifetimes, trusting());
     let mut tasks = JoinSet::new();
     tasks.spawn(follow_front_proxy(aggregated.clone(), client.clone()));
@@ -59,7 +63,7 @@ pub async fn run(args: Api) -> anyhow::Result<()> {
         .with_client_cert_verifier(Arc::new(AnyClient::default()))
         .with_cert_resolver(shown);
     config.alpn_protocols = listen::alpn();
-    let front = Arc::new(Front { client, aggregated, certificates, leaving });
+    let front = Arc::new(Front { client, shown: told, aggregated, certificates, leaving });
     let handler = move |connection: Connection| {
         let front = front.clone();
         move |request| {
@@ -121,12 +125,32 @@ fn subjects(args: &Api) -> Subjects {
     }
 }
 
+/// Has the client open another connection for its next request. kube-apiserver asks webhooks over HTTP/1.1 and keeps connections,
+/// wherever the Service leads by then; a request that one is closed under fails, and is not sent again.
+fn part(version: Version, response: &mut Response<Body>) {
+    if version <= Version::HTTP_11 && response.status() != StatusCode::SWITCHING_PROTOCOLS {
+        response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+    }
+}
+
 impl Front {
     async fn answer(&self, request: Request<Incoming>, connection: &Connection) -> Response<Body> {
+        let version = request.version();
+        let mut response = self.route(request, connection).await;
+        if *self.leaving.borrow() {
+            part(version, &mut response);
+        }
+        response
+    }
+
+    async fn route(&self, request: Request<Incoming>, connection: &Connection) -> Response<Body> {
         let path = request.uri().path();
         match path {
             "/livez" | "/healthz" => respond::text(StatusCode::OK, "ok"),
             "/readyz" => self.readiness(),
+            "/metrics" => {
+                respond::bytes(StatusCode::OK, crate::metrics::CONTENT_TYPE, crate::metrics::text(self.figures()))
+            }
             path if Aggregated::has(path) => self.aggregated.handle(request, connection).await,
             _ => godwit_webhook::answer_request(&self.client, request)
                 .await
@@ -134,12 +158,28 @@ impl Front {
         }
     }
 
-    fn readiness(&self) -> Response<Body> {
-        let checks = [
+    fn checks(&self) -> [(&'static str, bool); 3] {
+        [
             ("certificates", *self.certificates.borrow()),
             ("front-proxy", self.aggregated.is_ready()),
             ("shutdown", !*self.leaving.borrow()),
-        ];
+        ]
+    }
+
+    /// What is told to Prometheus.
+    fn figures(&self) -> Figures {
+        let mut figures = Figures::default();
+        figures.tell(metrics::INFO, [crate::metrics::VERSION], 1.0);
+        let ready = self.checks().iter().all(|(_, good)| *good);
+        figures.tell(metrics::API_READY, [], f64::from(u8::from(ready)));
+        for (certificate, end) in self.shown.ends() {
+            figures.tell(metrics::CERTIFICATE_END, [certificate], end as f64);
+        }
+        figures
+    }
+
+    fn readiness(&self) -> Response<Body> {
+        let checks = self.checks();
         if checks.iter().all(|(_, good)| *good) {
             return respond::text(StatusCode::OK, "ok");
         }
@@ -153,6 +193,20 @@ impl Front {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn connections_that_are_kept_are_given_up_before_they_are_closed() {
+        let parted = |version, code| {
+            let mut response = respond::text(code, "");
+            part(version, &mut response);
+            response.headers().get(CONNECTION).is_some_and(|value| value == "close")
+        };
+        assert!(parted(Version::HTTP_11, StatusCode::OK));
+        assert!(parted(Version::HTTP_10, StatusCode::NOT_FOUND));
+        // HTTP/2 has a frame for it, and a console is no connection any more.
+        assert!(!parted(Version::HTTP_2, StatusCode::OK));
+        assert!(!parted(Version::HTTP_11, StatusCode::SWITCHING_PROTOCOLS));
+    }
 
     #[tokio::test]
     async fn it_is_not_ready_for_a_while_before_it_accepts_no_more() {

@@ -288,6 +288,22 @@ pub struct Manifests {
     /// Nothing but these, which work beside an existing KubeVirt [default: all of godwit]
     #[arg(long, value_enum, value_delimiter = ',')]
     pub components: Vec<Component>,
+    /// Also what a Prometheus of the Prometheus Operator needs: what to scrape and of what to warn
+    #[arg(long)]
+    pub monitoring: bool,
+    /// The service account of that Prometheus, which is to find the pods
+    #[arg(long, value_name = "NAMESPACE/NAME", default_value = "monitoring/prometheus-k8s", value_parser = account, requires = "monitoring")]
+    pub monitoring_account: godwit_manifests::Prometheus,
+}
+
+/// An account by its namespace and name.
+fn account(text: &str) -> Result<godwit_manifests::Prometheus, String> {
+    match text.split_once('/') {
+        Some((namespace, account)) if !namespace.is_empty() && !account.is_empty() && !account.contains('/') => {
+            Ok(godwit_manifests::Prometheus { namespace: namespace.to_owned(), account: account.to_owned() })
+        }
+        _ => Err(format!("{text} is no NAMESPACE/NAME, as monitoring/prometheus-k8s")),
+    }
 }
 
 /// What works beside an existing KubeVirt.
@@ -310,7 +326,8 @@ impl From<Manifests> for godwit_manifests::Options {
             Component::NodePool => godwit_manifests::Component::NodePool,
         };
         let components = wanted.components.into_iter().map(component).collect();
-        Self { namespace: wanted.namespace, image: wanted.image, components }
+        let monitoring = wanted.monitoring.then_some(wanted.monitoring_account);
+        Self { namespace: wanted.namespace, image: wanted.image, components, monitoring }
     }
 }
 
@@ -610,7 +627,7 @@ pub struct Controller {
     #[arg(long, env = "POD_NAMESPACE", default_value = godwit_api::names::KUBEVIRT_NAMESPACE)]
     pub lease_namespace: String,
     /// What to decide about, joined by commas, such as maintenance,history [default: all that Kubernetes does not]
-    #[arg(long, value_delimiter = ',', value_parser = noun, conflicts_with = "bare_api_server")]
+    #[arg(long, value_delimiter = ',', value_parser = noun)]
     pub nouns: Option<Vec<godwit_control::Noun>>,
     /// Image of the launchers' container: this binary and QEMU [default: that of this pod]
     #[arg(long, env = "GODWIT_LAUNCHER_IMAGE")]
@@ -619,13 +636,13 @@ pub struct Controller {
     #[arg(long, env = "GODWIT_LAUNCHER_PULL_POLICY")]
     pub launcher_pull_policy: Option<String>,
     /// There is neither a kube-scheduler nor a kube-controller-manager (tests): do as much of their work as VMs need, with
-    /// volumes in this data directory, which the nodes share
+    /// volumes in this data directory, which the nodes share, whatever `--nouns` takes
     #[arg(long, value_name = "DATA_DIR")]
     pub bare_api_server: Option<PathBuf>,
     /// How long nodes' certificates live, as `90s`, `30m`, `12h` or `10d`
     #[arg(long, default_value = "10d", value_parser = lifetime)]
     pub certificate_lifetime: Duration,
-    /// Answer GET /livez and /readyz here, over plain HTTP; ready when it could decide, whoever does
+    /// Answer GET /livez, /readyz and /metrics here, over plain HTTP; ready when it could decide, whoever does
     #[arg(long)]
     pub health: Option<SocketAddr>,
 }
@@ -661,7 +678,7 @@ pub struct Handler {
     /// A folder of the node, in memory, for what a handler leaves to its successor
     #[arg(long, default_value = "/run/godwit")]
     pub state: PathBuf,
-    /// Answer GET /livez and /readyz here, over plain HTTP; ready also while the node's other handler is waited for
+    /// Answer GET /livez, /readyz and /metrics here, over plain HTTP; ready also while the node's other handler is waited for
     #[arg(long)]
     pub health: Option<SocketAddr>,
     /// The node's certificate.

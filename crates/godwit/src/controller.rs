@@ -3,6 +3,7 @@
 use crate::args::Controller;
 use crate::{connect, health, shutdown};
 use anyhow::Context;
+use futures::future::BoxFuture;
 use godwit_api::names::KUBEVIRT_NAMESPACE;
 use godwit_certificates::schedule::Lifetimes;
 use godwit_certificates::signer;
@@ -11,6 +12,7 @@ use godwit_control::{Name, Noun};
 use godwit_runtime::Options;
 use k8s_openapi::api::core::v1::Pod;
 use kube::{Api, Client};
+use std::sync::Arc;
 use tokio::sync::watch;
 
 /// The container of this process, as it is installed.
@@ -29,17 +31,29 @@ pub async fn run(args: Controller) -> anyhow::Result<()> {
         None => Options::cluster(identity.as_str()),
     };
     options.lease = Some(Candidate { lease: Name::new(args.lease_namespace.as_str(), args.lease), holder: identity });
-    options.nouns = args.nouns.unwrap_or(options.nouns);
+    if let Some(chosen) = args.nouns {
+        // What stands for Kubernetes is nobody's choice: nothing runs without it.
+        options.nouns.retain(|noun| chosen.contains(noun) || !Noun::CLUSTER.contains(noun));
+    }
+    options.settings.moves_guests = options.nouns.contains(&Noun::Migration);
     match args.launcher_image {
         Some(image) => options.settings.launcher_image = image,
         None if args.bare_api_server.is_some() => {}
+        // Whoever only maintains nodes of another KubeVirt makes no pods.
+        None if !options.nouns.contains(&Noun::Vmi) => {}
         None => options.settings.launcher_image = own_image(&client, &args.lease_namespace).await?,
     }
     options.settings.launcher_pull_policy = args.launcher_pull_policy;
     let (listed, ready) = watch::channel(false);
     options.listed = Some(listed);
     if let Some(address) = args.health {
-        health::serve(address, ready).await?;
+        let (scraper, scrapes) = godwit_runtime::scraping();
+        options.scrapes = Some(scrapes);
+        let told = move || -> BoxFuture<'static, _> {
+            let scraper = scraper.clone();
+            Box::pin(async move { scraper.figures().await })
+        };
+        health::serve(address, ready, Arc::new(told)).await?;
     }
     let lifetimes = Lifetimes { certificate: args.certificate_lifetime, ..Lifetimes::default() };
     // Whoever only maintains nodes of another KubeVirt has no handlers.

@@ -15,16 +15,21 @@ use jiff::Timestamp;
 use kube::core::Request;
 use kube::core::params::{Patch, PatchParams, PostParams};
 use serde_json::{Value, json};
-use std::net::{Ipv4Addr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::Path;
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::task::JoinSet;
 
 /// VMs on one node.
 const PER_NODE: usize = 50;
 /// Writes under way at once while the server is filled.
 const WRITERS: usize = 32;
+/// How often the controllers are asked for their figures.
+const SCRAPES: usize = 10;
 /// How long the controllers may take to come to rest.
 const PATIENCE: Duration = Duration::from_secs(900);
 /// So long the memory must not have changed much.
@@ -40,12 +45,11 @@ struct Held {
 
 /// Measures, and says whether it is within the limit.
 pub async fn run(wanted: BenchController) -> anyhow::Result<ExitCode> {
-    let folder = std::env::temp_dir().join(format!("godwit-bench-controller-{}", std::process::id()));
-    let outcome = measure(&wanted, &folder).await;
-    let _ = std::fs::remove_dir_all(&folder);
-    let (held, churned) = outcome?;
-    let vmis = wanted.vmis;
-    let good = held.peak.max(churned.peak) < f64::from(wanted.limit);
+    // It goes with this future, also when that is broken off.
+    let folder = tempfile::Builder::new().prefix("godwit-bench-controller-").tempdir().context("make a folder")?;
+    let Measured { held, churned, scraped, scrape, bytes } = measure(&wanted, folder.path()).await?;
+    let (vmis, kibibytes) = (wanted.vmis, bytes / 1024);
+    let good = held.peak.max(churned.peak).max(scraped.peak) < f64::from(wanted.limit);
     match wanted.output {
         Output::Text => {
             println!(
@@ -60,11 +64,21 @@ pub async fn run(wanted: BenchController) -> anyhow::Result<ExitCode> {
                 "after each instance has changed:  {:.0} MiB resident, at most {:.0} MiB",
                 churned.resident, churned.peak
             );
+            println!(
+                "after {SCRAPES} scrapes:               {:.0} MiB resident, at most {:.0} MiB; one took {} ms at most and gave {kibibytes} KiB",
+                scraped.resident,
+                scraped.peak,
+                scrape.as_millis(),
+            );
             println!("{} the limit of {} MiB", if good { "within" } else { "beyond" }, wanted.limit);
         }
         Output::Json => {
             let of = |held: &Held| json!({"residentMiB": held.resident, "peakMiB": held.peak});
-            let report = json!({"vmis": vmis, "listed": of(&held), "changed": of(&churned), "limitMiB": wanted.limit, "good": good});
+            let mut report =
+                json!({"vmis": vmis, "listed": of(&held), "changed": of(&churned), "scraped": of(&scraped)});
+            report["scrape"] = json!({"milliseconds": scrape.as_millis(), "bytes": bytes});
+            report["limitMiB"] = json!(wanted.limit);
+            report["good"] = json!(good);
             println!("{}", serde_json::to_string_pretty(&report)?);
         }
     }
@@ -75,7 +89,21 @@ fn nodes(vmis: usize) -> usize {
     vmis.div_ceil(PER_NODE)
 }
 
-async fn measure(wanted: &BenchController, folder: &Path) -> anyhow::Result<(Held, Held)> {
+/// What was measured.
+struct Measured {
+    /// When all was listed and decided.
+    held: Held,
+    /// When each instance had changed.
+    churned: Held,
+    /// When Prometheus had asked for figures.
+    scraped: Held,
+    /// How long an answer took at most.
+    scrape: Duration,
+    /// Its size.
+    bytes: usize,
+}
+
+async fn measure(wanted: &BenchController, folder: &Path) -> anyhow::Result<Measured> {
     let begun = Instant::now();
     let tell = |what: &str| eprintln!("{:>6.0} s  {what}", begun.elapsed().as_secs_f64());
     let layout = Layout::open(folder)?;
@@ -98,7 +126,9 @@ async fn measure(wanted: &BenchController, folder: &Path) -> anyhow::Result<(Hel
     let prepared = Prepared::new(options).await.context("API server")?;
     let admin = kube::Client::new(prepared.server.service(User::new("godwit", &["system:masters"])), "default");
     crate::control_plane::furnish(&admin).await?;
-    let server = tokio::spawn(prepared.serve(std::future::pending()));
+    // Ends with it.
+    let mut server = JoinSet::new();
+    server.spawn(prepared.serve(std::future::pending()));
     tell("an API server runs");
     fill(&admin, wanted.vmis).await?;
     tell("it is filled");
@@ -115,9 +145,17 @@ async fn measure(wanted: &BenchController, folder: &Path) -> anyhow::Result<(Hel
     .await?;
     tell("each instance has changed");
     let churned = controller.at_rest().await?;
+    let (mut scrape, mut bytes) = (Duration::ZERO, 0);
+    for _ in 0..SCRAPES {
+        let begun = Instant::now();
+        bytes = controller.scrape().await?;
+        scrape = scrape.max(begun.elapsed());
+    }
+    tell("its figures were asked for");
+    let scraped = controller.held()?;
     drop(controller);
-    server.abort();
-    Ok((held, churned))
+    server.shutdown().await;
+    Ok(Measured { held, churned, scraped, scrape, bytes })
 }
 
 async fn each(numbers: std::ops::Range<usize>, work: impl AsyncFn(usize) -> anyhow::Result<()>) -> anyhow::Result<()> {
@@ -131,6 +169,8 @@ async fn each(numbers: std::ops::Range<usize>, work: impl AsyncFn(usize) -> anyh
 /// `godwit controller`, for as long as this lives.
 struct Controllers {
     child: Child,
+    /// Where it is asked for its figures.
+    health: SocketAddr,
     log: std::path::PathBuf,
 }
 
@@ -145,15 +185,19 @@ impl Controllers {
     fn start(kubeconfig: &Path, folder: &Path) -> anyhow::Result<Self> {
         let log = folder.join("controller.log");
         let output = std::fs::File::create(&log)?;
+        // Free again in a moment.
+        let health = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?;
         let child = Command::new(std::env::current_exe()?)
-            .args(["controller", "--identity=bench", "--launcher-image=registry.local/godwit:1", "--kubeconfig"])
+            .args(["controller", "--identity=bench", "--launcher-image=registry.local/godwit:1"])
+            .arg(format!("--health={health}"))
+            .arg("--kubeconfig")
             .arg(kubeconfig)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(output)
             .spawn()
             .context("start godwit controller")?;
-        Ok(Self { child, log })
+        Ok(Self { child, health, log })
     }
 
     fn held(&self) -> anyhow::Result<Held> {
@@ -192,6 +236,17 @@ impl Controllers {
             before = ticks;
             tokio::time::sleep(Duration::from_secs(1)).await;
         }
+    }
+
+    /// Asks for its figures; how many bytes that is.
+    async fn scrape(&self) -> anyhow::Result<usize> {
+        let mut stream = TcpStream::connect(self.health).await.context("ask the controllers for their figures")?;
+        stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n").await?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await?;
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap_or((&answer, ""));
+        anyhow::ensure!(head.starts_with("HTTP/1.1 200 "), "the controllers do not tell their figures: {head}");
+        Ok(body.len())
     }
 
     fn words(&self) -> String {

@@ -3,13 +3,17 @@
 use crate::args::{Handler, NodeTls};
 use crate::{connect, health, shutdown};
 use anyhow::Context;
+use futures::future::BoxFuture;
+use godwit_api::metrics::{self, Figures};
 use godwit_api::names::KUBEVIRT_NAMESPACE;
+use godwit_certificates::authority;
 use godwit_certificates::node::{self, Files};
 use godwit_handler::TlsPaths;
 use kube::Client;
 use nix::fcntl::{Flock, FlockArg};
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::sync::watch;
 
@@ -19,9 +23,12 @@ const AGAIN: Duration = Duration::from_millis(200);
 /// Runs until SIGTERM or SIGINT. Guests run on.
 pub async fn run(args: Handler) -> anyhow::Result<()> {
     let mut asked = std::pin::pin!(shutdown::asked()?);
+    let certificate = Arc::new(OnceLock::new());
     if let Some(address) = args.health {
+        let certificate = certificate.clone();
+        let told = move || -> BoxFuture<'static, _> { Box::pin(std::future::ready(Some(figures(certificate.get())))) };
         // A rollout starts the next handler beside the one that is to go, and ends that when the next one is ready.
-        health::serve(address, watch::channel(true).1).await?;
+        health::serve(address, watch::channel(true).1, Arc::new(told)).await?;
     }
     let _alone = tokio::select! {
         lock = alone(&args.state) => lock?,
@@ -35,6 +42,8 @@ pub async fn run(args: Handler) -> anyhow::Result<()> {
         },
         false => tls(&args.tls)?,
     };
+    // Set once.
+    let _ = certificate.set(tls.cert.clone());
     let options = godwit_handler::Options {
         client,
         tls,
@@ -49,6 +58,19 @@ pub async fn run(args: Handler) -> anyhow::Result<()> {
     };
     godwit_handler::run(options, asked).await?;
     Ok(())
+}
+
+/// What a handler tells Prometheus; `certificate` is its node's, from when on it looks after the node.
+fn figures(certificate: Option<&PathBuf>) -> Figures {
+    let mut figures = Figures::default();
+    figures.tell(metrics::INFO, [crate::metrics::VERSION], 1.0);
+    figures.tell(metrics::HANDLER_READY, [], f64::from(u8::from(certificate.is_some())));
+    // Read anew each time: it is replaced while the handler runs.
+    let pem = certificate.and_then(|path| std::fs::read_to_string(path).ok());
+    if let Some(validity) = pem.and_then(|pem| authority::validity(&pem, "the node's certificate").ok()) {
+        figures.tell(metrics::CERTIFICATE_END, ["node"], validity.not_after as f64);
+    }
+    figures
 }
 
 /// Waits until no other handler of this node runs. The lock is the kernel's: it ends with the process, however that ends.
@@ -97,6 +119,25 @@ pub fn tls(files: &NodeTls) -> anyhow::Result<TlsPaths> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_handler_tells_until_when_its_certificate_counts() {
+        let waiting = figures(None);
+        assert_eq!(waiting.value(metrics::HANDLER_READY, []), Some(0.0));
+        assert_eq!(waiting.count(metrics::CERTIFICATE_END), 0);
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("node.pem");
+        let key = rcgen::KeyPair::generate().expect("a key");
+        let mut params = rcgen::CertificateParams::default();
+        params.not_after = rcgen::date_time_ymd(2033, 5, 18);
+        let certificate = params.self_signed(&key).expect("a certificate").pem();
+        std::fs::write(&path, format!("{certificate}{}", key.serialize_pem())).expect("write");
+        let told = figures(Some(&path));
+        assert_eq!(told.value(metrics::HANDLER_READY, []), Some(1.0));
+        assert_eq!(told.value(metrics::CERTIFICATE_END, ["node"]), Some(1_999_987_200.0));
+        std::fs::write(&path, "nothing").expect("write");
+        assert_eq!(figures(Some(&path)).count(metrics::CERTIFICATE_END), 0);
+    }
 
     #[tokio::test]
     async fn the_next_handler_waits_until_the_one_before_has_ended() {

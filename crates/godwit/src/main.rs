@@ -13,6 +13,7 @@ mod footprint;
 mod handler;
 mod health;
 mod images;
+mod metrics;
 mod node;
 mod shutdown;
 mod simulate;

@@ -5,6 +5,7 @@
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 fn demo_guest() -> PathBuf {
     let folder = std::env::var_os("GODWIT_GUEST")
@@ -188,4 +189,32 @@ fn a_node_is_emptied_and_what_it_took_stands_beside_the_plan_and_the_bounds() {
     for part in ["empty after", "the plan said", "bound by bytes", "bound by turns", "what bounds it", "decisions"] {
         assert!(text.contains(part), "no {part:?} in {text}");
     }
+}
+
+/// What is in a folder.
+fn within(folder: &Path) -> Vec<PathBuf> {
+    std::fs::read_dir(folder).expect("the folder").map(|entry| entry.expect("an entry").path()).collect()
+}
+
+#[test]
+fn the_controllers_memory_is_measured_and_nothing_is_left_behind() {
+    let folder = tempfile::tempdir().expect("folder");
+    let measured = ["controller", "--vmis", "10", "--limit", "1000"];
+    let (report, text) = reported(bench(&measured).env("TMPDIR", folder.path()));
+    assert_eq!((&report["vmis"], &report["good"]), (&Value::from(10), &Value::from(true)), "{text}");
+    for figure in ["/listed/residentMiB", "/listed/peakMiB", "/changed/residentMiB", "/changed/peakMiB"] {
+        assert!(report.pointer(figure).and_then(Value::as_f64).is_some_and(|value| value > 1.0), "{figure} in {text}");
+    }
+    assert_eq!(within(folder.path()), Vec::<PathBuf>::new());
+    // Nor when it is broken off in the middle.
+    let mut broken_off = bench(&["controller", "--vmis", "5000"]).env("TMPDIR", folder.path()).spawn().expect("godwit");
+    let deadline = Instant::now() + Duration::from_secs(120);
+    while !within(folder.path()).iter().any(|inner| within(inner).iter().any(|file| file.ends_with("store.redb"))) {
+        assert!(Instant::now() < deadline, "it does not begin: {:?}", within(folder.path()));
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let pid = nix::unistd::Pid::from_raw(broken_off.id().cast_signed());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).expect("SIGTERM");
+    assert!(!broken_off.wait().expect("it ends").success());
+    assert_eq!(within(folder.path()), Vec::<PathBuf>::new());
 }

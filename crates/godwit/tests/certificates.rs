@@ -1,18 +1,19 @@
-//! On etcd and kube-apiserver: `godwit api` behind kube-apiserver, and all certificates replaced in the middle of everything.
+//! On etcd and kube-apiserver: `godwit api` behind kube-apiserver, all certificates replaced in the middle of everything, and its
+//! processes one after the other.
 
 #![allow(clippy::expect_used, clippy::unwrap_used)]
 
 mod common;
 
+use common::real::{API, OTHER_API};
 use common::streams::Console;
 use common::terminal::Terminal;
-use common::{Cluster, kubectls, status};
+use common::{Cluster, kubectls, status, text};
 use godwit_guest_rom::{Line, Parameters};
-use k8s_openapi::api::certificates::v1::CertificateSigningRequest;
-use k8s_openapi::api::core::v1::{ConfigMap, Secret};
-use kube::Api;
 use kube::api::DynamicObject;
+use kube::config::{Config, Kubeconfig};
 use serde_json::json;
+use std::cell::Cell;
 use std::time::{Duration, Instant};
 
 /// What kube-apiserver says of the group, and of the answers of `godwit api`.
@@ -42,19 +43,29 @@ async fn is_behind_the_api_server(cluster: &Cluster) {
     }
     let version = get("/apis/subresources.kubevirt.io/v1/version").await;
     assert!(version["gitVersion"].as_str().is_some_and(|version| version.ends_with("+godwit")), "{version}");
-    // kube-apiserver merges what an aggregated API says of its types with its own.
-    let deadline = Instant::now() + Duration::from_secs(120);
-    while !get("/openapi/v3").await["paths"]
-        .as_object()
-        .expect("paths")
-        .contains_key("apis/subresources.kubevirt.io/v1")
-    {
-        assert!(Instant::now() < deadline, "the group is not in /openapi/v3");
-        tokio::time::sleep(Duration::from_millis(50)).await;
+    // kube-apiserver merges what an aggregated API says of itself with its own.
+    let start = "/apis/subresources.kubevirt.io/v1/namespaces/{namespace}/virtualmachines/{name}/start";
+    for document in ["/openapi/v3/apis/subresources.kubevirt.io/v1", "/openapi/v2"] {
+        let deadline = Instant::now() + Duration::from_secs(120);
+        let request = || http::Request::get(document).body(Vec::new()).expect("request");
+        loop {
+            let said = cluster.client.request::<serde_json::Value>(request()).await.unwrap_or_default();
+            if said["paths"][start]["put"].is_object() {
+                break;
+            }
+            assert!(Instant::now() < deadline, "{start} is not in {document}\n{}", cluster.words());
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
     }
     for kubectl in kubectls() {
         let raw = cluster.kubectl(&kubectl, &["get", "--raw", "/apis/subresources.kubevirt.io/v1"]);
         assert!(raw.contains("virtualmachineinstances/console"), "{raw}");
+        // Neither finds fault with what they are told of it.
+        for asked in [&["api-resources"][..], &["explain", "vmi.spec"], &["explain", "vm", "--recursive"]] {
+            let output = cluster.try_kubectl(&kubectl, asked, None);
+            assert!(output.status.success(), "{} {asked:?}: {}", kubectl.display(), text(&output.stderr));
+            assert_eq!(text(&output.stderr), "", "{} {asked:?}", kubectl.display());
+        }
     }
 }
 
@@ -124,21 +135,10 @@ async fn both_answer(cluster: &Cluster) {
     );
 }
 
-async fn signing(cluster: &Cluster) -> String {
-    let secrets: Api<Secret> = Api::namespaced(cluster.client.clone(), "kubevirt");
-    let secret = secrets.get("godwit-ca").await.expect("the CA");
-    String::from_utf8(secret.data.expect("data")["ca.crt"].0.clone()).expect("PEM")
-}
-
-async fn published(cluster: &Cluster) -> String {
-    let maps: Api<ConfigMap> = Api::namespaced(cluster.client.clone(), "kubevirt");
-    maps.get("godwit-ca-bundle").await.expect("the bundle").data.expect("data")["ca-bundle.crt"].clone()
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn a_guest_moves_and_nothing_is_refused_while_all_certificates_are_replaced() {
     let Some(cluster) = Cluster::rotating(2, ["100s", "20s"]).await else { return };
-    let first = signing(&cluster).await;
+    let first = cluster.signing_ca().await;
     is_behind_the_api_server(&cluster).await;
     cluster.build_rom_image(Parameters { beat_ticks: 20, ..Parameters::default() });
     virtctl_works(&cluster, &common::real::assets().expect("it is there")).await;
@@ -148,7 +148,7 @@ async fn a_guest_moves_and_nothing_is_refused_while_all_certificates_are_replace
     let deadline = Instant::now() + Duration::from_secs(600);
     let mut turns = 0;
     // Until the CA of the beginning is over, and everything that it has signed.
-    while published(&cluster).await.contains(first.trim()) {
+    while cluster.published_cas().await.contains(first.trim()) {
         assert!(
             Instant::now() < deadline,
             "after {turns} migrations the first CA is still published\n{}",
@@ -167,13 +167,63 @@ async fn a_guest_moves_and_nothing_is_refused_while_all_certificates_are_replace
             }
         }
     }
-    assert_ne!(signing(&cluster).await, first);
+    assert_ne!(cluster.signing_ca().await, first);
     console.hears(10, &cluster).await;
     console.is_complete();
     // Each node has asked several times, and nobody was refused.
-    let requests: Api<CertificateSigningRequest> = Api::all(cluster.client.clone());
-    let requests = requests.list(&Default::default()).await.expect("requests").items;
-    let signed = requests.iter().filter(|one| one.status.as_ref().is_some_and(|status| status.certificate.is_some()));
-    assert!(signed.count() >= 6, "{turns} migrations, {} requests", requests.len());
-    println!("{turns} migrations and {} node certificates while the CA was replaced", requests.len());
+    let (asked, signed) = cluster.node_certificates().await;
+    assert!(signed >= 6, "{turns} migrations, {asked} requests");
+    println!("{turns} migrations and {signed} node certificates while the CA was replaced");
+}
+
+/// As a rolling update replaces them: each says that it is not ready any more, and ends a moment later.
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_refused_while_one_after_the_other_of_two_is_replaced() {
+    if common::real::assets().is_none() {
+        println!("SKIPPED: KUBEBUILDER_ASSETS names no folder with etcd and kube-apiserver");
+        return;
+    }
+    let mut cluster = Cluster::start(1).await;
+    // What is refused shall be seen here, and not be asked for again.
+    let kubeconfig = Kubeconfig::read_from(cluster.kubeconfig()).expect("kubeconfig");
+    let mut config = Config::from_custom_kubeconfig(kubeconfig, &Default::default()).await.expect("config");
+    config.default_retry = false;
+    cluster.client = kube::Client::try_from(config).expect("client");
+    let real = cluster.real.as_ref().expect("a real API server");
+    real.start_api_process(OTHER_API);
+    let asked = Cell::new(0);
+    let asks = async || {
+        loop {
+            both_answer(&cluster).await;
+            asked.set(asked.get() + 1);
+        }
+    };
+    let replaced = async {
+        cluster.is_asked(OTHER_API, true).await;
+        for name in [API, OTHER_API, API] {
+            let before = asked.get();
+            let pid = cluster.pid(name);
+            nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).expect("SIGTERM");
+            cluster.is_asked(name, false).await;
+            let deadline = Instant::now() + Duration::from_secs(120);
+            while real.runs(name) {
+                assert!(Instant::now() < deadline, "{name} does not end\n{}", cluster.words());
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            println!("{} requests were answered while {name} went", asked.get() - before);
+            let before = asked.get();
+            real.start_api_process(name);
+            cluster.is_asked(name, true).await;
+            while asked.get() < before + 20 {
+                assert!(Instant::now() < deadline, "nothing is answered\n{}", cluster.words());
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        }
+    };
+    tokio::select! {
+        () = cluster.tells_endpoints() => {}
+        () = asks() => {}
+        () = asks() => {}
+        () = replaced => {}
+    }
 }

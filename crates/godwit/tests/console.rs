@@ -5,7 +5,7 @@
 mod common;
 
 use common::streams::{self, Console, Screen};
-use common::{Cluster, kill_hard, status, text};
+use common::{Cluster, kill_hard, status};
 use godwit_guest_rom::Parameters;
 use kube::api::DynamicObject;
 use serde_json::Value;
@@ -33,7 +33,7 @@ async fn migrates(cluster: &Cluster, name: &str) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_open_console_follows_its_guest_through_two_migrations() {
-    let cluster = Cluster::start(2).await;
+    let mut cluster = Cluster::start(2).await;
     // Five beats a second. QEMU's socket holds not even three hundred bytes of a serial port, and this guest does not wait long for a
     // port that is busy: one that says more is too much for a launcher that gets no processor for a while.
     cluster.build_rom_image(Parameters { beat_ticks: 20, ..Parameters::default() });
@@ -66,8 +66,7 @@ async fn an_open_console_follows_its_guest_through_two_migrations() {
         |migration: &DynamicObject| !["", "Pending", "Scheduling"].contains(&status(migration, "phase").as_str());
     cluster.wait(&cluster.migrations(), "shot", "it has begun", begun).await;
     kill_hard(cluster.pid(&status(&cluster.vmis().get("talker").await.expect("VMI"), "nodeName")));
-    let up = cluster.godwit(&["up", "--nodes", "2", "--detach"]);
-    assert!(up.status.success(), "godwit up: {}", text(&up.stderr));
+    cluster.up_again(2).await;
     let over = |migration: &DynamicObject| ["Succeeded", "Failed"].contains(&status(migration, "phase").as_str());
     cluster.wait(&cluster.migrations(), "shot", "it is over", over).await;
     console.hears(10, &cluster).await;
@@ -77,10 +76,14 @@ async fn an_open_console_follows_its_guest_through_two_migrations() {
     let newer = Console::open(&cluster, "talker").await;
     console.closes(&cluster).await;
     newer.hears(10, &cluster).await;
-    let log = std::fs::read_to_string(cluster.data_dir().join("log/control-plane.log")).expect("the log");
+    let log = cluster.log_of_streams();
     let opened: Vec<&str> = log.lines().filter(|line| line.contains("a stream is opened")).collect();
     assert_eq!(opened.len(), 6, "two consoles, four screens: {opened:#?}");
-    for word in ["kubernetes-admin", "127.0.0.1:", "default/talker", "console"] {
+    let from = match cluster.real {
+        Some(_) => godwit_standalone::CONTROL_PLANE_ADDRESS.to_string(),
+        None => "127.0.0.1:".to_owned(),
+    };
+    for word in ["kubernetes-admin", &from, "default/talker", "console"] {
         assert!(opened[0].contains(word), "{word}: {opened:#?}");
     }
 

@@ -215,7 +215,7 @@ async fn a_control_plane_that_is_away_stops_no_guest_and_starts_none_again() {
     stage.have_just_renewed(3).await;
     let away = SystemTime::now();
     let handler = stage.cluster.pid("node2");
-    let control_plane = Stopped::stop(stage.cluster.pid("control-plane"));
+    let control_plane = stage.cluster.stop_control_plane();
     // The others have not put their fences off yet. When they ask, one that forgot its last contact would count from here, and deny
     // for as long as their guests have left. Not later: it needs the time to start.
     stage.beats_after(2, away + (DURATION - SILENCE)).await;
@@ -225,13 +225,7 @@ async fn a_control_plane_that_is_away_stops_no_guest_and_starts_none_again() {
         stage.beats_after(number, away + DURATION + MARGIN + Duration::from_secs(5)).await;
     }
     drop(control_plane);
-    // The connections from before may be closed by either end.
-    stage.cluster.client = godwit_standalone::client(&stage.cluster.kubeconfig()).await.expect("client");
-    let deadline = Instant::now() + PATIENCE;
-    while stage.cluster.client.apiserver_version().await.is_err() {
-        assert!(Instant::now() < deadline, "the API does not answer again\n{}", stage.cluster.words());
-        tokio::time::sleep(MOMENT).await;
-    }
+    stage.cluster.reconnect().await;
     for number in 1..=3_u8 {
         let lease = format!("virt-handler-node{number}");
         let found = stage.leases().get(&lease).await.expect("the lease").metadata.resource_version;

@@ -7,6 +7,8 @@ mod agent;
 mod common;
 #[path = "guests/keep.rs"]
 mod keep;
+#[path = "guests/plain.rs"]
+mod plain;
 #[path = "guests/plug.rs"]
 mod plug;
 #[path = "guests/view.rs"]

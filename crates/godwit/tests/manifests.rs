@@ -53,6 +53,10 @@ async fn an_api_server_takes_them_all_with_strict_validation() {
     let cluster = Cluster::start(1).await;
     let printed = printed();
     let objects = documents(&printed);
+    // In a dry run none is made, and what is in one is refused where it is not there.
+    for namespace in objects.iter().filter(|one| one["kind"] == "Namespace" && one["metadata"]["name"] != "kubevirt") {
+        cluster.apply(namespace.clone()).await.expect("apply a namespace");
+    }
     for object in &objects {
         if let Err(error) = apply(&cluster, object).await {
             panic!("{} {}: {error}", object["kind"], object["metadata"]["name"]);
@@ -90,8 +94,12 @@ fn base() {
         })
         .collect();
     files.push(("kustomization.yaml".to_owned(), godwit_manifests::kustomization(&parts)));
+    let (part, component) = godwit_manifests::component();
+    let monitoring = format!("# {}\n{}", part.title, godwit_manifests::documents(&part.objects));
+    files.push((format!("monitoring/{}.yaml", part.name), monitoring));
+    files.push(("monitoring/kustomization.yaml".to_owned(), component));
     if std::env::var_os("GODWIT_BLESS").is_some() {
-        std::fs::create_dir_all(deploy()).unwrap();
+        std::fs::create_dir_all(deploy().join("monitoring")).unwrap();
         for (name, text) in &files {
             std::fs::write(deploy().join(name), text).unwrap();
         }
@@ -101,33 +109,57 @@ fn base() {
     for (name, text) in &files {
         assert!(std::fs::read_to_string(deploy().join(name)).unwrap_or_default() == *text, "{name}: {behind}");
     }
-    let there = std::fs::read_dir(deploy()).unwrap().flatten().map(|entry| entry.file_name().into_string().unwrap());
+    let within = |folder: &str| -> Vec<String> {
+        let all = std::fs::read_dir(deploy().join(folder)).unwrap().flatten();
+        all.filter(|entry| entry.path().is_file())
+            .map(|entry| Path::new(folder).join(entry.file_name()).to_str().unwrap().to_owned())
+            .collect()
+    };
+    let there: BTreeSet<String> = within("").into_iter().chain(within("monitoring")).collect();
     let wanted: BTreeSet<String> = files.into_iter().map(|(name, _)| name).collect();
-    assert_eq!(there.collect::<BTreeSet<String>>(), wanted, "{behind}");
+    assert_eq!(there, wanted, "{behind}");
+}
+
+/// What kustomize makes of a folder.
+fn built(kubectl: &Path, folder: &Path) -> Vec<Value> {
+    let output = Command::new(kubectl).arg("kustomize").arg(folder).output().expect("kubectl starts");
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    sorted(documents(&text(&output.stdout)))
+}
+
+/// What kustomize makes of a kustomization outside of the base, which is told by what path the base is reached.
+fn built_over(kubectl: &Path, kustomization: impl Fn(&str) -> Value) -> Vec<Value> {
+    let folder = tempfile::tempdir().expect("a folder");
+    let base = deploy().canonicalize().expect("deploy/");
+    let path = relative(&folder.path().canonicalize().expect("a path"), &base);
+    let text = kustomization(path.to_str().expect("UTF-8")).to_string();
+    std::fs::write(folder.path().join("kustomization.yaml"), text).expect("write");
+    built(kubectl, folder.path())
 }
 
 /// Both ways of installing install the same.
 #[test]
 fn kustomize_makes_the_same_of_the_base() {
     let Some(kubectl) = kubectls().pop() else { return };
-    let base = deploy();
-    let built = |folder: &Path| {
-        let output = Command::new(&kubectl).arg("kustomize").arg(folder).output().expect("kubectl starts");
-        assert!(output.status.success(), "{}", text(&output.stderr));
-        sorted(documents(&text(&output.stdout)))
-    };
-    assert_eq!(built(&base), sorted(documents(&printed())));
+    assert_eq!(built(&kubectl, &deploy()), sorted(documents(&printed())));
     // The image is named in one place.
-    let folder = tempfile::tempdir().expect("a folder");
-    let base = base.canonicalize().expect("deploy/");
-    let relative = relative(&folder.path().canonicalize().expect("a path"), &base);
-    let overlay = json!({
-        "apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization", "resources": [relative],
-        "images": [{"name": "godwit", "newName": "registry.example.com/godwit", "newTag": "v9"}],
-    });
-    std::fs::write(folder.path().join("kustomization.yaml"), overlay.to_string()).expect("write");
+    let overlay = |base: &str| {
+        json!({
+            "apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization", "resources": [base],
+            "images": [{"name": "godwit", "newName": "registry.example.com/godwit", "newTag": "v9"}],
+        })
+    };
     let output = manifests(&["--image", "registry.example.com/godwit:v9"]);
-    assert_eq!(built(folder.path()), sorted(documents(&text(&output.stdout))));
+    assert_eq!(built_over(&kubectl, overlay), sorted(documents(&text(&output.stdout))));
+    // And the monitoring is one more line.
+    let overlay = |base: &str| {
+        json!({
+            "apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization",
+            "resources": [base], "components": [format!("{base}/monitoring")],
+        })
+    };
+    let output = manifests(&["--monitoring"]);
+    assert_eq!(built_over(&kubectl, overlay), sorted(documents(&text(&output.stdout))));
 }
 
 /// The way from one folder to another; kustomize takes no absolute ones.
@@ -150,6 +182,8 @@ fn what_cannot_be_installed_is_said() {
     for (arguments, words) in [
         (&["--namespace", "elsewhere"][..], "cannot install into the namespace elsewhere"),
         (&["--components", "nodepool"], "node pools are not built yet"),
+        (&["--components", "maintenance", "--monitoring"], "cannot install monitoring"),
+        (&["--monitoring", "--monitoring-account", "prometheus"], "is no NAMESPACE/NAME"),
     ] {
         let output = manifests(arguments);
         assert!(!output.status.success() && output.stdout.is_empty(), "{arguments:?}");

@@ -10,6 +10,8 @@
 //!   ([`Request::Carry`]), and once when nothing was. The greeting says which of them it is (`stream`, from 0, QEMU's main
 //!   connection). A further one, of whoever, is refused. What follows the greeting is QEMU's stream, both ways. In post-copy
 //!   another link may follow one that broke ([`Request::Recover`]); its greeting has the number that was answered (`recovery`).
+//!   A connection that is the launchers' (`launcher` in its greeting) ends here with the answer: what follows is theirs
+//!   ([`godwit_launcher::carry`]).
 //! - The blocks channel, for disks that are not shared, carries one NBD connection a connection.
 //! - The control channel carries one JSON request a line and one JSON answer a line. It may be dialled again (a handler that
 //!   restarts does that): every request can be repeated without harm. A second connection to it carries the guest's frames in
@@ -18,11 +20,13 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures::future::BoxFuture;
-use godwit_launcher::rpc::{Ability, Cause, DiskRoom, Transport};
+use godwit_launcher::carry::pump::{self, Carried};
+use godwit_launcher::rpc::{Ability, CarryOrder, Cause, DiskRoom, Transport};
 use rustls::ClientConfig;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -35,7 +39,6 @@ use tokio_util::either::Either;
 use crate::credentials::{Claim, Fingerprint, MigrationIdentity};
 use crate::door::{Door, Guest, Keys, Refusals};
 use crate::frames::{self, Inlets};
-use crate::pump::{self, Carried};
 use crate::recovery::Recoveries;
 use crate::sockets::SocketDir;
 use crate::streams::{Memory, Stream};
@@ -74,6 +77,9 @@ pub enum ChannelError {
         /// In its words.
         reason: String,
     },
+    /// The launcher here said no.
+    #[error("the source's launcher cannot carry the memory stream: {0}")]
+    Launcher(String),
 }
 
 impl ChannelError {
@@ -81,7 +87,7 @@ impl ChannelError {
     #[must_use]
     pub fn is_answered(&self) -> bool {
         match self {
-            Self::Tls(_) => false,
+            Self::Tls(_) | Self::Launcher(_) => false,
             Self::Io { source, .. } => source.kind() == io::ErrorKind::ConnectionRefused,
             Self::Refused { .. } => true,
         }
@@ -103,6 +109,9 @@ pub(crate) struct Greeting {
     /// At the control channel: the streams shall go in the clear.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub plain: bool,
+    /// On a connection of the memory stream: after the welcome it is the launchers', who secure it anew.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub launcher: bool,
     /// On a stream in the clear: the answer to the [`Question`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub proof: Option<String>,
@@ -208,6 +217,9 @@ pub enum Answer {
         /// By volume, what there is for the disks that are copied.
         #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
         rooms: BTreeMap<String, DiskRoom>,
+        /// Its launcher can carry the memory stream. An older handler says nothing.
+        #[serde(default)]
+        carries: bool,
     },
     /// To [`Request::Carry`]: this is how it is received. What was agreed first stands.
     Carries(Transport),
@@ -256,6 +268,9 @@ pub trait TargetControl: Send + Sync + 'static {
 
     /// Has the guest's taps hear their segments: where frames go that came in for it at the source.
     fn join(self: Arc<Self>) -> BoxFuture<'static, Result<Inlets, String>>;
+
+    /// Has the launcher carry a connection of the memory stream.
+    fn carry(self: Arc<Self>, order: CarryOrder) -> BoxFuture<'static, Result<(), String>>;
 
     /// How memory comes: as was agreed, or, where nothing has been, as QEMU's plain stream from now on.
     fn transport(self: Arc<Self>) -> BoxFuture<'static, Result<Transport, String>>;
@@ -462,8 +477,34 @@ impl Target {
         place: impl Into<Place>,
         limit: Duration,
     ) -> Result<Dialled, ChannelError> {
-        let (migration_uid, place) = (self.migration_uid.clone(), place.into());
-        let greeting = Greeting { migration_uid, place, ..Greeting::default() };
+        self.dial(key, (inner, port), Greeting { place: place.into(), ..Greeting::default() }, limit).await
+    }
+
+    /// The same for a connection of the memory stream that the launchers are to carry: the bare one, which nobody has said
+    /// anything on after the welcome.
+    ///
+    /// # Errors
+    /// As [`Target::dial_stream`].
+    pub async fn dial_for_launcher(
+        &self,
+        key: &StreamKey,
+        (inner, port): (i32, u16),
+        place: Place,
+        limit: Duration,
+    ) -> Result<OwnedFd, ChannelError> {
+        let greeting = Greeting { place, launcher: true, ..Greeting::default() };
+        let dialled = self.dial(key, (inner, port), greeting, limit).await?;
+        bare(dialled).map_err(self.io(port, GREET))
+    }
+
+    async fn dial(
+        &self,
+        key: &StreamKey,
+        (inner, port): (i32, u16),
+        greeting: Greeting,
+        limit: Duration,
+    ) -> Result<Dialled, ChannelError> {
+        let greeting = Greeting { migration_uid: self.migration_uid.clone(), ..greeting };
         self.within(port, limit, async {
             match key {
                 StreamKey::Tls(config) => Ok(self.greet(config.clone(), port, &greeting).await?.0),
@@ -548,6 +589,18 @@ impl Target {
     }
 }
 
+/// What is below a session that ends here, without a farewell.
+fn bare(dialled: Dialled) -> io::Result<OwnedFd> {
+    if !dialled.buffer().is_empty() {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "the target has said more than its welcome"));
+    }
+    let stream = match dialled.into_inner() {
+        Either::Left(tls) => tls.into_inner().0,
+        Either::Right(stream) => stream,
+    };
+    Ok(stream.into_std()?.into())
+}
+
 const REACH: &str = "cannot reach the target's handler at";
 const GREET: &str = "greeting the target's handler at";
 
@@ -567,6 +620,8 @@ pub struct Control {
     address: SocketAddr,
     /// What opens the streams, as was agreed here.
     pub key: StreamKey,
+    /// The target's identity for this migration; an older handler has none.
+    pub peer: Option<Fingerprint>,
 }
 
 impl StreamKey {
@@ -597,10 +652,13 @@ impl Control {
             ..Greeting::default()
         };
         let (stream, welcome) = target.within(port, limit, target.greet(nodes.clone(), port, &greeting)).await?;
+        let peer = welcome.identity.clone();
         let key = match (own, welcome) {
             (None, _) => StreamKey::Tls(nodes),
             (_, Welcome { secret: Some(secret), .. }) if *plain => StreamKey::Secret(secret.into()),
-            (Some(own), Welcome { identity: Some(theirs), .. }) => StreamKey::Tls(own.client(&theirs)?),
+            (Some(own), Welcome { identity: Some(theirs), .. }) => {
+                StreamKey::Tls(own.client(&theirs).map_err(TlsError::from)?)
+            }
             _ => {
                 tracing::info!(
                     migration = target.migration_uid,
@@ -612,7 +670,7 @@ impl Control {
         if *plain && !key.is_plain() {
             tracing::warn!(migration = target.migration_uid, "the target wants its streams encrypted, and they are");
         }
-        Ok(Self { stream, address: SocketAddr::new(target.address, port), key })
+        Ok(Self { stream, address: SocketAddr::new(target.address, port), key, peer })
     }
 
     /// Asks and waits for the answer. After an error the channel is of no more use: dial again.

@@ -24,6 +24,7 @@ impl TargetControl for Echo {
                     by_reference: false,
                     ability: Ability::default(),
                     rooms: Default::default(),
+                    carries: false,
                 },
                 Request::Carry(_) => Answer::Carries(self.0),
                 Request::Go { .. } => Answer::Running { resume_us: 42 },
@@ -37,6 +38,10 @@ impl TargetControl for Echo {
 
     fn join(self: Arc<Self>) -> BoxFuture<'static, Result<Inlets, String>> {
         Box::pin(async move { Err("there are no taps here".to_owned()) })
+    }
+
+    fn carry(self: Arc<Self>, _: CarryOrder) -> BoxFuture<'static, Result<(), String>> {
+        Box::pin(async move { Err("there is no launcher here".to_owned()) })
     }
 
     fn transport(self: Arc<Self>) -> BoxFuture<'static, Result<Transport, String>> {

@@ -5,10 +5,13 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use godwit_launcher::carry::pump;
+use godwit_launcher::rpc::Secured;
 use tokio::io::{AsyncWriteExt, BufReader};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
@@ -17,7 +20,6 @@ use tokio_util::either::Either;
 
 use crate::channel::{CONTROL, Greeting, Place, Question, Welcome, read_line, write_line};
 use crate::credentials::{self, Claim, Fingerprint, MigrationIdentity};
-use crate::pump;
 use crate::tls::{TlsError, check_node};
 
 /// How long a peer may take for handshake and greeting.
@@ -68,13 +70,27 @@ pub(crate) struct Guest {
     pub place: Place,
     /// From where it comes.
     pub peer: SocketAddr,
+    /// After the welcome it is the launchers', who know each other by this.
+    pub launcher: Option<Option<Secured>>,
     welcome: Welcome,
 }
 
-/// The same, with the place that it says is its own and the answer that it will get.
-type Entered = (Wire, Place, Welcome);
+/// The same, with what it says and the answer that it will get.
+type Entered = (Wire, Greeting, Welcome);
 
 impl Guest {
+    /// The connection below, on which nobody has said anything yet that has not been heard here.
+    pub fn bare(&self) -> io::Result<OwnedFd> {
+        let (stream, unheard) = match self.stream.get_ref() {
+            Either::Left(tls) => (tls.get_ref().0.get_ref(), !tls.get_ref().0.buffer().is_empty()),
+            Either::Right(stream) => (stream, false),
+        };
+        if unheard || !self.stream.buffer().is_empty() {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "the source has said more than its greeting"));
+        }
+        stream.as_fd().try_clone_to_owned()
+    }
+
     /// Lets it in.
     pub async fn accept(&mut self) -> io::Result<()> {
         write_line(&mut self.stream, &self.welcome).await
@@ -209,7 +225,12 @@ impl Door {
     async fn enter(&self, stream: TcpStream, peer: SocketAddr) -> Result<Guest, String> {
         pump::prepare(&stream).map_err(|e| e.to_string())?;
         let key = if self.inner == CONTROL { Key::Node } else { self.keys.now() };
-        let (stream, place, welcome) = match key {
+        let secured = match &key {
+            Key::Identity(peer) => Some(Some(self.keys.own.lend(peer))),
+            Key::Secret => Some(None),
+            Key::None | Key::Node => None,
+        };
+        let (stream, greeting, welcome) = match key {
             Key::None => Err("nobody has been at this migration's control channel yet".to_owned()),
             Key::Node => self.enter_by_tls(stream, &self.nodes, true).await,
             Key::Identity(peer) => {
@@ -218,7 +239,8 @@ impl Door {
             }
             Key::Secret => self.enter_by_secret(stream).await,
         }?;
-        Ok(Guest { stream, place, peer, welcome })
+        let launcher = secured.filter(|_| greeting.launcher);
+        Ok(Guest { stream, place: greeting.place, peer, launcher, welcome })
     }
 
     async fn enter_by_tls(&self, stream: TcpStream, acceptor: &TlsAcceptor, is_node: bool) -> Result<Entered, String> {
@@ -238,7 +260,7 @@ impl Door {
                 let is_control = self.inner == CONTROL;
                 let accepted = Welcome { accepted: true, ..Welcome::default() };
                 let welcome = if is_control { self.keys.agree(&greeting) } else { accepted };
-                Ok((stream, greeting.place, welcome))
+                Ok((stream, greeting, welcome))
             }
             Err(reason) => {
                 let _ = refuse(&mut stream, &reason).await;
@@ -261,10 +283,11 @@ impl Door {
                 return Err("peer does not know this migration's secret".to_owned());
             }
             let own = Claim { end: "target", ..claim };
-            Ok((greeting.place, Welcome { accepted: true, proof: Some(own.proof(secret)), ..Welcome::default() }))
+            let proof = Some(own.proof(secret));
+            Ok((greeting, Welcome { accepted: true, proof, ..Welcome::default() }))
         });
         match proven {
-            Ok((place, welcome)) => Ok((stream, place, welcome)),
+            Ok((greeting, welcome)) => Ok((stream, greeting, welcome)),
             Err(reason) => {
                 let _ = refuse(&mut stream, &reason).await;
                 Err(reason)

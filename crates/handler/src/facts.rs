@@ -179,7 +179,7 @@ impl Launcher {
 /// The facts of migration `uid`, seen from its `role`; those of another migration (a launcher keeps its last one) do not count.
 #[must_use]
 pub fn migration<'a>(state: &'a State, uid: &str, role: MigrationRole) -> Option<&'a MigrationFacts> {
-    state.migration.as_ref().filter(|m| m.uid == uid && m.role == role)
+    state.migration_of(uid, role)
 }
 
 /// Whether the guest will never run at this source again: its launcher has written that down.

@@ -15,6 +15,7 @@ use tokio::task::JoinHandle;
 use crate::facts::{self, Launcher};
 use crate::fence::Fence;
 use crate::fence::tell::Telling;
+use crate::ownership::Peer;
 use crate::sockets::SocketDir;
 
 /// Between two looks for the socket of a launcher that has just been started.
@@ -189,8 +190,7 @@ pub(crate) async fn peer(folder: &Path) -> io::Result<Option<u32>> {
 
 async fn listener(folder: &Path) -> io::Result<u32> {
     let stream: UnixStream = SocketDir::open(folder.to_owned())?.connect("launcher.sock").await?;
-    let pid = stream.peer_cred()?.pid().and_then(|pid| u32::try_from(pid).ok()).filter(|pid| *pid != 0);
-    pid.ok_or_else(|| io::Error::other("whoever listens has no number here"))
+    Ok(Peer::of(&stream)?.pid)
 }
 
 #[cfg(test)]

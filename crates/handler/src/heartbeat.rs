@@ -116,6 +116,7 @@ fn patch(schedulable: bool, offer: &Offer, now: Timestamp) -> Value {
     let mut annotations = Map::new();
     annotations.insert(names::ANNOTATION_HEARTBEAT.into(), json!(whole.to_string()));
     if schedulable {
+        annotations.insert(names::ANNOTATION_GIVES_FILES.into(), json!(whole.to_string()));
         for machine in ["q35", "pc"] {
             labels.insert(format!("{}{machine}", names::LABEL_PREFIX_MACHINE_TYPE), json!("true"));
         }
@@ -165,6 +166,8 @@ mod tests {
         assert_eq!(beat["metadata"]["annotations"]["kubevirt.io/heartbeat"], "2026-11-20T20:00:00Z");
         assert_eq!(beat["metadata"]["labels"]["kubevirt.io/schedulable"], "true");
         assert_eq!(beat["metadata"]["labels"]["godwit.dev/accelerator"], "tcg");
+        let annotations = &beat["metadata"]["annotations"];
+        assert_eq!(annotations["godwit.io/gives-files"], annotations["kubevirt.io/heartbeat"]);
         assert_eq!(beat["metadata"]["labels"]["machine-type.node.kubevirt.io/q35"], "true");
         let offer = Offer { qemu_version: Some("7.2.22".into()), shortcoming: Some("old".into()), ..offer };
         let old = patch(true, &offer, now);

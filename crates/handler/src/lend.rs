@@ -1,10 +1,11 @@
-//! Hands open files from one pod of this node to another: a guest's memory, so that two launchers map the same pages, and the
-//! images of disks that come while a guest runs.
+//! Hands open files to the pods of this node: a guest's memory, so that two launchers map the same pages, the images of disks that
+//! come while a guest runs, and the connections of a migration.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use godwit_api::names::ATTACHMENT_SOCKET;
@@ -14,6 +15,8 @@ use godwit_launcher::{attachment, descriptor};
 use tokio::net::UnixListener;
 use tokio::task::JoinHandle;
 
+use crate::confine;
+use crate::ownership::{self, Peer};
 use crate::sockets::SocketDir;
 
 /// How long a launcher may take to come to the socket and to deal with what is there.
@@ -91,6 +94,16 @@ fn wait_behind(
     Ok(Offered { socket: offered, dir, task })
 }
 
+/// Hands a migration's connections over to a launcher, for these connections alone.
+pub fn hand(connections: Vec<OwnedFd>, dir: Arc<SocketDir>) -> io::Result<Offered> {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    connections.iter().try_for_each(confine::to_its_connection)?;
+    let socket = format!("hand-{}.sock", NEXT.fetch_add(1, Ordering::Relaxed));
+    wait_behind(socket, dir, move |stream| {
+        connections.iter().try_for_each(|connection| descriptor::send(connection.as_fd(), stream))
+    })
+}
+
 /// Gets the image of a volume from the attachment pod of this UID, which is on this node.
 pub async fn image(kubelet_root: &Path, pod_uid: &str, volume: &str) -> io::Result<OwnedFd> {
     // It becomes a part of a path.
@@ -103,6 +116,7 @@ pub async fn image(kubelet_root: &Path, pod_uid: &str, volume: &str) -> io::Resu
         let stream = std::os::unix::net::UnixStream::connect(dir.socket(ATTACHMENT_SOCKET)?.path())?;
         stream.set_read_timeout(Some(MEET_LIMIT))?;
         stream.set_write_timeout(Some(MEET_LIMIT))?;
+        ownership::Pod::of(Peer::of(&stream)?, &dir)?.give_volume(&volume);
         attachment::ask(&stream, &volume)
     });
     asked.await.map_err(io::Error::other)?

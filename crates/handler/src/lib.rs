@@ -9,6 +9,7 @@
 //! guests change hands, and why there are never two, is in docs/hand-over.md.
 
 pub mod channel;
+mod confine;
 mod context;
 mod credentials;
 pub mod decide;
@@ -25,10 +26,9 @@ pub mod heartbeat;
 mod lend;
 mod links;
 pub mod networks;
-mod pace;
+pub mod ownership;
 mod processors;
 mod progress;
-pub mod pump;
 mod recovery;
 pub mod sockets;
 mod source_link;
@@ -109,9 +109,11 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
     let probe = tokio::spawn(async move {
         let found = find_offer(wanted).await;
         accelerator.send_replace(Some(found.0));
-        let processors = find_processors(found.0).await;
-        host_cpu.send_replace(Some(processors.as_ref().and_then(processors::host_cpu)));
-        offer.send_replace(Offer { processors, ..found.1 });
+        let tell = |processors: Option<Processors>| {
+            host_cpu.send_replace(Some(processors.as_ref().and_then(processors::host_cpu)));
+            offer.send_replace(Offer { processors, ..found.1.clone() });
+        };
+        ask_until_known(|| find_processors(found.0), tell).await;
         // The receivers live as long as the handler; so must the senders.
         std::future::pending::<()>().await;
     });
@@ -200,6 +202,26 @@ async fn offer_devices(folder: PathBuf, accelerator: tokio::sync::watch::Receive
 /// How long QEMU may take to say which processors it can give; it takes less than a second.
 const PROCESSORS_LIMIT: Duration = Duration::from_secs(30);
 
+/// When QEMU is asked again after it has not answered; each time after twice as long.
+const ASK_AGAIN: Duration = Duration::from_secs(30);
+/// The longest that this becomes.
+const ASK_SELDOM: Duration = Duration::from_secs(3600);
+
+/// Asks until there is an answer: a machine may have been too busy for one. Tells what is known after each time.
+async fn ask_until_known<T, F: Future<Output = Option<T>>>(ask: impl Fn() -> F, mut tell: impl FnMut(Option<T>)) {
+    let mut pause = ASK_AGAIN;
+    loop {
+        let answer = ask().await;
+        let known = answer.is_some();
+        tell(answer);
+        if known {
+            return;
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(ASK_SELDOM);
+    }
+}
+
 /// Which processors guests can have here. A node that does not know it runs guests all the same, with its own.
 async fn find_processors(accelerator: Accelerator) -> Option<Processors> {
     let asked = tokio::time::timeout(PROCESSORS_LIMIT, godwit_launcher::processors(accelerator)).await;
@@ -228,6 +250,21 @@ fn is_early(error: &kube::Error, since_start: Duration) -> bool {
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
+
+    #[tokio::test(start_paused = true)]
+    async fn who_did_not_answer_is_asked_again_and_less_and_less_often() {
+        let began = tokio::time::Instant::now();
+        let asked = std::sync::Mutex::new(Vec::new());
+        let mut told = Vec::new();
+        let ask = || async {
+            let mut asked = asked.lock().unwrap();
+            asked.push(began.elapsed().as_secs());
+            (asked.len() == 4).then_some("known")
+        };
+        super::ask_until_known(ask, |answer| told.push(answer)).await;
+        assert_eq!(told, [None, None, None, Some("known")]);
+        assert_eq!(*asked.lock().unwrap(), [0, 30, 90, 210]);
+    }
 
     #[test]
     fn what_is_missing_at_the_start_is_waited_for() {

@@ -204,15 +204,33 @@ pub struct Wired {
     _servers: Vec<Server>,
 }
 
-/// Sets up what is missing in the network namespace of process `pid`; what is there already is left as it is. The taps of a guest
+/// Whether it is that of the node, or of this process: whose number a process has is not for ever.
+fn is_the_nodes(namespace: &Namespace) -> Result<bool, NetworkError> {
+    let wanted = namespace.inode()?;
+    // Not everywhere may process 1 be looked at.
+    let nodes = Namespace::of_pid(1).and_then(|first| first.inode()).is_ok_and(|first| first == wanted);
+    Ok(nodes || Namespace::origin()?.inode()? == wanted)
+}
+
+/// Sets up what is missing in a pod's network namespace; what is there already is left as it is. A user who is not root
+/// gets the taps: nobody else there may open them. The taps of a guest
 /// that is yet to come (`awaited`) hear nothing of their segments until they [`join`]: what is said there meanwhile is for
 /// the guest where it is, and would fill the queues that the last moments of its move need.
 ///
 /// # Errors
 /// What could not be done, to which link.
-pub async fn wire(pid: u32, vmi: &VirtualMachineInstance, awaited: bool) -> Result<Wired, NetworkError> {
+pub async fn wire(
+    namespace: &Namespace,
+    user: u32,
+    vmi: &VirtualMachineInstance,
+    awaited: bool,
+) -> Result<Wired, NetworkError> {
     let plans = plan(vmi)?;
-    let namespace = Namespace::of_pid(pid)?;
+    if !plans.is_empty() && is_the_nodes(namespace)? {
+        return Err(NetworkError::Spec(
+            "the launcher's process is not in a pod's network but in the node's".to_owned(),
+        ));
+    }
     let links = namespace.links()?;
     let mut wired = Wired { interfaces: Vec::new(), _servers: Vec::new() };
     for plan in plans {
@@ -233,12 +251,13 @@ pub async fn wire(pid: u32, vmi: &VirtualMachineInstance, awaited: bool) -> Resu
                 let (interface, bridge) = (plan.pod_interface.clone(), plan.bridge.clone());
                 let (gateway, guest, ports) = (*gateway, *guest, ports.iter().copied().collect());
                 // nft is a process that is waited for: not on the runtime's threads.
+                let namespace = namespace.clone();
                 let applied = tokio::task::spawn_blocking(move || {
                     let mut nat = Masquerade::new(&interface, &bridge);
                     nat.gateway = gateway;
                     nat.guest = guest;
                     nat.ports = ports;
-                    nat.apply(&Namespace::of_pid(pid)?)
+                    nat.apply(&namespace)
                 });
                 applied
                     .await
@@ -256,7 +275,7 @@ pub async fn wire(pid: u32, vmi: &VirtualMachineInstance, awaited: bool) -> Resu
             }
         }
         let joins = !(awaited && plan.binding == Binding::Bridge);
-        tap(&links, &plan, below.mtu, joins).await?;
+        tap(&links, &plan, user, below.mtu, joins).await?;
         let given = match &plan.binding {
             Binding::Masquerade { gateway, guest, prefix, .. } => Some((*guest, *prefix, *gateway, Some(*gateway))),
             Binding::Bridge if plan.has_pod_address() => {
@@ -277,7 +296,7 @@ pub async fn wire(pid: u32, vmi: &VirtualMachineInstance, awaited: bool) -> Resu
                 hostname: vmi.spec.hostname.clone().or_else(|| vmi.metadata.name.clone()),
                 mtu: u16::try_from(below.mtu).ok(),
             };
-            wired._servers.push(Server::start(&namespace, &plan.bridge, lease).await?);
+            wired._servers.push(Server::start(namespace, &plan.bridge, lease).await?);
         }
         wired.interfaces.push(InterfaceOrder {
             name: plan.name,
@@ -342,9 +361,10 @@ async fn kept_pod_address(links: &Links, plan: &Plan) -> Result<Option<PodAddres
     Ok(bridge.and_then(|bridge| bridge.alias).and_then(|alias| alias.parse().ok()))
 }
 
-async fn tap(links: &Links, plan: &Plan, mtu: u32, joins: bool) -> Result<(), NetworkError> {
+async fn tap(links: &Links, plan: &Plan, user: u32, mtu: u32, joins: bool) -> Result<(), NetworkError> {
     if links.get(&plan.tap).await?.is_none() {
-        links.tap(&plan.tap, TapOptions::default()).await?;
+        let owner = Some(user).filter(|user| *user != 0);
+        links.tap(&plan.tap, TapOptions { owner, ..TapOptions::default() }).await?;
     }
     links.set_mtu(&plan.tap, mtu).await?;
     if joins {
@@ -457,6 +477,10 @@ mod tests {
             let child = namespace.run(|| std::process::Command::new("sleep").arg("600").spawn().unwrap()).unwrap();
             Self { name, child }
         }
+
+        fn namespace(&self) -> Namespace {
+            Namespace::open(&self.name).unwrap()
+        }
     }
 
     impl Drop for Scratch {
@@ -470,7 +494,7 @@ mod tests {
     #[tokio::test]
     async fn a_pod_is_wired_and_wiring_it_again_changes_nothing() {
         let scratch = Scratch::new("wire");
-        let namespace = Namespace::open(&scratch.name).unwrap();
+        let namespace = scratch.namespace();
         let links = namespace.links().unwrap();
         for (inside, outside) in [("eth0", "out0"), ("podb1f51a511f1", "out1")] {
             let end = |name| godwit_network::VethEnd { namespace: &namespace, name, mac: None };
@@ -481,12 +505,12 @@ mod tests {
             json!([{ "name": "default", "masquerade": {} }, { "name": "red", "bridge": {} }]),
             json!([{ "name": "default", "pod": {} }, { "name": "red", "multus": { "networkName": "br-red" } }]),
         );
-        let first = wire(scratch.child.id(), &vmi, false).await.unwrap();
+        let first = wire(&namespace, 107, &vmi, false).await.unwrap();
         let seen = links.list().await.unwrap();
         // As after a restart of the handler: its servers are gone, the links are there.
         let interfaces = first.interfaces.clone();
         drop(first);
-        let second = wire(scratch.child.id(), &vmi, false).await.unwrap();
+        let second = wire(&namespace, 107, &vmi, false).await.unwrap();
         assert_eq!(second.interfaces, interfaces);
         let shape = |l: &godwit_network::LinkInfo| (l.name.clone(), l.index, l.mac, l.mtu, l.master);
         let again = links.list().await.unwrap();
@@ -507,14 +531,17 @@ mod tests {
         let mut gone = vmi.clone();
         gone.spec.networks[1].name = "blue".into();
         gone.spec.domain.devices.interfaces[1].name = "blue".into();
-        let error = wire(scratch.child.id(), &gone, false).await.err().unwrap().to_string();
+        let here = Namespace::current().unwrap();
+        let error = wire(&here, 107, &vmi, false).await.err().unwrap().to_string();
+        assert!(error.contains("the node's"), "{error}");
+        let error = wire(&namespace, 107, &gone, false).await.err().unwrap().to_string();
         assert!(error.contains("blue") && error.contains("is its network attached"), "{error}");
     }
 
     #[tokio::test]
     async fn a_pods_address_is_kept_for_its_guest_also_by_the_next_handler() {
         let scratch = Scratch::new("lease");
-        let namespace = Namespace::open(&scratch.name).unwrap();
+        let namespace = scratch.namespace();
         let links = namespace.links().unwrap();
         let end = |name| godwit_network::VethEnd { namespace: &namespace, name, mac: None };
         links.veth(&end("eth0"), &end("out0"), Some(1400)).await.unwrap();
@@ -525,7 +552,7 @@ mod tests {
         let vmi = vmi(json!([{ "name": "default", "bridge": {} }]), json!([{ "name": "default", "pod": {} }]));
         let plan = plan(&vmi).unwrap().remove(0);
         for awaited in [true, false] {
-            let wired = wire(scratch.child.id(), &vmi, awaited).await.unwrap();
+            let wired = wire(&namespace, 107, &vmi, awaited).await.unwrap();
             assert_eq!(wired._servers.len(), 1);
             let kept = kept_pod_address(&links, &plan).await.unwrap().unwrap();
             assert_eq!(kept, PodAddress { address: Ipv4Addr::new(10, 244, 1, 5), prefix: 24, gateway });

@@ -8,6 +8,8 @@ use nix::fcntl::{OFlag, open, openat};
 use nix::sys::stat::{Mode, SFlag, fstat};
 use tokio::net::{UnixListener, UnixStream};
 
+use crate::ownership::set_mode;
+
 /// The `sockets` volume of one launcher pod. A unix socket's address holds 107 bytes, and a kubelet's volume path is often
 /// longer: sockets are therefore addressed through the open directory (`/proc/self/fd/<n>/<name>`).
 #[derive(Debug)]
@@ -38,6 +40,15 @@ impl SocketDir {
         &self.path
     }
 
+    /// Which folder it is, however it is reached: device and number.
+    ///
+    /// # Errors
+    /// As `fstat(2)`.
+    pub fn identity(&self) -> io::Result<(u64, u64)> {
+        let about = fstat(&self.fd)?;
+        Ok((about.st_dev, about.st_ino))
+    }
+
     /// A short path to socket `name`, valid as long as `self` lives.
     #[must_use]
     pub fn short(&self, name: &str) -> PathBuf {
@@ -49,13 +60,17 @@ impl SocketDir {
     /// # Errors
     /// When there is none, or something else by that name.
     pub fn socket(&self, name: &str) -> io::Result<Socket> {
+        self.found(name).map(|fd| Socket { fd })
+    }
+
+    fn found(&self, name: &str) -> io::Result<OwnedFd> {
         let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         let fd = openat(&self.fd, name, flags, Mode::empty())?;
         let kind = SFlag::from_bits_truncate(fstat(&fd)?.st_mode) & SFlag::S_IFMT;
         if kind != SFlag::S_IFSOCK {
             return Err(io::Error::other(format!("{name} in {} is not a socket", self.path.display())));
         }
-        Ok(Socket { fd })
+        Ok(fd)
     }
 
     /// Connects to socket `name`.
@@ -66,7 +81,7 @@ impl SocketDir {
         UnixStream::connect(self.socket(name)?.path()).await
     }
 
-    /// Listens on socket `name`, in place of a stale one of the same name.
+    /// Listens on socket `name`, in place of a stale one of the same name. The volume's group, which is the pod's, may connect.
     ///
     /// # Errors
     /// As `bind(2)`.
@@ -75,7 +90,10 @@ impl SocketDir {
             Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
             _ => {}
         }
-        UnixListener::bind(self.short(name))
+        let listener = UnixListener::bind(self.short(name))?;
+        // Whatever socket the pod has put in its place by now: it is in the pod's folder, and the pod's already.
+        set_mode(&self.found(name)?, 0o660)?;
+        Ok(listener)
     }
 
     /// Removes socket `name` if it is there.
@@ -122,6 +140,22 @@ mod tests {
         std::fs::write(volume.join("file"), "").unwrap();
         assert!(dir.connect("file").await.is_err());
         assert!(dir.connect("nothing").await.is_err());
+    }
+
+    #[tokio::test]
+    async fn the_volumes_group_may_connect() {
+        use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+        if !nix::unistd::geteuid().is_root() {
+            println!("SKIPPED: only root gives files away");
+            return;
+        }
+        let volume = tempfile::tempdir().unwrap();
+        chown(volume.path(), None, Some(107)).unwrap();
+        std::fs::set_permissions(volume.path(), std::fs::Permissions::from_mode(0o2777)).unwrap();
+        let dir = SocketDir::open(volume.path().to_owned()).unwrap();
+        let _listener = dir.listen("a.sock").unwrap();
+        let about = std::fs::metadata(volume.path().join("a.sock")).unwrap();
+        assert_eq!((about.gid(), about.mode() & 0o777), (107, 0o660));
     }
 
     #[test]

@@ -4,7 +4,10 @@
 //! launcher says `completed` (which it says only after it has written that down). It is repeated until the target says
 //! that the guest runs, or that it never will.
 //!
-//! In post-copy the guest's memory still follows it then. A link that breaks meanwhile, also because a handler ends, is
+//! Memory goes through the launchers, where both ends know how; then this process only opens its connections, and one that comes
+//! after it opens the control channel alone.
+//!
+//! In post-copy the guest's memory still follows it then. A link that breaks meanwhile is
 //! followed by another one, before the go and after it, for as long as both QEMUs may live.
 
 use std::collections::BTreeMap;
@@ -12,17 +15,18 @@ use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use godwit_launcher::carry::pump::Carried;
 use godwit_launcher::client::Client;
 use godwit_launcher::rpc::transport::{self, Single, Wish};
-use godwit_launcher::rpc::{Ability, DiskRoom, MigrationRole, Transport};
+use godwit_launcher::rpc::{Ability, CarryOrder, DiskRoom, MigrationRole, Transport};
 use tokio::net::UnixListener;
 use tokio::sync::{Notify, watch};
 use tokio::task::{AbortHandle, JoinHandle};
 
-use crate::channel::{self, Answer, ChannelError, Control, Credentials, Dialled, Place, Request, Target};
+use crate::channel::{self, Answer, ChannelError, Control, Credentials, Dialled, Place, Request, StreamKey, Target};
 use crate::credentials::MigrationIdentity;
 use crate::facts::{self, Go, Launcher, TargetSays};
-use crate::pump::Carried;
+use crate::lend;
 use crate::sockets::SocketDir;
 use crate::source_streams;
 use crate::tls::{Identity, TlsError, TlsPaths};
@@ -125,14 +129,14 @@ impl Drop for SourceLink {
 }
 
 impl SourceLink {
-    /// Begins to dial. QEMU's streams are taken from `listeners` (by inner port); without any only the control channel is
-    /// opened. `ability`: how this end could send memory. `wish`: what is known beforehand; whether the target could do its
+    /// Begins to dial. QEMU's streams are taken from `listeners` (by inner port, with their names); without any only the control
+    /// channel is opened. `ability`: how this end could send memory. `wish`: what is known beforehand; whether the target could do its
     /// part of post-copy is asked.
     #[must_use]
     pub fn start(
         tls: TlsPaths,
         endpoint: Endpoint,
-        listeners: Vec<(i32, UnixListener)>,
+        listeners: Vec<(i32, String, UnixListener)>,
         launcher: Local,
         wake: Arc<Notify>,
         ability: Ability,
@@ -159,7 +163,8 @@ impl SourceLink {
             ability,
             wish,
             unserved: told,
-            flowing: watch::Sender::new(false),
+            flow: watch::Sender::new(Flow::Over),
+            by_launchers: true,
             own: None,
         };
         let task = tokio::spawn(run.run(listeners));
@@ -210,8 +215,21 @@ struct Run {
     /// What the streams are known by, once it is made.
     own: Option<Arc<MigrationIdentity>>,
     unserved: watch::Receiver<bool>,
-    /// QEMU's memory stream goes through this process.
-    flowing: watch::Sender<bool>,
+    /// How far the memory stream that goes through this process is.
+    flow: watch::Sender<Flow>,
+    /// No launcher has refused to carry it.
+    by_launchers: bool,
+}
+
+/// A memory stream that goes through this process.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Flow {
+    /// QEMU has yet to come for it.
+    Awaited,
+    /// It flows.
+    Begun,
+    /// There is none.
+    Over,
 }
 
 /// What is to be done about the memory of a guest that was handed over.
@@ -258,12 +276,18 @@ impl Run {
         }
     }
 
-    async fn run(mut self, listeners: Vec<(i32, UnixListener)>) {
+    async fn run(mut self, listeners: Vec<(i32, String, UnixListener)>) {
         let began = Instant::now();
+        let follows = listeners.is_empty() && self.is_under_way();
         let mut control = match self.open(listeners).await {
             Ok(control) => Some(control),
             Err(error) if matches!(self.sent(), Sent::Left { .. }) => {
                 self.set(|s| s.go = Go::Trying(error.to_string()));
+                None
+            }
+            // What was opened before this process goes on, and the target's handler may be on its way too.
+            Err(error) if follows => {
+                tracing::warn!(migration = %self.uid, %error, "cannot open the control channel; dialling again when needed");
                 None
             }
             Err(error) => {
@@ -272,7 +296,9 @@ impl Run {
                 return;
             }
         };
-        tracing::info!(migration = %self.uid, ms = began.elapsed().as_millis() as u64, "channels to the target are open");
+        if control.is_some() {
+            tracing::info!(migration = %self.uid, ms = began.elapsed().as_millis() as u64, "channels to the target are open");
+        }
         self.set(|s| s.ready = true);
         loop {
             match self.sent() {
@@ -298,6 +324,18 @@ impl Run {
         }
     }
 
+    /// The migration began before this process did; what was agreed then is what its launcher says.
+    fn is_under_way(&self) -> bool {
+        let launcher = self.launcher.borrow();
+        let Some(f) = launcher.last().and_then(|s| facts::migration(s, &self.uid, MigrationRole::Source)) else {
+            return false;
+        };
+        self.set(|s| {
+            (s.transport, s.by_reference, s.post_copy_offered) = (f.transport, f.by_reference, f.post_copy_possible);
+        });
+        true
+    }
+
     /// The node's certificate as it is now, and the identity that was made for this migration.
     fn credentials(&mut self) -> Result<Credentials, TlsError> {
         let own = match &self.own {
@@ -308,7 +346,7 @@ impl Run {
     }
 
     /// Opens what is needed for the start.
-    async fn open(&mut self, listeners: Vec<(i32, UnixListener)>) -> Result<Control, ChannelError> {
+    async fn open(&mut self, listeners: Vec<(i32, String, UnixListener)>) -> Result<Control, ChannelError> {
         let endpoint = self.endpoint.borrow_and_update().clone();
         let target = endpoint.target();
         let mut control = Control::connect(&target, &self.credentials()?, endpoint.control, DIAL_LIMIT).await?;
@@ -317,31 +355,40 @@ impl Run {
         // Dialled ahead, so that QEMU's first byte finds an open channel.
         let mut memory = None;
         let mut blocks = None;
-        for (inner, listener) in listeners {
+        for (inner, name, listener) in listeners {
             let port = endpoint.streams.iter().find(|(i, _)| *i == inner).map(|(_, port)| *port);
             match (inner, port) {
-                (channel::MEMORY, Some(port)) => memory = Some((port, listener)),
+                (channel::MEMORY, Some(port)) => memory = Some((port, name, listener)),
                 (_, Some(port)) => blocks = Some((port, listener)),
                 (_, None) => {}
             }
         }
-        let transport = match memory {
+        let agreed = match memory {
             Some(_) => self.agree(&mut control, blocks.is_some()).await?,
-            None => Transport::default(),
+            None => Agreed::default(),
         };
+        if let Some((port, socket, _)) = &memory
+            && agreed.carries
+        {
+            match self.hand_over(&control, &target, *port, (0, socket, agreed.transport)).await {
+                // The launcher has QEMU's socket.
+                Ok(()) => memory = None,
+                Err(error) if self.is_refused(&error) => {}
+                Err(error) => return Err(error),
+            }
+        }
         let dialled = async {
-            let numbers = numbers(transport);
             match &memory {
-                Some((port, _)) => {
+                Some((port, ..)) => {
                     let dial = |number| target.dial_stream(&key, (channel::MEMORY, *port), number, DIAL_LIMIT);
-                    futures::future::try_join_all(numbers.map(dial)).await
+                    futures::future::try_join_all(numbers(agreed.transport).map(dial)).await
                 }
                 None => Ok(Vec::new()),
             }
         };
         let (offset_us, dialled) = tokio::try_join!(control.clock_offset_us(DIAL_LIMIT), dialled)?;
         self.offset_us = offset_us;
-        if let Some((_, listener)) = memory {
+        if let Some((_, _, listener)) = memory {
             self.carry(listener, dialled);
         }
         if let Some((port, listener)) = blocks {
@@ -354,15 +401,74 @@ impl Run {
         Ok(control)
     }
 
-    /// Agrees with the target on how memory is carried.
-    async fn agree(&self, control: &mut Control, disks: bool) -> Result<Transport, ChannelError> {
-        if self.ability == Ability::default() && !self.wish.post_copy && !self.wish.by_reference && !disks {
-            return Ok(Transport::default());
+    /// Whether the launcher here can carry memory to one at the other end that is known.
+    fn can_carry(&self, control: &Control) -> bool {
+        let known = control.key.is_plain() || control.peer.is_some();
+        known
+            && self.by_launchers
+            && self.dir.is_some()
+            && self.launcher.borrow().last().is_some_and(|state| state.carries_streams)
+    }
+
+    /// Dials the connections of link `number` and has the launcher carry QEMU's memory from `socket` over them. Only the
+    /// connections are this process's work: it may end then.
+    async fn hand_over(
+        &self,
+        control: &Control,
+        target: &Target,
+        port: u16,
+        (number, socket, transport): (u64, &str, Transport),
+    ) -> Result<(), ChannelError> {
+        let refused = |e: &dyn std::fmt::Display| ChannelError::Launcher(e.to_string());
+        let dir = self.dir.clone().ok_or_else(|| refused(&"its sockets cannot be reached"))?;
+        let secured = match (&control.key, &self.own, &control.peer) {
+            (StreamKey::Secret(_), ..) => None,
+            (StreamKey::Tls(_), Some(own), Some(peer)) => Some(own.lend(peer)),
+            (StreamKey::Tls(_), ..) => return Err(refused(&"the other end has no identity for this migration")),
+        };
+        // What an earlier process has opened, and QEMU has not begun with, is in the way at the target.
+        let none = CarryOrder::none(&self.uid, number);
+        self.client.carry(&none).await.map_err(|e| refused(&e))?;
+        let recovery = (number > 0).then_some(number);
+        let dial = |stream| {
+            target.dial_for_launcher(&control.key, (channel::MEMORY, port), Place { stream, recovery }, DIAL_LIMIT)
+        };
+        let connections = futures::future::try_join_all(numbers(transport).map(dial)).await?;
+        let handed = lend::hand(connections, dir).map_err(|e| refused(&e))?;
+        let order = CarryOrder {
+            streams: numbers(transport).collect(),
+            socket: socket.to_owned(),
+            handed: handed.socket.clone(),
+            transport,
+            secured,
+            ..none
+        };
+        self.client.carry(&order).await.map_err(|e| refused(&e))?;
+        tracing::info!(migration = %self.uid, link = number, "memory goes through the launchers");
+        Ok(())
+    }
+
+    /// Whether a launcher will have none of it. Then it is the handlers' again.
+    fn is_refused(&mut self, error: &ChannelError) -> bool {
+        let refused = matches!(error, ChannelError::Launcher(_) | ChannelError::Refused { .. });
+        if refused {
+            tracing::warn!(migration = %self.uid, %error, "memory goes through the handlers instead");
+            self.by_launchers = false;
         }
-        let Answer::Offered { post_copy, by_reference, ability, rooms } =
+        refused
+    }
+
+    /// Agrees with the target on how memory is carried.
+    async fn agree(&self, control: &mut Control, disks: bool) -> Result<Agreed, ChannelError> {
+        let can_carry = self.can_carry(control);
+        let plainly = self.ability == Ability::default() && !can_carry;
+        if plainly && !self.wish.post_copy && !self.wish.by_reference && !disks {
+            return Ok(Agreed::default());
+        }
+        let Answer::Offered { post_copy, by_reference, ability, rooms, carries } =
             control.ask(Request::Offer, DIAL_LIMIT).await?
         else {
-            return Ok(Transport::default());
+            return Ok(Agreed::default());
         };
         let post_copy = self.wish.post_copy && post_copy && !by_reference;
         let wish = Wish { post_copy, by_reference, ..self.wish };
@@ -382,6 +488,7 @@ impl Run {
             zstd = transport.zstd,
             single = single.map(Single::as_str),
             by_reference,
+            by_launchers = carries && can_carry,
             "how memory is carried is agreed"
         );
         self.set(|s| {
@@ -392,7 +499,7 @@ impl Run {
             s.single = single;
             s.rooms = rooms;
         });
-        Ok(transport)
+        Ok(Agreed { transport, carries: carries && can_carry })
     }
 
     /// Dials the control channel at the place that is published now.
@@ -410,9 +517,9 @@ impl Run {
         let mut wait = RETRY.0;
         let mut confirmed = false;
         let mut ended = None;
-        let mut flowing = self.flowing.subscribe();
+        let mut flow = self.flow.subscribe();
         loop {
-            flowing.mark_unchanged();
+            flow.mark_unchanged();
             let rest = self.rest(&mut ended);
             let mut obstacle = None;
             if !confirmed {
@@ -474,10 +581,10 @@ impl Run {
                         return;
                     }
                 }
-                _ = flowing.changed() => {}
+                _ = flow.changed() => {}
                 _ = self.unserved.changed() => {}
                 _ = self.endpoint.changed() => control = None,
-                // Memory goes through the same process.
+                // What goes through this process goes through the same one there.
                 () = lost => {
                     control = None;
                     self.cut();
@@ -534,7 +641,10 @@ impl Run {
         let Some(f) = launcher.last().and_then(|s| facts::migration(s, &self.uid, MigrationRole::Source)) else {
             return Rest::Nothing;
         };
-        let (answers, flowing) = (launcher.state().is_some(), *self.flowing.borrow());
+        // One that QEMU has not come for is none: it may never come, if it does not know that the last one broke.
+        let carried = f.carried.as_ref().is_some_and(|carried| carried.flows && !carried.awaits_qemu);
+        let flowing = carried || *self.flow.borrow() == Flow::Begun;
+        let answers = launcher.state().is_some();
         if flowing {
             *ended = None;
         }
@@ -555,7 +665,7 @@ impl Run {
         for stream in self.streams.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
             stream.abort();
         }
-        self.flowing.send_replace(false);
+        self.flow.send_replace(Flow::Over);
     }
 
     /// Another link for the guest's memory: the target waits for it, then it is dialled, then the source's QEMU goes on.
@@ -570,44 +680,93 @@ impl Run {
         let port = endpoint.streams.iter().find(|(inner, _)| *inner == channel::MEMORY).map(|(_, port)| *port);
         let port = port.ok_or_else(|| not_yet(&"the target has not published where memory goes"))?;
         let dir = self.dir.clone().ok_or_else(|| not_yet(&"the launcher's sockets cannot be reached"))?;
-        let key = control.as_ref().map(|control| control.key.clone());
-        let key = key.ok_or_else(|| not_yet(&"the control channel is lost"))?;
+        let open = control.as_mut().ok_or_else(|| not_yet(&"the control channel is lost"))?;
+        let key = open.key.clone();
         // As many as the first link had, which the launcher knows, also where another process has dialled that one.
         let target = endpoint.target();
-        let dial = |stream| {
-            let place = Place { stream, recovery: Some(number) };
-            target.dial_stream(&key, (channel::MEMORY, port), place, DIAL_LIMIT)
-        };
-        let dialled = futures::future::try_join_all(self.connections().map(dial)).await.map_err(|e| not_yet(&e))?;
         let socket = format!("again-{number}.sock");
-        let listener = dir.listen(&socket).map_err(|e| not_yet(&e))?;
         let before = self.recoveries();
-        self.carry(listener, dialled);
+        let by_launchers = self.can_carry(open)
+            && matches!(open.ask(Request::Offer, DIAL_LIMIT).await, Ok(Answer::Offered { carries: true, .. }));
+        if by_launchers {
+            let link = (number, socket.as_str(), self.transport());
+            if let Err(error) = self.hand_over(open, &target, port, link).await {
+                self.is_refused(&error);
+                return Err(not_yet(&error));
+            }
+        } else {
+            let dial = |stream| {
+                let place = Place { stream, recovery: Some(number) };
+                target.dial_stream(&key, (channel::MEMORY, port), place, DIAL_LIMIT)
+            };
+            let dialled = numbers(self.transport()).map(dial);
+            let dialled = futures::future::try_join_all(dialled).await.map_err(|e| not_yet(&e))?;
+            let listener = dir.listen(&socket).map_err(|e| not_yet(&e))?;
+            self.carry(listener, dialled);
+        }
         // QEMU may dial after it has answered.
         let _listens = Listens { dir, socket: socket.clone() };
-        self.client.recover(&self.uid, &socket).await.map_err(|e| not_yet(&e))?;
+        let went_on = self.go_on(&socket, number, before, by_launchers).await;
+        if went_on.is_err() {
+            self.let_go(number).await;
+        }
+        went_on
+    }
+
+    /// The source's QEMU goes on over the link that waits for it.
+    async fn go_on(&self, socket: &str, number: u64, before: u64, by_launchers: bool) -> Result<(), Obstacle> {
+        let not_yet = |error: &dyn std::fmt::Display| Obstacle::NotYet(error.to_string());
+        self.client.recover(&self.uid, socket).await.map_err(|e| not_yet(&e))?;
         let mut launcher = self.launcher.clone();
-        let mut flowing = self.flowing.subscribe();
+        let mut flow = self.flow.subscribe();
         let uid = self.uid.clone();
         let goes_on = launcher.wait_for(|l| {
             let f = l.last().and_then(|s| facts::migration(s, &uid, MigrationRole::Source));
             f.is_none_or(|f| f.recoveries > before || f.is_final()) || l.state().is_none()
         });
+        let mut carrier = self.launcher.clone();
+        let broke = async {
+            if !by_launchers {
+                let _ = flow.wait_for(|flow| *flow == Flow::Over).await;
+                return;
+            }
+            let _ = carrier
+                .wait_for(|l| {
+                    let f = l.last().and_then(|s| facts::migration(s, &self.uid, MigrationRole::Source));
+                    f.and_then(|f| f.carried.as_ref()).is_some_and(|carried| carried.link == number && !carried.flows)
+                })
+                .await;
+        };
         tokio::select! {
             _ = goes_on => {
                 tracing::info!(migration = %self.uid, number, "the guest's memory goes on over another link");
                 Ok(())
             }
-            _ = flowing.wait_for(|flowing| !flowing) => Err(not_yet(&"the other link broke as well")),
+            () = broke => Err(not_yet(&"the other link broke as well")),
             () = tokio::time::sleep(AGREE_LIMIT) => Err(not_yet(&"the QEMUs do not agree over the other link")),
         }
     }
 
-    /// The connections of the memory stream, from 0.
-    fn connections(&self) -> std::ops::Range<u8> {
+    /// Gives link `number` up if QEMU has not come for it. One that it has begun with stays: before 8.2 the target's QEMU does not
+    /// survive that a link breaks while the two compare what is there.
+    async fn let_go(&self, number: u64) {
+        if *self.flow.borrow() == Flow::Awaited {
+            self.cut();
+        }
+        let launcher = self.launcher.borrow().last().is_some_and(|state| state.carries_streams);
+        if !launcher {
+            return;
+        }
+        if let Err(error) = self.client.carry(&CarryOrder::none(&self.uid, number)).await {
+            tracing::debug!(migration = %self.uid, number, %error, "the launcher keeps the connections that it was given");
+        }
+    }
+
+    /// How memory is carried, as its launcher was told.
+    fn transport(&self) -> Transport {
         let launcher = self.launcher.borrow();
         let f = launcher.last().and_then(|s| facts::migration(s, &self.uid, MigrationRole::Source));
-        numbers(f.map(|f| f.transport).unwrap_or_default())
+        f.map(|f| f.transport).unwrap_or_default()
     }
 
     fn recoveries(&self) -> u64 {
@@ -618,12 +777,17 @@ impl Run {
 
     /// Carries QEMU's memory over these connections.
     fn carry(&self, listener: UnixListener, dialled: Vec<Dialled>) {
-        let (flowing, launcher) = (self.flowing.clone(), self.launcher.clone());
-        let carry = source_streams::carry_memory(self.uid.clone(), listener, dialled, launcher, self.carried.clone());
-        flowing.send_replace(true);
+        let (flow, launcher) = (self.flow.clone(), self.launcher.clone());
+        flow.send_replace(Flow::Awaited);
+        let come = flow.clone();
+        let begins = move || {
+            come.send_replace(Flow::Begun);
+        };
+        let (uid, carried) = (self.uid.clone(), self.carried.clone());
+        let carry = source_streams::carry_memory(uid, listener, dialled, launcher, carried, begins);
         let task = tokio::spawn(async move {
             carry.await;
-            flowing.send_replace(false);
+            flow.send_replace(Flow::Over);
         });
         self.streams.lock().unwrap_or_else(PoisonError::into_inner).push(task.abort_handle());
     }
@@ -678,6 +842,14 @@ impl Run {
             wait = (wait * 2).min(RETRY.1);
         }
     }
+}
+
+/// What was agreed with the target of how memory is carried.
+#[derive(Clone, Copy, Default)]
+struct Agreed {
+    transport: Transport,
+    /// By the launchers.
+    carries: bool,
 }
 
 /// The connections that QEMU opens, from 0.

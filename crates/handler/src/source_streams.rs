@@ -2,63 +2,27 @@
 
 use std::sync::Arc;
 
+use godwit_launcher::carry::depart;
+use godwit_launcher::carry::pace::{self, Pace, Paced, Share};
+use godwit_launcher::carry::pump::{self, Carried};
 use tokio::net::UnixListener;
 use tokio::sync::watch;
 
 use crate::channel::{self, Dialled, StreamKey, Target};
 use crate::facts::Launcher;
-use crate::pace::{self, Pace, Paced, Share};
-use crate::pump::{self, Carried};
 use crate::source_link::DIAL_LIMIT;
 
-/// Carries QEMU's memory: QEMU opens its connections in their order, the main one first, and each gets the next channel. When
-/// one breaks the others end with it. In post-copy a cap is kept here, since QEMU does not count what is waited for.
+/// Carries QEMU's memory through this process. `begins` is called when QEMU comes.
 pub async fn carry_memory(
     uid: String,
     listener: UnixListener,
     channels: Vec<Dialled>,
-    mut launcher: watch::Receiver<Launcher>,
+    launcher: watch::Receiver<Launcher>,
     carried: Arc<Carried>,
+    begins: impl FnOnce(),
 ) {
-    let pace = Arc::new(Pace::new(pace::limit_of_post_copy(launcher.borrow_and_update().last(), &uid)));
-    let result = async {
-        let mut listener = Some(listener);
-        let mut begun = false;
-        let mut followed = true;
-        let mut channels = channels.into_iter();
-        // Ends the others with the first that breaks.
-        let mut pumps = tokio::task::JoinSet::new();
-        loop {
-            if channels.len() == 0 {
-                listener = None;
-            }
-            // One that QEMU has never opened is the one for pages that are waited for, where nobody did.
-            if pumps.is_empty() && (begun || listener.is_none()) {
-                return Ok::<(), std::io::Error>(());
-            }
-            let accepted = async {
-                match &listener {
-                    Some(listener) => listener.accept().await,
-                    None => std::future::pending().await,
-                }
-            };
-            tokio::select! {
-                accepted = accepted => {
-                    if let (local, Some(channel)) = (accepted?.0, channels.next()) {
-                        let share = if begun { Share::Urgent } else { Share::Ordinary };
-                        begun = true;
-                        pumps.spawn(pump::pump(Paced::new(local, pace.clone(), share), channel, carried.clone()));
-                    }
-                }
-                changed = launcher.changed(), if followed => {
-                    followed = changed.is_ok();
-                    pace.set(pace::limit_of_post_copy(launcher.borrow_and_update().last(), &uid));
-                }
-                Some(ended) = pumps.join_next() => ended.map_err(std::io::Error::other)??,
-            }
-        }
-    };
-    match result.await {
+    let limit = |launcher: &Launcher| pace::limit_of_post_copy(launcher.last(), &uid);
+    match depart::carry_memory(listener, channels, launcher, limit, carried.clone(), begins).await {
         Ok(()) => tracing::info!(migration = %uid, bytes = carried.total(), "memory stream at its end"),
         Err(error) => tracing::warn!(migration = %uid, bytes = carried.total(), %error, "memory stream broke"),
     }

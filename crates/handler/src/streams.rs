@@ -4,14 +4,15 @@ use std::collections::BTreeSet;
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use godwit_launcher::rpc::Transport;
+use godwit_launcher::carry::arrive::{Arrivals, Ended};
+use godwit_launcher::carry::pump::{self, Carried};
+use godwit_launcher::rpc::{CarryOrder, MigrationRole, Secured, Transport};
 use tokio::io::AsyncBufReadExt;
 use tokio::net::UnixStream;
-use tokio::sync::watch;
 
 use crate::channel::{Place, TargetControl};
 use crate::door::{Guest, Refusals};
-use crate::pump::{self, Carried};
+use crate::lend;
 use crate::recovery::Recoveries;
 use crate::sockets::SocketDir;
 
@@ -38,6 +39,15 @@ impl Stream {
     pub async fn carry(self: Arc<Self>, mut guest: Guest) {
         let place = guest.place;
         let (uid, channel) = (&self.uid, self.channel);
+        if let Some(secured) = guest.launcher.take() {
+            if let Err(reason) = self.hand_over(&guest, secured).await {
+                self.refused.note(uid, channel, guest.peer, &reason);
+                let _ = guest.refuse(&reason).await;
+            } else if let Err(error) = guest.accept().await {
+                tracing::info!(migration = %uid, channel, %error, "the source has gone before its launcher could come");
+            }
+            return;
+        }
         let admitted = match &self.memory {
             Some(memory) => self.admit(memory, place).await,
             None => Ok(Admitted::Alone),
@@ -77,6 +87,37 @@ impl Stream {
         }
     }
 
+    /// Has the launcher carry this connection: it waits for the source's, which comes when it is let in here.
+    async fn hand_over(&self, guest: &Guest, secured: Option<Secured>) -> Result<(), String> {
+        let Some(memory) = &self.memory else { return Err("launchers carry memory only".into()) };
+        let (stream, recovery) = (guest.place.stream, guest.place.recovery);
+        let transport = memory.expects(stream).await?;
+        let socket = match recovery {
+            Some(number) => memory.recoveries.admit(number, stream)?,
+            None => self.first_socket()?.to_owned(),
+        };
+        let connection = guest.bare().map_err(|e| e.to_string())?;
+        let handed = lend::hand(vec![connection], self.dir.clone()).map_err(|e| e.to_string())?;
+        let order = CarryOrder {
+            migration_uid: self.uid.clone(),
+            role: MigrationRole::Target,
+            link: recovery.unwrap_or(0),
+            streams: vec![stream],
+            socket,
+            handed: handed.socket.clone(),
+            transport,
+            secured,
+        };
+        memory.control.clone().carry(order).await
+    }
+
+    fn first_socket(&self) -> Result<&str, String> {
+        match self.socket.as_str() {
+            "" => Err("this memory stream began before this handler did; it can only be recovered".into()),
+            socket => Ok(socket),
+        }
+    }
+
     async fn admit(&self, memory: &Memory, place: Place) -> Result<Admitted, String> {
         if let Some(number) = place.recovery {
             // A later link has as many connections as the first. A launcher that knows nothing of that had one.
@@ -88,9 +129,7 @@ impl Stream {
             let socket = memory.recoveries.admit(number, place.stream)?;
             return Ok(Admitted::Recovery { socket, connections });
         }
-        if self.socket.is_empty() {
-            return Err("this memory stream began before this handler did; it can only be recovered".into());
-        }
+        self.first_socket()?;
         let transport = memory.admit(place.stream).await?;
         Ok(if transport.connections() > 1 { Admitted::OneOfSeveral(transport) } else { Admitted::Alone })
     }
@@ -104,7 +143,7 @@ impl Stream {
         let _socket = is_last.then(|| Removed { dir: &self.dir, socket });
         guest.accept().await?;
         if stream > 0 {
-            // See `waits_for_a_byte`.
+            // Whoever waits for a page waits for this connection first.
             tokio::select! {
                 first = guest.stream.fill_buf() => if first?.is_empty() { return Ok(()) },
                 () = memory.recoveries.main_connection(link) => {}
@@ -132,8 +171,7 @@ impl Stream {
         pump::pump(local, guest.stream, self.carried.clone()).await
     }
 
-    /// One connection of several. If one of them breaks the others end with it: a QEMU that waits for the page that it would
-    /// have brought must not wait for ever.
+    /// One connection of several.
     async fn carry_one_of(
         &self,
         memory: &Memory,
@@ -141,53 +179,19 @@ impl Stream {
         number: u8,
         transport: Transport,
     ) -> io::Result<()> {
-        let mut broken = memory.broken.subscribe();
-        let mut main = memory.main.subscribe();
-        let work = async {
-            let begins = async {
-                guest.accept().await?;
-                let first = guest.stream.fill_buf();
-                if waits_for_a_byte(number, transport) {
-                    return first.await.map(|first| !first.is_empty());
-                }
-                tokio::select! {
-                    first = first => first.map(|first| !first.is_empty()),
-                    _ = main.wait_for(|connected| *connected) => Ok(true),
-                }
-            };
-            if !matches!(begins.await, Ok(true)) {
-                // Dialled ahead in vain; it may be dialled again.
-                memory.release(number);
-                return Ok(());
+        let ended = match guest.accept().await {
+            Ok(()) => {
+                let connect = self.dir.connect(&self.socket);
+                let (arrivals, carried) = (&memory.arrivals, self.carried.clone());
+                arrivals.carry((number, transport), guest.stream, connect, carried).await?
             }
-            // Before 8.0 it takes its first connection for the main one.
-            if number > 0 {
-                let _ = main.wait_for(|connected| *connected).await;
-            }
-            let local = self.connect(&self.socket).await?;
-            if number == 0 {
-                memory.main.send_replace(true);
-            }
-            pump::pump(local, guest.stream, self.carried.clone()).await
+            Err(_) => Ended::Unused,
         };
-        let result = tokio::select! {
-            result = work => result,
-            _ = broken.wait_for(|broken| *broken) => {
-                Err(io::Error::new(io::ErrorKind::ConnectionAborted, "another connection of this memory stream broke"))
-            }
-        };
-        if result.is_err() {
-            memory.broken.send_replace(true);
+        if ended == Ended::Unused {
+            memory.release(number);
         }
-        result
+        Ok(())
     }
-}
-
-/// QEMU reads the first bytes of its main connection and of a channel before it does anything else, so there have to be some. The
-/// connection for missing pages has to be there before: a target that needs one while it loads devices does nothing else until
-/// the page has come over it.
-fn waits_for_a_byte(number: u8, transport: Transport) -> bool {
-    number == 0 || !transport.preempt
 }
 
 /// A socket that goes with this.
@@ -217,31 +221,28 @@ pub struct Memory {
     control: Arc<dyn TargetControl>,
     recoveries: Arc<Recoveries>,
     taken: Mutex<BTreeSet<u8>>,
-    /// The main one has been connected to QEMU.
-    main: watch::Sender<bool>,
-    /// One of them has broken.
-    broken: watch::Sender<bool>,
+    arrivals: Arrivals,
 }
 
 impl Memory {
     /// Before its first connection.
     pub fn new(control: Arc<dyn TargetControl>, recoveries: Arc<Recoveries>) -> Self {
-        Self {
-            control,
-            recoveries,
-            taken: Mutex::default(),
-            main: watch::Sender::default(),
-            broken: watch::Sender::default(),
-        }
+        Self { control, recoveries, taken: Mutex::default(), arrivals: Arrivals::default() }
     }
 
-    /// Takes connection `number`, if it is one of those that were agreed and nobody has had it.
-    async fn admit(&self, number: u8) -> Result<Transport, String> {
+    /// How memory comes, if connection `number` is one of those that were agreed.
+    async fn expects(&self, number: u8) -> Result<Transport, String> {
         let transport = self.control.clone().transport().await?;
         if usize::from(number) >= transport.connections() {
             let agreed = transport.connections();
             return Err(format!("connection {number} of a memory stream for which {agreed} were agreed (from 0)"));
         }
+        Ok(transport)
+    }
+
+    /// Takes connection `number`, if it is one of those that were agreed and nobody has had it.
+    async fn admit(&self, number: u8) -> Result<Transport, String> {
+        let transport = self.expects(number).await?;
         if !self.taken.lock().unwrap_or_else(PoisonError::into_inner).insert(number) {
             return Err(format!("connection {number} of this migration's memory stream has been connected before"));
         }

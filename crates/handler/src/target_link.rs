@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use futures::future::BoxFuture;
 use godwit_launcher::client::Client;
-use godwit_launcher::rpc::{Ability, DiskRoom, DomainPhase, GoOrder, MigrationRole, State, Transport};
+use godwit_launcher::rpc::{Ability, CarryOrder, DiskRoom, DomainPhase, GoOrder, MigrationRole, State, Transport};
 use tokio::sync::{OnceCell, watch};
 
 use crate::channel::{Answer, Request, TargetControl};
@@ -33,6 +33,8 @@ pub struct TargetAnswers {
     pub by_reference: bool,
     /// How it could receive memory, within what this node can.
     pub ability: Ability,
+    /// It can carry the memory stream.
+    pub carries: bool,
     /// What there is for the disks that are copied, by volume.
     pub rooms: BTreeMap<String, DiskRoom>,
     /// How it does: set from the beginning where its QEMU listens already.
@@ -61,6 +63,7 @@ impl TargetControl for TargetAnswers {
                     by_reference: self.by_reference,
                     ability: self.ability,
                     rooms: self.rooms.clone(),
+                    carries: self.carries,
                 },
                 Request::Carry(wish) => match self.receive_by(wish).await {
                     Ok(stands) => Answer::Carries(stands),
@@ -84,6 +87,10 @@ impl TargetControl for TargetAnswers {
             self.join_segments().await.map_err(|e| e.to_string())?;
             frames::inlets(self.pid, &self.ports).await.map_err(|e| e.to_string())
         })
+    }
+
+    fn carry(self: Arc<Self>, order: CarryOrder) -> BoxFuture<'static, Result<(), String>> {
+        Box::pin(async move { self.client.carry(&order).await.map(drop).map_err(|e| e.to_string()) })
     }
 
     fn transport(self: Arc<Self>) -> BoxFuture<'static, Result<Transport, String>> {

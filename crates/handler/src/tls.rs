@@ -8,6 +8,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use godwit_launcher::carry::identity::{IdentityError, fast_provider, names};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
 use rustls::pki_types::pem::PemObject;
@@ -47,6 +48,9 @@ pub enum TlsError {
     /// The parts do not fit together.
     #[error("cannot use the node's certificate: {0}")]
     Setup(String),
+    /// What is made for one migration.
+    #[error(transparent)]
+    Migration(#[from] IdentityError),
 }
 
 /// The node's certificate, key and trust anchor, ready for both roles.
@@ -135,17 +139,6 @@ impl Identity {
     }
 }
 
-/// Ring's suites with AES-128 first: the stream is bulk data, and 128 bits cost a third less than 256.
-pub(crate) fn fast_provider() -> CryptoProvider {
-    let mut provider = rustls::crypto::ring::default_provider();
-    provider.cipher_suites.sort_by_key(|suite| match suite.suite() {
-        rustls::CipherSuite::TLS13_AES_128_GCM_SHA256 => 0,
-        rustls::CipherSuite::TLS13_AES_256_GCM_SHA384 => 1,
-        _ => 2,
-    });
-    provider
-}
-
 fn read_certificates(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, String> {
     let certs: Vec<_> = CertificateDer::pem_slice_iter(pem).collect::<Result<_, _>>().map_err(|e| e.to_string())?;
     if certs.is_empty() { Err("no certificate in it".to_owned()) } else { Ok(certs) }
@@ -170,16 +163,6 @@ pub(crate) fn check_name(cert: &CertificateDer<'_>, name: &str) -> Result<(), St
     let (_, parsed) = X509Certificate::from_der(cert).map_err(malformed)?;
     let is_it = common_names(&parsed).any(|common| common == name);
     if is_it { Ok(()) } else { Err(format!("peer is [{}], expected CN={name}", names(cert)?)) }
-}
-
-/// The names that a certificate carries, for the log.
-///
-/// # Errors
-/// A sentence for the log.
-pub(crate) fn names(cert: &CertificateDer<'_>) -> Result<String, String> {
-    let (_, parsed) = X509Certificate::from_der(cert).map_err(malformed)?;
-    let common = common_names(&parsed).map(|cn| format!("CN={cn}"));
-    Ok(common.chain(dns_names(&parsed).map(|dns| format!("DNS={dns}"))).collect::<Vec<_>>().join(", "))
 }
 
 fn malformed(error: impl std::fmt::Display) -> String {

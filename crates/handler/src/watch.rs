@@ -45,49 +45,78 @@ pub async fn run(context: Arc<Context>) {
     ));
     tasks.spawn(pods(Api::all(context.client.clone()), config, sender, context.fence.clone()));
 
-    let mut workers: BTreeMap<String, UnboundedSender<Input>> = BTreeMap::new();
+    let mut workers = Workers::default();
     // A guest that changes its launcher on this node is shown by both.
     let mut shown: BTreeSet<(String, &str)> = BTreeSet::new();
     while let Some(seen) = seen.recv().await {
-        let (uid, namespace, name, input) = match seen {
+        let start = |guest: &Guest| {
+            Worker::start(context.clone(), guest.uid.clone(), guest.namespace.clone(), guest.name.clone())
+        };
+        match seen {
             Seen::Vmi(by, vmi) => {
                 shown.insert((vmi.uid().to_owned(), by));
                 let (namespace, name) = vmi.namespaced_name();
-                (vmi.uid().to_owned(), namespace.to_owned(), name.to_owned(), Input::Vmi(Arc::new(*vmi)))
+                let guest = Guest { uid: vmi.uid().to_owned(), namespace: namespace.to_owned(), name: name.to_owned() };
+                workers.tell(guest, Input::Vmi(Arc::new(*vmi)), start);
             }
             Seen::VmiUnseen(by, uid) => {
                 shown.remove(&(uid.clone(), by));
                 let still = shown.range((uid.clone(), "")..).next().is_some_and(|(other, _)| *other == uid);
-                if let Some(worker) = workers.get(&uid).filter(|_| !still) {
-                    let _ = worker.send(Input::VmiUnseen);
-                }
-                continue;
-            }
-            Seen::Pod(pod) => (pod.vmi_uid.clone(), pod.namespace.clone(), pod.vmi_name.clone(), Input::Pod(pod)),
-            Seen::PodGone(pod) => {
-                if let Some(worker) = workers.get(&pod.vmi_uid) {
-                    let _ = worker.send(Input::PodGone(pod.name));
-                }
-                continue;
-            }
-        };
-        let start = |uid: &String| Worker::start(context.clone(), uid.clone(), namespace, name);
-        match workers.get(&uid) {
-            // A worker that has ended gives the input back; a new one takes it.
-            Some(worker) => {
-                if let Err(mpsc::error::SendError(input)) = worker.send(input) {
-                    let worker = start(&uid);
-                    let _ = worker.send(input);
-                    workers.insert(uid, worker);
+                if !still {
+                    workers.unseen(&uid);
                 }
             }
-            None => {
-                let worker = start(&uid);
-                let _ = worker.send(input);
-                workers.insert(uid, worker);
-            }
+            Seen::Pod(pod) => workers.tell(Guest::of(&pod), Input::Pod(pod), start),
+            Seen::PodGone(pod) => workers.gone(&pod),
         }
-        workers.retain(|_, worker| !worker.is_closed());
+    }
+}
+
+/// Whom a worker is for. Whoever may make pods says of them what they like, so a UID alone is nobody's: a pod of another namespace
+/// is not the guest's.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Guest {
+    uid: String,
+    namespace: String,
+    name: String,
+}
+
+impl Guest {
+    fn of(pod: &view::LauncherPod) -> Self {
+        Self { uid: pod.vmi_uid.clone(), namespace: pod.namespace.clone(), name: pod.vmi_name.clone() }
+    }
+}
+
+/// One worker a guest.
+#[derive(Default)]
+struct Workers(BTreeMap<Guest, UnboundedSender<Input>>);
+
+impl Workers {
+    /// Tells a guest's worker, or a new one where there is none.
+    fn tell(&mut self, guest: Guest, input: Input, start: impl FnOnce(&Guest) -> UnboundedSender<Input>) {
+        let told = match self.0.get(&guest) {
+            Some(worker) => worker.send(input),
+            None => Err(mpsc::error::SendError(input)),
+        };
+        // A worker that has ended gives the input back; a new one takes it.
+        if let Err(mpsc::error::SendError(input)) = told {
+            let worker = start(&guest);
+            let _ = worker.send(input);
+            self.0.insert(guest, worker);
+        }
+        self.0.retain(|_, worker| !worker.is_closed());
+    }
+
+    fn unseen(&self, uid: &str) {
+        for (_, worker) in self.0.iter().filter(|(guest, _)| guest.uid == uid) {
+            let _ = worker.send(Input::VmiUnseen);
+        }
+    }
+
+    fn gone(&self, pod: &view::LauncherPod) {
+        if let Some(worker) = self.0.get(&Guest::of(pod)) {
+            let _ = worker.send(Input::PodGone(pod.name.clone()));
+        }
     }
 }
 
@@ -180,5 +209,59 @@ async fn pods(api: Api<Pod>, config: watcher::Config, seen: UnboundedSender<Seen
             }
             Err(error) => interrupted("pods", &error, began),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pod_of_another_namespace_is_not_the_guests() {
+        let pod = |namespace: &str| view::LauncherPod {
+            namespace: namespace.to_owned(),
+            name: "virt-launcher-demo-abcde".to_owned(),
+            uid: format!("pod-of-{namespace}"),
+            vmi_uid: "u1".to_owned(),
+            vmi_name: "demo".to_owned(),
+            migration_uid: None,
+            addresses: Vec::new(),
+            terminal: false,
+            shareable_memory: false,
+        };
+        let mut workers = Workers::default();
+        let mut started = Vec::new();
+        let mut tell = |input: view::LauncherPod| {
+            workers.tell(Guest::of(&input), Input::Pod(input), |guest| {
+                let (sender, inputs) = mpsc::unbounded_channel();
+                started.push((guest.namespace.clone(), inputs));
+                sender
+            });
+        };
+        tell(pod("foreign"));
+        tell(pod("tenant"));
+        tell(pod("tenant"));
+        workers.gone(&pod("foreign"));
+        workers.unseen("u1");
+        let heard: Vec<(String, Vec<String>)> = started
+            .into_iter()
+            .map(|(namespace, mut inputs)| {
+                let heard = std::iter::from_fn(|| inputs.try_recv().ok()).map(|input| match input {
+                    Input::Pod(pod) => pod.uid,
+                    Input::PodGone(name) => format!("without {name}"),
+                    Input::Vmi(_) => "its VMI".to_owned(),
+                    Input::VmiUnseen => "unseen".to_owned(),
+                });
+                (namespace, heard.collect())
+            })
+            .collect();
+        let gone = "without virt-launcher-demo-abcde";
+        assert_eq!(
+            heard,
+            [
+                ("foreign".to_owned(), ["pod-of-foreign", gone, "unseen"].map(str::to_owned).to_vec()),
+                ("tenant".to_owned(), ["pod-of-tenant", "pod-of-tenant", "unseen"].map(str::to_owned).to_vec()),
+            ]
+        );
     }
 }

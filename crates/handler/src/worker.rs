@@ -64,6 +64,8 @@ struct Pod {
     pod: LauncherPod,
     follower: Follower,
     wired: Option<Wired>,
+    /// What the pod must open is being given to it.
+    giving: Option<tokio::task::JoinHandle<()>>,
     shutdown_ordered: Option<u64>,
     reboot_told: Option<i64>,
 }
@@ -290,8 +292,10 @@ impl Worker {
                     let guest = format!("{}/{}", self.namespace, self.name);
                     let follower = Follower::start(folder, self.wake.clone(), self.context.fence.clone(), guest);
                     let name = pod.name.clone();
-                    self.pods
-                        .insert(name, Pod { pod, follower, wired: None, shutdown_ordered: None, reboot_told: None });
+                    self.pods.insert(
+                        name,
+                        Pod { pod, follower, wired: None, giving: None, shutdown_ordered: None, reboot_told: None },
+                    );
                 }
             },
             Input::PodGone(name) => {
@@ -427,6 +431,9 @@ impl Worker {
                 .and_then(|p| p.launcher.last())
                 .and_then(|s| facts::migration(s, &m.uid, MigrationRole::Source))
         {
+            if let Some(carried) = &sent.carried {
+                source.link.carried.tell((carried.out, carried.back, carried.writing_us));
+            }
             let carried = source.link.carried.total();
             // While disks are copied nothing of the memory is sent yet; that is not being stuck.
             let remaining = (sent.status == "active" && sent.total_bytes > 0).then_some(sent.remaining_bytes);

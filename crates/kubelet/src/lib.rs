@@ -12,6 +12,7 @@ mod events;
 mod loops;
 mod network;
 mod node;
+mod ownership;
 mod plan;
 mod pod;
 mod probes;

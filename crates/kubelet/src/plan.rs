@@ -165,6 +165,7 @@ pub(crate) fn make(parts: Parts<'_>) -> Result<ContainerSpec, String> {
         group,
         groups,
         mounts: mounts(&parts)?,
+        devices: devices(&parts)?,
         loops: loops(&parts)?,
         cgroups: parts.cgroups,
         capabilities: (!privileged).then(|| capabilities(security)),
@@ -261,14 +262,19 @@ fn mounts(parts: &Parts<'_>) -> Result<Vec<Mount>, String> {
             read_only: *read_only || wanted.read_only == Some(true),
         });
     }
-    for wanted in parts.container.volume_devices.iter().flatten() {
-        let (device, read_only) = held(parts, &wanted.name)?;
-        let (source, target) = (device.path.clone(), wanted.device_path.clone());
-        mounts.push(Mount { source, target, read_only: *read_only });
-    }
     // Outer ones first, so that none hides another.
     mounts.sort_by_key(|mount| Path::new(&mount.target).components().count());
     Ok(mounts)
+}
+
+fn devices(parts: &Parts<'_>) -> Result<Vec<Mount>, String> {
+    let wanted = parts.container.volume_devices.iter().flatten();
+    wanted
+        .map(|wanted| {
+            let (device, read_only) = held(parts, &wanted.name)?;
+            Ok(Mount { source: device.path.clone(), target: wanted.device_path.clone(), read_only: *read_only })
+        })
+        .collect()
 }
 
 /// The block device of a volume.

@@ -101,7 +101,12 @@ impl Board {
     /// Sets an annotation.
     pub(crate) async fn annotate(&self, key: &str, value: &str) {
         let patch = serde_json::json!({ "metadata": { "uid": self.writer.uid, "annotations": { key: value } } });
-        let result = self.writer.api.patch(&self.writer.name, &PatchParams::default(), &Patch::Merge(patch)).await;
+        let (name, params, patch) = (&self.writer.name, PatchParams::default(), Patch::Merge(patch));
+        let mut result = self.writer.api.patch(name, &params, &patch).await;
+        // Kubernetes lets kubelets change a pod together with its status only.
+        if matches!(&result, Err(kube::Error::Api(answer)) if answer.code == 403) {
+            result = self.writer.api.patch_status(name, &params, &patch).await;
+        }
         if let Err(error) = result {
             tracing::warn!(pod = self.writer.name, key, %error, "cannot annotate");
         }

@@ -50,6 +50,9 @@ pub struct ContainerSpec {
     pub groups: Vec<u32>,
     /// What is mounted, in this order.
     pub mounts: Vec<Mount>,
+    /// Block devices that it has.
+    #[serde(default)]
+    pub devices: Vec<Mount>,
     /// Loop devices among them, which the shim holds.
     #[serde(default)]
     pub loops: Vec<Loop>,
@@ -82,7 +85,7 @@ pub enum Root {
     },
 }
 
-/// A folder or file of the node that a container sees.
+/// A folder, file or device of the node that a container sees.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Mount {
     /// Where it is on the node.

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt, chown};
 use std::path::{Component, Path, PathBuf};
 
@@ -14,6 +15,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use crate::env::{self, Facts};
 use crate::loops::{self, Device};
+use crate::ownership::FsGroup;
 use crate::{Context, quantity};
 
 /// Where the volumes of a pod are, by name; `true` if they can only be read.
@@ -87,8 +89,8 @@ fn text(what: &str, path: &Path) -> impl Fn(std::io::Error) -> Failure {
 async fn one(context: &Context, pod: &Pod, folder: &Path, volume: &Volume, facts: &Facts) -> Result<Place, Failure> {
     let namespace = pod.namespace().unwrap_or_default();
     let place = |kind: &str| folder.join("volumes").join(format!("kubernetes.io~{kind}")).join(&volume.name);
-    let group = pod.spec.as_ref().and_then(|s| s.security_context.as_ref()?.fs_group);
-    let group = group.and_then(|group| u32::try_from(group).ok());
+    let fs_group = FsGroup::of(pod.spec.as_ref().and_then(|spec| spec.security_context.as_ref()));
+    let group = fs_group.map(|owner| owner.group);
     let client = &context.client;
 
     if let Some(source) = &volume.empty_dir {
@@ -117,9 +119,22 @@ async fn one(context: &Context, pod: &Pod, folder: &Path, volume: &Volume, facts
     }
     if let Some(source) = &volume.persistent_volume_claim {
         let only_read = source.read_only.unwrap_or(false);
-        return claim(context, &namespace, &source.claim_name).await.map(|place| match place {
-            Place::Path(path, read_only) => Place::Path(path, read_only || only_read),
-            Place::Device(device, read_only) => Place::Device(device, read_only || only_read),
+        return Ok(match claim(context, &namespace, &source.claim_name).await? {
+            Claimed::Local(path, read_only) => {
+                // Kubernetes' kubelet mounts it there. Here it says that the volume was made the pod's.
+                let made = place("local-volume");
+                if let Some(owner) = fs_group.filter(|_| !read_only && !only_read && !made.is_dir()) {
+                    // There may be any number of files, and others than this pod wait for the threads here.
+                    let root = path.clone();
+                    let owned = tokio::task::spawn_blocking(move || owner.own(&root)).await;
+                    owned.map_err(io::Error::other).flatten().map_err(text("change the group of", &path))?;
+                    fs::create_dir_all(&made).map_err(text("make", &made))?;
+                }
+                Place::Path(path, read_only || only_read)
+            }
+            // What is the node's own belongs to whom it belongs: fsGroup is not for it, in Kubernetes neither.
+            Claimed::HostPath(path, read_only) => Place::Path(path, read_only || only_read),
+            Claimed::Device(device, read_only) => Place::Device(device, read_only || only_read),
         });
     }
     if let Some(source) = &volume.image {
@@ -314,8 +329,14 @@ fn host_path(source: &HostPathVolumeSource) -> Result<PathBuf, Failure> {
     }
 }
 
-/// The folder or the block device behind a claim: a volume of kind `hostPath` or `local`.
-async fn claim(context: &Context, namespace: &str, name: &str) -> Result<Place, Failure> {
+/// What is behind a claim: a folder of a volume of kind `hostPath` or `local`, or a block device; `true` if it can only be read.
+enum Claimed {
+    HostPath(PathBuf, bool),
+    Local(PathBuf, bool),
+    Device(Device, bool),
+}
+
+async fn claim(context: &Context, namespace: &str, name: &str) -> Result<Claimed, Failure> {
     let failed = |error: kube::Error| Failure::Mount(format!("persistentvolumeclaim {name:?}: {error}"));
     let claims: Api<PersistentVolumeClaim> = Api::namespaced(context.client.clone(), namespace);
     let claim = claims.get_opt(name).await.map_err(failed)?;
@@ -339,10 +360,11 @@ async fn claim(context: &Context, namespace: &str, name: &str) -> Result<Place, 
     };
     if spec.volume_mode.as_deref() == Some("Block") {
         let size = spec.capacity.as_ref().and_then(|all| all.get("storage")).and_then(|size| quantity::bytes(&size.0));
-        return device(path, size.unwrap_or(0)).map(|device| Place::Device(device, read_only));
+        return device(path, size.unwrap_or(0)).map(|device| Claimed::Device(device, read_only));
     }
     let source = HostPathVolumeSource { type_: Some("DirectoryOrCreate".into()), path: path.clone() };
-    Ok(Place::Path(host_path(&source)?, read_only))
+    let path = host_path(&source)?;
+    Ok(if spec.host_path.is_some() { Claimed::HostPath(path, read_only) } else { Claimed::Local(path, read_only) })
 }
 
 /// The block device at `path`, or one of this size for a file that is made there.

@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
@@ -53,6 +53,7 @@ impl Scratch {
             group: None,
             groups: Vec::new(),
             mounts: Vec::new(),
+            devices: Vec::new(),
             loops: Vec::new(),
             cgroups: Vec::new(),
             capabilities: Some(vec![0, 1, 3, 5, 6, 7]),
@@ -187,6 +188,31 @@ fn users_are_those_of_the_image_and_lose_their_powers() {
     let spec = scratch.spec(&["sh", "-c", "hostname other || echo refused"]);
     let (text, _) = scratch.run(&spec);
     assert_eq!(text.matches("refused").count(), 2, "root without CAP_SYS_ADMIN: {text}");
+}
+
+#[test]
+fn devices_are_the_containers_own_and_its_output_is_its_users() {
+    let mut scratch = Scratch::new();
+    let script = "exec 2>&1; echo again > /dev/stdout; /bin/busybox stat -c '%F %a %u:%g' /dev/vmi-disks/data /extra; \
+                  /bin/busybox chown 77 /dev/vmi-disks/data && /bin/busybox stat -c %u /dev/vmi-disks/data";
+    let mut spec = scratch.spec(&["sh", "-c", script]);
+    let node = scratch.folder.path().join("node");
+    let mode = nix::sys::stat::Mode::from_bits_truncate(0o660);
+    nix::sys::stat::mknod(&node, nix::sys::stat::SFlag::S_IFBLK, mode, nix::sys::stat::makedev(7, 0)).unwrap();
+    fs::set_permissions(&node, fs::Permissions::from_mode(0o660)).unwrap();
+    std::os::unix::fs::chown(&node, Some(0), Some(6)).unwrap();
+    let device = |target: &str, read_only| Mount { source: node.clone(), target: target.into(), read_only };
+    spec.devices = vec![device("/dev/vmi-disks/data", false), device("/extra", true)];
+    let (text, exit) = scratch.run(&spec);
+    assert_eq!(exit.exit_code, 0, "{text}");
+    assert_eq!(text, "again\nblock special file 660 0:6\nblock special file 440 0:6\n77");
+    assert_eq!(fs::metadata(&node).unwrap().uid(), 0, "the node's own stays its");
+    spec.user = "bob".into();
+    let (text, _) = scratch.run(&spec);
+    assert!(text.starts_with("again\n"), "{text}");
+    spec.devices = vec![device("/x/../extra", false)];
+    assert!(matches!(scratch.start(&spec), Started::Failed(text) if text.contains("..")));
+    scratch.end();
 }
 
 #[test]

@@ -68,7 +68,8 @@ impl Claim {
                 // Whoever plugs it in uses what is on it, also where it was left by an unfinished copy.
                 copy_mark::remove(&path)?;
                 if !path.exists() {
-                    volumes::make_sparse(&self.volume, &path, self.bytes).map_err(Error::other)?;
+                    volumes::make_sparse(&self.volume, &path, self.bytes)
+                        .map_err(|error| Error::new(error.kind(), error))?;
                 }
             }
         }
@@ -90,7 +91,15 @@ pub async fn run(claims: Vec<Claim>, sockets: &Path) -> Result<()> {
 async fn serve(claims: Vec<Claim>, sockets: &Path) -> Result<()> {
     // What cannot be opened is told by the pod, before anybody asks.
     for claim in &claims {
-        claim.open().map_err(|error| Error::new(error.kind(), format!("volume {}: {error}", claim.volume)))?;
+        match claim.open() {
+            // The node's handler gives it to this user when it asks for it.
+            Err(error) if error.kind() == ErrorKind::PermissionDenied => {
+                tracing::info!(volume = claim.volume, %error, "not open to this user yet");
+            }
+            opened => {
+                opened.map_err(|error| Error::new(error.kind(), format!("volume {}: {error}", claim.volume)))?;
+            }
+        }
     }
     let claims = Arc::new(claims);
     let socket = sockets.join(ATTACHMENT_SOCKET);
@@ -141,6 +150,22 @@ mod tests {
         for bad in ["", "a", "a:rw", "a:rw:1", "a:xx:1:/p", "a:rw:x:/p"] {
             assert!(bad.parse::<Claim>().is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn a_folder_that_is_not_open_to_this_user_is_told_as_that() {
+        if !nix::unistd::geteuid().is_root() {
+            println!("SKIPPED: only root becomes another user");
+            return;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let claim = Claim { volume: "data".into(), read_only: false, bytes: 8192, path: folder.path().to_owned() };
+        // Of this thread alone: its file system user, and with it the power to open what is others'.
+        let kind = std::thread::spawn(move || {
+            nix::unistd::setfsuid(nix::unistd::Uid::from_raw(107));
+            claim.open().map(drop).map_err(|error| error.kind())
+        });
+        assert_eq!(kind.join().unwrap(), Err(ErrorKind::PermissionDenied));
     }
 
     #[tokio::test]

@@ -207,6 +207,11 @@ impl Client {
         self.call(Method::POST, rpc::MIGRATION_RECOVER, Some(&order)).await
     }
 
+    /// Carry the memory stream over connections that wait behind a socket.
+    pub async fn carry(&self, order: &rpc::CarryOrder) -> Result<rpc::State, Error> {
+        self.call(Method::POST, rpc::MIGRATION_CARRY, Some(order)).await
+    }
+
     /// Target: the guest lives elsewhere; end this QEMU.
     pub async fn abandon(&self, migration_uid: &str) -> Result<rpc::State, Error> {
         self.about(rpc::MIGRATION_ABANDON, migration_uid).await

@@ -7,6 +7,7 @@
 pub mod agent;
 pub mod attachment;
 mod blank;
+pub mod carry;
 pub mod client;
 pub mod console;
 mod copy_mark;
@@ -104,12 +105,13 @@ pub async fn serve(uid: String, paths: Paths, terminate: mpsc::Receiver<()>) -> 
     let watchdog =
         fence::Watchdog::start(paths.ephemeral_disks.clone()).map_err(io("watching over", &paths.sockets))?;
     let fence = watchdog.fence();
-    let (vm, states) =
-        vm::Vm::new(paths.clone(), uid, fence.clone()).map_err(io("reading the record in", &paths.ephemeral_disks))?;
+    let carrier = carry::Carrier::new(paths.sockets.clone());
+    let (vm, states) = vm::Vm::new(paths.clone(), uid, fence.clone(), carrier.clone())
+        .map_err(io("reading the record in", &paths.ephemeral_disks))?;
     let _ = std::fs::remove_file(&socket);
     let listener = UnixListener::bind(&socket).map_err(io("listening on", &socket))?;
     let (orders, requests) = mpsc::channel(16);
-    let router = server::router(orders, states, fence, paths.sockets.join(plan::AGENT));
+    let router = server::router(orders, states, fence, carrier, paths.sockets.join(plan::AGENT));
     let server = tokio::spawn(async move {
         if let Err(error) = axum::serve(listener, router).await {
             tracing::error!(%error, "the RPC has ended");

@@ -41,6 +41,8 @@ pub const MIGRATION_PAUSE: &str = "/v1/migration/pause";
 pub const MIGRATION_GO: &str = "/v1/migration/go";
 /// Path of another link for a post-copy whose link broke ([`LinkOrder`]).
 pub const MIGRATION_RECOVER: &str = "/v1/migration/recover";
+/// Path of connections to the other end's launcher that this one is to carry ([`CarryOrder`]). An older launcher does not know it.
+pub const MIGRATION_CARRY: &str = "/v1/migration/carry";
 /// Path of the end of a target that will not be needed ([`MigrationRef`]).
 pub const MIGRATION_ABANDON: &str = "/v1/migration/abandon";
 /// Path of [`ShutdownOrder`].
@@ -333,6 +335,93 @@ pub struct LinkOrder {
     pub socket: String,
 }
 
+/// Carry QEMU's memory stream over connections to the other end's launcher (`POST /v1/migration/carry`). The handlers have opened
+/// them and made sure of each other; whatever becomes of the handlers, the stream goes on.
+///
+/// The source gets all connections of a link in one order, listens on QEMU's socket, and answers when the target's launcher
+/// has shown on all of them who it is. The target gets each as it comes, and answers at once. A link of a greater number ends the one before.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct CarryOrder {
+    /// UID of the VirtualMachineInstanceMigration.
+    pub migration_uid: String,
+    /// Which end this launcher is.
+    pub role: MigrationRole,
+    /// Which link of the migration they belong to: 0 is the first, those of a post-copy that goes on have greater numbers.
+    pub link: u64,
+    /// Which connections of the link they are, from 0, QEMU's main one, in the order in which they are handed over. None: a link of no
+    /// greater number that QEMU has not begun with is given up.
+    pub streams: Vec<u8>,
+    /// Name, within the directory of `launcher.sock`, of QEMU's unix socket.
+    pub socket: String,
+    /// The same of the one on which the handler hands the connections over.
+    pub handed: String,
+    /// How memory is carried, as agreed.
+    #[serde(default)]
+    pub transport: Transport,
+    /// What the two launchers know each other by; none goes in the clear.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub secured: Option<Secured>,
+}
+
+impl CarryOrder {
+    /// That nothing comes of the source's connections up to those of link `link`, if QEMU has not begun with them.
+    #[must_use]
+    pub fn none(migration_uid: &str, link: u64) -> Self {
+        Self {
+            migration_uid: migration_uid.to_owned(),
+            role: MigrationRole::Source,
+            link,
+            streams: Vec::new(),
+            socket: "none.sock".into(),
+            handed: "none.sock".into(),
+            transport: Transport::default(),
+            secured: None,
+        }
+    }
+}
+
+/// A migration's own key and certificate, and whom it talks to. Good for the streams of this migration and for nothing else.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Secured {
+    /// The certificate: DER in base64.
+    pub certificate: String,
+    /// Its private key: PKCS#8 in base64.
+    pub key: String,
+    /// SHA-256 of the other end's certificate, in lower-case hexadecimal digits.
+    pub peer: String,
+}
+
+/// Without the key.
+impl std::fmt::Debug for Secured {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Secured").field("peer", &self.peer).finish_non_exhaustive()
+    }
+}
+
+/// What this launcher carries of a migration's memory stream ([`CarryOrder`]).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct CarriedFacts {
+    /// Which link it is.
+    pub link: u64,
+    /// It is not over.
+    pub flows: bool,
+    /// At the source: QEMU has yet to open its first connection. An older launcher does not tell.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub awaits_qemu: bool,
+    /// Bytes from QEMU to the other end, over all links.
+    pub out: u64,
+    /// Bytes from the other end to QEMU, over all links.
+    pub back: u64,
+    /// Microseconds that the connections took to take what went out, all of them together.
+    pub writing_us: u64,
+    /// Why it broke, if it did.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+}
+
 /// Names the migration that an order is about, so that an order that arrives late cannot hit the next one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -414,6 +503,8 @@ pub struct State {
     pub shareable_memory: bool,
     /// How its QEMU could carry memory.
     pub ability: Ability,
+    /// It knows [`MIGRATION_CARRY`].
+    pub carries_streams: bool,
     /// Process id of QEMU, as this launcher's process namespace numbers it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub qemu_pid: Option<u32>,
@@ -444,6 +535,12 @@ pub struct State {
 }
 
 impl State {
+    /// The facts of migration `uid`, seen from its `role`; those of another migration (a launcher keeps its last one) do not count.
+    #[must_use]
+    pub fn migration_of(&self, uid: &str, role: MigrationRole) -> Option<&MigrationFacts> {
+        self.migration.as_ref().filter(|m| m.uid == uid && m.role == role)
+    }
+
     /// The guest has been told to power down so that it is started over. It is not sent away meanwhile: at a target its
     /// power-off would be its end.
     #[must_use]
@@ -631,6 +728,9 @@ pub struct MigrationFacts {
     /// How memory is carried.
     #[serde(default)]
     pub transport: Transport,
+    /// The memory stream goes through this launcher. None: through its handler, whose end is the stream's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub carried: Option<CarriedFacts>,
     /// This launcher knows [`MIGRATION_RECOVER`]. An older one's guest is lost with the link of its post-copy.
     #[serde(default)]
     pub recoverable: bool,
@@ -720,6 +820,7 @@ impl MigrationFacts {
             post_copy_possible: false,
             by_reference: false,
             transport: Transport::default(),
+            carried: None,
             recoverable: false,
             broken_us: None,
             recoveries: 0,

@@ -1,8 +1,9 @@
 //! The RPC's door: HTTP on `launcher.sock`.
 
 use crate::agent;
+use crate::carry::Carrier;
 use crate::fence::Fence;
-use crate::rpc::{self, DomainPhase, ErrorBody, MigrationMode, Refusal, State};
+use crate::rpc::{self, CarriedFacts, DomainPhase, ErrorBody, MigrationMode, Refusal, State};
 use crate::vm::{Answer, Order, Refused, Request};
 use axum::Router;
 use axum::body::Body;
@@ -21,6 +22,8 @@ use tokio::time::Instant;
 
 /// Most bytes of an order; a VMI is a few KiB.
 const LARGEST_ORDER: usize = 4 << 20;
+/// Between two looks of the watch at what is carried, where the VM's task says nothing: it may wait for a QEMU whose memory flows.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// The watch sends changes of numbers no more often than this.
 const PACE: Duration = Duration::from_millis(100);
 
@@ -29,12 +32,19 @@ struct Door {
     orders: mpsc::Sender<Request>,
     state: watch::Receiver<State>,
     fence: Fence,
+    carrier: Carrier,
     /// Where the guest agent is.
     agent: PathBuf,
 }
 
 /// The routes of docs/architecture.md, "Launcher RPC".
-pub fn router(orders: mpsc::Sender<Request>, state: watch::Receiver<State>, fence: Fence, agent: PathBuf) -> Router {
+pub fn router(
+    orders: mpsc::Sender<Request>,
+    state: watch::Receiver<State>,
+    fence: Fence,
+    carrier: Carrier,
+    agent: PathBuf,
+) -> Router {
     Router::new()
         .route(rpc::STATE, get(state_now))
         .route(rpc::WATCH, get(watch_states))
@@ -46,6 +56,7 @@ pub fn router(orders: mpsc::Sender<Request>, state: watch::Receiver<State>, fenc
         .route(rpc::MIGRATION_CANCEL, post(|door, body| with(door, body, Order::Cancel)))
         .route(rpc::MIGRATION_TRANSPORT, put(|door, body| with(door, body, Order::Transport)))
         .route(rpc::MIGRATION_LEND, post(|door, body| with(door, body, Order::Lend)))
+        .route(rpc::MIGRATION_CARRY, post(carry))
         .route(rpc::MIGRATION_POST_COPY, post(|door, body| with(door, body, Order::PostCopy)))
         .route(rpc::MIGRATION_PAUSE, post(|door, body| with(door, body, Order::PauseToMigrate)))
         .route(rpc::MIGRATION_GO, post(|door, body| with(door, body, Order::Go)))
@@ -62,7 +73,7 @@ pub fn router(orders: mpsc::Sender<Request>, state: watch::Receiver<State>, fenc
         .fallback(|| async { refuse(Refusal::NotFound, "no such call".into()) })
         .method_not_allowed_fallback(|| async { refuse(Refusal::NotFound, "no such method on this call".into()) })
         .layer(DefaultBodyLimit::max(LARGEST_ORDER))
-        .with_state(Door { orders, state, fence, agent })
+        .with_state(Door { orders, state, fence, carrier, agent })
 }
 
 async fn with<T: DeserializeOwned>(door: Shared<Door>, body: Bytes, make: impl FnOnce(T) -> Order) -> Response {
@@ -78,8 +89,19 @@ async fn run_until(Shared(door): Shared<Door>, body: Bytes) -> Response {
         Ok(order) => door.fence.run_until(order.deadline()),
         Err(error) => return refuse(Refusal::BadRequest, format!("the order cannot be read: {error}")),
     }
-    let state = door.state.borrow().clone();
-    json(StatusCode::OK, &state)
+    state_now(Shared(door)).await
+}
+
+/// Past it too: QEMU and the guest have no part in it.
+async fn carry(Shared(door): Shared<Door>, body: Bytes) -> Response {
+    let order = match serde_json::from_slice::<rpc::CarryOrder>(&body) {
+        Ok(order) => order,
+        Err(error) => return refuse(Refusal::BadRequest, format!("the order cannot be read: {error}")),
+    };
+    match door.carrier.carry(order, door.state.clone()).await {
+        Ok(()) => state_now(Shared(door)).await,
+        Err(Refused { reason, message, cause }) => refuse_for(reason, message, cause),
+    }
 }
 
 async fn order(Shared(door): Shared<Door>, order: Order) -> Response {
@@ -156,19 +178,20 @@ async fn guest(Shared(door): Shared<Door>) -> Response {
 }
 
 async fn state_now(Shared(door): Shared<Door>) -> Response {
-    let state = door.state.borrow().clone();
+    let mut state = door.state.borrow().clone();
+    door.carrier.tell(&mut state);
     json(StatusCode::OK, &state)
 }
 
 async fn watch_states(Shared(door): Shared<Door>) -> Response {
     // The first line is the state now.
-    let mut states = door.state;
-    states.mark_changed();
+    let mut states = Told { states: door.state, carrier: door.carrier };
+    states.states.mark_changed();
     let lines = futures::stream::unfold((states, None), |(mut states, last)| async move {
-        let state = next(&mut states, last.as_ref()).await?;
+        let state = states.next(last.as_ref()).await?;
         let mut line = serde_json::to_vec(&state).ok()?;
         line.push(b'\n');
-        let sent = Sent { phase: state.phase, turn: turn(&state), at: Instant::now() };
+        let sent = Sent { phase: state.phase, turn: turn(&state), carried: carried(&state), at: Instant::now() };
         Some((Ok::<_, Infallible>(Bytes::from(line)), (states, Some(sent))))
     });
     ([(header::CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(lines)).into_response()
@@ -177,6 +200,7 @@ async fn watch_states(Shared(door): Shared<Door>) -> Response {
 struct Sent {
     phase: DomainPhase,
     turn: Turn,
+    carried: Option<CarriedFacts>,
     at: Instant,
 }
 
@@ -190,19 +214,50 @@ fn turn(state: &State) -> Turn {
     })
 }
 
-/// The next state worth a line: turns at once, numbers at a pace. `None` at the launcher's end, after its last state.
-async fn next(states: &mut watch::Receiver<State>, last: Option<&Sent>) -> Option<State> {
-    states.changed().await.ok()?;
-    let Some(last) = last else { return Some(states.borrow_and_update().clone()) };
-    loop {
-        let state = states.borrow_and_update().clone();
-        if state.phase != last.phase || turn(&state) != last.turn {
-            return Some(state);
+fn carried(state: &State) -> Option<CarriedFacts> {
+    state.migration.as_ref().and_then(|m| m.carried.clone())
+}
+
+/// What the watch tells.
+struct Told {
+    states: watch::Receiver<State>,
+    carrier: Carrier,
+}
+
+impl Told {
+    fn now(&mut self) -> State {
+        let mut state = self.states.borrow_and_update().clone();
+        self.carrier.tell(&mut state);
+        state
+    }
+
+    /// The next state worth a line: turns at once, numbers at a pace. `None` at the launcher's end, after its last state.
+    async fn next(&mut self, last: Option<&Sent>) -> Option<State> {
+        let Some(last) = last else {
+            self.states.changed().await.ok()?;
+            return Some(self.now());
+        };
+        loop {
+            match tokio::time::timeout(LOOK_EVERY, self.states.changed()).await {
+                Ok(changed) => break changed.ok()?,
+                Err(_) => {
+                    let state = self.now();
+                    if carried(&state) != last.carried {
+                        return Some(state);
+                    }
+                }
+            }
         }
-        // Whatever comes within the pace replaces this; after it, this is sent.
-        match tokio::time::timeout_at(last.at + PACE, states.changed()).await {
-            Ok(Ok(())) => {}
-            Ok(Err(_)) | Err(_) => return Some(state),
+        loop {
+            let state = self.now();
+            if state.phase != last.phase || turn(&state) != last.turn {
+                return Some(state);
+            }
+            // Whatever comes within the pace replaces this; after it, this is sent.
+            match tokio::time::timeout_at(last.at + PACE, self.states.changed()).await {
+                Ok(Ok(())) => {}
+                Ok(Err(_)) | Err(_) => return Some(state),
+            }
         }
     }
 }
@@ -211,31 +266,35 @@ async fn next(states: &mut watch::Receiver<State>, last: Option<&Sent>) -> Optio
 mod tests {
     use super::*;
 
-    #[tokio::test]
-    async fn the_watch_tells_turns_at_once_and_the_last_state_before_the_end() {
+    fn told() -> (watch::Sender<State>, Told) {
         let (tell, mut states) = watch::channel(State::default());
         states.mark_changed();
-        assert_eq!(next(&mut states, None).await.unwrap().phase, DomainPhase::Undefined);
-        let sent = Sent { phase: DomainPhase::Undefined, turn: None, at: Instant::now() };
+        (tell, Told { states, carrier: Carrier::new(PathBuf::new()) })
+    }
+
+    #[tokio::test]
+    async fn the_watch_tells_turns_at_once_and_the_last_state_before_the_end() {
+        let (tell, mut states) = told();
+        assert_eq!(states.next(None).await.unwrap().phase, DomainPhase::Undefined);
+        let sent = Sent { phase: DomainPhase::Undefined, turn: None, carried: None, at: Instant::now() };
         tell.send_modify(|s| s.launcher_rss_bytes = Some(1));
         tell.send_modify(|s| s.phase = DomainPhase::Running);
-        assert_eq!(next(&mut states, Some(&sent)).await.unwrap().phase, DomainPhase::Running);
+        assert_eq!(states.next(Some(&sent)).await.unwrap().phase, DomainPhase::Running);
         tell.send_modify(|s| s.phase = DomainPhase::Shutdown);
         drop(tell);
         let sent = Sent { phase: DomainPhase::Running, ..sent };
-        assert_eq!(next(&mut states, Some(&sent)).await.unwrap().phase, DomainPhase::Shutdown);
-        assert!(next(&mut states, Some(&Sent { phase: DomainPhase::Shutdown, ..sent })).await.is_none());
+        assert_eq!(states.next(Some(&sent)).await.unwrap().phase, DomainPhase::Shutdown);
+        assert!(states.next(Some(&Sent { phase: DomainPhase::Shutdown, ..sent })).await.is_none());
     }
 
     #[tokio::test]
     async fn numbers_come_at_a_pace_and_none_is_lost() {
-        let (tell, mut states) = watch::channel(State::default());
-        states.mark_changed();
-        next(&mut states, None).await.unwrap();
-        let sent = Sent { phase: DomainPhase::Undefined, turn: None, at: Instant::now() };
+        let (tell, mut states) = told();
+        states.next(None).await.unwrap();
+        let sent = Sent { phase: DomainPhase::Undefined, turn: None, carried: None, at: Instant::now() };
         for n in 1..=5 {
             tell.send_modify(|s| s.launcher_rss_bytes = Some(n));
         }
-        assert_eq!(next(&mut states, Some(&sent)).await.unwrap().launcher_rss_bytes, Some(5));
+        assert_eq!(states.next(Some(&sent)).await.unwrap().launcher_rss_bytes, Some(5));
     }
 }

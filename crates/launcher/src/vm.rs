@@ -10,6 +10,7 @@ mod persistent;
 mod reboot;
 mod tpm;
 
+use crate::carry::Carrier;
 use crate::console::{self, Console};
 use crate::fence::{self, Fence};
 use crate::persistent::PersistentState;
@@ -92,6 +93,9 @@ pub struct Refused {
     pub cause: Option<Cause>,
 }
 
+pub(crate) use memory::meet;
+pub(crate) use migration::check_name;
+
 pub(crate) fn refused(reason: Refusal, message: impl Into<String>) -> Refused {
     Refused { reason, message: message.into(), cause: None }
 }
@@ -169,6 +173,8 @@ pub struct Vm {
     uid: String,
     /// Kills QEMU when its time has passed.
     fence: Fence,
+    /// The memory streams that go through this process.
+    carrier: Carrier,
     tell: watch::Sender<State>,
     now: State,
     stage: Stage,
@@ -222,8 +228,13 @@ impl Vm {
     /// A launcher's VM before any order; `uid` is the VMI's it was started for.
     ///
     /// If the guest of this place has left with an earlier process, that is told again and nothing is started.
-    pub fn new(paths: Paths, uid: String, fence: Fence) -> std::io::Result<(Vm, watch::Receiver<State>)> {
-        let mut now = State { vmi_uid: uid.clone(), ..State::default() };
+    pub fn new(
+        paths: Paths,
+        uid: String,
+        fence: Fence,
+        carrier: Carrier,
+    ) -> std::io::Result<(Vm, watch::Receiver<State>)> {
+        let mut now = State { vmi_uid: uid.clone(), carries_streams: true, ..State::default() };
         let mut stage = Stage::Empty;
         let mut over = None;
         if let Some(mut facts) = record::read_departed(&paths.ephemeral_disks)? {
@@ -239,6 +250,7 @@ impl Vm {
             paths,
             uid,
             fence,
+            carrier,
             tell,
             now,
             stage,
@@ -303,6 +315,7 @@ impl Vm {
     }
 
     fn publish(&mut self) {
+        self.carrier.tell(&mut self.now);
         self.tell.send_if_modified(|told| {
             let changed = *told != self.now;
             if changed {
@@ -334,6 +347,7 @@ impl Vm {
             Order::Measure => self.measure(true),
             Order::Events => return Ok(Answer::Events(self.event_records())),
         }
+        self.carrier.tell(&mut self.now);
         Ok(Answer::State(Box::new(self.now.clone())))
     }
 

@@ -24,7 +24,7 @@ pub enum Error {
         message: String,
     },
     /// The system refused.
-    #[error("volume {volume}: {action} {path}: {source}")]
+    #[error("volume {volume}: {action} {path}: {source}{}", by_whom(source))]
     Io {
         /// The volume.
         volume: String,
@@ -38,9 +38,31 @@ pub enum Error {
 }
 
 impl Error {
+    /// What the system refused, as far as it did.
+    pub fn kind(&self) -> std::io::ErrorKind {
+        match self {
+            Error::Invalid { .. } => std::io::ErrorKind::Other,
+            Error::Io { source, .. } => source.kind(),
+        }
+    }
+
     /// Whether the fault is in the order rather than in this machine.
     pub fn is_invalid(&self) -> bool {
         matches!(self, Error::Invalid { .. })
+    }
+}
+
+/// What is open to its maker alone is of no use here: who must be able to open it.
+fn by_whom(error: &std::io::Error) -> String {
+    match error.kind() {
+        std::io::ErrorKind::PermissionDenied => {
+            format!(
+                "; this launcher is user {} and group {}, who must be able to",
+                nix::unistd::geteuid(),
+                nix::unistd::getegid()
+            )
+        }
+        _ => String::new(),
     }
 }
 

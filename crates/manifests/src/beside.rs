@@ -1,9 +1,10 @@
 //! What works beside a KubeVirt that somebody else has installed, and takes nothing from it.
 
 use godwit_api::access;
-use serde_json::json;
+use godwit_api::names::KUBEVIRT_NAMESPACE;
+use serde_json::{Value, json};
 
-use crate::{Component, Error, Options, Part};
+use crate::{Component, Error, Options, Part, definitions, service_account, workloads};
 
 /// The parts for these components.
 pub fn parts(options: &Options) -> Result<Vec<Part>, Error> {
@@ -16,7 +17,7 @@ pub fn parts(options: &Options) -> Result<Vec<Part>, Error> {
 fn part(component: Component, options: &Options) -> Result<Part, Error> {
     match component {
         Component::Plan => {
-            let mut objects = access::roles(access::PLANNER, &access::planner(), &options.namespace);
+            let mut objects = access::roles(access::PLANNER, &access::planner(), KUBEVIRT_NAMESPACE);
             for object in &mut objects {
                 object["metadata"]["labels"] = json!({"app.kubernetes.io/part-of": "godwit"});
             }
@@ -24,7 +25,18 @@ fn part(component: Component, options: &Options) -> Result<Part, Error> {
             Ok(Part { name: "plan", title, objects })
         }
         Component::Maintenance => {
-            Err(Error::Missing("maintenance", "what is to be installed for it beside KubeVirt is not built yet"))
+            let own = &options.namespace;
+            let account = access::maintainer();
+            let kinds = definitions().into_iter().filter(|crd| crd["spec"]["names"]["kind"] == "NodeMaintenance");
+            let mut objects: Vec<Value> = kinds.collect();
+            if own != KUBEVIRT_NAMESPACE {
+                objects.push(json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": own}}));
+            }
+            objects.push(service_account(account.name, own));
+            objects.extend(account.objects(own));
+            objects.extend(workloads::maintenance(options));
+            let title = "NodeMaintenance: closes nodes and evicts what is on them; the KubeVirt that is there moves the guests.";
+            Ok(Part { name: "maintenance", title, objects })
         }
         Component::NodePool => Err(Error::Missing("nodepool", "node pools are not built yet")),
     }

@@ -4,12 +4,15 @@
 //! two equal. Names, labels and accounts are KubeVirt's, so that what looks for its components finds them.
 
 mod beside;
+mod monitoring;
 mod routes;
 mod workloads;
 
 use godwit_api::names::KUBEVIRT_NAMESPACE;
 use godwit_api::{access, crds};
 use serde_json::{Value, json};
+
+pub use monitoring::{Alert, Prometheus, alerts};
 
 /// The image of all components unless another one is named; a registry has to be named by whoever pushes it somewhere.
 pub const IMAGE: &str = concat!("godwit:v", env!("CARGO_PKG_VERSION"));
@@ -23,11 +26,18 @@ pub struct Options {
     pub image: String,
     /// What of godwit; all of it when empty.
     pub components: Vec<Component>,
+    /// What a Prometheus needs that the Prometheus Operator looks after, with this account; nothing when there is none.
+    pub monitoring: Option<Prometheus>,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { namespace: KUBEVIRT_NAMESPACE.to_owned(), image: IMAGE.to_owned(), components: Vec::new() }
+        Self {
+            namespace: KUBEVIRT_NAMESPACE.to_owned(),
+            image: IMAGE.to_owned(),
+            components: Vec::new(),
+            monitoring: None,
+        }
     }
 }
 
@@ -72,11 +82,17 @@ pub struct Part {
 /// # Errors
 /// What cannot be installed, and why.
 pub fn parts(options: &Options) -> Result<Vec<Part>, Error> {
+    if !options.components.is_empty() {
+        if options.monitoring.is_some() {
+            return Err(Error::Missing(
+                "monitoring",
+                "it is there for all of godwit, not beside another KubeVirt yet; leave --monitoring out",
+            ));
+        }
+        return beside::parts(options);
+    }
     if options.namespace != KUBEVIRT_NAMESPACE {
         return Err(Error::Namespace(options.namespace.clone()));
-    }
-    if !options.components.is_empty() {
-        return beside::parts(options);
     }
     let own = &options.namespace;
     let accounts = access::components();
@@ -84,7 +100,7 @@ pub fn parts(options: &Options) -> Result<Vec<Part>, Error> {
     rbac.extend(accounts.iter().flat_map(|account| account.objects(own)));
     let mut users = access::user_roles();
     users.extend(access::roles(access::PLANNER, &access::planner(), own));
-    Ok(vec![
+    let mut parts = vec![
         Part { name: "crds", title: "The kinds, generated from the Rust types.", objects: definitions() },
         Part { name: "namespace", title: "Where godwit's components live.", objects: vec![namespace(own)] },
         Part { name: "rbac", title: "What each component may do, and nothing that it does not use.", objects: rbac },
@@ -101,7 +117,17 @@ pub fn parts(options: &Options) -> Result<Vec<Part>, Error> {
             title: "Where Kubernetes' API server asks godwit's; godwit's puts the authority of its certificate in.",
             objects: routes::objects(own),
         },
-    ])
+    ];
+    parts.extend(options.monitoring.as_ref().map(|prometheus| monitoring(own, prometheus)));
+    Ok(parts)
+}
+
+fn monitoring(own: &str, prometheus: &Prometheus) -> Part {
+    Part {
+        name: "monitoring",
+        title: "What Prometheus scrapes, and of what it warns; needs the kinds of the Prometheus Operator.",
+        objects: monitoring::objects(own, prometheus),
+    }
 }
 
 /// The kinds that a cluster does not have by itself. NetworkAttachmentDefinitions are Multus', which brings their definition.
@@ -140,5 +166,19 @@ pub fn kustomization(parts: &[Part]) -> String {
     )
 }
 
+/// The part of a kustomize component that adds the monitoring to the base, and its `kustomization.yaml`.
+pub fn component() -> (Part, String) {
+    let part = monitoring(KUBEVIRT_NAMESPACE, &Prometheus::default());
+    let text = format!(
+        "# What Prometheus needs, for a kustomization with the base ../: docs/metrics.md. Written by the test that writes the base.\n\
+         apiVersion: kustomize.config.k8s.io/v1alpha1\nkind: Component\nresources:\n  - {}.yaml\n",
+        part.name
+    );
+    (part, text)
+}
+
+#[cfg(test)]
+#[path = "monitoring_tests.rs"]
+mod monitoring_tests;
 #[cfg(test)]
 mod tests;

@@ -63,7 +63,8 @@ fn no_object_is_there_twice_and_each_is_where_its_namespace_is() {
     for object in all() {
         let text = |pointer| object.pointer(pointer).and_then(Value::as_str).unwrap_or_default().to_owned();
         let id = [text("/kind"), text("/metadata/namespace"), text("/metadata/name")];
-        assert!(["", "kubevirt", "kube-system"].contains(&id[1].as_str()), "{id:?}");
+        let known = ["", "kubevirt", "kube-system", "medik8s-leases", "node-maintenance"];
+        assert!(known.contains(&id[1].as_str()), "{id:?}");
         assert!(!id[2].is_empty() && seen.insert(id.clone()), "{id:?}");
     }
 }
@@ -180,8 +181,44 @@ fn beside_kubevirt_nothing_of_its_own_is_printed() {
     assert_eq!(kinds, ["ClusterRole", "Role"]);
     let verbs = objects.iter().flat_map(|one| one["rules"].as_array().unwrap()).map(|rule| &rule["verbs"]);
     assert!(verbs.into_iter().all(|verbs| *verbs == json!(["list"])));
-    assert!(beside(&[Component::Maintenance]).unwrap_err().to_string().contains("not built yet"));
     assert!(beside(&[Component::NodePool]).unwrap_err().to_string().contains("not built yet"));
+}
+
+/// One controller with a lease and rights of its own, and no kind, webhook or name that KubeVirt has.
+#[test]
+fn maintenance_beside_kubevirt_takes_nothing_of_it() {
+    const SHARED: [&str; 2] = ["medik8s-leases", "node-maintenance"];
+    let options =
+        Options { namespace: "maintenance".to_owned(), components: vec![Component::Maintenance], ..Options::default() };
+    let objects: Vec<Value> = parts(&options).unwrap().into_iter().flat_map(|part| part.objects).collect();
+    let full = all();
+    for object in &objects {
+        let kind = object["kind"].as_str().unwrap();
+        let same = |one: &&Value| one["kind"] == kind && one["metadata"]["name"] == object["metadata"]["name"];
+        match kind {
+            "CustomResourceDefinition" => assert_eq!(object["spec"]["names"]["kind"], "NodeMaintenance"),
+            // All maintenance operators share them.
+            "Namespace" if SHARED.iter().any(|name| object["metadata"]["name"] == *name) => {}
+            _ => assert_eq!(full.iter().find(same), None, "{kind} {}", object["metadata"]["name"]),
+        }
+        if let Some(namespace) = object["metadata"]["namespace"].as_str() {
+            assert!(namespace == "maintenance" || SHARED.contains(&namespace), "{namespace}");
+        }
+    }
+    let spec = &of(&objects, "Deployment", "godwit-maintenance")["spec"]["template"]["spec"];
+    let command: Vec<&str> =
+        spec["containers"][0]["command"].as_array().unwrap().iter().filter_map(Value::as_str).collect();
+    assert!(command.contains(&"--nouns=maintenance") && command.contains(&"--lease=godwit-maintenance"), "{command:?}");
+    of(&objects, "ServiceAccount", spec["serviceAccountName"].as_str().unwrap());
+    of(&objects, "Namespace", "maintenance");
+    // Whoever may write VMs or pods could take guests away from those whose they are.
+    for role in objects.iter().filter(|one| one["kind"] == "ClusterRole") {
+        for rule in role["rules"].as_array().unwrap() {
+            let (resources, verbs) = (rule["resources"].to_string(), rule["verbs"].to_string());
+            let writes = ["create", "update", "patch", "delete"].iter().any(|verb| verbs.contains(verb));
+            assert!(!writes || !["\"virtualmachines\"", "\"pods\"", "\"*\""].iter().any(|one| resources.contains(one)));
+        }
+    }
 }
 
 fn read_documents(text: &str) -> Vec<Value> {

@@ -7,8 +7,10 @@ use crate::Options;
 
 /// Where `godwit api` listens.
 const API_PORT: u16 = 8443;
-/// Where controllers and handlers say how they are.
+/// Where controllers and handlers say how they are, and tell their figures.
 const HEALTH_PORT: u16 = 8080;
+/// The name of that port.
+pub(crate) const HEALTH_PORT_NAME: &str = "health";
 /// The handler's door for the API server (docs/architecture.md).
 const FRONT_PORT: u16 = 8186;
 /// Where a handler asks others whether the control plane is away for them too (docs/fencing.md).
@@ -17,10 +19,17 @@ const BINARY: &str = "/usr/bin/godwit";
 /// KubeVirt's.
 const PRIORITY_CLASS: &str = "kubevirt-cluster-critical";
 
+/// What KubeVirt's components are found by.
+pub(crate) const KUBEVIRT_LABEL: &str = "kubevirt.io";
+/// What everything else is found by.
+pub(crate) const NAME_LABEL: &str = "app.kubernetes.io/name";
+
 /// One kind of process.
 struct Process<'a> {
-    /// KubeVirt's name of it.
+    /// Its name: KubeVirt's, where it has one.
     name: &'a str,
+    /// The label with its name that its pods are selected by.
+    label: &'static str,
     account: &'a str,
     command: &'a [&'a str],
     options: &'a Options,
@@ -29,8 +38,8 @@ struct Process<'a> {
 impl Process<'_> {
     fn labels(&self) -> Value {
         json!({
-            "kubevirt.io": self.name,
-            "app.kubernetes.io/name": self.name,
+            self.label: self.name,
+            NAME_LABEL: self.name,
             "app.kubernetes.io/part-of": "godwit",
         })
     }
@@ -41,7 +50,7 @@ impl Process<'_> {
 
     /// What selects its pods; can never be changed.
     fn selector(&self) -> Value {
-        json!({"matchLabels": {"kubevirt.io": self.name}})
+        json!({"matchLabels": {self.label: self.name}})
     }
 
     fn container(&self, more: Value) -> Value {
@@ -137,7 +146,13 @@ fn port(name: &str, number: u16) -> Value {
 /// `godwit api`: two, and the Service that Kubernetes' API server finds them by.
 pub fn api(options: &Options) -> Vec<Value> {
     let listen = format!("--listen=0.0.0.0:{API_PORT}");
-    let process = Process { name: "virt-api", account: access::API, command: &[BINARY, "api", &listen], options };
+    let process = Process {
+        name: "virt-api",
+        label: KUBEVIRT_LABEL,
+        account: access::API,
+        command: &[BINARY, "api", &listen],
+        options,
+    };
     let mut container = json!({
         "ports": [port("https", API_PORT)],
         "resources": {"requests": {"cpu": "10m", "memory": "64Mi"}},
@@ -147,7 +162,7 @@ pub fn api(options: &Options) -> Vec<Value> {
         "apiVersion": "v1", "kind": "Service", "metadata": process.metadata(),
         "spec": {
             "type": "ClusterIP",
-            "selector": {"kubevirt.io": process.name},
+            "selector": {KUBEVIRT_LABEL: process.name},
             "ports": [{"name": "https", "port": crate::routes::PORT, "protocol": "TCP", "targetPort": "https"}],
         },
     });
@@ -161,24 +176,48 @@ pub fn controller(options: &Options) -> Vec<Value> {
     let health = health();
     let process = Process {
         name: "virt-controller",
+        label: KUBEVIRT_LABEL,
         account: access::CONTROLLER,
         command: &[BINARY, "controller", &health],
         options,
     };
     let mut container = json!({
-        "ports": [port("health", HEALTH_PORT)],
+        "ports": [port(HEALTH_PORT_NAME, HEALTH_PORT)],
         // 5,000 VMIs in 150 MiB
         "resources": {"requests": {"cpu": "10m", "memory": "150Mi"}},
     });
-    merge(&mut container, probes("health", "HTTP"));
+    merge(&mut container, probes(HEALTH_PORT_NAME, "HTTP"));
+    process.deployment(container).into()
+}
+
+/// The controller of NodeMaintenances alone, under a lease of its own: two, of which one decides.
+pub fn maintenance(options: &Options) -> Vec<Value> {
+    let (health, lease) = (health(), format!("--lease={}", access::MAINTAINER));
+    let process = Process {
+        name: access::MAINTAINER,
+        label: NAME_LABEL,
+        account: access::MAINTAINER,
+        command: &[BINARY, "controller", "--nouns=maintenance", &lease, &health],
+        options,
+    };
+    let mut container = json!({
+        "ports": [port(HEALTH_PORT_NAME, HEALTH_PORT)],
+        "resources": {"requests": {"cpu": "10m", "memory": "100Mi"}},
+    });
+    merge(&mut container, probes(HEALTH_PORT_NAME, "HTTP"));
     process.deployment(container).into()
 }
 
 /// `godwit handler` on each node. It is privileged, as KubeVirt's is, and docs/install.md says what for.
 pub fn handler(options: &Options) -> Vec<Value> {
     let health = health();
-    let process =
-        Process { name: "virt-handler", account: access::HANDLER, command: &[BINARY, "handler", &health], options };
+    let process = Process {
+        name: "virt-handler",
+        label: KUBEVIRT_LABEL,
+        account: access::HANDLER,
+        command: &[BINARY, "handler", &health],
+        options,
+    };
     // path, what the kubelet makes sure of, name, how mounts go over
     let paths = [
         // the launchers' sockets, which come and go with their pods
@@ -204,12 +243,12 @@ pub fn handler(options: &Options) -> Vec<Value> {
     let mut mounts: Vec<Value> = paths.iter().map(mount).collect();
     mounts.push(json!({"name": "scratch", "mountPath": "/tmp"}));
     let mut container = json!({
-        "ports": [port("health", HEALTH_PORT), port("front", FRONT_PORT), port("peers", PEERS_PORT)],
+        "ports": [port(HEALTH_PORT_NAME, HEALTH_PORT), port("front", FRONT_PORT), port("peers", PEERS_PORT)],
         "resources": {"requests": {"cpu": "10m", "memory": "64Mi"}},
         "volumeMounts": mounts,
         "securityContext": {"privileged": true, "runAsUser": 0, "readOnlyRootFilesystem": true},
     });
-    merge(&mut container, probes("health", "HTTP"));
+    merge(&mut container, probes(HEALTH_PORT_NAME, "HTTP"));
     let template = process.pod(
         process.container(container),
         json!({

@@ -88,6 +88,9 @@ pub enum Error {
         /// The state.
         state: &'static str,
     },
+    /// Another link was to be taken up where there is none.
+    #[error("there is no link to take up at {}", .0.display())]
+    NoLink(PathBuf),
     /// This QEMU, or this migration as it was started, cannot do that.
     #[error("{0}")]
     Unsupported(&'static str),

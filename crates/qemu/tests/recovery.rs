@@ -5,7 +5,7 @@
 mod place;
 
 use godwit_guest_rom::Story;
-use godwit_qemu::instance::{Filling, Incoming, Serving};
+use godwit_qemu::instance::{Error, Filling, Incoming, Serving};
 use godwit_qemu::migration::{Facts, Options};
 use godwit_qemu::qmp::commands::{MigrationStatus, RunState, VersionTriple};
 use godwit_qemu::transport::Transport;
@@ -331,10 +331,12 @@ async fn a_link_that_breaks_before_the_go_is_taken_up_before_the_go() {
 async fn attempts_that_come_to_nothing_cost_nothing() {
     let (mut flight, mut filling) = Flight::start_and_go().await;
     flight.cut(&mut filling).await;
-    // The target listens in vain, and the source dials where nobody is.
+    // The target listens in vain, and there is nobody for the source to dial.
     filling.take_up(&flight.place.path("nobody-comes")).await.unwrap();
     filling.take_up(&flight.place.path("again")).await.unwrap();
-    let _ = flight.serving.take_up(&flight.place.path("nobody-there")).await;
+    let nowhere = flight.place.path("nobody-there");
+    let refused = flight.serving.take_up(&nowhere).await;
+    assert!(matches!(&refused, Err(Error::NoLink(path)) if *path == nowhere), "{refused:?}");
     broken(&mut flight.serving).await;
     flight.take_up(&mut filling).await;
     flight.land(filling).await;

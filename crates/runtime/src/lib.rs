@@ -10,6 +10,7 @@ mod execute;
 mod intake;
 mod leader;
 mod run;
+mod scrape;
 #[cfg(test)]
 mod tests;
 
@@ -17,9 +18,9 @@ use godwit_control::lease::Candidate;
 use godwit_control::{Kind, Noun, Settings};
 
 pub use run::run;
+pub use scrape::{Scraper, Scrapes, scraping};
 
 /// What to run.
-#[derive(Clone)]
 pub struct Options {
     /// Who this is, as reported in events (`reportingInstance`): a pod's or a host's name.
     pub identity: String,
@@ -31,6 +32,8 @@ pub struct Options {
     pub lease: Option<Candidate>,
     /// Told when everything has been listed, from when on this controller can take over.
     pub listed: Option<tokio::sync::watch::Sender<bool>>,
+    /// Who asks for figures.
+    pub scrapes: Option<Scrapes>,
     /// Another identity for placement (`system:kube-scheduler`); the main client places when there is none.
     pub scheduler: Option<kube::Client>,
 }
@@ -46,6 +49,7 @@ impl Options {
             settings: Settings::standalone(data_dir),
             nouns: Noun::STANDALONE.to_vec(),
             listed: None,
+            scrapes: None,
             scheduler: None,
         }
     }

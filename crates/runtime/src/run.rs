@@ -5,7 +5,7 @@ use std::future::Future;
 use std::time::Duration;
 
 use godwit_control::{
-    Change, Effect, EventRecord, EventType, Key, Kind, Lane, Name, Noun, Object, Ref, Source, View, World, kinds_for,
+    Change, Effect, EventRecord, EventType, Key, Kind, Lane, Name, Noun, Packed, Ref, Source, View, World, kinds_for,
     names,
 };
 use jiff::Timestamp;
@@ -17,11 +17,17 @@ use tracing::{debug, info, warn};
 
 use crate::execute::{Executor, Failure, Learned, Seen};
 use crate::intake::{News, watch_kind};
+use crate::scrape::{Counting, Scrapes, Standing};
 use crate::{Error, Options, events, leader};
 use godwit_control::queue::Queue;
 
 /// How many pieces of news are taken in before decisions are made on them.
 const BATCH: usize = 256;
+/// How many objects are held ready to be read: some 10 KiB each.
+const UNPACKED: usize = 512;
+/// How many decisions are made before news, answers and the lease get their turn. A first look at a large cluster takes seconds, in
+/// which the lease would run out, and the next leader would take as long.
+const DECISIONS: usize = 64;
 /// How many plans are carried out at once. A first look at a large cluster may find thousands, each with a request to hold.
 const UNDER_WAY: usize = 64;
 /// How long writes under way may take when the controllers stop.
@@ -40,8 +46,8 @@ struct Outcome {
 }
 
 /// Runs the controllers until `shutdown` ends. Decisions begin when every watched kind has been listed once.
-pub async fn run(client: Client, options: Options, shutdown: impl Future<Output = ()>) -> Result<(), Error> {
-    let (news_in, mut news) = mpsc::channel(4 * BATCH);
+pub async fn run(client: Client, mut options: Options, shutdown: impl Future<Output = ()>) -> Result<(), Error> {
+    let (news_in, mut news) = mpsc::channel(BATCH);
     let (events_in, events_out) = mpsc::channel(1024);
     let mut background = JoinSet::new();
     let kinds = kinds_for(&options.nouns);
@@ -65,19 +71,12 @@ pub async fn run(client: Client, options: Options, shutdown: impl Future<Output 
         events: events_in,
         leads,
     };
-    let mut shell = Shell {
-        options,
-        world: World::default(),
-        queue: Queue::default(),
-        unlisted: kinds.into_iter().collect(),
-        lists: BTreeMap::new(),
-        executor,
-        scheduler,
-        running: JoinSet::new(),
-        leads: if holder.is_some() { Leads::Not } else { Leads::Always },
-    };
+    let leads = if holder.is_some() { Leads::Not } else { Leads::Always };
+    let mut scrapes = options.scrapes.take();
+    let mut shell = Shell::new(options, kinds, executor, scheduler, leads);
     let mut shutdown = std::pin::pin!(shutdown);
     let mut batch = Vec::new();
+    let mut is_more_due = false;
     loop {
         let timer = shell.until_next_wake();
         tokio::select! {
@@ -88,6 +87,7 @@ pub async fn run(client: Client, options: Options, shutdown: impl Future<Output 
                 }
                 for piece in batch.drain(..) {
                     shell.take_in(piece)?;
+                    shell.pack();
                 }
             }
             Some(outcome) = shell.running.join_next() => match outcome {
@@ -96,9 +96,15 @@ pub async fn run(client: Client, options: Options, shutdown: impl Future<Output 
                 Err(error) => warn!(%error, "a write ended abnormally"),
             },
             Ok(()) = until.changed(), if holder.is_some() => shell.lead(*until.borrow_and_update()),
+            asking = Scrapes::next(&mut scrapes) => shell.counting.ask(asking, &shell.options.nouns, &shell.world),
             () = tokio::time::sleep(timer) => {}
+            () = std::future::ready(()), if is_more_due => {}
         }
-        shell.pump();
+        is_more_due = shell.pump();
+        shell.count();
+        if is_more_due {
+            tokio::task::yield_now().await;
+        }
     }
     info!("controllers stop");
     if let Some(election) = election {
@@ -127,21 +133,49 @@ enum Leads {
     Until(Instant),
 }
 
+/// A list under way.
+#[derive(Default)]
+struct List {
+    /// What was known before it was asked for, and has not been listed yet.
+    missing: BTreeSet<Name>,
+    /// What has been listed and is newer than what is known.
+    newer: Vec<Packed>,
+    /// The newest revision of what has been listed and is known.
+    known_up_to: u64,
+}
+
 struct Shell {
     options: Options,
     world: World,
     queue: Queue,
     /// Kinds that have not been listed yet.
     unlisted: BTreeSet<Kind>,
-    /// Lists under way. A list is taken in as a whole: decisions rely on knowing all that is older than the newest known.
-    lists: BTreeMap<Kind, Vec<Object>>,
+    /// Lists under way. A list is taken in as a whole, since decisions rely on knowing all that is older than the newest known; the first of
+    /// a kind as it comes, since nothing is decided before its end.
+    lists: BTreeMap<Kind, List>,
     executor: Executor,
     scheduler: Executor,
     running: JoinSet<Outcome>,
     leads: Leads,
+    counting: Counting,
 }
 
 impl Shell {
+    fn new(options: Options, kinds: Vec<Kind>, executor: Executor, scheduler: Executor, leads: Leads) -> Self {
+        Self {
+            options,
+            world: World::default(),
+            queue: Queue::default(),
+            unlisted: kinds.into_iter().collect(),
+            lists: BTreeMap::new(),
+            executor,
+            scheduler,
+            running: JoinSet::new(),
+            leads,
+            counting: Counting::default(),
+        }
+    }
+
     /// The lease is held until then, or not.
     fn lead(&mut self, until: leader::Until) {
         if matches!(self.leads, Leads::Not) && until.is_some() && self.unlisted.is_empty() {
@@ -173,16 +207,39 @@ impl Shell {
                 let change = self.world.delete(&object, Source::Watch);
                 self.touch(change);
             }
-            News::ListBegins(kind) => {
-                self.lists.insert(kind, Vec::new());
+            News::ListBegins(kind, ready) => {
+                let missing = self.world.names_of(kind).into_iter().collect();
+                self.lists.insert(kind, List { missing, newer: Vec::new(), known_up_to: 0 });
+                let _ = ready.send(());
             }
-            News::Listed(object) => self.lists.entry(object.kind()).or_default().push(object),
+            News::Listed(object) => {
+                let (kind, name) = (object.kind(), object.name());
+                let list = self.lists.entry(kind).or_default();
+                list.missing.remove(&name);
+                if self.unlisted.contains(&kind) {
+                    // No decision is made yet.
+                    self.world.apply(object, Source::Watch);
+                } else if self.world.knows(&object) {
+                    // An answer to a write that is under way may be older, and count until the rest of the list is known.
+                    list.known_up_to = list.known_up_to.max(object.revision());
+                } else {
+                    list.newer.push(object.packed());
+                }
+            }
             News::ListEnds(kind) => {
-                let mut missing: BTreeSet<Name> = self.world.names_of(kind).into_iter().collect();
-                for object in self.lists.remove(&kind).unwrap_or_default() {
-                    missing.remove(&object.name());
+                let List { missing, newer, known_up_to } = self.lists.remove(&kind).unwrap_or_default();
+                self.world.shown(kind, known_up_to);
+                for packed in newer {
+                    let object = match packed.object() {
+                        Ok(object) => object,
+                        Err(error) => {
+                            warn!(kind = kind.kind(), %error, "a listed object cannot be unpacked and is left alone");
+                            continue;
+                        }
+                    };
                     let change = self.world.apply(object, Source::Watch);
                     self.touch(change);
+                    self.pack();
                 }
                 for name in missing {
                     let change = self.world.forget(kind, &name);
@@ -199,6 +256,14 @@ impl Shell {
             News::Ended(kind) => return Err(Error::WatchEnded(kind)),
         }
         Ok(())
+    }
+
+    /// Holds of objects that nobody reads no more than their text. Beside a bare server they are all read time and again, by who
+    /// collects garbage, and there are few.
+    fn pack(&mut self) {
+        if !self.is_beside_a_bare_server() {
+            self.world.pack(UNPACKED);
+        }
     }
 
     fn push(&mut self, key: Key) {
@@ -235,19 +300,37 @@ impl Shell {
         [Noun::Garbage, Noun::Disruption].iter().any(|noun| self.options.nouns.contains(noun))
     }
 
+    /// Goes on with the figures that somebody has asked for.
+    fn count(&mut self) {
+        if self.counting.is_under_way() {
+            let standing = Standing { ready: self.unlisted.is_empty(), leads: self.decides() };
+            let version = format!("v{}", self.options.settings.version);
+            self.counting.go_on(standing, &self.options.nouns, &version, &self.world);
+            self.pack();
+        }
+    }
+
     fn until_next_wake(&self) -> Duration {
+        if self.counting.is_under_way() {
+            return Duration::ZERO;
+        }
         if matches!(self.leads, Leads::Not) {
             return LONGEST_WAIT;
         }
-        wait(self.queue.next_wake(), self.running.len(), Timestamp::now())
+        wait(self.queue.next_wake(), Timestamp::now())
     }
 
-    /// Decides about everything that is due, and starts carrying it out.
-    fn pump(&mut self) {
-        while self.running.len() < UNDER_WAY && self.decides() {
+    /// Decides about what is due, and starts carrying it out. Returns whether there may be more.
+    fn pump(&mut self) -> bool {
+        for _ in 0..DECISIONS {
+            if !self.decides() {
+                return false;
+            }
+            self.pack();
             let now = Timestamp::now();
             let world = &self.world;
-            let Some((key, lane)) = self.queue.next(now, |key| key.lane(world)) else { return };
+            let next = self.queue.next_in_turn(now, UNDER_WAY, |key| key.lane(world));
+            let Some((key, lane)) = next else { return false };
             let plan = key.decide(&View { now, world, settings: &self.options.settings });
             if let Some(wake_at) = plan.wake_at {
                 self.queue.push_at(key.clone(), wake_at);
@@ -270,6 +353,7 @@ impl Shell {
                 Outcome { key, lane, seen, learned, result }
             });
         }
+        true
     }
 
     /// That a VMI's evacuation cannot go on, its `kubectl describe` shall say.
@@ -329,9 +413,9 @@ impl Shell {
     }
 }
 
-/// How long to wait for the next timer. While as many plans are under way as may be, no timer is taken: the end of one is waited for.
-fn wait(timer: Option<Timestamp>, under_way: usize, now: Timestamp) -> Duration {
-    let Some(timer) = timer.filter(|_| under_way < UNDER_WAY) else { return LONGEST_WAIT };
+/// How long to wait for the next timer.
+fn wait(timer: Option<Timestamp>, now: Timestamp) -> Duration {
+    let Some(timer) = timer else { return LONGEST_WAIT };
     Duration::try_from(timer.duration_since(now)).unwrap_or(Duration::ZERO).min(LONGEST_WAIT)
 }
 
@@ -367,11 +451,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_timer_that_is_overdue_waits_for_a_plan_to_end() {
+    fn the_next_timer_is_waited_for() {
         let at = |second| Timestamp::from_second(second).unwrap();
-        assert_eq!(wait(Some(at(90)), UNDER_WAY - 1, at(100)), Duration::ZERO);
-        assert_eq!(wait(Some(at(90)), UNDER_WAY, at(100)), LONGEST_WAIT);
-        assert_eq!(wait(Some(at(130)), 0, at(100)), Duration::from_secs(30));
-        assert_eq!(wait(None, 0, at(100)), LONGEST_WAIT);
+        assert_eq!(wait(Some(at(90)), at(100)), Duration::ZERO);
+        assert_eq!(wait(Some(at(130)), at(100)), Duration::from_secs(30));
+        assert_eq!(wait(None, at(100)), LONGEST_WAIT);
     }
 }
+
+#[cfg(test)]
+#[path = "intake_tests.rs"]
+mod intake_tests;

@@ -312,8 +312,11 @@ impl Sim {
     /// Decides about everything that is due.
     fn pump(&mut self, life: Life) {
         let now = self.clock(life.who);
-        let clock = self.options.clock;
+        let (clock, packed) = (self.options.clock, self.options.packed);
         while let Some(one) = self.living(life).filter(|one| one.unlisted.is_empty()) {
+            if packed {
+                one.world.pack(0);
+            }
             let world = &one.world;
             let Some((key, lane)) = one.queue.next(now, |key| key.lane(world)) else { break };
             let view = View { now, world, settings: &one.settings };

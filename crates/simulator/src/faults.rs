@@ -226,7 +226,8 @@ impl Sim {
         }
     }
 
-    /// Handler and kubelet of a node restart; launchers live on, the memory streams through the handler break.
+    /// Handler and kubelet of a node restart; launchers live on, the memory streams of the node break, as when the handler's pod is
+    /// replaced.
     fn restart_agent(&mut self, index: usize) {
         let Some(node) = self.nodes.get_mut(index).filter(|node| node.alive) else { return };
         node.forget();

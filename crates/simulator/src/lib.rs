@@ -94,6 +94,8 @@ pub struct Options {
     /// So soon after the death of its node a VM runs elsewhere, unless another node dies meanwhile; `None` checks only that it does
     /// in the end.
     pub rescued_within: Option<Duration>,
+    /// Controllers hold what they know packed from one decision to the next. It changes nothing else.
+    pub packed: bool,
     /// Something that is wrong with the controllers.
     pub mutation: Option<Mutation>,
 }
@@ -123,6 +125,7 @@ impl Default for Options {
             maintenances: 0,
             clock: None,
             rescued_within: None,
+            packed: false,
             mutation: None,
         }
     }

@@ -121,7 +121,7 @@ impl Mutation {
                 plan.effects.retain(|effect| !matches!(effect, Effect::Evict { .. }));
             }
             // Nor does anybody find what was left.
-            (Mutation::LeavesMarks, Key::Node(name)) => {
+            (Mutation::LeavesMarks, Key::Closure(name)) => {
                 let node = world.nodes.get(&Name::cluster(name.as_str()));
                 let from = node.and_then(|node| maintenance::orphaned_from(node, world));
                 if from.is_some_and(|from| view.now >= from) {

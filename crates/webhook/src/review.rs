@@ -172,9 +172,12 @@ impl Review {
         }
     }
 
-    /// Nothing will be written.
+    /// Nothing will be written. `kubectl drain --dry-run=server` says so in the Eviction itself, and kube-apiserver in a review only
+    /// what stood in the query.
     pub fn dry_run(&self) -> bool {
-        self.dry_run.unwrap_or(false)
+        let options = self.object.as_ref().filter(|_| self.sub_resource == "eviction");
+        let wanted = options.and_then(|eviction| eviction.pointer("/deleteOptions/dryRun")).and_then(Value::as_array);
+        self.dry_run.unwrap_or(false) || wanted.is_some_and(|all| !all.is_empty())
     }
 }
 
@@ -218,6 +221,18 @@ mod tests {
             let error = read(bad).unwrap_err().to_string();
             assert!(error.contains(said), "{path}: {error}");
         }
+    }
+
+    #[test]
+    fn an_eviction_says_itself_that_it_is_a_dry_run() {
+        let route = ROUTES.iter().find(|route| route.subresource == "eviction").unwrap();
+        let read = |object: Value| Review::read(body(route, object).to_string().as_bytes(), route).unwrap().dry_run();
+        assert!(!read(json!({})));
+        assert!(!read(json!({"deleteOptions": {"dryRun": []}})));
+        assert!(read(json!({"deleteOptions": {"dryRun": ["All"]}})));
+        let mut asked = body(route, json!({}));
+        asked["request"]["dryRun"] = json!(true);
+        assert!(Review::read(asked.to_string().as_bytes(), route).unwrap().dry_run());
     }
 
     fn any_json() -> impl Strategy<Value = Value> {

@@ -5,7 +5,10 @@ use k8s_openapi::api::rbac::v1::PolicyRule;
 use super::{Account, Grant, Scope, named, rule};
 use crate::admission::routes::{MUTATING, VALIDATING};
 use crate::maintenance::{GROUP_KUBEVIRT, GROUP_MEDIK8S};
-use crate::names::{API_SERVICES, CA_BUNDLE, CA_SECRET, CONFIG_MAP_NAME, GROUP, GROUP_MIGRATIONS, NODE_SIGNER};
+use crate::names::{
+    API_SERVICES, CA_BUNDLE, CA_SECRET, CONFIG_MAP_NAME, GROUP, GROUP_MIGRATIONS, MAINTENANCE_LEASES_KUBEVIRT,
+    MAINTENANCE_LEASES_MEDIK8S, NODE_SIGNER,
+};
 
 /// The account of `godwit api`.
 pub const API: &str = "kubevirt-apiserver";
@@ -13,6 +16,8 @@ pub const API: &str = "kubevirt-apiserver";
 pub const CONTROLLER: &str = "kubevirt-controller";
 /// The account of `godwit handler`.
 pub const HANDLER: &str = "kubevirt-handler";
+/// The account of `godwit controller --nouns=maintenance` beside another KubeVirt.
+pub const MAINTAINER: &str = "godwit-maintenance";
 /// The role of whoever calls `godwit plan drain`.
 pub const PLANNER: &str = "godwit:plan";
 
@@ -111,10 +116,8 @@ fn controller() -> Account {
         rule(&[""], &["nodes"], &["get", "list", "watch", "patch"]),
         rule(&[""], &["namespaces", "resourcequotas"], SEE),
         rule(&[STORAGE], &["storageclasses"], SEE),
-        // The leases of nodes in maintenance are in namespaces that all maintenance operators share, and that whoever is first
-        // makes: no Role can be there before.
-        rule(&[""], &["namespaces"], &["create"]),
-        rule(&[LEASES], &["leases"], &["get", "list", "watch", "create", "patch", "delete"]),
+        // those of kubelets, handlers and maintenances
+        rule(&[LEASES], &["leases"], SEE),
         events(),
         // nodes' certificates
         rule(&[CERTIFICATES], &["certificatesigningrequests"], &["get", "list", "watch", "delete"]),
@@ -129,10 +132,44 @@ fn controller() -> Account {
         named(&[""], &["secrets"], &[CA_SECRET], GET),
         // the configuration and the migrations' slots
         rule(&[""], &["configmaps"], &["get", "list", "watch", "create", "patch"]),
-        // the controllers' own lease
-        rule(&[LEASES], &["leases"], &["update"]),
+        // the controllers' own lease, and what handlers hold and what comes of it
+        rule(&[LEASES], &["leases"], &["create", "update", "patch", "delete"]),
     ];
-    account(CONTROLLER, cluster, own)
+    with_maintenance_leases(account(CONTROLLER, cluster, own))
+}
+
+/// Maintenances hold a lease of their node, in namespaces that all maintenance operators share.
+fn with_maintenance_leases(mut account: Account) -> Account {
+    for namespace in [MAINTENANCE_LEASES_MEDIK8S, MAINTENANCE_LEASES_KUBEVIRT] {
+        let rules = vec![rule(&[LEASES], &["leases"], &["create", "patch", "delete"])];
+        account.grants.push(Grant { scope: Scope::In(namespace), rules });
+    }
+    account
+}
+
+/// The controller of NodeMaintenances alone, beside a KubeVirt that moves the guests: it closes nodes and evicts what is on them.
+pub fn maintainer() -> Account {
+    let maintenance = &[GROUP, GROUP_KUBEVIRT, GROUP_MEDIK8S];
+    let cluster = vec![
+        rule(maintenance, &["nodemaintenances"], &["get", "list", "watch", "patch"]),
+        rule(maintenance, &["nodemaintenances/status"], PATCH),
+        rule(&[GROUP], &["virtualmachines", "kubevirts"], SEE),
+        // marks of evacuations that are called off
+        rule(&[GROUP], &["virtualmachineinstances"], &["get", "list", "watch", "patch"]),
+        // evacuations that still wait are called off with the maintenance
+        rule(&[GROUP], &["virtualmachineinstancemigrations"], &["get", "list", "watch", "delete"]),
+        rule(&[GROUP_MIGRATIONS], &["migrationpolicies"], SEE),
+        rule(&[""], &["pods", "persistentvolumeclaims", "resourcequotas"], SEE),
+        rule(&[""], &["pods/eviction"], &["create"]),
+        // cordon, taints and marks
+        rule(&[""], &["nodes"], &["get", "list", "watch", "patch"]),
+        rule(&[""], &["namespaces"], SEE),
+        rule(&[LEASES], &["leases"], SEE),
+        events(),
+    ];
+    // its own lease
+    let own = vec![rule(&[LEASES], &["leases"], &["create", "update"])];
+    with_maintenance_leases(account(MAINTAINER, cluster, own))
 }
 
 /// A node's handler: the VMIs of its node, and what it has to know of their pods and claims.
@@ -167,6 +204,9 @@ pub fn engine_room() -> Account {
         rule(&[OWN_GROUP], &["migrationrecords"], collect),
         rule(&["k8s.cni.cncf.io"], &["network-attachment-definitions"], &["get", "delete", "patch"]),
         rule(&[""], &["nodes", "namespaces", "resourcequotas"], collect),
+        // beside a bare server nobody has applied the manifests
+        rule(&[""], &["namespaces"], &["create"]),
+        rule(&[LEASES], &["leases"], &["create", "delete", "patch"]),
         rule(&[""], &["configmaps"], &["get", "delete", "patch"]),
         rule(&[STORAGE], &["storageclasses"], collect),
         rule(&[POLICY], &["poddisruptionbudgets"], &["get", "list", "watch", "delete", "patch"]),

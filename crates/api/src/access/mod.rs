@@ -6,13 +6,13 @@
 mod components;
 mod users;
 
-pub use components::{API, CONTROLLER, HANDLER, PLANNER, components, engine_room, planner};
+pub use components::{API, CONTROLLER, HANDLER, MAINTAINER, PLANNER, components, engine_room, maintainer, planner};
 pub use users::user_roles;
 
 use k8s_openapi::api::rbac::v1::{ClusterRole, ClusterRoleBinding, PolicyRule, Role, RoleBinding, RoleRef, Subject};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde::Serialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 const GROUP: &str = "rbac.authorization.k8s.io";
 
@@ -23,6 +23,8 @@ pub enum Scope {
     Cluster,
     /// In the namespace of the installation.
     Own,
+    /// In this namespace, which is made with them.
+    In(&'static str),
     /// Those of a Role of another namespace that somebody else has made.
     Borrowed {
         /// The namespace.
@@ -70,7 +72,12 @@ pub struct Right<'a> {
 impl Account {
     /// Whether the account may do this to objects of any name, where `namespace` is the installation's.
     pub fn may(&self, right: &Right<'_>, namespace: &str) -> bool {
-        let here = |scope| scope == Scope::Cluster || (scope == Scope::Own && right.namespace == namespace);
+        let here = |scope| match scope {
+            Scope::Cluster => true,
+            Scope::Own => right.namespace == namespace,
+            Scope::In(given) => right.namespace == given,
+            Scope::Borrowed { .. } => false,
+        };
         let rules = self.grants.iter().filter(|grant| here(grant.scope)).flat_map(|grant| &grant.rules);
         let has = |list: &Option<Vec<String>>, one: &str| list.iter().flatten().any(|other| other == one);
         let resource = match right.subresource {
@@ -84,10 +91,14 @@ impl Account {
         })
     }
 
-    /// The roles and bindings that say so, with the account in `namespace`.
+    /// The roles and bindings that say so, with the account in `namespace`, after namespaces of theirs that may not be there.
     pub fn objects(&self, namespace: &str) -> Vec<Value> {
+        let namespaces = self.grants.iter().filter_map(|grant| match grant.scope {
+            Scope::In(name) => Some(json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})),
+            _ => None,
+        });
         let bound = |grant| role(self.role, grant, namespace).into_iter().chain([self.binding(grant, namespace)]);
-        self.grants.iter().flat_map(bound).collect()
+        namespaces.chain(self.grants.iter().flat_map(bound)).collect()
     }
 
     fn binding(&self, grant: &Grant, namespace: &str) -> Value {
@@ -107,7 +118,9 @@ impl Account {
             Scope::Cluster => {
                 value(&ClusterRoleBinding { metadata, role_ref: role_ref("ClusterRole", self.role), subjects })
             }
-            Scope::Own => value(&RoleBinding { metadata, role_ref: role_ref("Role", self.role), subjects }),
+            Scope::Own | Scope::In(_) => {
+                value(&RoleBinding { metadata, role_ref: role_ref("Role", self.role), subjects })
+            }
             Scope::Borrowed { role, .. } => {
                 value(&RoleBinding { metadata, role_ref: role_ref("Role", role), subjects })
             }
@@ -125,7 +138,7 @@ fn role(name: &str, grant: &Grant, namespace: &str) -> Option<Value> {
     let rules = Some(grant.rules.clone());
     match grant.scope {
         Scope::Cluster => Some(value(&ClusterRole { metadata, rules, aggregation_rule: None })),
-        Scope::Own => Some(value(&Role { metadata, rules })),
+        Scope::Own | Scope::In(_) => Some(value(&Role { metadata, rules })),
         Scope::Borrowed { .. } => None,
     }
 }
@@ -134,7 +147,7 @@ fn metadata(name: &str, scope: Scope, own: &str) -> ObjectMeta {
     let namespace = match scope {
         Scope::Cluster => None,
         Scope::Own => Some(own.to_owned()),
-        Scope::Borrowed { namespace, .. } => Some(namespace.to_owned()),
+        Scope::In(namespace) | Scope::Borrowed { namespace, .. } => Some(namespace.to_owned()),
     };
     ObjectMeta { name: Some(name.to_owned()), namespace, ..ObjectMeta::default() }
 }
@@ -180,6 +193,21 @@ mod tests {
         assert!(may(&controller, Right { subresource: "eviction", ..right("create", "", "pods", "any") }));
         assert!(!may(&controller, Right { subresource: "binding", ..right("create", "", "pods", "any") }));
         assert!(!may(&controller, right("get", "", "secrets", "kubevirt")), "the one of a name only");
+        // The leases of nodes are the kubelets', those of kube-system elect leaders.
+        for account in [controller, maintainer()] {
+            for (namespace, writes) in [
+                ("kube-node-lease", false),
+                ("kube-system", false),
+                ("medik8s-leases", true),
+                ("node-maintenance", true),
+            ] {
+                for verb in ["create", "patch", "delete"] {
+                    let lease = right(verb, "coordination.k8s.io", "leases", namespace);
+                    assert_eq!(may(&account, lease), writes, "{} {lease:?}", account.name);
+                }
+                assert!(may(&account, right("watch", "coordination.k8s.io", "leases", namespace)));
+            }
+        }
     }
 
     #[test]

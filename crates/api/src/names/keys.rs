@@ -123,6 +123,9 @@ pub const ANNOTATION_IGNITION: &str = "kubevirt.io/ignitiondata";
 pub const ANNOTATION_HEARTBEAT: &str = "kubevirt.io/heartbeat";
 /// Godwit's own: the CPU models that guests can have on a node and how many features each has (a JSON object), on nodes.
 pub const ANNOTATION_CPU_MODELS: &str = "godwit.io/cpu-models";
+/// Godwit's own: guests' pods may be of any user on a node, whose handler gives them what they must open; on nodes. The value is that of
+/// [`ANNOTATION_HEARTBEAT`] from the same handler: an older one, which gives nothing, goes on with that alone.
+pub const ANNOTATION_GIVES_FILES: &str = "godwit.io/gives-files";
 /// Godwit's own: what executes guests on a node, `kvm` or `tcg`; label and annotation of nodes.
 pub const LABEL_ACCELERATOR: &str = "godwit.dev/accelerator";
 /// The descheduler shall ask, not delete, on launcher pods.
@@ -146,6 +149,10 @@ pub const FINALIZER_VMI: &str = "kubevirt.io/foregroundDeleteVirtualMachine";
 pub const FINALIZER_VM: &str = "kubevirt.io/virtualMachineControllerFinalize";
 /// KubeVirt's readiness gate of launcher pods.
 pub const READINESS_GATE_UNPAUSED: &str = "kubevirt.io/virtual-machine-unpaused";
+/// Namespace of the leases of nodes in maintenance, which all of medik8s' operators share.
+pub const MAINTENANCE_LEASES_MEDIK8S: &str = "medik8s-leases";
+/// Namespace of these leases for the operators before.
+pub const MAINTENANCE_LEASES_KUBEVIRT: &str = "node-maintenance";
 /// The taint of nodes in a maintenance of `nodemaintenance.medik8s.io`.
 pub const TAINT_DRAIN_MEDIK8S: &str = "medik8s.io/drain";
 /// Keeps other operators from repairing a node in a maintenance of `nodemaintenance.medik8s.io`.

@@ -253,6 +253,19 @@ impl Stage {
         }
         for other in &self.others {
             nodes.uncordon(other).await.map_err(refused(&format!("uncordon {other}")))?;
+            // Its taint goes a moment after: who plans before that finds no room.
+            loop {
+                let node = nodes.get(other).await.map_err(refused(&format!("read {other}")))?;
+                let taints = node.spec.and_then(|spec| spec.taints).unwrap_or_default();
+                if taints.is_empty() {
+                    break;
+                }
+                if Instant::now() > deadline {
+                    let (what, seconds) = (format!("{other} is open again"), PATIENCE.as_secs());
+                    return Err(Error::Late { what, seconds, last: format!("{taints:?}") });
+                }
+                tokio::time::sleep(LOOK_EVERY).await;
+            }
         }
         Ok(())
     }

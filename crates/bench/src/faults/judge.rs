@@ -68,14 +68,10 @@ pub struct Evidence {
     pub words: String,
 }
 
-/// Whether a fault breaks the link that carries memory: it goes through both handlers.
+/// Whether a fault breaks the link that carries memory. It goes through the launchers, not through the handlers.
 #[must_use]
 pub fn breaks_link(strike: &Strike) -> bool {
-    match (strike.victim, strike.deed) {
-        (Victim::SourceHandler | Victim::TargetHandler, Deed::Kill) => true,
-        (Victim::SourceHandler | Victim::TargetHandler, Deed::Stop) | (_, Deed::Cut) => strike.lasts >= LINK_HOLDS,
-        _ => false,
-    }
+    strike.deed == Deed::Cut && strike.lasts >= LINK_HOLDS
 }
 
 /// Whether the fault itself took the guest: it killed the one process that had the right to run it, or kept its node from renewing

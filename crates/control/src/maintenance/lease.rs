@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use godwit_api::maintenance::GROUP_MEDIK8S;
+use godwit_api::names::{MAINTENANCE_LEASES_KUBEVIRT, MAINTENANCE_LEASES_MEDIK8S};
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
 use k8s_openapi::api::core::v1::{Namespace, Node};
@@ -18,27 +19,23 @@ const HOLDER: &str = "node-maintenance";
 const DURATION: SignedDuration = SignedDuration::from_hours(1);
 /// Renewed when half of it has passed.
 const RENEW_AFTER: SignedDuration = SignedDuration::from_mins(30);
-/// Namespace of the medik8s operators' leases.
-const MEDIK8S_NAMESPACE: &str = "medik8s-leases";
-/// Namespace of the leases of the operators before.
-const KUBEVIRT_NAMESPACE: &str = "node-maintenance";
 /// Before the node's name in the name of a medik8s lease.
 const MEDIK8S_PREFIX: &str = "node-";
 
 fn name_of(one: &Held<'_>) -> Name {
     let node = one.spec.node_name.as_str();
     if one.kind.group() == GROUP_MEDIK8S {
-        Name::new(MEDIK8S_NAMESPACE, format!("{MEDIK8S_PREFIX}{node}"))
+        Name::new(MAINTENANCE_LEASES_MEDIK8S, format!("{MEDIK8S_PREFIX}{node}"))
     } else {
-        Name::new(KUBEVIRT_NAMESPACE, node)
+        Name::new(MAINTENANCE_LEASES_KUBEVIRT, node)
     }
 }
 
 /// The node whose maintenance a lease is for.
 pub fn node_of(lease: &Lease) -> Option<&str> {
     match Stored::namespace(lease) {
-        MEDIK8S_NAMESPACE => Stored::name(lease).strip_prefix(MEDIK8S_PREFIX),
-        KUBEVIRT_NAMESPACE => Some(Stored::name(lease)),
+        MAINTENANCE_LEASES_MEDIK8S => Stored::name(lease).strip_prefix(MEDIK8S_PREFIX),
+        MAINTENANCE_LEASES_KUBEVIRT => Some(Stored::name(lease)),
         _ => None,
     }
 }

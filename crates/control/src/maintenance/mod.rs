@@ -24,6 +24,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference,
 use smol_str::SmolStr;
 
 use crate::key::Key;
+use crate::names;
 use crate::object::{Kind, Name, Object, Stored};
 use crate::plan::{EventType, Plan, View};
 use crate::world::{Change, World};
@@ -155,8 +156,25 @@ pub fn orphaned_from(node: &Node, world: &World) -> Option<Timestamp> {
     marks::orphaned_from(node, world)
 }
 
+/// Whether a maintenance has done something to the node, as far as itself says.
+pub fn is_closure(node: &Node) -> bool {
+    node.annotation(names::ANNOTATION_MAINTENANCE).is_some()
+}
+
+/// Decides whether what was done to a node is to be taken back.
+pub fn decide_closure(node: &str, view: &View<'_>) -> Plan {
+    let mut plan = Plan::nothing();
+    let node = view.world.nodes.get(&Name::cluster(node)).filter(|node| !node.deleting());
+    let Some((node, from)) = node.and_then(|node| Some((node, orphaned_from(node, view.world)?))) else { return plan };
+    if view.now >= from {
+        return release(node, view);
+    }
+    plan.wake(from);
+    plan
+}
+
 /// Takes back what a maintenance that does not exist any more has done to a node.
-pub fn release(node: &Arc<Node>, view: &View<'_>) -> Plan {
+fn release(node: &Arc<Node>, view: &View<'_>) -> Plan {
     let mut plan = Plan::nothing();
     let after = marks::clear(node, &mut plan);
     drain::call_off(&after, view.world, &mut plan);
@@ -302,6 +320,19 @@ impl<'a> Work<'a> {
             Ok(deadline) => self.status.deadline = deadline.map(Time),
             Err(wrong) => self.status.last_error = Some(format!("the deadline is ignored: {wrong}")),
         }
+        let mut ignored = Vec::new();
+        if !view.settings.moves_guests {
+            ignored.extend((one.spec.return_home == Some(true)).then_some("returnHome"));
+            // The drain taint of these groups is KubeVirt's own: it has all leave at once.
+            ignored.extend(
+                (one.spec.max_parallel.is_some() && one.kind != Kind::NodeMaintenance).then_some("maxParallel"),
+            );
+        }
+        if !ignored.is_empty() {
+            let known = self.status.last_error.take().map(|known| format!("{known}; ")).unwrap_or_default();
+            let text = format!("{known}ignored where another KubeVirt moves the guests: {}", ignored.join(", "));
+            self.status.last_error = Some(text);
+        }
         self.status.phase = Phase::Running;
         self.status.drain_progress = Some(0);
         let (total, pending) = drain::pods(&one.spec.node_name, view.world);
@@ -356,7 +387,7 @@ impl<'a> Work<'a> {
         // Also when it had been empty already: something has come.
         self.status.phase = Phase::Running;
         self.status.drain_progress = Some(drain::progress(self.status.eviction_pods, pending.len()));
-        if one.spec.return_home == Some(true) {
+        if one.spec.return_home == Some(true) && view.settings.moves_guests {
             drain::mark_home(&one.spec.node_name, view.world, &mut self.first);
         }
         self.status.leaving = drain::turns(&one, view, &mut self.then);

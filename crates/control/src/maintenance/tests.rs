@@ -2,6 +2,7 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::Ref;
+use crate::key::Noun;
 use crate::names;
 use crate::plan::Effect;
 use crate::testing::Cluster;
@@ -563,6 +564,28 @@ fn one_that_never_closed_its_node_takes_nobodys_marks_off() {
     }
 }
 
+/// Beside another KubeVirt nobody brings guests back, and the taint of its groups has all of them leave at once.
+#[test]
+fn what_only_godwits_migrations_do_is_said_to_be_ignored_where_another_moves_the_guests() {
+    for (kind, ignored) in [
+        (Kind::NodeMaintenance, "returnHome"),
+        (Kind::KubeVirtNodeMaintenance, "returnHome, maxParallel"),
+        (Kind::OldestNodeMaintenance, "returnHome, maxParallel"),
+    ] {
+        for ours in [true, false] {
+            let mut cluster = two_nodes();
+            cluster.settings.moves_guests = ours;
+            guest(&mut cluster, "mover", Some("LiveMigrate"), true);
+            begin(&mut cluster, kind, json!({"returnHome": true, "maxParallel": 1}));
+            let told = object(&cluster, kind)["status"]["lastError"].as_str().unwrap_or_default().to_owned();
+            let text = format!("ignored where another KubeVirt moves the guests: {ignored}");
+            assert_eq!(told.contains(&text), !ours, "{told}");
+            let vmi = cluster.get(Kind::VirtualMachineInstance, &Name::new("ns", "mover")).unwrap();
+            assert_eq!(vmi["metadata"]["annotations"]["godwit.io/home"].is_string(), ours, "{vmi}");
+        }
+    }
+}
+
 /// An earlier leader closes the node when the maintenance has gone already.
 #[test]
 fn what_a_late_write_leaves_is_taken_back() {
@@ -581,7 +604,10 @@ fn what_a_late_write_leaves_is_taken_back() {
     cluster.patch(Kind::VirtualMachineInstance, &mover, json!({"status": {"evacuationNodeName": NODE}}));
     cluster.settle();
     assert_eq!(node(&cluster)["spec"]["unschedulable"], true, "it may be that of a maintenance that is not known yet");
-    let woken = cluster.decide(&Key::Node(NODE.into())).wake_at.unwrap();
+    // Whoever maintains nodes and decides nothing else of them takes it back as well.
+    let key = Key::Closure(NODE.into());
+    assert_eq!(key.noun(), Noun::Maintenance);
+    let woken = cluster.decide(&key).wake_at.unwrap();
     assert_eq!(woken, cluster.now + SignedDuration::from_mins(1));
     cluster.pass(60);
     cluster.settle();
@@ -683,7 +709,7 @@ fn what_another_maintenance_will_take_over_is_not_taken_back() {
     given_up.patch(KIND, &Name::cluster("m"), failed);
     let read = |value: Value| Some(Object::from_value(KIND, value).unwrap());
     let change = Change { before: read(before), after: read(object(&given_up, KIND)) };
-    assert!(Key::affected(&change, &given_up.world).contains(&Key::Node(NODE.into())));
+    assert!(Key::affected(&change, &given_up.world).contains(&Key::Closure(NODE.into())));
     given_up.settle();
     assert!(node(&given_up)["spec"]["unschedulable"].is_null() && marks(&given_up).is_null());
 

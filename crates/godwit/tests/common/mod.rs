@@ -3,10 +3,13 @@
 // Every test file uses another part of it.
 #![allow(dead_code, clippy::expect_used, clippy::unwrap_used)]
 
+pub mod authority;
 pub mod events;
 pub mod linux;
 pub mod moving;
+pub mod outage;
 pub mod real;
+pub mod replicas;
 pub mod stopped;
 pub mod streams;
 pub mod terminal;

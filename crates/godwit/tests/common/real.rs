@@ -23,17 +23,22 @@ use std::time::{Duration, Instant};
 
 /// Names of the processes, as their logs and records have them.
 const ETCD: &str = "etcd";
+const CONTROLLER_MANAGER: &str = "kube-controller-manager";
 pub const API_SERVER: &str = "kube-apiserver";
 pub const CONTROLLER: &str = "controller";
 /// A second controller, in the tests that start one.
 pub const STANDBY: &str = "standby";
+/// `godwit api`, and a second one in the tests that start one.
 pub const API: &str = "api";
+pub const OTHER_API: &str = "api-2";
 const CONTROLLER_ACCOUNT: &str = "kubevirt-controller";
 const API_ACCOUNT: &str = "kubevirt-apiserver";
-/// Where `godwit api` listens, in the namespace of the API server.
-const API_PORT: u16 = 8443;
+/// Where they listen, in the namespace of the API server.
+pub const APIS: [(&str, u16); 2] = [(API, 8443), (OTHER_API, 8444)];
 /// The Service by which the API server reaches it.
 const API_SERVICE: &str = "virt-api";
+/// Where the controllers answer probes and scrapes, each on a port of its own.
+const HEALTH_PORTS: [(&str, u16); 2] = [(CONTROLLER, 8080), (STANDBY, 8081)];
 /// How long all of it may take on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(120);
 
@@ -190,6 +195,11 @@ impl Real {
         nix::unistd::Pid::from_raw(process.pid)
     }
 
+    /// Whether it runs.
+    pub fn runs(&self, name: &str) -> bool {
+        godwit_standalone::find(&self.layout, name).is_some()
+    }
+
     /// `kill -9`.
     pub fn kill(&self, name: &str) {
         kill_hard(self.pid(name));
@@ -197,15 +207,14 @@ impl Real {
 
     /// Starts the API server, the controllers and the nodes that do not run.
     pub async fn start_missing(&self, client: &Client) {
-        let runs = |name: &str| godwit_standalone::find(&self.layout, name).is_some();
-        if !runs(API_SERVER) {
+        if !self.runs(API_SERVER) {
             self.start_api_server();
             self.until_it_serves(client).await;
         }
-        if !runs(CONTROLLER) {
+        if !self.runs(CONTROLLER) {
             self.start_controller(CONTROLLER);
         }
-        for node in self.shape.nodes.iter().filter(|node| !runs(node)) {
+        for node in self.shape.nodes.iter().filter(|node| !self.runs(node)) {
             self.start_node(node);
         }
     }
@@ -216,11 +225,7 @@ impl Real {
         let ready = || http::Request::get("/readyz").body(Vec::new()).expect("request");
         let mut last = String::new();
         while Instant::now() < deadline {
-            assert!(
-                godwit_standalone::find(&self.layout, API_SERVER).is_some(),
-                "kube-apiserver ended: {}",
-                self.tail()
-            );
+            assert!(self.runs(API_SERVER), "kube-apiserver ended: {}", self.tail());
             match client.request_text(ready()).await {
                 Ok(_) => return,
                 Err(error) => last = error.to_string(),
@@ -237,18 +242,27 @@ impl Real {
         lines[lines.len().saturating_sub(10)..].join("\n")
     }
 
-    /// KubeVirt's kinds, objects and rights.
+    /// What `godwit manifests` installs but its pods, which are processes here, and what the API asks them by; and beside it what
+    /// others bring or grant.
     async fn furnish(&self, client: &Client) {
-        for object in godwit_api::crd::crds().into_iter().chain(godwit_api::initial::initial_objects()) {
-            apply(client, &object).await;
-        }
-        for object in rights() {
+        let others = godwit_api::crd::crds().into_iter().chain(godwit_api::initial::initial_objects());
+        for object in others.chain(installed(|part| part != ROUTES)).chain(rights()) {
             apply(client, &object).await;
         }
     }
 
     /// A kubeconfig for a service account, for a handler bound to its node.
     async fn kubeconfig(&self, client: &Client, account: &str, node: Option<&DynamicObject>) -> PathBuf {
+        self.kubeconfig_in(client, "kubevirt", account, node).await
+    }
+
+    async fn kubeconfig_in(
+        &self,
+        client: &Client,
+        namespace: &str,
+        account: &str,
+        node: Option<&DynamicObject>,
+    ) -> PathBuf {
         let reference = node.map(|node| {
             let meta = &node.metadata;
             json!({"apiVersion": "v1", "kind": "Node", "name": meta.name, "uid": meta.uid})
@@ -257,7 +271,7 @@ impl Real {
             "apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest",
             "spec": {"expirationSeconds": 86400, "audiences": [], "boundObjectRef": reference},
         });
-        let request = Request::new("/api/v1/namespaces/kubevirt/serviceaccounts");
+        let request = Request::new(format!("/api/v1/namespaces/{namespace}/serviceaccounts"));
         let body = serde_json::to_vec(&body).expect("JSON");
         let request = request.create_subresource("token", account, &PostParams::default(), body).expect("request");
         let token: Value = client.request(request).await.expect("a token");
@@ -279,9 +293,10 @@ impl Real {
 
     async fn start_api(&self, client: &Client) {
         self.kubeconfig(client, API_ACCOUNT, None).await;
-        self.start_api_process();
-        for object in webhooks().iter().chain(&behind_the_api_server()) {
-            apply(client, object).await;
+        self.start_api_process(API);
+        self.endpoint(client, API, true).await;
+        for object in installed(|part| part == ROUTES) {
+            apply(client, &object).await;
         }
         let deadline = Instant::now() + PATIENCE;
         let served = || http::Request::get("/apis/subresources.kubevirt.io/v1").body(Vec::new()).expect("request");
@@ -313,31 +328,109 @@ impl Real {
         }
     }
 
-    /// Starts `godwit api`, also anew after [`Self::kill`].
-    pub fn start_api_process(&self) {
+    /// Starts a `godwit api`, also anew after [`Self::kill`].
+    pub fn start_api_process(&self, name: &str) {
         let mut arguments = vec![
             "api".to_owned(),
             format!("--kubeconfig={}", self.file(&format!("{API_ACCOUNT}.kubeconfig")).display()),
-            format!("--listen={CONTROL_PLANE_ADDRESS}:{API_PORT}"),
+            format!("--listen={CONTROL_PLANE_ADDRESS}:{}", port_of(name)),
         ];
         if let Some([authority, certificate]) = self.lifetimes {
             arguments.push(format!("--ca-lifetime={authority}"));
             arguments.push(format!("--certificate-lifetime={certificate}"));
         }
-        self.spawn(API, &self.switch, Path::new(env!("CARGO_BIN_EXE_godwit")), &arguments);
+        self.spawn(name, &self.switch, Path::new(env!("CARGO_BIN_EXE_godwit")), &arguments);
+    }
+
+    /// Does what kubelets and Kubernetes' endpoint controllers would: says whether this `godwit api` is ready for requests.
+    pub async fn endpoint(&self, client: &Client, name: &str, ready: bool) {
+        let slice = json!({
+            "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
+            "metadata": {"name": format!("{API_SERVICE}-{name}"), "namespace": "kubevirt",
+                "labels": {"kubernetes.io/service-name": API_SERVICE}},
+            "addressType": "IPv4",
+            "ports": [{"name": "https", "port": port_of(name), "protocol": "TCP"}],
+            "endpoints": [{"addresses": [CONTROL_PLANE_ADDRESS.to_string()], "conditions": {"ready": ready}}],
+        });
+        apply(client, &slice).await;
     }
 
     /// Starts the controllers, also anew after [`Self::kill`].
     pub fn start_controller(&self, name: &str) {
+        self.start_controllers_of(name, &[]);
+    }
+
+    /// Starts the controllers, of some nouns only where some are named.
+    pub fn start_controllers_of(&self, name: &str, nouns: &[&str]) {
         let [_, certificate] = self.lifetimes.unwrap_or(["90d", "10d"]);
-        let arguments = [
+        let mut arguments = vec![
             "controller".to_owned(),
             format!("--identity={name}"),
             format!("--certificate-lifetime={certificate}"),
             format!("--kubeconfig={}", self.file(&format!("{CONTROLLER_ACCOUNT}.kubeconfig")).display()),
             format!("--bare-api-server={}", self.layout.root().display()),
         ];
+        if !nouns.is_empty() {
+            arguments.push(format!("--nouns={}", nouns.join(",")));
+        }
+        arguments.extend(health(name).map(|address| format!("--health={address}")));
         self.spawn(name, &self.switch, Path::new(env!("CARGO_BIN_EXE_godwit")), &arguments);
+    }
+
+    /// A connection to where a controller answers scrapes, from within the cluster's network.
+    pub fn dial_health(&self, name: &str) -> std::net::TcpStream {
+        let address = health(name).unwrap_or_else(|| panic!("{name} has no port for that"));
+        self.switch.connect(address, Duration::from_secs(5)).unwrap_or_else(|error| panic!("{name}: {error}"))
+    }
+
+    /// A connection to `godwit api`, which speaks TLS.
+    pub fn dial_api(&self) -> std::net::TcpStream {
+        let address = SocketAddr::from((CONTROL_PLANE_ADDRESS, port_of(API)));
+        self.switch.connect(address, Duration::from_secs(5)).expect("godwit api")
+    }
+
+    /// Starts what `godwit manifests --components maintenance` has installed in a namespace, with its rights.
+    pub async fn start_maintenance(&self, client: &Client, namespace: &str) {
+        let account = access::MAINTAINER;
+        let kubeconfig = self.kubeconfig_in(client, namespace, account, None).await;
+        let arguments = [
+            "controller".to_owned(),
+            "--nouns=maintenance".to_owned(),
+            format!("--lease={account}"),
+            format!("--lease-namespace={namespace}"),
+            "--launcher-image=none".to_owned(),
+            format!("--kubeconfig={}", kubeconfig.display()),
+        ];
+        self.spawn(account, &self.switch, Path::new(env!("CARGO_BIN_EXE_godwit")), &arguments);
+    }
+
+    /// Starts Kubernetes' own controllers of these names, where the folder has the program; whether it has, or a line that says so.
+    pub async fn start_kubernetes_own(&self, client: &Client, controllers: &[&str]) -> bool {
+        let program = self.assets.join(CONTROLLER_MANAGER);
+        if !program.is_file() {
+            println!("SKIPPED: {CONTROLLER_MANAGER} is not in {}", self.assets.display());
+            return false;
+        }
+        let (namespace, name) = ("kube-system", CONTROLLER_MANAGER);
+        for object in [
+            json!({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"namespace": namespace, "name": name}}),
+            json!({
+                "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRoleBinding", "metadata": {"name": name},
+                "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "cluster-admin"},
+                "subjects": [{"kind": "ServiceAccount", "namespace": namespace, "name": name}],
+            }),
+        ] {
+            apply(client, &object).await;
+        }
+        let kubeconfig = self.kubeconfig_in(client, namespace, name, None).await;
+        let arguments = [
+            format!("--controllers={}", controllers.join(",")),
+            format!("--kubeconfig={}", kubeconfig.display()),
+            "--leader-elect=false".to_owned(),
+            format!("--cert-dir={}", self.file(CONTROLLER_MANAGER).display()),
+        ];
+        self.spawn(CONTROLLER_MANAGER, &self.switch, &program, &arguments);
+        true
     }
 
     /// Makes the node's object, for its handler's token to be bound to, and starts the node.
@@ -389,6 +482,11 @@ impl Real {
     }
 }
 
+fn health(name: &str) -> Option<SocketAddr> {
+    let (_, port) = HEALTH_PORTS.into_iter().find(|(known, _)| *known == name)?;
+    Some(SocketAddr::from((CONTROL_PLANE_ADDRESS, port)))
+}
+
 /// Applies an object as its owner, whose kind may be a moment behind its definition.
 async fn apply(client: &Client, value: &Value) -> DynamicObject {
     let object: DynamicObject = serde_json::from_value(value.clone()).expect("an object");
@@ -412,23 +510,10 @@ async fn apply(client: &Client, value: &Value) -> DynamicObject {
     }
 }
 
-/// The service accounts and what they may; what our kubelets do beyond what Kubernetes lets its own do.
+/// What is nobody's right on a whole Kubernetes: to do what stands for its own controllers, and what our kubelets do beyond what
+/// it lets its own do.
 fn rights() -> Vec<Value> {
-    let mut all = Vec::new();
-    let bind = |name: &str, role: &str, subject: Value| {
-        json!({
-            "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRoleBinding", "metadata": {"name": name},
-            "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": role},
-            "subjects": [subject],
-        })
-    };
-    for name in [CONTROLLER_ACCOUNT, "kubevirt-handler", API_ACCOUNT] {
-        all.push(json!({
-            "apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"namespace": "kubevirt", "name": name},
-        }));
-    }
-    let accounts = access::components().into_iter().chain([access::engine_room()]);
-    all.extend(accounts.flat_map(|account| account.objects("kubevirt")));
+    let mut all = access::engine_room().objects("kubevirt");
     let read = |group: &str, resources: &[&str]| json!({"apiGroups": [group], "resources": resources, "verbs": ["get", "list", "watch"]});
     all.push(json!({
         "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole", "metadata": {"name": "godwit:node"},
@@ -438,84 +523,29 @@ fn rights() -> Vec<Value> {
         ],
     }));
     let nodes = json!({"apiGroup": "rbac.authorization.k8s.io", "kind": "Group", "name": "system:nodes"});
-    all.push(bind("godwit:node", "godwit:node", nodes));
+    all.push(json!({
+        "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRoleBinding", "metadata": {"name": "godwit:node"},
+        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "godwit:node"},
+        "subjects": [nodes],
+    }));
     all
 }
 
-/// What makes the API server hand on what is asked of the group: a Service whose endpoint is told, and both versions.
-fn behind_the_api_server() -> Vec<Value> {
-    let namespace = "kubevirt";
-    let version = |version: &str, priority: u8| {
-        json!({
-            "apiVersion": "apiregistration.k8s.io/v1", "kind": "APIService",
-            "metadata": {"name": format!("{version}.subresources.kubevirt.io")},
-            "spec": {
-                "group": "subresources.kubevirt.io", "version": version,
-                "groupPriorityMinimum": 1000, "versionPriority": priority,
-                "service": {"namespace": namespace, "name": API_SERVICE, "port": 443},
-            },
-        })
-    };
-    vec![
-        json!({
-            "apiVersion": "v1", "kind": "Service", "metadata": {"name": API_SERVICE, "namespace": namespace},
-            "spec": {"ports": [{"name": "https", "port": 443, "targetPort": API_PORT, "protocol": "TCP"}]},
-        }),
-        json!({
-            "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
-            "metadata": {"name": "virt-api-1", "namespace": namespace, "labels": {"kubernetes.io/service-name": API_SERVICE}},
-            "addressType": "IPv4",
-            "ports": [{"name": "https", "port": API_PORT, "protocol": "TCP"}],
-            "endpoints": [{"addresses": [CONTROL_PLANE_ADDRESS.to_string()], "conditions": {"ready": true}}],
-        }),
-        version("v1", 15),
-        version("v1alpha3", 9),
-    ]
+/// The part of what is installed by which the API server asks the others.
+const ROUTES: &str = "routes";
+
+/// What `godwit manifests` prints of these parts, without its pods.
+fn installed(wanted: impl Fn(&str) -> bool) -> Vec<Value> {
+    let parts = godwit_manifests::parts(&godwit_manifests::Options::default()).expect("manifests");
+    let objects = parts.into_iter().filter(|part| wanted(part.name)).flat_map(|part| part.objects);
+    objects
+        .filter(|object| !["Deployment", "DaemonSet"].contains(&object["kind"].as_str().unwrap_or_default()))
+        .collect()
 }
 
-/// The webhooks of `godwit api`, reached by its Service. By what they are known it says itself.
-fn webhooks() -> [Value; 2] {
-    use godwit_webhook::routes::{Act, ROUTES, Route};
-    let webhook = |route: &Route| {
-        let resource = match route.subresource {
-            "" => route.resource.to_owned(),
-            subresource => format!("{}/{subresource}", route.resource),
-        };
-        let mut webhook = json!({
-            "name": route.webhook,
-            "admissionReviewVersions": ["v1"],
-            "sideEffects": if route.act == Act::Evict { "NoneOnDryRun" } else { "None" },
-            "clientConfig": {"service": {"namespace": "kubevirt", "name": API_SERVICE, "path": route.path}},
-            "rules": [{"apiGroups": [route.group], "apiVersions": ["*"], "resources": [resource],
-                "operations": route.operations}],
-        });
-        if route.resource == "configmaps" {
-            webhook["namespaceSelector"] = json!({"matchLabels": {"kubernetes.io/metadata.name": "kubevirt"}});
-            let ours = json!({"name": "kubevirt-config", "expression": "request.name == 'kubevirt-config'"});
-            webhook["matchConditions"] = json!([ours]);
-            webhook["failurePolicy"] = json!("Ignore");
-        }
-        webhook
-    };
-    let (mutating, validating): (Vec<&Route>, Vec<_>) = ROUTES.iter().partition(|route| route.act == Act::Mutate);
-    [("Mutating", mutating), ("Validating", validating)].map(|(kind, routes)| {
-        // One name may stand for several groups.
-        let mut all: Vec<Value> = routes.into_iter().map(webhook).collect();
-        let mut seen = std::collections::BTreeMap::<String, usize>::new();
-        for one in &mut all {
-            let name = one["name"].as_str().expect("a name").to_owned();
-            let count = seen.entry(name.clone()).or_default();
-            if *count > 0 {
-                one["name"] = json!(format!("{count}.{name}"));
-            }
-            *count += 1;
-        }
-        json!({
-            "apiVersion": "admissionregistration.k8s.io/v1", "kind": format!("{kind}WebhookConfiguration"),
-            "metadata": {"name": format!("virt-api-{}", if kind == "Mutating" { "mutator" } else { "validator" })},
-            "webhooks": all,
-        })
-    })
+/// Where it listens.
+pub fn port_of(api: &str) -> u16 {
+    APIS.iter().find(|(name, _)| *name == api).expect("one of them").1
 }
 
 /// Makes the API server reachable from outside of its namespace, for as long as the test lives.

@@ -1,9 +1,8 @@
 //! What the tests of the contract do to a cluster and ask of it.
 
 use crate::common::events::Said;
-use crate::common::real::{API_SERVER, CONTROLLER};
 use crate::common::stopped::Stopped;
-use crate::common::{Cluster, kill_hard, rom_vmi, status, text};
+use crate::common::{Cluster, rom_vmi, status, text};
 use godwit_guest_rom::{Line, Parameters, Story};
 use kube::api::{Api, ApiResource, DynamicObject, GroupVersionKind, Patch, PostParams};
 use kube::client::Body;
@@ -191,25 +190,6 @@ impl Cluster {
     /// Makes a node's kubelet and handler stand still; its guests go on.
     pub fn freeze(&self, node: &str) -> Stopped {
         Stopped::stop(self.pid(node))
-    }
-
-    /// `kill -9` of the API server and of the controllers.
-    pub fn kill_control_plane(&self) {
-        match &self.real {
-            Some(real) => [API_SERVER, CONTROLLER].iter().for_each(|process| real.kill(process)),
-            None => kill_hard(self.pid("control-plane")),
-        }
-    }
-
-    /// Starts again what of the cluster does not run.
-    pub async fn up_again(&mut self, nodes: usize) {
-        if let Some(real) = &self.real {
-            return real.start_missing(&self.client).await;
-        }
-        let output = self.godwit(&["up", "--nodes", &nodes.to_string(), "--detach"]);
-        assert!(output.status.success(), "godwit up: {}", text(&output.stderr));
-        // It may listen on another port.
-        self.client = godwit_standalone::client(&self.kubeconfig()).await.expect("client");
     }
 
     /// Creates an object, as somebody if `user` is not empty; whatever the answer is.

@@ -7,18 +7,18 @@ use kube::api::{Api, ApiResource, DynamicObject, GroupVersionKind, Patch};
 use serde_json::{Value, json};
 
 /// From now on claims of this class are made.
-async fn keep_on(cluster: &Cluster, class: &str) {
+pub async fn keep_on(cluster: &Cluster, class: &str) {
     let resource = ApiResource::from_gvk(&GroupVersionKind::gvk("kubevirt.io", "v1", "KubeVirt"));
     let api: Api<DynamicObject> = Api::namespaced_with(cluster.client.clone(), "kubevirt", &resource);
     let patch = Patch::Merge(json!({"spec": {"configuration": {"vmStateStorageClass": class}}}));
     api.patch("kubevirt", &Default::default(), &patch).await.expect("patch");
 }
 
-async fn start(cluster: &Cluster, name: &str, change: impl Fn(&mut Value)) {
+pub async fn start(cluster: &Cluster, name: &str, change: impl Fn(&mut Value)) {
     let mut spec = linux_vmi(name, "masquerade")["spec"].take();
     spec["domain"]["memory"] = json!({"guest": "256Mi"});
     spec["domain"]["devices"]["tpm"] = json!({"persistent": true});
-    change(&mut spec["domain"]);
+    change(&mut spec);
     let vm = json!({"apiVersion": "kubevirt.io/v1", "kind": "VirtualMachine", "metadata": {"name": name},
         "spec": {"runStrategy": "Always", "template": {"metadata": {}, "spec": spec}}});
     cluster.apply(vm).await.expect("apply");
@@ -74,8 +74,8 @@ async fn a_vm_that_is_stopped_moved_and_started_elsewhere_finds_its_tpm_and_its_
     let cluster = Cluster::start(2).await;
     build_demo_image(&cluster);
     keep_on(&cluster, "shared").await;
-    start(&cluster, "wide", |domain| {
-        domain["firmware"]["bootloader"] = json!({"efi": {"secureBoot": false, "persistent": true}});
+    start(&cluster, "wide", |spec| {
+        spec["domain"]["firmware"]["bootloader"] = json!({"efi": {"secureBoot": false, "persistent": true}});
     })
     .await;
     runs(&cluster, "wide").await;

@@ -7,7 +7,7 @@ use kube::api::DynamicObject;
 use serde_json::{Value, json};
 
 /// What `virtctl addvolume GUEST --volume-name=CLAIM` sends, without options for the disk.
-fn add_options(claim: &str) -> Value {
+pub fn add_options(claim: &str) -> Value {
     json!({
         "name": claim, "disk": {"disk": {"bus": "scsi"}, "serial": claim},
         "volumeSource": {"persistentVolumeClaim": {"claimName": claim, "hotpluggable": true}},
@@ -25,7 +25,7 @@ fn volume<'a>(vmi: &'a DynamicObject, name: &str) -> &'a Value {
 }
 
 /// Waits until the guest has this disk, and says how it is called.
-async fn is_ready(cluster: &Cluster, vmi: &str, name: &str) -> String {
+pub async fn is_ready(cluster: &Cluster, vmi: &str, name: &str) -> String {
     let ready = |vmi: &DynamicObject| volume(vmi, name)["phase"] == "Ready";
     let vmi = cluster.wait(&cluster.vmis(), vmi, &format!("it has the disk {name}"), ready).await;
     let told = volume(&vmi, name);

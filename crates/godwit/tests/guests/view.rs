@@ -38,10 +38,11 @@ fn ahead(hardware: &Value, clock: &str) -> i64 {
     hardware[clock].as_i64().expect(clock) - i64::try_from(now).expect("before the sun's end")
 }
 
-/// Without what goes on by itself.
+/// Without what goes on by itself: the clocks, and which of them Linux trusts. It compares them with one another all the time, and
+/// gives up the processor's when that is late, as a translated one may be on a busy machine, whether its guest moves or not.
 fn still(hardware: &Value) -> Value {
     let mut still = hardware.clone();
-    for moving in ["wallSeconds", "rtcSeconds"] {
+    for moving in ["wallSeconds", "rtcSeconds", "clockSource"] {
         still.as_object_mut().expect("an object").remove(moving);
     }
     still
@@ -196,7 +197,7 @@ async fn a_guest_takes_its_tpm_and_its_efi_variables_along() {
     let vmi = runs(&cluster, "keeper").await;
     assert_eq!(condition(&vmi, "LiveMigratable")["status"], "True", "{}", vmi.data);
     let (_, living) = facts_at(&cluster, "node1", "keeper", PORTS[0]).await;
-    let before = hardware(&cluster, "keeper", "/hardware", |_| true).await;
+    let before = hardware(&cluster, "keeper", "/hardware", |before| !before["tpmRegister"].is_null()).await;
     assert_eq!(before["efiVariable"], living["token"], "{before:#}");
     let register = before["tpmRegister"].as_str().expect("a TPM");
     assert!(register.len() == 64 && register.contains(|digit| digit != '0'), "it was measured into: {before:#}");
@@ -205,7 +206,8 @@ async fn a_guest_takes_its_tpm_and_its_efi_variables_along() {
     for round in ["first", "second"] {
         cluster.migrate("keeper", round).await;
         succeeds(&cluster, round).await;
-        let after = hardware(&cluster, "keeper", "/hardware", |_| true).await;
+        // A TPM that does not answer within the driver's time is asked again; what it answers has to be the same.
+        let after = hardware(&cluster, "keeper", "/hardware", |after| !after["tpmRegister"].is_null()).await;
         assert_eq!(still(&after), still(&before), "{round}");
         let variables = efi_variables(&cluster, &place(&cluster, "keeper").await).await;
         let name: Vec<u8> = "GodwitLife".bytes().flat_map(|byte| [byte, 0]).collect();

@@ -67,7 +67,10 @@ pub(super) fn decide(facts: &Facts, m: &MigrationView, pod: &PodView, plan: &mut
                     }
                     fail_with(m, changes, failure, plan);
                 }
-                None => plan.wake(REDIAL_AFTER),
+                None => {
+                    follow(m, pod, link, plan);
+                    plan.wake(REDIAL_AFTER);
+                }
             }
             true
         }
@@ -111,14 +114,20 @@ fn why_ended(
         return guest_ended;
     }
     let own = f.error.as_deref().unwrap_or("QEMU gave no reason");
+    let since = f.end_us.map(|end| facts.now.as_microsecond().saturating_sub(end)).unwrap_or(i64::MAX);
+    let since = Duration::from_micros(u64::try_from(since).unwrap_or(0));
     let Some(link) = link else {
-        // The stream goes through this handler, and it has begun anew.
-        let reason = format!("Live migration failed: {own}; the source node's handler restarted, and the stream broke");
+        if f.carried.is_some() && since < EXPLAIN_WITHIN {
+            // It can still be heard from the target.
+            return None;
+        }
+        // The stream went through this handler, and it has begun anew.
+        let broke = if f.carried.is_some() { "" } else { ", and the stream broke" };
+        let reason = format!("Live migration failed: {own}; the source node's handler restarted{broke}");
         return Some(Failure::new(Cause::SourceUnresponsive, reason));
     };
-    let since = f.end_us.map(|end| facts.now.as_microsecond().saturating_sub(end)).unwrap_or(i64::MAX);
     let heard = match &link.target {
-        TargetSays::Nothing if Duration::from_micros(u64::try_from(since).unwrap_or(0)) >= EXPLAIN_WITHIN => {
+        TargetSays::Nothing if since >= EXPLAIN_WITHIN => {
             TargetSays::Unreachable("the target's handler does not answer".into())
         }
         heard => heard.clone(),
@@ -189,6 +198,14 @@ fn begin(facts: &Facts, m: &MigrationView, pod: &PodView, link: Option<&SourceVi
     }
 }
 
+/// Its memory goes through the launchers, and this process, which has begun since, knows of it: the control channel is all that it
+/// lacks.
+fn follow(m: &MigrationView, pod: &PodView, link: Option<&SourceView>, plan: &mut Plan) {
+    if link.is_none() && m.target_address.is_some() && m.port(channel::CONTROL).is_some() {
+        plan.act(Action::Dial { pod: pod.name.clone(), memory: false });
+    }
+}
+
 /// QEMU is sending.
 fn under_way(
     facts: &Facts,
@@ -217,6 +234,9 @@ fn under_way(
         plan.write(vec![Change::Abort("Aborting")]);
         plan.event("Migrating", "VirtualMachineInstance is aborting migration.");
         return;
+    }
+    if f.carried.is_some() {
+        follow(m, pod, link, plan);
     }
     let given_up = link.and_then(|l| l.cancelled.as_ref());
     // A predecessor of this process may have given it up.

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering::SeqCst;
 use godwit_launcher::rpc::{Cause, DomainPhase};
 use serde_json::{Value, json};
 
-use super::flow::{Cluster, VMIS, blocking, running, until};
+use super::flow::{Cluster, VMIS, blocking, running, running_in, until};
 use super::launcher::Launcher;
 
 /// The configuration of a migration that has one second.
@@ -87,6 +87,36 @@ fn a_post_copy_that_loses_its_link_is_the_guests_loss_and_ends_both_halves() {
         assert!(reason.starts_with("VMI is irrecoverable due to failed post-copy migration"), "{reason}");
         until("the source is ended", || source.now().exit_reason.is_some()).await;
     });
+}
+
+/// QEMU before 8.2 that has sent everything. A link that is there, and that it never comes for, is no reason to leave it at that.
+#[test]
+fn a_source_that_does_not_hear_that_its_link_broke_is_told_until_it_is_given_up() {
+    for by_launchers in [true, false] {
+        blocking(async {
+            let kind = |launcher: Launcher| if by_launchers { launcher.newer() } else { launcher };
+            let (mut cluster, source) = running_in(kind).await;
+            source.slow.store(true, SeqCst);
+            let target = kind(Launcher::start(cluster.sockets(1, "two")));
+            cluster.write_hand_off_with(&hasty(&["allowPostCopy"]));
+            until("the arrival is written", || cluster.vm()["status"]["nodeName"] == "node2").await;
+            assert_eq!(source.carried() > 0, by_launchers);
+            source.recoverable();
+            target.recoverable();
+            if by_launchers {
+                target.cut();
+            } else {
+                cluster.kill(1);
+                cluster.restart(1);
+            }
+            until("it has been told three times", || source.told.load(SeqCst) == 3).await;
+            assert_eq!(
+                source.now().migration.map(|m| m.status).as_deref(),
+                Some("failed"),
+                "nobody waits for it without end"
+            );
+        });
+    }
 }
 
 /// Fault run 9 of seed 2026 on QEMU 10.0.2: the link broke before the devices' state had come, and the go was repeated for ever.

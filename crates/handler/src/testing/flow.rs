@@ -142,9 +142,22 @@ impl Cluster {
         );
     }
 
+    /// Waits until a migration sends, and kills and restarts these handlers then.
+    async fn kill_in_flight(&mut self, nodes: &[usize], sends: impl Fn() -> bool) {
+        until("it has started", || self.vm()["status"]["migrationState"]["startTimestamp"].is_string()).await;
+        until("memory is sent", sends).await;
+        nodes.iter().for_each(|node| self.kill(*node));
+        nodes.iter().for_each(|node| self.restart(*node));
+    }
+
     /// What the controller writes at hand-off, with a target's launcher without QEMU.
     pub(super) fn hand_off(&self) -> Launcher {
-        let launcher = Launcher::start(self.sockets(1, "two"));
+        self.hand_off_to(|launcher| launcher)
+    }
+
+    /// The same with such a launcher.
+    fn hand_off_to(&self, kind: impl Fn(Launcher) -> Launcher) -> Launcher {
+        let launcher = kind(Launcher::start(self.sockets(1, "two")));
         self.write_hand_off();
         launcher
     }
@@ -203,10 +216,15 @@ pub(super) async fn until(what: &str, holds: impl Fn() -> bool) {
 
 /// A cluster with a running VM on node1.
 pub(super) async fn running() -> (Cluster, Launcher) {
+    running_in(|launcher| launcher).await
+}
+
+/// The same in such a launcher.
+pub(super) async fn running_in(kind: impl Fn(Launcher) -> Launcher) -> (Cluster, Launcher) {
     let mut cluster = Cluster::new();
     cluster.up(0);
     cluster.up(1);
-    let source = Launcher::start(cluster.sockets(0, "one"));
+    let source = kind(Launcher::start(cluster.sockets(0, "one")));
     cluster.vmi(&json!({ "devices": {}, "memory": { "guest": "64Mi" } }));
     until("the VM runs", || cluster.vm()["status"]["phase"] == "Running").await;
     assert!(source.executes());
@@ -289,6 +307,66 @@ fn a_target_handler_killed_in_mid_flight_fails_the_migration_and_nothing_else() 
         until("the target is gone", || target.now().phase.is_final()).await;
         assert!(source.executes());
     });
+}
+
+/// Memory goes through the launchers, which live on.
+#[test]
+fn a_copy_outlives_the_handlers_that_opened_its_way() {
+    for nodes in [&[0][..], &[1], &[0, 1]] {
+        blocking(async {
+            let (mut cluster, source) = running_in(Launcher::newer).await;
+            source.slow.store(true, SeqCst);
+            let target = cluster.hand_off_to(Launcher::newer);
+            let ports =
+                |cluster: &Cluster| cluster.vm()["status"]["migrationState"]["targetDirectMigrationNodePorts"].clone();
+            until("the target listens", || ports(&cluster).is_object()).await;
+            let before = ports(&cluster);
+            cluster.kill_in_flight(nodes, || source.carried() > 1 << 20 && target.carried() > 1 << 20).await;
+            let begun = source.now().migration.unwrap();
+            if nodes.contains(&1) {
+                until("the target listens anew", || ports(&cluster) != before).await;
+            }
+            source.finish.notify_one();
+            until("the migration is over", || cluster.vm()["status"]["migrationState"]["completed"] == true).await;
+            let m = cluster.vm()["status"]["migrationState"].clone();
+            assert_eq!(m.get("failed"), None, "{nodes:?}: {m:#}");
+            until("the arrival is written", || cluster.vm()["status"]["nodeName"] == "node2").await;
+            assert!(target.executes() && !source.executes());
+            // One stream, from its beginning to its end.
+            assert_eq!(source.now().migration.unwrap().start_us, begun.start_us);
+            assert_eq!((source.carried(), target.carried()), ((4 << 20) + 1, (4 << 20) + 1), "{nodes:?}");
+        });
+    }
+}
+
+/// What a handler that has come since can do besides looking on.
+#[test]
+fn a_copy_can_be_cancelled_by_a_handler_that_has_begun_since() {
+    blocking(async {
+        let (mut cluster, source) = running_in(Launcher::newer).await;
+        source.slow.store(true, SeqCst);
+        let target = cluster.hand_off_to(Launcher::newer);
+        cluster.kill_in_flight(&[0], || source.carried() > 0).await;
+        cluster.api.merge(VMIS, "vm", &json!({ "status": { "migrationState": { "abortRequested": true } } }));
+        until("it has failed", || cluster.vm()["status"]["migrationState"]["failed"] == true).await;
+        assert_eq!(cluster.vm()["status"]["migrationState"]["failureCause"], "Cancelled");
+        until("the target is gone", || target.now().phase.is_final()).await;
+        assert!(source.executes() && !target.executes());
+    });
+}
+
+#[test]
+fn a_launcher_that_cannot_carry_memory_has_it_carried_by_the_handlers() {
+    for newer in [[true, false], [false, true]] {
+        blocking(async {
+            let kind = |newer: bool| move |launcher: Launcher| if newer { launcher.newer() } else { launcher };
+            let (cluster, source) = running_in(kind(newer[0])).await;
+            let target = cluster.hand_off_to(kind(newer[1]));
+            until("the migration is over", || cluster.vm()["status"]["migrationState"]["completed"] == true).await;
+            assert_eq!(cluster.vm()["status"]["migrationState"].get("failed"), None, "{newer:?}");
+            assert_eq!((source.carried(), target.carried()), (0, 0), "{newer:?}");
+        });
+    }
 }
 
 #[test]

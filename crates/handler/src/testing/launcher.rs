@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use axum::extract::State as Shared;
 use axum::http::StatusCode;
@@ -11,15 +11,18 @@ use axum::routing::{get, post, put};
 use axum::{Json, Router};
 use bytes::Bytes;
 use futures::StreamExt;
+use godwit_launcher::carry::Carrier;
 use godwit_launcher::rpc::{
-    self, Ability, Cause, DomainPhase, ErrorBody, GoOrder, MigrationFacts, MigrationMode, MigrationRef, MigrationRole,
-    Refusal, ShutdownOrder, SourceOrder, State, TargetOrder, TargetReady, VmOrder,
+    self, Ability, CarryOrder, Cause, DomainPhase, ErrorBody, GoOrder, LinkOrder, MigrationFacts, MigrationMode,
+    MigrationRef, MigrationRole, Refusal, ShutdownOrder, SourceOrder, State, TargetOrder, TargetReady, VmOrder,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Notify, watch};
 
 const STREAM: usize = 4 << 20;
+/// Between two looks at what is carried.
+const LOOK_EVERY: std::time::Duration = std::time::Duration::from_millis(50);
 /// The byte that begins a second half that comes in post-copy.
 const POST_COPY: u8 = 2;
 
@@ -36,9 +39,12 @@ pub struct Inner {
     pub slow: AtomicBool,
     /// The target refuses the go.
     pub deaf: AtomicBool,
+    /// How often the source was told to take another link. It has not heard that there is anything wrong with the one it has.
+    pub told: AtomicU32,
     /// The target refuses to prepare, in these words.
     pub refuses: std::sync::Mutex<Option<(Cause, &'static str)>>,
     cancel: Notify,
+    carrier: Carrier,
     server: std::sync::Mutex<Option<tokio::task::JoinHandle<()>>>,
 }
 
@@ -64,11 +70,13 @@ impl Launcher {
         std::fs::create_dir_all(&dir).unwrap();
         let listener = UnixListener::bind(dir.join("launcher.sock")).unwrap();
         let launcher = Self(Arc::new(Inner {
+            carrier: Carrier::new(dir.clone()),
             dir,
             state: watch::channel(State::default()).0,
             finish: Notify::new(),
             slow: AtomicBool::new(false),
             deaf: AtomicBool::new(false),
+            told: AtomicU32::new(0),
             refuses: std::sync::Mutex::new(None),
             cancel: Notify::new(),
             server: std::sync::Mutex::new(None),
@@ -82,7 +90,9 @@ impl Launcher {
             .route("/v1/migration/cancel", post(cancel))
             .route(rpc::MIGRATION_POST_COPY, post(post_copy))
             .route(rpc::MIGRATION_PAUSE, post(pause_to_migrate))
+            .route(rpc::MIGRATION_CARRY, post(carry))
             .route("/v1/migration/go", post(go))
+            .route(rpc::MIGRATION_RECOVER, post(recover))
             .route("/v1/migration/abandon", post(abandon))
             .route("/v1/shutdown", post(shutdown))
             .with_state(launcher.clone());
@@ -92,7 +102,20 @@ impl Launcher {
     }
 
     pub fn now(&self) -> State {
-        self.state.borrow().clone()
+        let mut state = self.state.borrow().clone();
+        self.carrier.tell(&mut state);
+        state
+    }
+
+    /// It knows how to carry memory.
+    pub fn newer(self) -> Self {
+        self.change(|s| s.carries_streams = true);
+        self
+    }
+
+    /// How many bytes of memory have gone through it.
+    pub fn carried(&self) -> u64 {
+        self.now().migration.and_then(|m| m.carried).map_or(0, |carried| carried.out + carried.back)
     }
 
     /// Whether this launcher's guest executes.
@@ -122,6 +145,16 @@ impl Launcher {
             f.status = "postcopy-paused".into();
             f.cause = Some(Cause::LinkLost);
         });
+    }
+
+    /// Its post-copy could get over a broken link.
+    pub fn recoverable(&self) {
+        self.facts(|f| f.recoverable = true);
+    }
+
+    /// Whoever carries its memory breaks off.
+    pub fn cut(&self) {
+        self.carrier.cut();
     }
 
     /// What came could not be loaded; QEMU lives on.
@@ -154,10 +187,18 @@ fn conflict(message: &str) -> Response {
 async fn watch_states(Shared(launcher): Shared<Launcher>) -> Response {
     let mut states = launcher.state.subscribe();
     states.mark_changed();
-    let lines = futures::stream::unfold(states, |mut states| async move {
-        states.changed().await.ok()?;
-        let line = serde_json::to_string(&*states.borrow_and_update()).unwrap() + "\n";
-        Some((Ok::<_, std::convert::Infallible>(Bytes::from(line)), states))
+    let lines = futures::stream::unfold((states, launcher), |(mut states, launcher)| async move {
+        loop {
+            match tokio::time::timeout(LOOK_EVERY, states.changed()).await {
+                Ok(changed) => break changed.ok()?,
+                // What is carried changes by itself.
+                Err(_) if launcher.now().migration.is_some_and(|m| m.carried.is_some()) => break,
+                Err(_) => {}
+            }
+        }
+        states.mark_unchanged();
+        let line = serde_json::to_string(&launcher.now()).unwrap() + "\n";
+        Some((Ok::<_, std::convert::Infallible>(Bytes::from(line)), (states, launcher)))
     });
     axum::body::Body::from_stream(lines.boxed()).into_response()
 }
@@ -207,7 +248,9 @@ async fn target(Shared(launcher): Shared<Launcher>, Json(order): Json<TargetOrde
             });
         }
         if stream.read_exact(&mut memory[STREAM / 2 + 1..]).await.is_err() {
-            launcher.change(|s| s.phase = DomainPhase::Crashed);
+            if !launcher.now().migration.is_some_and(|m| m.recoverable) {
+                launcher.change(|s| s.phase = DomainPhase::Crashed);
+            }
             return;
         }
         launcher.facts(|f| {
@@ -248,7 +291,16 @@ async fn source(Shared(launcher): Shared<Launcher>, Json(order): Json<SourceOrde
                     _ = switched => {
                         stream.write_all(&[POST_COPY]).await?;
                         left -= 1;
-                        launcher.finish.notified().await;
+                        tokio::select! {
+                            () = launcher.finish.notified() => {}
+                            _ = stream.read(&mut byte) => {
+                                if launcher.now().migration.is_some_and(|m| m.recoverable) {
+                                    drop(stream);
+                                    return std::future::pending().await;
+                                }
+                                launcher.finish.notified().await;
+                            }
+                        }
                     }
                     _ = stream.read(&mut byte) => return Err(std::io::ErrorKind::BrokenPipe.into()),
                 }
@@ -282,6 +334,13 @@ async fn source(Shared(launcher): Shared<Launcher>, Json(order): Json<SourceOrde
         }
     });
     Json(state).into_response()
+}
+
+async fn carry(Shared(launcher): Shared<Launcher>, Json(order): Json<CarryOrder>) -> Response {
+    match launcher.carrier.carry(order, launcher.state.subscribe()).await {
+        Ok(()) => Json(launcher.now()).into_response(),
+        Err(refused) => conflict(&refused.message),
+    }
 }
 
 async fn cancel(Shared(launcher): Shared<Launcher>, Json(_): Json<MigrationRef>) -> Json<State> {
@@ -328,6 +387,21 @@ async fn go(Shared(launcher): Shared<Launcher>, Json(order): Json<GoOrder>) -> R
         });
     }
     Json(launcher.now()).into_response()
+}
+
+/// The target waits for another link. The source's QEMU, before 8.2, thinks that it has one, and is given up in the end.
+async fn recover(Shared(launcher): Shared<Launcher>, Json(_): Json<LinkOrder>) -> Response {
+    if launcher.now().migration.is_some_and(|m| m.role == MigrationRole::Target) {
+        launcher.cut();
+        return Json(launcher.now()).into_response();
+    }
+    if launcher.told.fetch_add(1, Ordering::SeqCst) == 2 {
+        launcher.facts(|f| {
+            f.status = "failed".into();
+            f.cause = Some(Cause::LinkLost);
+        });
+    }
+    conflict("the link of a post-copy must be broken before another one can be taken")
 }
 
 async fn abandon(Shared(launcher): Shared<Launcher>, Json(_): Json<MigrationRef>) -> Response {

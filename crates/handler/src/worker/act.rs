@@ -1,7 +1,8 @@
 //! Carrying out what was decided about one VMI.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -12,7 +13,8 @@ use godwit_api::vmi::{PersistentVolumeClaimInfo, VirtualMachineInstance, VolumeS
 use godwit_launcher::client::Error as LauncherError;
 use godwit_launcher::rpc::transport::{Transport, Wish};
 use godwit_launcher::rpc::{
-    DomainPhase, Refusal, RunUntilOrder, SourceOrder, TargetOrder, TargetReady, VmOrder, VolumeFacts,
+    CarryOrder, DomainPhase, MigrationRole, Refusal, RunUntilOrder, SourceOrder, TargetOrder, TargetReady, VmOrder,
+    VolumeFacts,
 };
 use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Pod as KubePod};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity as ApiQuantity;
@@ -22,11 +24,12 @@ use tokio::sync::OnceCell;
 use super::{Meter, Order, Pod, Source, Stop, Target, Worker, limited};
 use crate::channel::{BLOCKS, CONTROL, MEMORY, TargetChannels, TargetOptions};
 use crate::decide::{Action, Change, Disruption, Failure, causes};
-use crate::facts::{Facts, MigrationView};
+use crate::facts::{self, Facts, MigrationView};
 use crate::fence::Fence;
 use crate::frames::Relay;
 use crate::lend::{self, Offered};
 use crate::networks;
+use crate::ownership::{self, Peer};
 use crate::recovery::Recoveries;
 use crate::sockets::SocketDir;
 use crate::source_link::{Endpoint, Local, SourceLink};
@@ -55,6 +58,16 @@ pub(super) fn endpoint(m: &MigrationView) -> Option<Endpoint> {
     })
 }
 
+/// How long a pod's storage may take to be given to it before that is told.
+const STORAGE_ANSWERS: Duration = Duration::from_secs(10);
+
+/// The pod of a launcher, through the process that listens there.
+async fn seen(folder: PathBuf) -> io::Result<ownership::Pod> {
+    let sockets = SocketDir::open(folder)?;
+    let peer = Peer::of(&sockets.connect("launcher.sock").await?)?;
+    ownership::Pod::of(peer, &sockets)
+}
+
 impl Worker {
     pub(super) async fn act(
         &mut self,
@@ -78,7 +91,7 @@ impl Worker {
                 let result = self.pod(&pod)?.follower.client.abandon(&uid).await;
                 result.map(drop).map_err(|e| failed("abandon the target", &e))
             }
-            Action::Dial { pod, memory } => self.dial(&pod, memory, m),
+            Action::Dial { pod, memory } => self.dial(vmi, &pod, memory, m).await,
             Action::Measure { pod } => self.measure(&pod, m),
             Action::Migrate { pod } => self.migrate(vmi, &pod, m).await,
             Action::Limit { pod } => self.limit(&pod, m).await,
@@ -96,6 +109,7 @@ impl Worker {
                         self.context.links.seen(&source.node, rate);
                     }
                     source.remove_sockets();
+                    self.let_go(&source.link.uid, m, facts).await;
                 }
                 Ok(())
             }
@@ -161,15 +175,54 @@ impl Worker {
         let phase = pod.follower.now().last().map(|state| state.phase);
         let awaited = pod.pod.migration_uid.is_some()
             && matches!(phase, None | Some(DomainPhase::Undefined | DomainPhase::Incoming));
-        match networks::wire(pod.follower.pid(), vmi, awaited).await {
+        let folder = pod.follower.folder.clone();
+        let seen = match seen(folder).await {
+            Ok(seen) => Arc::new(seen),
+            Err(error) => return Err(self.complain(format!("cannot look into pod {name}: {error}")).await),
+        };
+        // A guest that is there has opened what it needs.
+        if matches!(phase, None | Some(DomainPhase::Undefined | DomainPhase::Incoming)) {
+            self.give(vmi, name, &seen, awaited).await?;
+        }
+        match networks::wire(seen.network(), seen.peer().user.as_raw(), vmi, awaited).await {
             Ok(wired) => {
-                pod.wired = Some(wired);
+                self.pod(name)?.wired = Some(wired);
                 let ms = began.elapsed().as_millis() as u64;
                 tracing::info!(vmi = self.name, pod = name, ms, "networks are wired");
                 Ok(())
             }
             Err(error) => Err(self.complain(format!("cannot set up the networks of pod {name}: {error}")).await),
         }
+    }
+
+    /// Gives a launcher what its guest is made of, where it is not root. Storage that hangs is waited for once, whoever asks how often.
+    async fn give(
+        &mut self,
+        vmi: &VirtualMachineInstance,
+        name: &str,
+        seen: &Arc<ownership::Pod>,
+        awaited: bool,
+    ) -> Result<(), Stop> {
+        let pod = self.pod(name)?;
+        let giving = pod.giving.get_or_insert_with(|| {
+            let (seen, vmi) = (seen.clone(), vmi.clone());
+            tokio::task::spawn_blocking(move || seen.give(&vmi, awaited))
+        });
+        let trouble = match tokio::time::timeout(STORAGE_ANSWERS, &mut *giving).await {
+            Ok(Ok(())) => {
+                pod.giving = None;
+                return Ok(());
+            }
+            Ok(Err(error)) => {
+                pod.giving = None;
+                format!("cannot give pod {name} what it must open: {error}")
+            }
+            Err(_) => format!(
+                "pod {name} is not given what it must open: its storage does not answer within {} s; look at the servers of its claims",
+                STORAGE_ANSWERS.as_secs()
+            ),
+        };
+        Err(self.complain(trouble).await)
     }
 
     /// Until when guests may run on this node; nothing is begun while none may.
@@ -340,6 +393,7 @@ impl Worker {
             by_reference: ready.as_ref().is_some_and(|ready| ready.by_reference),
             ability: ability.unwrap_or_default(),
             rooms: ready.as_ref().map(|ready| ready.rooms.clone()).unwrap_or_default(),
+            carries: pod.follower.now().last().is_some_and(|state| state.carries_streams),
             // A launcher that receives already knows how.
             agreed: OnceCell::new_with((ready.is_some() && !awaits).then(Transport::default)),
             joined: OnceCell::new(),
@@ -359,7 +413,7 @@ impl Worker {
                 sockets.push((MEMORY, ready.socket));
                 sockets.extend(ready.blocks_socket.map(|socket| (BLOCKS, socket)));
             }
-            // Its stream broke with this process's predecessor; in post-copy another link may follow.
+            // Its stream goes through the launcher, or broke with this process's predecessor; in post-copy another link may follow.
             None => sockets.push((MEMORY, String::new())),
         }
         if let Some((_, bad)) = sockets.iter().find(|(_, socket)| !socket.is_empty() && !SocketDir::is_name(socket)) {
@@ -389,7 +443,13 @@ impl Worker {
         Ok(())
     }
 
-    fn dial(&mut self, name: &str, memory: bool, m: Option<&MigrationView>) -> Result<(), Stop> {
+    async fn dial(
+        &mut self,
+        vmi: &VirtualMachineInstance,
+        name: &str,
+        memory: bool,
+        m: Option<&MigrationView>,
+    ) -> Result<(), Stop> {
         let Some(m) = m else { return Err(Stop::Stale) };
         let Some(endpoint) = endpoint(m) else {
             return Err(Stop::Failed("the target's address or ports cannot be read".into()));
@@ -423,7 +483,7 @@ impl Worker {
                 let listener = dir
                     .listen(&file)
                     .map_err(|e| Stop::Failed(format!("cannot listen on {file} in {}: {e}", dir.path().display())))?;
-                listeners.push((*inner, listener));
+                listeners.push((*inner, file.clone(), listener));
                 sockets.push((*inner, dir.clone(), file));
             }
         }
@@ -433,11 +493,19 @@ impl Worker {
             dir: SocketDir::open(pod.follower.folder.clone()).ok().map(Arc::new),
         };
         let link = SourceLink::start(context.tls.clone(), endpoint, listeners, launcher, wake, ability, wish);
+        // What was begun by another process; otherwise it comes with the order to send.
+        let sent = pod.follower.now().last().and_then(|s| facts::migration(s, &m.uid, MigrationRole::Source).cloned());
+        let relay = if memory || sent.is_none_or(|f| f.is_final() || facts::has_left(&f)) {
+            None
+        } else {
+            let ends = (link.endpoint(), pod.follower.subscribe());
+            Relay::start(&context.tls, ends, pod.follower.pid(), networks::ports(vmi)).await
+        };
         self.source = Some(Source {
             link,
             node: m.target_node.clone(),
             sockets,
-            relay: None,
+            relay,
             first_dialled: first_dialled.unwrap_or_else(Instant::now),
             start_error: None,
             cancelled: None,
@@ -449,6 +517,19 @@ impl Worker {
             meter: Meter::new(),
         });
         Ok(())
+    }
+
+    /// Nothing comes of the connections that the source's launcher has got, if it has not begun to send.
+    async fn let_go(&mut self, uid: &str, m: Option<&MigrationView>, facts: &Facts) {
+        let Some(m) = m else { return };
+        let Some(pod) = facts.pods.get(&m.source_pod) else { return };
+        let carries = pod.launcher.state().is_some_and(|state| {
+            state.carries_streams && facts::migration(state, uid, MigrationRole::Source).is_none()
+        });
+        let Some(pod) = self.pods.get(&m.source_pod).filter(|_| carries) else { return };
+        if let Err(error) = pod.follower.client.carry(&CarryOrder::none(uid, 0)).await {
+            tracing::debug!(migration = uid, %error, "the launcher keeps the connections that it was given");
+        }
     }
 
     /// Nothing waits for it; a launcher that cannot is not asked again.
@@ -470,7 +551,7 @@ impl Worker {
         m: Option<&MigrationView>,
     ) -> Result<(), Stop> {
         let (Some(m), Some(source)) = (m, &mut self.source) else { return Err(Stop::Stale) };
-        let Some(order) = source.order(m) else { return Err(Stop::Stale) };
+        let order = source.order(m);
         let began = Instant::now();
         source.meter.restart();
         self.running = Some((m.uid.clone(), began, Duration::ZERO));
@@ -507,7 +588,7 @@ impl Worker {
     /// Orders another bandwidth of the migration that runs.
     async fn limit(&mut self, name: &str, m: Option<&MigrationView>) -> Result<(), Stop> {
         let (Some(m), Some(source)) = (m, &self.source) else { return Ok(()) };
-        let Some(order) = source.order(m) else { return Ok(()) };
+        let order = source.order(m);
         if let Some(relay) = &source.relay {
             relay.hasten();
         }
@@ -672,11 +753,12 @@ impl Worker {
 
 impl Source {
     /// The order to send; the same order with another bandwidth changes that.
-    fn order(&self, m: &MigrationView) -> Option<SourceOrder> {
+    fn order(&self, m: &MigrationView) -> SourceOrder {
         let link = self.link.now();
-        Some(SourceOrder {
+        SourceOrder {
             migration_uid: m.uid.clone(),
-            socket: self.socket(MEMORY)?,
+            // One that runs has its sockets, and takes what else is in it.
+            socket: self.socket(MEMORY).unwrap_or_default(),
             blocks_socket: self.socket(BLOCKS),
             bandwidth_bytes_per_second: Some(m.bandwidth).filter(|b| *b > 0),
             max_downtime_ms: m.max_downtime_ms,
@@ -686,7 +768,7 @@ impl Source {
             by_reference: link.by_reference,
             transport: link.transport,
             rooms: link.rooms,
-        })
+        }
     }
 }
 

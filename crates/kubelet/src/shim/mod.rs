@@ -200,6 +200,10 @@ fn become_container(spec: &ContainerSpec, output: &OwnedFd, error: &OwnedFd) -> 
     {
         seccomp::confine(capabilities)?;
     }
+    // Whoever it is may open them again by their names in /dev.
+    for stream in [output, error] {
+        nix::unistd::fchown(stream, Some(user.uid), None).map_err(failed("give the output to its user"))?;
+    }
     let groups: Vec<Gid> = spec.groups.iter().map(|group| Gid::from_raw(*group)).collect();
     nix::unistd::setgroups(&groups).map_err(failed("set groups"))?;
     nix::unistd::setresgid(user.gid, user.gid, user.gid).map_err(failed(format!("become group {}", user.gid)))?;

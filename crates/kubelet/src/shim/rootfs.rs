@@ -2,12 +2,14 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
 use std::path::{Component, Path, PathBuf};
 
+use nix::fcntl::{AtFlags, OFlag, openat};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::sys::stat::{Mode, SFlag, mknod};
+use nix::sys::stat::{Mode, SFlag, mknod, mknodat};
+use nix::unistd::{Gid, Uid, fchownat};
 
 use super::mounts::{bind, make_in, open_in};
 use super::{Failure, failed};
@@ -41,6 +43,9 @@ pub(super) fn enter(spec: &ContainerSpec) -> Result<(), Failure> {
     }
     for wanted in &spec.mounts {
         mount_at(&opened, &wanted.source, &wanted.target, wanted.read_only)?;
+    }
+    for wanted in &spec.devices {
+        device_at(&opened, &wanted.source, &wanted.target, wanted.read_only)?;
     }
     drop(opened);
 
@@ -151,8 +156,7 @@ fn kernel_file_systems(spec: &ContainerSpec, opened: &OwnedFd) -> Result<(), Fai
     // In an image these could be links to anywhere: they are opened as if the image were the root.
     let place = |name: &str| -> Result<PathBuf, Failure> {
         let fd = make_in(opened, Path::new(name), true).map_err(failed(format!("make /{name}")))?;
-        fs::read_link(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&fd)))
-            .map_err(failed(format!("find /{name}")))
+        fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())).map_err(failed(format!("find /{name}")))
     };
     let privileged = spec.capabilities.is_none();
     let noexec = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
@@ -188,18 +192,47 @@ fn kernel_file_systems(spec: &ContainerSpec, opened: &OwnedFd) -> Result<(), Fai
     Ok(())
 }
 
-/// Mounts a file or folder of the node at an absolute path of the container.
-fn mount_at(root: &OwnedFd, source: &Path, target: &str, read_only: bool) -> Result<(), Failure> {
-    let metadata = fs::metadata(source).map_err(failed(format!("mount {}", source.display())))?;
+/// An absolute path of the container, seen from its root.
+fn relative(target: &str) -> Result<PathBuf, Failure> {
     let path = Path::new(target);
     if path.components().any(|part| part == Component::ParentDir) {
         return Err(format!("mount path {target:?} must not contain '..'"));
     }
-    let path: PathBuf = path.components().filter(|part| matches!(part, Component::Normal(_))).collect();
+    Ok(path.components().filter(|part| matches!(part, Component::Normal(_))).collect())
+}
+
+/// Makes a node of the container's own for a device of the node, with the same owner and mode, as container runtimes do: who is
+/// to use it there can be given it without the node's own changing hands.
+fn device_at(root: &OwnedFd, source: &Path, target: &str, read_only: bool) -> Result<(), Failure> {
+    let metadata = fs::metadata(source).map_err(failed(format!("look at {}", source.display())))?;
+    let path = relative(target)?;
+    let (Some(folder), Some(name)) = (path.parent(), path.file_name()) else {
+        return Err(format!("device path {target:?} is no file's"));
+    };
+    let kind = if metadata.file_type().is_block_device() { SFlag::S_IFBLK } else { SFlag::S_IFCHR };
+    let mode = metadata.mode() & if read_only { 0o444 } else { 0o777 };
+    let make = || -> io::Result<()> {
+        let folder = make_in(root, folder, true)?;
+        mknodat(&folder, name, kind, Mode::from_bits_truncate(mode), metadata.rdev())?;
+        let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        let node = openat(&folder, name, flags, Mode::empty())?;
+        let (owner, group) = (Uid::from_raw(metadata.uid()), Gid::from_raw(metadata.gid()));
+        fchownat(node.as_fd(), c"", Some(owner), Some(group), AtFlags::AT_EMPTY_PATH)?;
+        // The umask has taken bits away.
+        let path = format!("/proc/self/fd/{}", node.as_raw_fd());
+        fs::set_permissions(path, fs::Permissions::from_mode(mode))
+    };
+    make().map_err(failed(format!("make the device {target}")))
+}
+
+/// Mounts a file or folder of the node at an absolute path of the container.
+fn mount_at(root: &OwnedFd, source: &Path, target: &str, read_only: bool) -> Result<(), Failure> {
+    let metadata = fs::metadata(source).map_err(failed(format!("mount {}", source.display())))?;
+    let path = relative(target)?;
     let opened = make_in(root, &path, metadata.is_dir())
         // Files of the read-only system that are missing there (/etc/resolv.conf) have nothing to be mounted on.
         .map_err(failed(format!("make a place for {target}")))?;
     bind(source, &opened, read_only).map_err(failed(format!("mount {} at {target}", source.display())))?;
-    debug_assert!(open_in(root, &path, nix::fcntl::OFlag::O_PATH).is_ok());
+    debug_assert!(open_in(root, &path, OFlag::O_PATH).is_ok());
     Ok(())
 }

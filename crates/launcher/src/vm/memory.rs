@@ -52,7 +52,7 @@ impl Vm {
 }
 
 /// Connects to whoever waits behind a socket, and deals with them.
-pub(super) async fn meet<T: Send + 'static>(
+pub(crate) async fn meet<T: Send + 'static>(
     path: PathBuf,
     deal: impl FnOnce(&UnixStream) -> std::io::Result<T> + Send + 'static,
 ) -> std::io::Result<T> {

@@ -364,10 +364,12 @@ impl Vm {
         let taken = match &mut self.stage {
             Stage::Serving(serving) => serving.take_up(&path).await,
             Stage::Incoming(incoming) => {
+                self.carrier.cut();
                 let _ = std::fs::remove_file(&path);
                 incoming.take_up(&path).await
             }
             Stage::Filling(filling) => {
+                self.carrier.cut();
                 let _ = std::fs::remove_file(&path);
                 filling.take_up(&path).await
             }
@@ -640,7 +642,7 @@ impl Vm {
     }
 }
 
-pub(super) fn check_name(socket: &str) -> Result<(), Refused> {
+pub(crate) fn check_name(socket: &str) -> Result<(), Refused> {
     if socket.is_empty() || socket.contains('/') || socket.starts_with('.') {
         let message = format!("{socket:?} is not a file name in the directory of launcher.sock");
         return Err(refused(Refusal::BadRequest, message));

@@ -44,14 +44,14 @@ pub fn hash(document: &Value) -> String {
 
 /// `GET /openapi/v3/api/v1` or `/openapi/v3/apis/G/V`; `None`: no such version.
 pub fn v3_document(resources: &[Resource], gv: &GroupVersion) -> Option<Value> {
-    let of_version: Vec<&Resource> = resources.iter().filter(|r| r.gv == *gv && !r.actions_only).collect();
+    let of_version: Vec<&Resource> = resources.iter().filter(|r| r.gv == *gv).collect();
     if of_version.is_empty() {
         return None;
     }
     let mut emitter = Emitter::new(Flavour::V3);
     let mut paths = Map::new();
     for resource in of_version {
-        emitter.resource(resource);
+        define(resource, &mut emitter);
         paths::add(resource, Flavour::V3, &mut paths);
     }
     Some(json!({
@@ -62,12 +62,19 @@ pub fn v3_document(resources: &[Resource], gv: &GroupVersion) -> Option<Value> {
     }))
 }
 
+/// Actions have no types of their own.
+fn define(resource: &Resource, emitter: &mut Emitter) {
+    if !resource.actions_only {
+        emitter.resource(resource);
+    }
+}
+
 /// `GET /openapi/v2`: everything in one Swagger 2.0 document.
 pub fn v2_document(resources: &[Resource]) -> Value {
     let mut emitter = Emitter::new(Flavour::V2);
     let mut paths = Map::new();
-    for resource in resources.iter().filter(|resource| !resource.actions_only) {
-        emitter.resource(resource);
+    for resource in resources {
+        define(resource, &mut emitter);
         paths::add(resource, Flavour::V2, &mut paths);
     }
     json!({

@@ -19,6 +19,9 @@ const CUSTOM_PATCHES: &[&str] =
 
 /// Adds the paths of one resource.
 pub(super) fn add(resource: &Resource, flavour: Flavour, paths: &mut Map<String, Value>) {
+    if resource.actions_only {
+        return actions(resource, flavour, paths);
+    }
     let scope = if resource.namespaced { "/namespaces/{namespace}" } else { "" };
     let base = format!("/{}{scope}/{}", resource.gv.path(), resource.plural);
     let own = Target { gv: &resource.gv, kind: &resource.kind, definition: definition_name(resource) };
@@ -65,6 +68,30 @@ pub(super) fn add(resource: &Resource, flavour: Flavour, paths: &mut Map<String,
         }
         item.insert("parameters".into(), json!(parameters(of_item)));
         paths.insert(format!("{base}/{{name}}/{}", sub.name), Value::Object(item));
+    }
+}
+
+/// What is done to objects of another group. What such a request has in it and what is answered, no definition says.
+fn actions(resource: &Resource, flavour: Flavour, paths: &mut Map<String, Value>) {
+    let base = format!("/{}/namespaces/{{namespace}}/{}/{{name}}", resource.gv.path(), resource.plural);
+    for sub in crate::discovery::subresources(resource) {
+        let mut item = Map::new();
+        for verb in sub.verbs {
+            let method = if *verb == "get" { "get" } else { "put" };
+            let mut op = json!({
+                "responses": {"200": {"description": "OK"}},
+                "x-kubernetes-action": method,
+                "x-kubernetes-group-version-kind": gvk(&sub.gv, sub.kind),
+            });
+            if flavour == Flavour::V2 {
+                op["consumes"] = json!(["*/*"]);
+                op["produces"] = json!([JSON]);
+            }
+            item.insert(method.into(), op);
+        }
+        let parameters = ["name", "namespace"].map(|name| path_parameter(name, flavour));
+        item.insert("parameters".into(), json!(parameters));
+        paths.insert(format!("{base}/{}", sub.name), Value::Object(item));
     }
 }
 

@@ -610,7 +610,14 @@ impl Serving {
 
     /// Goes on over another link, by way of the unix socket `socket`, where the target must be waited for
     /// ([`super::Filling::take_up`]). A link that QEMU still holds for whole is broken.
+    ///
+    /// # Errors
+    /// [`Error::NoLink`] where there is no such socket. QEMU is not asked to dial it: it dials by the way, and what it learns of a failure
+    /// after another link has been taken up ends it (7.2).
     pub async fn take_up(&mut self, socket: &Path) -> Result<(), Error> {
+        if !socket.exists() {
+            return Err(Error::NoLink(socket.to_owned()));
+        }
         if let Err(error) = self.qemu.break_link(&mut self.tracker).await {
             self.listen(&error).await;
             return Err(error);

@@ -14,6 +14,7 @@ use rustls::server::danger::ClientCertVerifier;
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, UnixTime};
 use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
@@ -147,6 +148,15 @@ impl FrontProxy {
         }
         Ok(User { name, groups, uid: first(&self.uid).unwrap_or_default(), extra })
     }
+}
+
+/// Where whoever asks does so from. kube-apiserver puts that behind whatever its client has said; `proxy` is the address of kube-apiserver
+/// itself, which has to do where it does not.
+#[must_use]
+pub fn asker(headers: &HeaderMap, proxy: SocketAddr) -> String {
+    let said = headers.get_all("x-forwarded-for").iter().next_back().and_then(|value| value.to_str().ok());
+    let last = said.and_then(|all| all.rsplit(',').next()?.trim().parse::<IpAddr>().ok());
+    last.map_or_else(|| proxy.to_string(), |address| address.to_string())
 }
 
 fn values(headers: &HeaderMap, name: &HeaderName) -> Vec<String> {

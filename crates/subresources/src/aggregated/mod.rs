@@ -208,7 +208,7 @@ impl Aggregated {
         // Whoever is in a guest's console may do anything in it.
         tracing::info!(
             user = asked.user.name,
-            by = %asked.connection.from,
+            from = front_proxy::asker(&asked.parts.headers, asked.connection.from),
             guest = format!("{}/{}", info.namespace, info.name),
             stream = info.subresource,
             "a stream is opened"

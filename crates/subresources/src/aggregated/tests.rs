@@ -185,6 +185,27 @@ async fn who_may_not_is_told_as_kubernetes_tells_it() {
     assert_eq!(api.handle(request, &connection(Vec::new())).await.status(), 401);
 }
 
+fn describes_its_actions(document: &Value, version: &str) {
+    let base = format!("/apis/subresources.kubevirt.io/{version}/namespaces/{{namespace}}");
+    for (path, method) in [("virtualmachines/{name}/start", "put"), ("virtualmachineinstances/{name}/vnc", "get")] {
+        let item = &document["paths"][format!("{base}/{path}")];
+        assert!(item[method]["responses"]["200"].is_object(), "{path}: {item}");
+        assert_eq!(item["parameters"].as_array().map(Vec::len), Some(2), "{path}: {item}");
+    }
+}
+
+#[test]
+fn where_somebody_asks_from_is_what_the_front_proxy_says_last() {
+    let proxy: SocketAddr = "10.0.0.1:443".parse().unwrap();
+    let from = |said: &[(&str, &str)]| front_proxy::asker(&headers(said), proxy);
+    assert_eq!(from(&[]), "10.0.0.1:443");
+    assert_eq!(from(&[("X-Forwarded-For", "192.0.2.7")]), "192.0.2.7");
+    // Its client may say what it likes before that.
+    assert_eq!(from(&[("X-Forwarded-For", "203.0.113.1, 192.0.2.7")]), "192.0.2.7");
+    assert_eq!(from(&[("X-Forwarded-For", "203.0.113.1"), ("X-Forwarded-For", "2001:db8::7")]), "2001:db8::7");
+    assert_eq!(from(&[("X-Forwarded-For", "nobody")]), "10.0.0.1:443");
+}
+
 #[tokio::test]
 async fn discovery_names_what_is_served() {
     let ca = Ca::new();
@@ -203,7 +224,11 @@ async fn discovery_names_what_is_served() {
     for version in ["v1", "v1alpha3"] {
         let path = format!("apis/subresources.kubevirt.io/{version}");
         let url = index["paths"][&path]["serverRelativeURL"].as_str().unwrap().to_owned();
-        assert_eq!(ask_for(&api, &ca, "joe", Method::GET, &url).await.0, 200, "{url}");
+        let (code, document) = ask_for(&api, &ca, "joe", Method::GET, &url).await;
+        assert_eq!(code, 200, "{url}");
+        describes_its_actions(&document, version);
+        let (_, v2) = ask_for(&api, &ca, "joe", Method::GET, "/openapi/v2").await;
+        describes_its_actions(&v2, version);
     }
     for path in ["/apis/kubevirt.io/v1", "/api", "/apis/subresources.kubevirt.io/v2"] {
         assert_eq!(ask_for(&api, &ca, "joe", Method::GET, path).await.0, 404, "{path}");

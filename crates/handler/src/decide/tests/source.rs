@@ -1,7 +1,7 @@
 //! The sending half, up to the progress it reports.
 
 use godwit_launcher::rpc::forecast::Forecast;
-use godwit_launcher::rpc::{Ability, RebootFacts};
+use godwit_launcher::rpc::{Ability, CarriedFacts, RebootFacts};
 
 use super::*;
 
@@ -137,4 +137,38 @@ fn what_was_expected_is_written_once_with_the_start_or_as_soon_as_it_is_known() 
     assert!(told(started(), known.clone()), "measured too late for the start");
     assert!(!told(published(), link()));
     assert!(!told(MigrationView { has_forecast: true, ..started() }, known));
+}
+
+/// What the launchers carry outlives the handler that opened its way; all that the next one lacks is the control channel.
+#[test]
+fn a_restarted_source_handler_follows_what_its_launcher_carries() {
+    let carried = |status: &str| {
+        let mut state = sent(status);
+        state.migration.as_mut().unwrap().carried = Some(CarriedFacts { flows: true, ..CarriedFacts::default() });
+        answers(state)
+    };
+    let dials = |launcher, link| {
+        let plan = decide(&source_facts(started(), launcher, link));
+        plan.actions.contains(&Action::Dial { pod: "old".into(), memory: false })
+    };
+    assert!(dials(carried("active"), None));
+    assert!(!dials(carried("active"), Some(link())), "it has");
+    assert!(!dials(answers(sent("active")), None), "its stream goes through the handlers, and is over");
+    // It is asked what the target knows of a failure, as long as that is of use.
+    let failed = |ago: i64| {
+        let mut state = sent("failed");
+        let facts = state.migration.as_mut().unwrap();
+        (facts.carried, facts.end_us) = (Some(CarriedFacts::default()), Some(us() - ago));
+        answers(state)
+    };
+    assert!(dials(failed(1_000_000), None));
+    let plan = decide(&source_facts(started(), failed(60_000_000), None));
+    let ended = plan.actions.iter().find_map(|action| match action {
+        Action::Write(changes) => changes.iter().find_map(|change| match change {
+            Change::Failed(failure) => Some(failure.reason.clone()),
+            _ => None,
+        }),
+        _ => None,
+    });
+    assert!(ended.is_some_and(|reason| !reason.contains("stream broke")), "{plan:?}");
 }

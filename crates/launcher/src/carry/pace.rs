@@ -7,11 +7,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use godwit_launcher::rpc::{MigrationRole, State};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Instant, Sleep, sleep};
 
-use crate::facts;
+use crate::rpc::{MigrationRole, State};
 
 /// What may be sent at once after a pause.
 const BURST: Duration = Duration::from_millis(50);
@@ -111,7 +110,7 @@ impl Bucket {
 /// still, whatever the link carries, as QEMU does with memory. `cap`: what holds as long as the launcher says nothing.
 #[must_use]
 pub fn share_of_disks(state: Option<&State>, uid: &str, cap: Option<u64>) -> Option<u64> {
-    let Some(f) = state.and_then(|state| facts::migration(state, uid, MigrationRole::Source)) else { return cap };
+    let Some(f) = state.and_then(|state| state.migration_of(uid, MigrationRole::Source)) else { return cap };
     if f.stop_us.is_some() || f.status == "pre-switchover" {
         return None;
     }
@@ -123,7 +122,7 @@ pub fn share_of_disks(state: Option<&State>, uid: &str, cap: Option<u64>) -> Opt
 /// sends the last pages, while the guest stands still, as fast as the link carries them.
 #[must_use]
 pub fn limit_of_post_copy(state: Option<&State>, uid: &str) -> Option<u64> {
-    let f = state.and_then(|state| facts::migration(state, uid, MigrationRole::Source))?;
+    let f = state.and_then(|state| state.migration_of(uid, MigrationRole::Source))?;
     f.bandwidth_limit.filter(|_| f.status.starts_with("postcopy"))
 }
 
@@ -181,7 +180,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Paced<S> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use godwit_launcher::rpc::MigrationFacts;
+    use crate::rpc::MigrationFacts;
     use tokio::io::AsyncReadExt;
 
     /// How long 1 MiB takes in pieces of 16 KiB; in the middle the limit becomes `then`.

@@ -51,6 +51,13 @@ impl Carried {
         u64::try_from(rate).ok()
     }
 
+    /// It is counted elsewhere: these are the numbers.
+    pub fn tell(&self, (out, back, writing_us): (u64, u64, u64)) {
+        self.out.store(out, Ordering::Relaxed);
+        self.back.store(back, Ordering::Relaxed);
+        self.writing_us.store(writing_us, Ordering::Relaxed);
+    }
+
     /// Both directions together: any change means that the link lives.
     #[must_use]
     pub fn total(&self) -> u64 {
