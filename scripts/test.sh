@@ -29,7 +29,7 @@ simulator() {
 # Test files whose clusters can have a real API server.
 either='package(godwit) & (binary(certificates) | binary(cluster) | binary(console) | binary(contract) | binary(drain) | binary(drain_kubectl)
     | binary(evacuation) | binary(fencing) | binary(guests) | binary(images) | binary(kubectl) | binary(lost_node) | binary(maintenance)
-    | binary(maintenance_fields) | binary(migration) | binary(pods) | binary(refusals) | binary(virtctl))'
+    | binary(maintenance_fields) | binary(metrics) | binary(migration) | binary(pods) | binary(refusals) | binary(virtctl))'
 # Those that start `godwit up` themselves: they are about it, or measure with it.
 ours='package(godwit) & (binary(bench) | binary(faults) | binary(lifecycle))'
 # Whether KUBEBUILDER_ASSETS names a folder with etcd and kube-apiserver.
@@ -46,7 +46,7 @@ skipped() {
         return
     fi
     echo "test: SKIPPED: $(count "$either") tests were not run against etcd and kube-apiserver, but against the embedded server" \
-        "($(count 'package(godwit) & (binary(certificates) | binary(cluster))') of them not at all): set KUBEBUILDER_ASSETS to a folder with both"
+        "($(count 'package(godwit) & (binary(certificates) | binary(cluster) | binary(metrics))') of them not at all): set KUBEBUILDER_ASSETS to a folder with both"
 }
 kubectls=$(ls /usr/lib/google-cloud-sdk/bin/kubectl.1.* 2>/dev/null || true)
 if [ -z "$kubectls" ] && ! command -v kubectl >/dev/null; then
