@@ -61,6 +61,8 @@ pub enum Standing {
     },
     /// Its guest is being shut down.
     ShutsDown,
+    /// It runs on this node already, and the pod that it was in goes by itself.
+    Arrived(String),
     /// It has left; where to, and for how long the guest stood still, in milliseconds.
     Left(Option<String>, Option<u64>),
     /// It has ended, and runs nowhere now.
@@ -143,6 +145,10 @@ impl Course {
         };
         if let Some(migration) = open_migration(vmi, facts) {
             return moving(migration, known.map(AsRef::as_ref));
+        }
+        let runs = known.filter(|known| !known.is_final()).and_then(|known| known.status.node_name.clone());
+        if let Some(node) = runs.filter(|node| !node.is_empty() && !self.nodes.contains(node)) {
+            return Standing::Arrived(node);
         }
         if pod.deleting() {
             return Standing::ShutsDown;

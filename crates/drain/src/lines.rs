@@ -213,6 +213,7 @@ fn row(vmi: &Name, standing: &Standing, now: Timestamp, taken_back: bool) -> Row
         }
         Standing::Ended => (told(standing, now), 100, 4),
         Standing::ShutsDown => (told(standing, now), 0, 0),
+        Standing::Arrived(_) => (told(standing, now), 100, 0),
         _ if taken_back => ("stays where it is".to_owned(), 0, 3),
         Standing::Stays(..) => (told(standing, now), 0, 1),
         Standing::Queued(_) => (told(standing, now), 0, 2),
@@ -239,6 +240,7 @@ fn told(standing: &Standing, now: Timestamp) -> String {
             format!("migrates{to} ({phase}{part}{rest})")
         }
         Standing::ShutsDown => "is shut down".to_owned(),
+        Standing::Arrived(node) => format!("runs on {node}; the pod that it was in ends"),
         Standing::Left(to, downtime) => {
             let to = to.as_ref().map(|node| format!(", runs on {node}")).unwrap_or_default();
             let still = downtime.map(|ms| format!(", stood still for {ms} ms")).unwrap_or_default();
