@@ -239,10 +239,9 @@ impl World {
     /// than what is held.
     pub fn apply(&mut self, object: Object, source: Source) -> Option<Change> {
         let (kind, name, seen) = (object.kind(), object.name(), object.revision());
-        let horizon = self.horizon.entry(kind).or_default();
-        let behind = seen != 0 && seen <= *horizon;
+        let behind = seen != 0 && self.horizon.get(&kind).is_some_and(|horizon| seen <= *horizon);
         if source == Source::Watch {
-            *horizon = seen.max(*horizon);
+            self.shown(kind, seen);
         }
         let before = self.get(kind, &name);
         match &before {
@@ -262,8 +261,7 @@ impl World {
     pub fn delete(&mut self, object: &Object, source: Source) -> Option<Change> {
         let (kind, name, seen) = (object.kind(), object.name(), object.revision());
         if source == Source::Watch {
-            let horizon = self.horizon.entry(kind).or_default();
-            *horizon = seen.max(*horizon);
+            self.shown(kind, seen);
         }
         let held = self.get(kind, &name)?;
         if held.metadata().uid != object.metadata().uid && held.revision() > seen {

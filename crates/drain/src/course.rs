@@ -131,10 +131,10 @@ impl Course {
     /// Where a VM stands.
     pub fn standing(&self, vmi: &Name, facts: &Facts) -> Standing {
         let known = facts.vmis.get(vmi);
+        let runs = known.filter(|known| !known.is_final()).and_then(|known| known.status.node_name.clone());
+        let elsewhere = runs.filter(|node| !self.nodes.contains(node));
         let Some(pod) = self.pods_of(vmi, facts).next() else {
-            let runs = known.filter(|known| !known.is_final());
-            return match runs.and_then(|known| known.status.node_name.clone()).filter(|node| !self.nodes.contains(node))
-            {
+            return match elsewhere {
                 Some(node) => {
                     let state = known.and_then(|known| known.status.migration_state.as_ref());
                     let progress = state.and_then(|state| state.progress.as_ref());
@@ -146,8 +146,7 @@ impl Course {
         if let Some(migration) = open_migration(vmi, facts) {
             return moving(migration, known.map(AsRef::as_ref));
         }
-        let runs = known.filter(|known| !known.is_final()).and_then(|known| known.status.node_name.clone());
-        if let Some(node) = runs.filter(|node| !node.is_empty() && !self.nodes.contains(node)) {
+        if let Some(node) = elsewhere.filter(|node| !node.is_empty()) {
             return Standing::Arrived(node);
         }
         if pod.deleting() {
