@@ -8,6 +8,8 @@ if [ "$(id -u)" -ne 0 ]; then
     echo "test: needs root (network namespaces, QEMU with taps): try sudo make test" >&2
     exit 1
 fi
+# Where only the end of a failed test's output is kept, a backtrace through the async runtime leaves nothing of what was said.
+export RUST_BACKTRACE=${GODWIT_BACKTRACE:-0}
 # Always the whole workspace, so that its crates are built once, with one set of features; WHICH tests is a filter.
 runner() {
     if command -v cargo-nextest >/dev/null; then

@@ -14,8 +14,8 @@ use std::time::{Duration, Instant};
 pub const NARROW: &str = "1mbit";
 
 /// How long anything may take on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(120);
-const MOMENT: Duration = Duration::from_millis(20);
+pub const PATIENCE: Duration = Duration::from_secs(120);
+pub const MOMENT: Duration = Duration::from_millis(20);
 
 /// The answer to a write: code, `Warning:` texts, body.
 pub struct Answer {
