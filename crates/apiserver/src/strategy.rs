@@ -124,6 +124,9 @@ pub(crate) fn unsupported(kind: &Kind, object: &Value) -> Vec<String> {
         ("admissionregistration.k8s.io", "validatingwebhookconfigurations") => {
             "ValidatingWebhookConfiguration is stored, but no webhooks are called"
         }
+        ("admissionregistration.k8s.io", "validatingadmissionpolicies") => {
+            "ValidatingAdmissionPolicy is stored, but not evaluated"
+        }
         ("apiregistration.k8s.io", "apiservices") => "APIService is stored, but no requests are passed on",
         ("apiextensions.k8s.io", "customresourcedefinitions") => return crd::warnings(object),
         _ => return Vec::new(),

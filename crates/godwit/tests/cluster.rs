@@ -244,6 +244,46 @@ async fn a_guest_in_flight_outlives_all_certificates() {
     stage.arrive(&flight).await;
 }
 
+/// A node that has been taken over cannot have another one fenced, closed or shown as alive.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_handler_writes_only_the_node_and_the_lease_of_its_own_node() {
+    if common::real::assets().is_none() {
+        println!("SKIPPED: KUBEBUILDER_ASSETS names no folder with etcd and kube-apiserver");
+        return;
+    }
+    let cluster = Cluster::start(2).await;
+    let own_lease = || -> Api<Lease> { Api::namespaced(cluster.client.clone(), "kubevirt") };
+    // It is written by the handler: what the policy lets through.
+    let deadline = Instant::now() + PATIENCE;
+    while own_lease().get_opt("virt-handler-node1").await.expect("get").is_none() {
+        assert!(Instant::now() < deadline, "no lease of node1\n{}", cluster.words());
+        tokio::time::sleep(MOMENT).await;
+    }
+    let handler = cluster.real.as_ref().expect("a real API server").handler_of("node1").await;
+    let nodes: Api<k8s_openapi::api::core::v1::Node> = Api::all(handler.clone());
+    let leases: Api<Lease> = Api::namespaced(handler, "kubevirt");
+    let mark = Patch::Merge(json!({"metadata": {"annotations": {"test": "was here"}}}));
+    nodes.patch("node1", &Default::default(), &mark).await.expect("its own node");
+    // The API server takes a moment to compile what has just been applied.
+    let refusal = loop {
+        match nodes.patch("node2", &Default::default(), &mark).await {
+            Err(kube::Error::Api(refusal)) => break refusal,
+            other => assert!(Instant::now() < deadline, "not refused: {other:?}"),
+        }
+        tokio::time::sleep(MOMENT).await;
+    };
+    assert_eq!(refusal.code, 403, "{refusal:?}");
+    assert!(refusal.message.contains("may change only the Node that it runs on"), "{refusal:?}");
+    let mut other = own_lease().get("virt-handler-node1").await.expect("a lease");
+    other.metadata = kube::api::ObjectMeta { name: Some("virt-handler-node3".into()), ..Default::default() };
+    let refused = leases.create(&Default::default(), &other).await.expect_err("another node's lease").to_string();
+    assert!(refused.contains("may write only the Lease of the node that it runs on"), "{refused}");
+    let controllers = own_lease().get("virt-controller").await.expect("the controllers' lease");
+    let refused = leases.replace("virt-controller", &Default::default(), &controllers).await;
+    let refused = refused.expect_err("the controllers' lease").to_string();
+    assert!(refused.contains("may write only the Lease"), "{refused}");
+}
+
 /// Every group of decisions but NodeMaintenances: what stands for a KubeVirt that knows of none.
 const OTHERS: [&str; 8] = ["vm", "vmi", "migration", "evacuation", "history", "node", "fence", "kubevirt"];
 

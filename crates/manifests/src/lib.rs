@@ -5,6 +5,7 @@
 
 mod beside;
 mod monitoring;
+mod policies;
 mod routes;
 mod workloads;
 
@@ -104,6 +105,11 @@ pub fn parts(options: &Options) -> Result<Vec<Part>, Error> {
         Part { name: "crds", title: "The kinds, generated from the Rust types.", objects: definitions() },
         Part { name: "namespace", title: "Where godwit's components live.", objects: vec![namespace(own)] },
         Part { name: "rbac", title: "What each component may do, and nothing that it does not use.", objects: rbac },
+        Part {
+            name: "policies",
+            title: "What roles cannot say: a handler writes what is of its own node.",
+            objects: policies::objects(own).into(),
+        },
         Part {
             name: "users",
             title: "KubeVirt's roles for users, to be bound to whoever shall have them.",

@@ -1,6 +1,9 @@
 use std::collections::BTreeSet;
 
-use k8s_openapi::api::admissionregistration::v1::{MutatingWebhookConfiguration, ValidatingWebhookConfiguration};
+use k8s_openapi::api::admissionregistration::v1::{
+    MutatingWebhookConfiguration, ValidatingAdmissionPolicy, ValidatingAdmissionPolicyBinding,
+    ValidatingWebhookConfiguration,
+};
 use k8s_openapi::api::apps::v1::{DaemonSet, Deployment};
 use k8s_openapi::api::core::v1::{Namespace, Service, ServiceAccount};
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
@@ -45,6 +48,8 @@ fn objects_are_what_kubernetes_reads() {
             "RoleBinding" => again::<RoleBinding>(&object),
             "APIService" => again::<APIService>(&object),
             "MutatingWebhookConfiguration" => again::<MutatingWebhookConfiguration>(&object),
+            "ValidatingAdmissionPolicy" => again::<ValidatingAdmissionPolicy>(&object),
+            "ValidatingAdmissionPolicyBinding" => again::<ValidatingAdmissionPolicyBinding>(&object),
             "ValidatingWebhookConfiguration" => again::<ValidatingWebhookConfiguration>(&object),
             // its schema is one of the type's own members, which the test of `crds` reads
             "CustomResourceDefinition" => {

@@ -73,7 +73,10 @@ pub async fn ask(program: &Path, accelerator: Accelerator) -> Result<Processors,
         connected = Qmp::connect(&monitor.path, START_LIMIT) => connected,
         ended = process.wait() => return Err(failed(std::io::Error::other(ended.to_string()))),
     };
-    let answer = read(&connected?, accelerator).await;
+    let connected = connected?;
+    // It has served; whoever is killed meanwhile leaves nothing behind.
+    drop(monitor);
+    let answer = read(&connected, accelerator).await;
     process.kill().await;
     Ok(answer?)
 }

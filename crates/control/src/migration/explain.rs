@@ -57,6 +57,7 @@ pub fn say(after: &mut VirtualMachineInstanceMigration, row: &Row, situation: &S
         }
     }
     let text = text.map(|(word, sentence)| match status.queue.as_ref().and_then(|queue| queue.position) {
+        Some(1) => (word, format!("{sentence} First of those that wait.")),
         Some(place) => (word, format!("{sentence} Place {place} of those that wait.")),
         None => (word, sentence),
     });

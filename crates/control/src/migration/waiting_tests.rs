@@ -243,13 +243,13 @@ fn the_place_in_the_line_is_said() {
         migrate(&mut cluster, &format!("job-{vmi}"), vmi);
     }
     cluster.settle();
-    for (job, place) in [("job-c", 1), ("job-d", 2)] {
+    for (job, place, said) in [("job-c", 1, "First"), ("job-d", 2, "Place 2")] {
         let told = status(&cluster, job);
         assert_eq!((&told["reason"], &told["queue"]["position"]), (&json!("NodeLimit"), &json!(place)));
         assert_eq!(told["queue"]["limit"], "parallelOutboundMigrationsPerNode");
         let message = format!(
             "Waits for its turn: 2 migrations leave node node1, which is the limit \
-             (parallelOutboundMigrationsPerNode). Place {place} of those that wait."
+             (parallelOutboundMigrationsPerNode). {said} of those that wait."
         );
         assert_eq!(told["message"], message);
     }

@@ -251,6 +251,12 @@ impl Real {
         }
     }
 
+    /// A client with the rights of a node's handler, and its token.
+    pub async fn handler_of(&self, node: &str) -> Client {
+        let kubeconfig = self.file(&format!("kubevirt-handler-{node}.kubeconfig"));
+        godwit_standalone::client(&kubeconfig).await.expect("client")
+    }
+
     /// A kubeconfig for a service account, for a handler bound to its node.
     async fn kubeconfig(&self, client: &Client, account: &str, node: Option<&DynamicObject>) -> PathBuf {
         self.kubeconfig_in(client, "kubevirt", account, node).await

@@ -71,6 +71,9 @@ const FACTS: &[(&str, &str, Fact)] = &[
     ("admissionregistration.v1.MutatingWebhook", "matchConditions", Map(&["name"])),
     ("admissionregistration.v1.ValidatingWebhookConfiguration", "webhooks", Map(&["name"])),
     ("admissionregistration.v1.ValidatingWebhook", "matchConditions", Map(&["name"])),
+    ("admissionregistration.v1.ValidatingAdmissionPolicySpec", "matchConditions", Map(&["name"])),
+    ("admissionregistration.v1.ValidatingAdmissionPolicySpec", "variables", Map(&["name"])),
+    ("admissionregistration.v1.ValidatingAdmissionPolicyStatus", "conditions", ApplyMap(&["type"])),
     ("apiregistration.v1.APIServiceStatus", "conditions", Map(&["type"])),
 ];
 

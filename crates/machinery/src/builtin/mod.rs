@@ -135,10 +135,13 @@ fn build() -> Table {
     daemon_set.categories = names(&["all"]);
     b.add::<admissionregistration::MutatingWebhookConfiguration>("mutatingwebhookconfigurations", CLUSTER, &[]);
     b.add::<admissionregistration::ValidatingWebhookConfiguration>("validatingwebhookconfigurations", CLUSTER, &[]);
+    b.add::<admissionregistration::ValidatingAdmissionPolicy>("validatingadmissionpolicies", CLUSTER, &[])
+        .status_subresource = true;
+    b.add::<admissionregistration::ValidatingAdmissionPolicyBinding>("validatingadmissionpolicybindings", CLUSTER, &[]);
     b.add::<apiregistration::APIService>("apiservices", CLUSTER, &[]).status_subresource = true;
     b.add::<apiextensions::CustomResourceDefinition>("customresourcedefinitions", CLUSTER, &["crd", "crds"])
         .status_subresource = true;
-    for (resource, _) in b.rows.iter_mut().rev().take(4) {
+    for (resource, _) in b.rows.iter_mut().rev().take(6) {
         resource.categories = names(&["api-extensions"]);
     }
     b.review::<authentication::SelfSubjectReview>("selfsubjectreviews", CLUSTER);
