@@ -52,6 +52,9 @@ pub enum Command {
     Controller(Controller),
     /// Run a node's handler on a Kubernetes cluster
     Handler(Handler),
+    /// Ask a handler how it is, as its kubelet does
+    #[command(hide = true)]
+    Probe(Probe),
     /// Join this machine, or one of its network namespaces, to a cluster as a node: a kubelet of ours, and its handler
     Node(Node),
     /// The control plane's process (started by `up`)
@@ -288,6 +291,12 @@ pub struct Manifests {
     /// Nothing but these, which work beside an existing KubeVirt [default: all of godwit]
     #[arg(long, value_enum, value_delimiter = ',')]
     pub components: Vec<Component>,
+    /// Leave handlers in their pods' network instead of their nodes': migrations under way then break when a handler's pod is replaced
+    #[arg(long)]
+    pub handler_in_pod_network: bool,
+    /// The port of each node where its handler answers Prometheus, beside 8186 and 8187
+    #[arg(long, value_name = "PORT", default_value_t = godwit_manifests::HANDLER_METRICS_PORT)]
+    pub handler_metrics_port: u16,
     /// Also what a Prometheus of the Prometheus Operator needs: what to scrape and of what to warn
     #[arg(long)]
     pub monitoring: bool,
@@ -327,7 +336,18 @@ impl From<Manifests> for godwit_manifests::Options {
         };
         let components = wanted.components.into_iter().map(component).collect();
         let monitoring = wanted.monitoring.then_some(wanted.monitoring_account);
-        Self { namespace: wanted.namespace, image: wanted.image, components, monitoring }
+        let handler_network = match wanted.handler_in_pod_network {
+            true => godwit_manifests::HandlerNetwork::Pod,
+            false => godwit_manifests::HandlerNetwork::Node,
+        };
+        Self {
+            namespace: wanted.namespace,
+            image: wanted.image,
+            components,
+            monitoring,
+            handler_network,
+            handler_metrics_port: wanted.handler_metrics_port,
+        }
     }
 }
 
@@ -656,6 +676,26 @@ fn noun(text: &str) -> Result<godwit_control::Noun, String> {
     })
 }
 
+/// An address and a port, or a port alone.
+fn place(text: &str) -> Result<(Option<IpAddr>, u16), String> {
+    if let Ok(port) = text.parse() {
+        return Ok((None, port));
+    }
+    let address: SocketAddr =
+        text.parse().map_err(|_| format!("{text} is neither PORT nor ADDRESS:PORT, as 8188 or 127.0.0.1:8188"))?;
+    Ok((Some(address.ip()), address.port()))
+}
+
+/// `godwit probe`
+#[derive(clap::Args)]
+pub struct Probe {
+    /// Its unix socket
+    #[arg(long)]
+    pub socket: PathBuf,
+    /// What to ask for, such as /livez
+    pub path: String,
+}
+
 /// `godwit handler`
 #[derive(clap::Args)]
 pub struct Handler {
@@ -678,9 +718,13 @@ pub struct Handler {
     /// A folder of the node, in memory, for what a handler leaves to its successor
     #[arg(long, default_value = "/run/godwit")]
     pub state: PathBuf,
-    /// Answer GET /livez, /readyz and /metrics here, over plain HTTP; ready also while the node's other handler is waited for
-    #[arg(long)]
-    pub health: Option<SocketAddr>,
+    /// Answer GET /livez, /readyz and /metrics here, over plain HTTP, as soon as no other handler of the node has it; a port alone is one
+    /// of `--address`
+    #[arg(long, value_name = "[ADDRESS:]PORT", value_parser = place)]
+    pub health: Option<(Option<IpAddr>, u16)>,
+    /// Answer the same on this unix socket, from the start; ready also while the node's other handler is waited for
+    #[arg(long, value_name = "PATH")]
+    pub health_socket: Option<PathBuf>,
     /// The node's certificate.
     #[command(flatten)]
     pub tls: NodeTls,
@@ -727,6 +771,9 @@ pub struct Node {
     /// Live in this network namespace, as `ip netns` names it
     #[arg(long, requires = "kubeconfig")]
     pub network_namespace: Option<String>,
+    /// A kubelet and nothing else: the node's handler is a process of its own (`godwit handler`)
+    #[arg(long, requires = "kubeconfig", conflicts_with = "handler_kubeconfig")]
+    pub without_handler: bool,
     /// Its certificate, for the kubelet's server too.
     #[command(flatten)]
     pub tls: NodeTls,

@@ -3,7 +3,6 @@
 use crate::args::{Handler, NodeTls};
 use crate::{connect, health, shutdown};
 use anyhow::Context;
-use futures::future::BoxFuture;
 use godwit_api::metrics::{self, Figures};
 use godwit_api::names::KUBEVIRT_NAMESPACE;
 use godwit_certificates::authority;
@@ -24,11 +23,16 @@ const AGAIN: Duration = Duration::from_millis(200);
 pub async fn run(args: Handler) -> anyhow::Result<()> {
     let mut asked = std::pin::pin!(shutdown::asked()?);
     let certificate = Arc::new(OnceLock::new());
-    if let Some(address) = args.health {
-        let certificate = certificate.clone();
-        let told = move || -> BoxFuture<'static, _> { Box::pin(std::future::ready(Some(figures(certificate.get())))) };
-        // A rollout starts the next handler beside the one that is to go, and ends that when the next one is ready.
-        health::serve(address, watch::channel(true).1, Arc::new(told)).await?;
+    let known = certificate.clone();
+    let told: health::Told = Arc::new(move || Box::pin(std::future::ready(Some(figures(known.get())))));
+    // A rollout starts the next handler beside the one that is to go, and ends that when the next one is ready.
+    let ready = watch::channel(true).1;
+    if let Some((address, port)) = args.health {
+        let address = (address.unwrap_or(args.address), port).into();
+        health::serve_when_free(address, ready.clone(), told.clone());
+    }
+    if let Some(socket) = &args.health_socket {
+        health::serve_on_socket(socket, ready, told)?;
     }
     let _alone = tokio::select! {
         lock = alone(&args.state) => lock?,

@@ -1,4 +1,7 @@
 //! What is asked of a pod over plain HTTP: whether it lives, whether it is ready (kubelets), and its figures (Prometheus).
+//!
+//! A handler shares its node's addresses with the one that it is to replace, which answers there as long as it runs. So its kubelet asks
+//! it on a unix socket of its own pod, by [`probe`].
 
 use crate::metrics;
 use anyhow::Context;
@@ -7,13 +10,22 @@ use axum::http::{StatusCode, header};
 use axum::routing::get;
 use futures::future::BoxFuture;
 use godwit_api::metrics::Figures;
+use std::io::{Read, Write};
 use std::net::SocketAddr;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::watch;
 
 /// How long figures may take; Prometheus waits for 10 seconds unless it is told otherwise.
 const LIMIT: Duration = Duration::from_secs(9);
+
+/// Between two attempts to have an address that somebody else has.
+const AGAIN: Duration = Duration::from_secs(1);
+/// How long an answer to a probe may take.
+const PROBE_LIMIT: Duration = Duration::from_secs(4);
 
 /// Where a process has its figures from; there are none when it ends.
 pub type Told = Arc<dyn Fn() -> BoxFuture<'static, Option<Figures>> + Send + Sync>;
@@ -23,12 +35,70 @@ pub type Told = Arc<dyn Fn() -> BoxFuture<'static, Option<Figures>> + Send + Syn
 /// # Errors
 /// The address is taken, or not one of this machine's.
 pub async fn serve(address: SocketAddr, ready: watch::Receiver<bool>, told: Told) -> anyhow::Result<()> {
-    let listener = tokio::net::TcpListener::bind(address).await.with_context(|| format!("listen on {address}"))?;
+    let listener = TcpListener::bind(address).await.with_context(|| format!("listen on {address}"))?;
+    tokio::spawn(answer(listener, ready, told));
+    Ok(())
+}
+
+/// The same as soon as nobody else has the address.
+pub fn serve_when_free(address: SocketAddr, ready: watch::Receiver<bool>, told: Told) {
     tokio::spawn(async move {
-        if let Err(error) = axum::serve(listener, router(ready, told)).await {
-            eprintln!("godwit: probes are answered no more: {error}");
-        }
+        let mut said = false;
+        let listener = loop {
+            match TcpListener::bind(address).await {
+                Ok(listener) => break listener,
+                Err(error) if !std::mem::replace(&mut said, true) => {
+                    tracing::warn!(%address, %error, "figures are not told yet; trying again");
+                }
+                Err(_) => {}
+            }
+            tokio::time::sleep(AGAIN).await;
+        };
+        answer(listener, ready, told).await;
     });
+}
+
+/// The same on a unix socket, in place of what was there.
+///
+/// # Errors
+/// The socket cannot be made.
+pub fn serve_on_socket(path: &Path, ready: watch::Receiver<bool>, told: Told) -> anyhow::Result<()> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            return Err(error).with_context(|| format!("replace {}", path.display()));
+        }
+        _ => {}
+    }
+    let listener = UnixListener::bind(path).with_context(|| format!("listen on {}", path.display()))?;
+    tokio::spawn(answer(listener, ready, told));
+    Ok(())
+}
+
+async fn answer<L>(listener: L, ready: watch::Receiver<bool>, told: Told)
+where
+    L: axum::serve::Listener,
+    L::Addr: std::fmt::Debug,
+{
+    if let Err(error) = axum::serve(listener, router(ready, told)).await {
+        eprintln!("godwit: probes are answered no more: {error}");
+    }
+}
+
+/// `godwit probe`: asks a process for this path on its unix socket.
+///
+/// # Errors
+/// It is not there, does not answer in time, or with anything but success.
+pub fn probe(socket: &Path, path: &str) -> anyhow::Result<()> {
+    let asking = || {
+        let mut stream = UnixStream::connect(socket)?;
+        stream.set_read_timeout(Some(PROBE_LIMIT))?;
+        write!(stream, "GET {path} HTTP/1.1\r\nHost: probe\r\nConnection: close\r\n\r\n")?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        std::io::Result::Ok(answer)
+    };
+    let answer = asking().with_context(|| format!("ask on {}", socket.display()))?;
+    anyhow::ensure!(answer.starts_with("HTTP/1.1 200 "), "{path}: {}", answer.lines().next().unwrap_or("no answer"));
     Ok(())
 }
 
@@ -59,7 +129,6 @@ fn router(ready: watch::Receiver<bool>, told: Told) -> Router {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::{Read, Write};
 
     fn ask(address: SocketAddr, path: &str) -> String {
         let mut stream = std::net::TcpStream::connect(address).expect("connect");
@@ -90,5 +159,46 @@ mod tests {
         let told = answer("/metrics").await;
         assert!(told.starts_with("HTTP/1.1 200 OK") && told.to_lowercase().contains(metrics::CONTENT_TYPE), "{told}");
         assert!(told.contains("\nkubevirt_virt_controller_ready_status 1.0\n"), "{told}");
+    }
+
+    fn nothing() -> Told {
+        Arc::new(|| Box::pin(std::future::ready(None)))
+    }
+
+    /// On the node's address the handler answers that is to go; the next one, at its own socket, for itself.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn two_handlers_of_a_node_answer_each_for_itself() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let [first, next] = ["first", "next"].map(|name| folder.path().join(name));
+        let address = TcpListener::bind("127.0.0.1:0").await.expect("a port").local_addr().expect("it");
+        let outgoing = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("one");
+        let old = watch::channel(true).1;
+        let (at, also) = (first.clone(), old.clone());
+        let serving = outgoing.spawn(async move {
+            serve(address, also, nothing()).await?;
+            serve_on_socket(&at, old, nothing())
+        });
+        serving.await.expect("not aborted").expect("served");
+        let (tell, ready) = watch::channel(false);
+        serve_when_free(address, ready.clone(), nothing());
+        serve_on_socket(&next, ready, nothing()).expect("a socket");
+        let asked = async |socket: &Path, path: &'static str| {
+            let socket = socket.to_owned();
+            tokio::task::spawn_blocking(move || probe(&socket, path)).await.expect("asked")
+        };
+        assert!(asked(&first, "/readyz").await.is_ok() && asked(&next, "/livez").await.is_ok());
+        let refused = asked(&next, "/readyz").await.expect_err("it is not ready").to_string();
+        assert!(refused.contains("503"), "{refused}");
+        tell.send_replace(true);
+        asked(&next, "/readyz").await.expect("ready");
+        // The one before ends: the next one has the address.
+        outgoing.shutdown_background();
+        let ask = async || tokio::task::spawn_blocking(move || ask(address, "/readyz")).await.expect("asked");
+        while tokio::net::TcpStream::connect(address).await.is_err() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        assert!(ask().await.starts_with("HTTP/1.1 200 OK"));
+        let gone = asked(&first, "/livez").await.expect_err("nobody is there").to_string();
+        assert!(gone.contains("first"), "{gone}");
     }
 }

@@ -40,6 +40,7 @@ fn main() -> ExitCode {
 fn run(args: Args) -> anyhow::Result<ExitCode> {
     match args.command {
         Command::Shim(shim) => return Ok(godwit_kubelet::shim::main(&shim.arguments)),
+        Command::Probe(probe) => return health::probe(&probe.socket, &probe.path).map(|()| ExitCode::SUCCESS),
         Command::Launcher(launcher) => {
             log_to_stderr();
             return one_thread()?
@@ -108,6 +109,7 @@ fn run(args: Args) -> anyhow::Result<ExitCode> {
             runtime.block_on(webhook::run(arguments))?;
         }
         Command::Shim(_)
+        | Command::Probe(_)
         | Command::Launcher(_)
         | Command::Attachment(_)
         | Command::Controller(_)

@@ -18,7 +18,8 @@ struct Place {
     address: IpAddr,
     pod_range: Option<String>,
     kubelet: PathBuf,
-    handler: PathBuf,
+    /// None where its handler is another process.
+    handler: Option<PathBuf>,
     /// Of the kubelet, and of the handler unless that asks for its own.
     tls: TlsPaths,
     requests: bool,
@@ -54,7 +55,7 @@ fn native(layout: &Layout, name: &str) -> anyhow::Result<Place> {
         address: IpAddr::V4(Cluster::node_address(number)),
         pod_range: Some(Cluster::pod_range(number)),
         kubelet: pki::kubeconfig(layout, &pki::node_file(name)),
-        handler: pki::kubeconfig(layout, &pki::handler_file(name)),
+        handler: Some(pki::kubeconfig(layout, &pki::handler_file(name))),
         tls: TlsPaths { ca: pki::ca(layout), cert: pair.cert, key: pair.key },
         requests: false,
         root: layout.node(name),
@@ -87,7 +88,8 @@ fn joined(layout: &Layout, args: &Node, kubeconfig: &Path) -> anyhow::Result<Pla
         address,
         pod_range: args.pod_cidr.clone(),
         kubelet: kubeconfig.to_owned(),
-        handler: args.handler_kubeconfig.clone().unwrap_or_else(|| kubeconfig.to_owned()),
+        handler: (!args.without_handler)
+            .then(|| args.handler_kubeconfig.clone().unwrap_or_else(|| kubeconfig.to_owned())),
         tls: handler::tls(&args.tls)?,
         requests: args.tls.request_certificate,
         root: layout.node(&args.name),
@@ -138,8 +140,15 @@ async fn serve(place: Place) -> anyhow::Result<()> {
         },
         shutdown::until(stopped.clone()),
     );
-    let client = godwit_standalone::client(&place.handler).await?;
+    let client = match &place.handler {
+        Some(kubeconfig) => Some(godwit_standalone::client(kubeconfig).await?),
+        None => None,
+    };
     let handler = async {
+        let Some(client) = client else {
+            shutdown::until(stopped).await;
+            return Ok(());
+        };
         let tls = match place.requests {
             true => handler::request(client.clone(), &place.name, &place.state).await,
             false => place.tls,

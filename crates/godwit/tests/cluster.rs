@@ -12,6 +12,7 @@ use common::witnessed::{heard_vmi, switch_gap};
 use common::{Cluster, kill_hard, status, text};
 use godwit_bench::witness::{Station, Witness, complaint, longest_gap};
 use godwit_guest_rom::Parameters;
+use godwit_launcher::rpc::CarriedFacts;
 use k8s_openapi::api::coordination::v1::Lease;
 use kube::Api;
 use kube::api::{ApiResource, DynamicObject, GroupVersionKind, Patch};
@@ -168,6 +169,27 @@ impl Stage {
         }
     }
 
+    /// What the source's launcher says of the stream that it carries, and since when its QEMU sends.
+    async fn stream(&self, from: &str) -> (i64, CarriedFacts) {
+        let launchers = self.cluster.launchers(GUEST).await;
+        let (pod, _) = launchers.iter().find(|(_, on)| on == from).expect("the source's launcher");
+        let state = self.cluster.with_launcher(pod, async |launcher| launcher.state().await).await.expect("state");
+        let facts = state.migration.expect("its migration");
+        (facts.start_us.expect("it sends"), facts.carried.expect("its memory goes through the launcher"))
+    }
+
+    /// Replaces a node's handler as a DaemonSet does: the next one is ready before the one before is told to end.
+    async fn roll(&self, node: &str, turn: usize) {
+        let next = self.real().start_handler(node, turn + 1).await;
+        self.says(&next, "another handler of this node runs").await;
+        let before = format!("{node}-handler-{turn}");
+        assert!(self.real().runs(&before));
+        nix::sys::signal::kill(self.cluster.pid(&before), nix::sys::signal::Signal::SIGTERM).expect("SIGTERM");
+        self.says(&next, "handler starts").await;
+        assert!(!self.real().runs(&before));
+        self.says(&before, "handler stopped").await;
+    }
+
     /// A handler is killed in flight. The stream of memory goes through the launchers: the guest arrives.
     async fn without_handler(&mut self, of_source: bool) {
         let flight = self.depart().await;
@@ -218,6 +240,47 @@ async fn a_guest_in_flight_outlives_its_api_server_its_leader_and_its_handlers()
 
     stage.without_handler(true).await;
     stage.without_handler(false).await;
+}
+
+/// The connections are those of the nodes' network, and the launchers carry the stream: it outlives whoever opened it, at both ends.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_in_flight_outlives_the_replacement_of_its_handlers() {
+    if common::real::assets().is_none() {
+        println!("SKIPPED: KUBEBUILDER_ASSETS names no folder with etcd and kube-apiserver");
+        return;
+    }
+    let cluster = Cluster::start(2).await;
+    cluster.real.as_ref().expect("a real API server").take_handlers_apart().await;
+    let mut stage = Stage::of(cluster).await;
+    let flight = stage.depart().await;
+    let to = status(&stage.vmi().await, "migrationState/targetNode");
+    let (began, first) = stage.stream(&flight.from).await;
+    assert!(first.flows && first.link == 0, "{first:?}");
+    for turn in 1..=2 {
+        for node in [&flight.from, &to] {
+            stage.roll(node, turn).await;
+            stage.beats_on().await;
+            let (start, now) = stage.stream(&flight.from).await;
+            assert_eq!((start, now.link, now.flows), (began, 0, true), "the same stream\n{}", stage.cluster.words());
+        }
+    }
+    // What is ordered now is ordered by the last ones, of the stream that the first ones have opened.
+    let slowly = Patch::Merge(json!({"metadata": {"annotations": {"godwit.io/bandwidth-per-migration": "8Ki"}}}));
+    stage.cluster.migrations().patch(&flight.name, &Default::default(), &slowly).await.expect("annotate");
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let (start, now) = stage.stream(&flight.from).await;
+        assert_eq!((start, now.link, now.flows), (began, 0, true), "the same stream\n{}", stage.cluster.words());
+        if now.out > first.out {
+            break;
+        }
+        assert!(Instant::now() < deadline, "nothing is sent\n{}", stage.cluster.words());
+        tokio::time::sleep(MOMENT).await;
+    }
+    stage.arrive(&flight).await;
+    // And what is begun now is begun by the last ones.
+    let flight = stage.depart().await;
+    stage.arrive(&flight).await;
 }
 
 /// From the CA down to what each node shows, all is replaced while one migration is under way: no end of it knows what it has begun

@@ -14,6 +14,7 @@ use godwit_api::{access, crds};
 use serde_json::{Value, json};
 
 pub use monitoring::{Alert, Prometheus, alerts};
+pub use workloads::HANDLER_METRICS_PORT;
 
 /// The image of all components unless another one is named; a registry has to be named by whoever pushes it somewhere.
 pub const IMAGE: &str = concat!("godwit:v", env!("CARGO_PKG_VERSION"));
@@ -29,6 +30,19 @@ pub struct Options {
     pub components: Vec<Component>,
     /// What a Prometheus needs that the Prometheus Operator looks after, with this account; nothing when there is none.
     pub monitoring: Option<Prometheus>,
+    /// In which network handlers are.
+    pub handler_network: HandlerNetwork,
+    /// Where a handler answers Prometheus, on the address that it has there.
+    pub handler_metrics_port: u16,
+}
+
+/// In which network handlers, and with them the connections of migrations, are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HandlerNetwork {
+    /// Their nodes': connections outlive the handler that has opened them.
+    Node,
+    /// Their pods': connections break when a handler's pod is replaced.
+    Pod,
 }
 
 impl Default for Options {
@@ -38,6 +52,8 @@ impl Default for Options {
             image: IMAGE.to_owned(),
             components: Vec::new(),
             monitoring: None,
+            handler_network: HandlerNetwork::Node,
+            handler_metrics_port: HANDLER_METRICS_PORT,
         }
     }
 }
@@ -124,15 +140,17 @@ pub fn parts(options: &Options) -> Result<Vec<Part>, Error> {
             objects: routes::objects(own),
         },
     ];
-    parts.extend(options.monitoring.as_ref().map(|prometheus| monitoring(own, prometheus)));
+    parts.extend(
+        options.monitoring.as_ref().map(|prometheus| monitoring(own, prometheus, options.handler_metrics_port)),
+    );
     Ok(parts)
 }
 
-fn monitoring(own: &str, prometheus: &Prometheus) -> Part {
+fn monitoring(own: &str, prometheus: &Prometheus, handler_metrics_port: u16) -> Part {
     Part {
         name: "monitoring",
         title: "What Prometheus scrapes, and of what it warns; needs the kinds of the Prometheus Operator.",
-        objects: monitoring::objects(own, prometheus),
+        objects: monitoring::objects(own, prometheus, handler_metrics_port),
     }
 }
 
@@ -174,7 +192,7 @@ pub fn kustomization(parts: &[Part]) -> String {
 
 /// The part of a kustomize component that adds the monitoring to the base, and its `kustomization.yaml`.
 pub fn component() -> (Part, String) {
-    let part = monitoring(KUBEVIRT_NAMESPACE, &Prometheus::default());
+    let part = monitoring(KUBEVIRT_NAMESPACE, &Prometheus::default(), HANDLER_METRICS_PORT);
     let text = format!(
         "# What Prometheus needs, for a kustomization with the base ../: docs/metrics.md. Written by the test that writes the base.\n\
          apiVersion: kustomize.config.k8s.io/v1alpha1\nkind: Component\nresources:\n  - {}.yaml\n",

@@ -4,7 +4,7 @@ use godwit_api::metrics::{self, Metric};
 use godwit_api::names::CA_BUNDLE;
 use serde_json::{Value, json};
 
-use crate::workloads::{HEALTH_PORT_NAME, KUBEVIRT_LABEL, NAME_LABEL};
+use crate::workloads::{HEALTH_PORT, HEALTH_PORT_NAME, KUBEVIRT_LABEL, NAME_LABEL};
 
 /// Under which key the ConfigMap [`CA_BUNDLE`] has the certificates.
 const BUNDLE_KEY: &str = "ca-bundle.crt";
@@ -179,8 +179,12 @@ pub fn alerts() -> Vec<Alert> {
 }
 
 /// Everything of that kind.
-pub fn objects(namespace: &str, prometheus: &Prometheus) -> Vec<Value> {
-    let mut objects = vec![service("virt-controller", namespace), service("virt-handler", namespace)];
+pub fn objects(namespace: &str, prometheus: &Prometheus, handler_port: u16) -> Vec<Value> {
+    let mut objects = vec![
+        service("virt-controller", namespace, HEALTH_PORT, &json!(HEALTH_PORT_NAME)),
+        // Its pods declare no port, so none has a name.
+        service("virt-handler", namespace, handler_port, &json!(handler_port)),
+    ];
     objects.extend(role(namespace, prometheus));
     objects.push(monitor("virt-controller", namespace, plain()));
     let mut handlers = plain();
@@ -212,7 +216,7 @@ fn labels(component: &str) -> Value {
 }
 
 /// By this Prometheus finds the pods; nobody else asks it for an address.
-fn service(component: &str, namespace: &str) -> Value {
+fn service(component: &str, namespace: &str, port: u16, target: &Value) -> Value {
     json!({
         "apiVersion": "v1", "kind": "Service",
         "metadata": {"name": format!("{component}-metrics"), "namespace": namespace, "labels": labels(component)},
@@ -221,7 +225,7 @@ fn service(component: &str, namespace: &str) -> Value {
             "selector": {KUBEVIRT_LABEL: component},
             // Also of those that are not ready.
             "publishNotReadyAddresses": true,
-            "ports": [{"name": "metrics", "port": 8080, "protocol": "TCP", "targetPort": HEALTH_PORT_NAME}],
+            "ports": [{"name": "metrics", "port": port, "protocol": "TCP", "targetPort": target}],
         },
     })
 }

@@ -1,4 +1,5 @@
 use std::collections::BTreeSet;
+use std::path::Path;
 
 use k8s_openapi::api::admissionregistration::v1::{
     MutatingWebhookConfiguration, ValidatingAdmissionPolicy, ValidatingAdmissionPolicyBinding,
@@ -86,9 +87,20 @@ fn what_is_named_is_there() {
         let selector = workload["spec"]["selector"]["matchLabels"].as_object().unwrap();
         assert!(selector.iter().all(|(key, value)| pod["metadata"]["labels"][key] == *value), "{workload}");
         let container = &pod["spec"]["containers"][0];
-        let ports: Vec<&Value> = container["ports"].as_array().unwrap().iter().map(|port| &port["name"]).collect();
+        let ports: Vec<&Value> =
+            container["ports"].as_array().into_iter().flatten().map(|port| &port["name"]).collect();
         for probe in ["livenessProbe", "readinessProbe"] {
-            assert!(ports.contains(&&container[probe]["httpGet"]["port"]), "{container}");
+            match container[probe].get("exec") {
+                Some(exec) => {
+                    let path = exec["command"][2].as_str().unwrap().strip_prefix("--socket=").unwrap();
+                    let served = json!(format!("--health-socket={path}"));
+                    assert!(container["command"].as_array().unwrap().contains(&served), "{container}");
+                    let folder = Path::new(path).parent().unwrap().to_str();
+                    let mounted = container["volumeMounts"].as_array().unwrap();
+                    assert!(mounted.iter().any(|mount| mount["mountPath"].as_str() == folder), "{container}");
+                }
+                None => assert!(ports.contains(&&container[probe]["httpGet"]["port"]), "{container}"),
+            }
         }
         for mount in container["volumeMounts"].as_array().into_iter().flatten() {
             let volumes = pod["spec"]["volumes"].as_array().unwrap();
@@ -143,7 +155,33 @@ fn pods_have_no_privileges_but_the_handlers() {
     }
     let objects = all();
     let handler = &of(&objects, "DaemonSet", "virt-handler")["spec"]["template"]["spec"];
-    assert!(handler.get("hostNetwork").is_none() && handler.get("hostIPC").is_none());
+    assert_eq!(handler["hostNetwork"], true);
+    assert!(handler.get("hostIPC").is_none());
+}
+
+/// A pod in its node's network has the ports that it declares of the node: the next one, which is started before it goes, would find no
+/// place. And at the node's address one pod would be probed for the other.
+#[test]
+fn two_handlers_have_room_on_one_node() {
+    for handler_network in [HandlerNetwork::Node, HandlerNetwork::Pod] {
+        let options = Options { handler_network, handler_metrics_port: 9188, ..Options::default() };
+        let objects: Vec<Value> = parts(&options).unwrap().into_iter().flat_map(|part| part.objects).collect();
+        let daemon_set = &of(&objects, "DaemonSet", "virt-handler")["spec"];
+        assert_eq!(daemon_set["updateStrategy"]["rollingUpdate"], json!({"maxSurge": 1, "maxUnavailable": 0}));
+        let pod = &daemon_set["template"]["spec"];
+        let container = &pod["containers"][0];
+        assert_eq!(container.get("ports"), None);
+        assert!(container["command"].as_array().unwrap().contains(&json!("--health=9188")));
+        for probe in ["livenessProbe", "readinessProbe"] {
+            assert!(container[probe].get("exec").is_some() && container[probe].get("httpGet").is_none(), "{container}");
+        }
+        // By its name it finds the API server's Service in either.
+        let network = (pod.get("hostNetwork").cloned(), pod.get("dnsPolicy").cloned());
+        match handler_network {
+            HandlerNetwork::Node => assert_eq!(network, (Some(json!(true)), Some(json!("ClusterFirstWithHostNet")))),
+            HandlerNetwork::Pod => assert_eq!(network, (None, None)),
+        }
+    }
 }
 
 /// The image is of one architecture: a pod of it anywhere else never starts.

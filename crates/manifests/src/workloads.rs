@@ -3,18 +3,19 @@
 use godwit_api::access;
 use serde_json::{Value, json};
 
-use crate::Options;
+use crate::{HandlerNetwork, Options};
 
 /// Where `godwit api` listens.
 const API_PORT: u16 = 8443;
-/// Where controllers and handlers say how they are, and tell their figures.
-const HEALTH_PORT: u16 = 8080;
+/// Where controllers say how they are, and tell their figures.
+pub(crate) const HEALTH_PORT: u16 = 8080;
 /// The name of that port.
 pub(crate) const HEALTH_PORT_NAME: &str = "health";
-/// The handler's door for the API server (docs/architecture.md).
-const FRONT_PORT: u16 = 8186;
-/// Where a handler asks others whether the control plane is away for them too (docs/fencing.md).
-const PEERS_PORT: u16 = 8187;
+/// Where a handler says on its node's address what it is asked for there: beside 8186, where the API server asks, and 8187, where other
+/// handlers do.
+pub const HANDLER_METRICS_PORT: u16 = 8188;
+/// Where it answers its kubelet: in a volume of its own pod.
+const PROBED: &str = "/tmp/health.sock";
 const BINARY: &str = "/usr/bin/godwit";
 /// KubeVirt's.
 const PRIORITY_CLASS: &str = "kubevirt-cluster-critical";
@@ -135,6 +136,11 @@ fn probes(port: &str, scheme: &str) -> Value {
     })
 }
 
+/// What a kubelet runs within a handler's container to ask it for this path.
+fn probe(path: &str) -> Value {
+    json!({"command": [BINARY, "probe", format!("--socket={PROBED}"), path]})
+}
+
 fn health() -> String {
     format!("--health=0.0.0.0:{HEALTH_PORT}")
 }
@@ -210,12 +216,12 @@ pub fn maintenance(options: &Options) -> Vec<Value> {
 
 /// `godwit handler` on each node. It is privileged, as KubeVirt's is, and docs/install.md says what for.
 pub fn handler(options: &Options) -> Vec<Value> {
-    let health = health();
+    let (health, socket) = (format!("--health={}", options.handler_metrics_port), format!("--health-socket={PROBED}"));
     let process = Process {
         name: "virt-handler",
         label: KUBEVIRT_LABEL,
         account: access::HANDLER,
-        command: &[BINARY, "handler", &health],
+        command: &[BINARY, "handler", &health, &socket],
         options,
     };
     // path, what the kubelet makes sure of, name, how mounts go over
@@ -242,23 +248,29 @@ pub fn handler(options: &Options) -> Vec<Value> {
     volumes.push(json!({"name": "scratch", "emptyDir": {"medium": "Memory"}}));
     let mut mounts: Vec<Value> = paths.iter().map(mount).collect();
     mounts.push(json!({"name": "scratch", "mountPath": "/tmp"}));
-    let mut container = json!({
-        "ports": [port(HEALTH_PORT_NAME, HEALTH_PORT), port("front", FRONT_PORT), port("peers", PEERS_PORT)],
+    // No port is declared: of the node's network it would be the node's, which two pods cannot have at once, and the next handler's would
+    // wait for a place for ever.
+    let container = json!({
         "resources": {"requests": {"cpu": "10m", "memory": "64Mi"}},
         "volumeMounts": mounts,
         "securityContext": {"privileged": true, "runAsUser": 0, "readOnlyRootFilesystem": true},
+        // At the node's address the one before answers, as long as it is there.
+        "livenessProbe": {"exec": probe("/livez"), "periodSeconds": 20, "timeoutSeconds": 5, "failureThreshold": 3},
+        "readinessProbe": {"exec": probe("/readyz"), "periodSeconds": 10, "timeoutSeconds": 5, "failureThreshold": 2},
     });
-    merge(&mut container, probes(HEALTH_PORT_NAME, "HTTP"));
-    let template = process.pod(
-        process.container(container),
-        json!({
-            // Launchers are known by the processes at the other end of their sockets.
-            "hostPID": true,
-            // Wherever a guest may be, also while its node is cordoned, drained or not ready.
-            "tolerations": [{"operator": "Exists"}],
-            "volumes": volumes,
-        }),
-    );
+    let mut spec = json!({
+        // Launchers are known by the processes at the other end of their sockets.
+        "hostPID": true,
+        // Wherever a guest may be, also while its node is cordoned, drained or not ready.
+        "tolerations": [{"operator": "Exists"}],
+        "volumes": volumes,
+    });
+    if options.handler_network == HandlerNetwork::Node {
+        // Connections are of the network that they were opened in, and that of a pod goes with it: what guests are sent over is to outlive
+        // the handler that has opened it.
+        merge(&mut spec, json!({"hostNetwork": true, "dnsPolicy": "ClusterFirstWithHostNet"}));
+    }
+    let template = process.pod(process.container(container), spec);
     let daemon_set = json!({
         "apiVersion": "apps/v1", "kind": "DaemonSet", "metadata": process.metadata(),
         "spec": {

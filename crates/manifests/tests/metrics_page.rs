@@ -5,7 +5,7 @@
 use std::fmt::Write;
 
 use godwit_api::metrics::{ALL, MOST_SERIES, Metric, Teller};
-use godwit_manifests::alerts;
+use godwit_manifests::{HANDLER_METRICS_PORT, alerts};
 
 const PAGE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/metrics.md");
 
@@ -32,9 +32,10 @@ fn page() -> String {
         "# Metrics and alerts\n\n\
          Written from the code by a test of the crate `godwit-manifests`; after a change of it run\n\
          `GODWIT_BLESS=1 cargo test -p godwit-manifests --test metrics_page` to write it anew.\n\n\
-         `virt-controller` and `virt-handler` answer `GET /metrics` over plain HTTP on port 8080 of their pods, where their probes are answered, \
-         too (`--health`); `virt-api` does on its\nport 8443, over HTTPS. The form is OpenMetrics' text. Nobody is asked who they are: whoever \
-         reaches port 8080 reads the names of VMs, so let in whom you want by a NetworkPolicy\n(kubelets' probes come in anyway).\n\n\
+         `virt-controller` answers `GET /metrics` over plain HTTP on port 8080 of its pods, where its probes are answered, too (`--health`), \
+         `virt-handler` on port {HANDLER_METRICS_PORT} of its node; `virt-api`\ndoes on its port 8443, over HTTPS. The form is OpenMetrics' text. Nobody is asked who \
+         they are: whoever reaches port 8080 of a controller reads the names of VMs, so let in whom you want\nby a NetworkPolicy (kubelets' probes \
+         come in anyway). What a handler tells names no VM.\n\n\
          Everything is worked out when it is asked for, from the objects that the process knows at that moment; nothing is counted in between or \
          kept. So there are gauges only, a\ncontroller that takes over goes on where the one before it was, and what is told of a VM ends \
          with it. Of several controllers only the one that decides tells of the cluster. It looks at 64\nobjects at a time between two rounds of \

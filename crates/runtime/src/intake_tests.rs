@@ -268,6 +268,21 @@ async fn however_much_there_is_to_decide_others_have_their_turn() {
     assert!(!shell.pump(), "that was all");
 }
 
+/// A controller that waits for the lease has nothing else to do, and its list left behind as much as any.
+#[tokio::test(start_paused = true)]
+async fn after_a_long_list_there_is_memory_to_give_back() {
+    let names: Vec<String> = (0..2000).map(|number| format!("pod{number}")).collect();
+    let pods: Vec<(&str, u64)> = names.iter().map(|name| (name.as_str(), 5)).collect();
+    let mut watched = Watched::new(vec![page(10, &pods), quiet()]);
+    watched.shell.leads = Leads::Not;
+    assert_eq!(watched.shell.until_next_wake(), LONGEST_WAIT);
+    watched.rest().await;
+    let shell = &mut watched.shell;
+    assert_eq!(shell.until_next_wake(), Duration::ZERO);
+    assert!(shell.leftovers.take(Instant::now()));
+    assert_eq!(shell.until_next_wake(), LONGEST_WAIT);
+}
+
 #[tokio::test(start_paused = true)]
 async fn of_a_list_only_what_is_news_waits_for_its_end() {
     let expired = Answer::Watch(said("ERROR", status(410)), End::Quiet);

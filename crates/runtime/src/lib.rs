@@ -9,6 +9,7 @@ mod events;
 mod execute;
 mod intake;
 mod leader;
+mod leftovers;
 mod run;
 mod scrape;
 #[cfg(test)]

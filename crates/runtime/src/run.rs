@@ -17,8 +17,9 @@ use tracing::{debug, info, warn};
 
 use crate::execute::{Executor, Failure, Learned, Seen};
 use crate::intake::{News, watch_kind};
+use crate::leftovers::{Leftovers, give_back};
 use crate::scrape::{Counting, Scrapes, Standing};
-use crate::{Error, Options, events, leader};
+use crate::{Error, Options, events, leader, scrape};
 use godwit_control::queue::Queue;
 
 /// How many pieces of news are taken in before decisions are made on them.
@@ -102,6 +103,10 @@ pub async fn run(client: Client, mut options: Options, shutdown: impl Future<Out
         }
         is_more_due = shell.pump();
         shell.count();
+        if shell.leftovers.take(Instant::now()) {
+            // Beside this thread, which goes on as long as it needs no memory.
+            tokio::task::spawn_blocking(give_back);
+        }
         if is_more_due {
             tokio::task::yield_now().await;
         }
@@ -158,6 +163,7 @@ struct Shell {
     running: JoinSet<Outcome>,
     leads: Leads,
     counting: Counting,
+    leftovers: Leftovers,
 }
 
 impl Shell {
@@ -173,6 +179,7 @@ impl Shell {
             running: JoinSet::new(),
             leads,
             counting: Counting::default(),
+            leftovers: Leftovers::default(),
         }
     }
 
@@ -198,6 +205,7 @@ impl Shell {
 
     fn take_in(&mut self, piece: News) -> Result<(), Error> {
         self.world.set_clock(Timestamp::now());
+        self.leftovers.add(1);
         match piece {
             News::Here(object) => {
                 let change = self.world.apply(object, Source::Watch);
@@ -306,6 +314,7 @@ impl Shell {
             let standing = Standing { ready: self.unlisted.is_empty(), leads: self.decides() };
             let version = format!("v{}", self.options.settings.version);
             self.counting.go_on(standing, &self.options.nouns, &version, &self.world);
+            self.leftovers.add(scrape::SLICE);
             self.pack();
         }
     }
@@ -314,10 +323,11 @@ impl Shell {
         if self.counting.is_under_way() {
             return Duration::ZERO;
         }
-        if matches!(self.leads, Leads::Not) {
-            return LONGEST_WAIT;
-        }
-        wait(self.queue.next_wake(), Timestamp::now())
+        let decision = match self.leads {
+            Leads::Not => LONGEST_WAIT,
+            _ => wait(self.queue.next_wake(), Timestamp::now()),
+        };
+        self.leftovers.due_in(Instant::now()).map_or(decision, |due| due.min(decision))
     }
 
     /// Decides about what is due, and starts carrying it out. Returns whether there may be more.
@@ -331,6 +341,7 @@ impl Shell {
             let world = &self.world;
             let next = self.queue.next_in_turn(now, UNDER_WAY, |key| key.lane(world));
             let Some((key, lane)) = next else { return false };
+            self.leftovers.add(1);
             let plan = key.decide(&View { now, world, settings: &self.options.settings });
             if let Some(wake_at) = plan.wake_at {
                 self.queue.push_at(key.clone(), wake_at);

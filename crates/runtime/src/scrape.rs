@@ -9,7 +9,7 @@ use godwit_control::{Noun, World};
 use tokio::sync::{mpsc, oneshot};
 
 /// So many objects are looked at between two rounds of decisions: some milliseconds of work.
-const SLICE: usize = 64;
+pub(crate) const SLICE: usize = 64;
 /// So many may ask at once.
 const ASKING: usize = 8;
 

@@ -453,21 +453,70 @@ impl Real {
 
     /// Starts a node's process, also anew after it was killed.
     pub fn start_node(&self, name: &str) {
+        let handler = [format!("--handler-kubeconfig={}", self.handlers(name).display())];
+        self.start_node_with(name, &[handler.as_slice(), &["--request-certificate".to_owned()]].concat());
+    }
+
+    fn handlers(&self, node: &str) -> PathBuf {
+        self.file(&format!("kubevirt-handler-{node}.kubeconfig"))
+    }
+
+    fn start_node_with(&self, name: &str, more: &[String]) {
         let pair = pki::pair(&self.layout, &pki::node_file(name));
-        let arguments = [
+        let mut arguments = vec![
             "node".to_owned(),
             format!("--name={name}"),
             format!("--data-dir={}", self.layout.root().display()),
             format!("--kubeconfig={}", pki::kubeconfig(&self.layout, &pki::node_file(name)).display()),
-            format!("--handler-kubeconfig={}", self.file(&format!("kubevirt-handler-{name}.kubeconfig")).display()),
             format!("--network-namespace={}", self.shape.namespace(name)),
             format!("--tls-ca={}", pki::ca(&self.layout).display()),
             format!("--tls-cert={}", pair.cert.display()),
             format!("--tls-key={}", pair.key.display()),
-            "--request-certificate".to_owned(),
         ];
+        arguments.extend_from_slice(more);
         let origin = Namespace::current().expect("the test's namespace");
         self.spawn(name, &origin, Path::new(env!("CARGO_BIN_EXE_godwit")), &arguments);
+    }
+
+    /// Has each node's handler be a process of its own from now on, as the DaemonSet's pods are; their names.
+    pub async fn take_handlers_apart(&self) -> Vec<String> {
+        let mut handlers = Vec::new();
+        for node in &self.shape.nodes {
+            self.kill(node);
+            self.start_node_with(node, &["--without-handler".to_owned()]);
+            handlers.push(self.start_handler(node, 1).await);
+        }
+        handlers
+    }
+
+    /// Starts a handler of a node, as the DaemonSet has it, in its node's network: beside the one that it is to replace, if there is one.
+    /// Returns its name when it is ready, by what its kubelet would run.
+    pub async fn start_handler(&self, node: &str, turn: usize) -> String {
+        let name = format!("{node}-handler-{turn}");
+        let number = self.shape.number_of(node).expect("a node of the cluster");
+        let state = self.shape.state().join(node);
+        // Sockets' paths must be short.
+        let socket = self.shape.state().join(format!("{name}.sock"));
+        let arguments = [
+            "handler".to_owned(),
+            format!("--node-name={node}"),
+            format!("--kubeconfig={}", self.handlers(node).display()),
+            format!("--address={}", Shape::node_address(number)),
+            format!("--kubelet-root={}", self.layout.node(node).display()),
+            format!("--state={}", state.display()),
+            format!("--health={}", godwit_manifests::HANDLER_METRICS_PORT),
+            format!("--health-socket={}", socket.display()),
+        ];
+        let namespace = Namespace::open(&self.shape.namespace(node)).expect("the node's namespace");
+        let godwit = Path::new(env!("CARGO_BIN_EXE_godwit"));
+        self.spawn(&name, &namespace, godwit, &arguments);
+        let deadline = Instant::now() + PATIENCE;
+        let probe = || Command::new(godwit).arg("probe").arg("--socket").arg(&socket).arg("/readyz").output();
+        while !probe().expect("godwit starts").status.success() {
+            assert!(Instant::now() < deadline, "{name} is not ready\n{}", words(self.layout.root()));
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        name
     }
 
     async fn until_ready(&self, client: &Client) {
