@@ -322,7 +322,7 @@ async fn a_handler_writes_only_the_node_and_the_lease_of_its_own_node() {
         assert!(Instant::now() < deadline, "no lease of node1\n{}", cluster.words());
         tokio::time::sleep(MOMENT).await;
     }
-    let handler = cluster.real.as_ref().expect("a real API server").handler_of("node1").await;
+    let handler = cluster.real.as_ref().expect("a real API server").handler_of("node1", &cluster.kubeconfig()).await;
     let nodes: Api<k8s_openapi::api::core::v1::Node> = Api::all(handler.clone());
     let leases: Api<Lease> = Api::namespaced(handler, "kubevirt");
     let mark = Patch::Merge(json!({"metadata": {"annotations": {"test": "was here"}}}));

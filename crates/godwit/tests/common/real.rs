@@ -251,10 +251,14 @@ impl Real {
         }
     }
 
-    /// A client with the rights of a node's handler, and its token.
-    pub async fn handler_of(&self, node: &str) -> Client {
-        let kubeconfig = self.file(&format!("kubevirt-handler-{node}.kubeconfig"));
-        godwit_standalone::client(&kubeconfig).await.expect("client")
+    /// A client with the token of a node's handler, which finds the API server as `kubeconfig` does.
+    pub async fn handler_of(&self, node: &str, kubeconfig: &Path) -> Client {
+        let read = |path: &Path| kube::config::Kubeconfig::read_from(path).expect("a kubeconfig");
+        let handler = read(&self.file(&format!("kubevirt-handler-{node}.kubeconfig")));
+        let mut config = read(kubeconfig);
+        config.auth_infos[0].auth_info.clone_from(&handler.auth_infos[0].auth_info);
+        let config = kube::Config::from_custom_kubeconfig(config, &Default::default()).await.expect("a configuration");
+        godwit_standalone::client_of(config).expect("client")
     }
 
     /// A kubeconfig for a service account, for a handler bound to its node.
