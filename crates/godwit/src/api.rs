@@ -51,7 +51,8 @@ pub async fn run(args: Api) -> anyhow::Result<()> {
     let (stop, stopping) = watch::channel(false);
     let (leave, leaving) = watch::channel(false);
     let shown = Arc::new(Shown::default());
-    let aggregated = Arc::new(Aggregated::new(client.clone(), handlers(shown.clone()), stopping.clone()));
+    let aggregated =
+        Arc::new(Aggregated::new(client.clone(), handlers(shown.clone(), args.handler_port), stopping.clone()));
     let (ready, certificates) = watch::channel(false);
     let told = shown.clone();
     let keeper = Keeper::new(client.clone(), &args.namespace, lifetimes, trusting());
@@ -93,13 +94,13 @@ async fn end(linger: Duration, leave: &watch::Sender<bool>, stop: &watch::Sender
 }
 
 /// The way to the handlers, with what this process shows to them at the moment.
-fn handlers(shown: Arc<Shown>) -> FrontClient {
+fn handlers(shown: Arc<Shown>, port: u16) -> FrontClient {
     let show = move || {
         let calling = shown.calling().ok_or("there is no certificate for handlers yet")?;
         let (ca, own, key) = (calling.bundle.as_bytes(), calling.certificate.as_bytes(), calling.key.as_bytes());
         Identity::from_pem(ca, own, key).map_err(|(what, why)| format!("{what}: {why}"))
     };
-    FrontClient::showing(Arc::new(show), Arc::new(|address| Box::pin(TcpStream::connect(address))))
+    FrontClient::showing(Arc::new(show), Arc::new(|address| Box::pin(TcpStream::connect(address)))).at_port(port)
 }
 
 fn trusting() -> Trusting {

@@ -274,6 +274,9 @@ pub struct Api {
     /// The Service by which the API server reaches this process: its names stand in the certificate
     #[arg(long, default_value = "virt-api")]
     pub service: String,
+    /// Where handlers listen on their nodes' addresses (`godwit handler --port`)
+    #[arg(long, value_name = "PORT", default_value_t = godwit_handler::front::PORT)]
+    pub handler_port: u16,
     /// How long certificates live.
     #[command(flatten)]
     pub lifetimes: Lifetimes,
@@ -294,7 +297,10 @@ pub struct Manifests {
     /// Leave handlers in their pods' network instead of their nodes': migrations under way then break when a handler's pod is replaced
     #[arg(long)]
     pub handler_in_pod_network: bool,
-    /// The port of each node where its handler answers Prometheus, beside 8186 and 8187
+    /// The port of each node where its handler does what is asked of guests (pause, console …)
+    #[arg(long, value_name = "PORT", default_value_t = godwit_handler::front::PORT)]
+    pub handler_port: u16,
+    /// The port of each node where its handler answers Prometheus
     #[arg(long, value_name = "PORT", default_value_t = godwit_manifests::HANDLER_METRICS_PORT)]
     pub handler_metrics_port: u16,
     /// Also what a Prometheus of the Prometheus Operator needs: what to scrape and of what to warn
@@ -346,6 +352,7 @@ impl From<Manifests> for godwit_manifests::Options {
             components,
             monitoring,
             handler_network,
+            handler_port: wanted.handler_port,
             handler_metrics_port: wanted.handler_metrics_port,
         }
     }
@@ -708,6 +715,9 @@ pub struct Handler {
     /// Address of this node that other nodes reach
     #[arg(long, env = "POD_IP")]
     pub address: IpAddr,
+    /// Where on it `godwit api` asks for what is to be done with guests; that has to be told of another one, too
+    #[arg(long, default_value_t = godwit_handler::front::PORT)]
+    pub port: u16,
     /// The kubelet's root folder
     #[arg(long, default_value = "/var/lib/kubelet")]
     pub kubelet_root: PathBuf,

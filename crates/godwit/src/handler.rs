@@ -53,6 +53,7 @@ pub async fn run(args: Handler) -> anyhow::Result<()> {
         tls,
         node_name: args.node_name,
         node_ip: args.address,
+        front_port: args.port,
         kubelet_root: args.kubelet_root.clone(),
         state: args.state,
         clock: godwit_handler::Clock::Boot,

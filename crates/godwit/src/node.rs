@@ -157,6 +157,7 @@ async fn serve(place: Place) -> anyhow::Result<()> {
             client,
             node_name: place.name,
             node_ip: place.address,
+            front_port: godwit_handler::front::PORT,
             kubelet_root: place.root,
             state: place.state,
             clock: place.clock,

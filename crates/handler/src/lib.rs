@@ -69,6 +69,8 @@ pub struct Options {
     pub node_name: String,
     /// The address on which migrations are received; other nodes must reach it.
     pub node_ip: IpAddr,
+    /// Where on it the API server asks for what is to be done with guests ([`front::PORT`]).
+    pub front_port: u16,
     /// The kubelet's root folder (`/var/lib/kubelet`, or the node's folder in standalone mode).
     pub kubelet_root: PathBuf,
     /// A folder in memory, which is gone when the machine starts anew: what a handler leaves to its successor.
@@ -142,7 +144,7 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
         fence,
         events,
     });
-    let door = tokio::spawn(front::run(context.clone()));
+    let door = tokio::spawn(front::run(context.clone(), options.front_port));
     let watching = tokio::spawn(watch::run(context));
     heartbeat::run(options.client, options.node_name.clone(), offered, shutdown).await;
     if let Some(plugins) = plugins {

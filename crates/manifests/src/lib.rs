@@ -14,7 +14,7 @@ use godwit_api::{access, crds};
 use serde_json::{Value, json};
 
 pub use monitoring::{Alert, Prometheus, alerts};
-pub use workloads::HANDLER_METRICS_PORT;
+pub use workloads::{HANDLER_METRICS_PORT, HANDLER_PORT};
 
 /// The image of all components unless another one is named; a registry has to be named by whoever pushes it somewhere.
 pub const IMAGE: &str = concat!("godwit:v", env!("CARGO_PKG_VERSION"));
@@ -32,7 +32,9 @@ pub struct Options {
     pub monitoring: Option<Prometheus>,
     /// In which network handlers are.
     pub handler_network: HandlerNetwork,
-    /// Where a handler answers Prometheus, on the address that it has there.
+    /// Where a handler does what is asked of guests, on the address that it has there.
+    pub handler_port: u16,
+    /// Where it answers Prometheus.
     pub handler_metrics_port: u16,
 }
 
@@ -53,6 +55,7 @@ impl Default for Options {
             components: Vec::new(),
             monitoring: None,
             handler_network: HandlerNetwork::Node,
+            handler_port: HANDLER_PORT,
             handler_metrics_port: HANDLER_METRICS_PORT,
         }
     }

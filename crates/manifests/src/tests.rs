@@ -164,14 +164,17 @@ fn pods_have_no_privileges_but_the_handlers() {
 #[test]
 fn two_handlers_have_room_on_one_node() {
     for handler_network in [HandlerNetwork::Node, HandlerNetwork::Pod] {
-        let options = Options { handler_network, handler_metrics_port: 9188, ..Options::default() };
+        let options = Options { handler_network, handler_port: 9186, handler_metrics_port: 9188, ..Options::default() };
         let objects: Vec<Value> = parts(&options).unwrap().into_iter().flat_map(|part| part.objects).collect();
         let daemon_set = &of(&objects, "DaemonSet", "virt-handler")["spec"];
         assert_eq!(daemon_set["updateStrategy"]["rollingUpdate"], json!({"maxSurge": 1, "maxUnavailable": 0}));
         let pod = &daemon_set["template"]["spec"];
         let container = &pod["containers"][0];
         assert_eq!(container.get("ports"), None);
-        assert!(container["command"].as_array().unwrap().contains(&json!("--health=9188")));
+        let command = container["command"].as_array().unwrap();
+        assert!(command.contains(&json!("--port=9186")) && command.contains(&json!("--health=9188")), "{command:?}");
+        let asks = &of(&objects, "Deployment", "virt-api")["spec"]["template"]["spec"]["containers"][0]["command"];
+        assert!(asks.as_array().unwrap().contains(&json!("--handler-port=9186")), "{asks}");
         for probe in ["livenessProbe", "readinessProbe"] {
             assert!(container[probe].get("exec").is_some() && container[probe].get("httpGet").is_none(), "{container}");
         }

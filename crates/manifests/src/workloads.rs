@@ -11,8 +11,9 @@ const API_PORT: u16 = 8443;
 pub(crate) const HEALTH_PORT: u16 = 8080;
 /// The name of that port.
 pub(crate) const HEALTH_PORT_NAME: &str = "health";
-/// Where a handler says on its node's address what it is asked for there: beside 8186, where the API server asks, and 8187, where other
-/// handlers do.
+/// Where `godwit api` asks a handler on its node's address (docs/architecture.md).
+pub const HANDLER_PORT: u16 = 8186;
+/// Where Prometheus does.
 pub const HANDLER_METRICS_PORT: u16 = 8188;
 /// Where it answers its kubelet: in a volume of its own pod.
 const PROBED: &str = "/tmp/health.sock";
@@ -152,11 +153,12 @@ fn port(name: &str, number: u16) -> Value {
 /// `godwit api`: two, and the Service that Kubernetes' API server finds them by.
 pub fn api(options: &Options) -> Vec<Value> {
     let listen = format!("--listen=0.0.0.0:{API_PORT}");
+    let handlers = format!("--handler-port={}", options.handler_port);
     let process = Process {
         name: "virt-api",
         label: KUBEVIRT_LABEL,
         account: access::API,
-        command: &[BINARY, "api", &listen],
+        command: &[BINARY, "api", &listen, &handlers],
         options,
     };
     let mut container = json!({
@@ -216,12 +218,13 @@ pub fn maintenance(options: &Options) -> Vec<Value> {
 
 /// `godwit handler` on each node. It is privileged, as KubeVirt's is, and docs/install.md says what for.
 pub fn handler(options: &Options) -> Vec<Value> {
-    let (health, socket) = (format!("--health={}", options.handler_metrics_port), format!("--health-socket={PROBED}"));
+    let (front, socket) = (format!("--port={}", options.handler_port), format!("--health-socket={PROBED}"));
+    let health = format!("--health={}", options.handler_metrics_port);
     let process = Process {
         name: "virt-handler",
         label: KUBEVIRT_LABEL,
         account: access::HANDLER,
-        command: &[BINARY, "handler", &health, &socket],
+        command: &[BINARY, "handler", &front, &health, &socket],
         options,
     };
     // path, what the kubelet makes sure of, name, how mounts go over

@@ -71,8 +71,9 @@ impl FrontClient {
         Self { show, dial, port: PORT }
     }
 
-    #[cfg(test)]
-    pub(super) fn at_port(mut self, port: u16) -> Self {
+    /// Of handlers that listen on another port than [`PORT`].
+    #[must_use]
+    pub fn at_port(mut self, port: u16) -> Self {
         self.port = port;
         self
     }

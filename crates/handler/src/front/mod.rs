@@ -33,7 +33,7 @@ pub use follow::{Here, Sight, Spot, Whereabouts, follow};
 use crate::context::Context;
 use crate::sockets::{Socket, SocketDir};
 
-/// Where handlers listen (the port of KubeVirt's virt-handler for this).
+/// Where handlers listen unless they are told otherwise (the port of KubeVirt's virt-handler for this).
 pub const PORT: u16 = 8186;
 /// The common name of the API server's certificate towards handlers (KubeVirt's).
 pub const CLIENT_NAME: &str = "kubevirt.io:system:client:virt-handler";
@@ -58,9 +58,9 @@ pub fn path(pod_uid: &str, call: &str) -> String {
     format!("/v1/pods/{pod_uid}/{call}")
 }
 
-/// Serves until it is aborted.
-pub async fn run(context: Arc<Context>) {
-    let address = (context.node_ip, PORT).into();
+/// Serves on this port of the node's address until it is aborted.
+pub async fn run(context: Arc<Context>, port: u16) {
+    let address = (context.node_ip, port).into();
     let listener = listener::Listener::bind(address, context.tls.clone()).await;
     serve(listener, context.kubelet_root.clone()).await;
 }
