@@ -7,7 +7,7 @@ use serde::Deserialize;
 use crate::vmi::EvictionStrategy;
 use crate::{Condition, Quantity};
 
-/// The installation and its configuration; there is one, `kubevirt/kubevirt`.
+/// The installation and its configuration; there is one, in the namespace that godwit is installed in.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct KubeVirt {

@@ -8,7 +8,8 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use futures::StreamExt;
-use godwit_api::names::OWN_USERS_PREFIX;
+use godwit_api::Installation;
+use godwit_api::access::HANDLER;
 use k8s_openapi::ByteString;
 use k8s_openapi::api::certificates::v1::{
     CertificateSigningRequest, CertificateSigningRequestCondition, CertificateSigningRequestStatus,
@@ -26,8 +27,6 @@ use crate::schedule::Lifetimes;
 
 /// What a service account's token says of the node of its pod (Kubernetes, "Bound service account tokens").
 const NODE_NAME: &str = "authentication.kubernetes.io/node-name";
-/// The account of handlers, in the namespace of all of ours.
-const HANDLER: &str = "kubevirt-handler";
 /// Before what failed is tried again.
 const RETRY: Duration = Duration::from_secs(2);
 /// How long requests are kept when they are done, as kube-controller-manager keeps them.
@@ -46,8 +45,8 @@ pub enum Verdict {
     Refuse(String),
 }
 
-/// Judges a request.
-pub fn judge(request: &CertificateSigningRequest) -> Verdict {
+/// Judges a request to an installation.
+pub fn judge(request: &CertificateSigningRequest, installation: &Installation) -> Verdict {
     let (spec, status) = (&request.spec, request.status.as_ref());
     let conditions = status.and_then(|status| status.conditions.as_deref()).unwrap_or_default();
     let is = |type_: &str| conditions.iter().any(|condition| condition.type_ == type_);
@@ -55,16 +54,16 @@ pub fn judge(request: &CertificateSigningRequest) -> Verdict {
     if spec.signer_name != SIGNER || signed || is("Denied") || is("Failed") {
         return Verdict::Nothing;
     }
-    match node_of(request) {
+    match node_of(request, installation) {
         Ok(node) => Verdict::Sign(node),
         Err(why) => Verdict::Refuse(why),
     }
 }
 
 /// The node that a request may be granted for.
-fn node_of(request: &CertificateSigningRequest) -> Result<String, String> {
+fn node_of(request: &CertificateSigningRequest, installation: &Installation) -> Result<String, String> {
     let spec = &request.spec;
-    let handler = format!("{OWN_USERS_PREFIX}{HANDLER}");
+    let handler = installation.user(HANDLER);
     let user = spec.username.as_deref().unwrap_or_default();
     if user != handler {
         return Err(format!("{user} is not {handler}: nobody else gets a node's certificate"));
@@ -126,10 +125,10 @@ fn api_error(what: &'static str) -> impl FnOnce(kube::Error) -> Error {
     move |source| Error::Api { what, source }
 }
 
-/// Answers requests, for as long as it is polled.
-pub async fn run(client: kube::Client, namespace: String, lifetimes: Lifetimes) {
+/// Answers an installation's requests, for as long as it is polled.
+pub async fn run(client: kube::Client, installation: Installation, lifetimes: Lifetimes) {
     let api: Api<CertificateSigningRequest> = Api::all(client.clone());
-    let secrets: Api<Secret> = Api::namespaced(client, &namespace);
+    let secrets: Api<Secret> = Api::namespaced(client, installation.namespace());
     let config = watcher::Config::default().fields(&format!("spec.signerName={SIGNER}"));
     let mut found = std::pin::pin!(watcher(api.clone(), config.clone()).default_backoff().applied_objects());
     let mut open: BTreeMap<String, CertificateSigningRequest> = BTreeMap::new();
@@ -142,12 +141,12 @@ pub async fn run(client: kube::Client, namespace: String, lifetimes: Lifetimes) 
                 None => return,
             },
             () = tokio::time::sleep(RETRY), if !open.is_empty() => {}
-            _ = sweep.tick() => forget(&api).await,
+            _ = sweep.tick() => forget(&api, &installation).await,
         }
         let waiting: Vec<String> = open.keys().cloned().collect();
         for name in waiting {
             let Some(request) = open.get(&name) else { continue };
-            match answer(&api, &secrets, &lifetimes, request).await {
+            match answer(&api, &secrets, (&installation, &lifetimes), request).await {
                 // A change that was not seen is seen by the watch.
                 Ok(()) => drop(open.remove(&name)),
                 Err(Error::Api { source: kube::Error::Api(status), .. }) if matches!(status.code, 404 | 409) => {
@@ -162,7 +161,7 @@ pub async fn run(client: kube::Client, namespace: String, lifetimes: Lifetimes) 
 async fn answer(
     api: &Api<CertificateSigningRequest>,
     secrets: &Api<Secret>,
-    lifetimes: &Lifetimes,
+    (installation, lifetimes): (&Installation, &Lifetimes),
     request: &CertificateSigningRequest,
 ) -> Result<(), Error> {
     let name = request.metadata.name.as_deref().unwrap_or_default();
@@ -170,7 +169,7 @@ async fn answer(
         let conditions = request.status.as_ref().and_then(|status| status.conditions.as_deref());
         conditions.unwrap_or_default().iter().any(|condition| condition.type_ == "Approved")
     };
-    match judge(request) {
+    match judge(request, installation) {
         Verdict::Nothing => Ok(()),
         Verdict::Refuse(why) => {
             tracing::warn!(request = name, why, "a node's certificate is refused");
@@ -231,12 +230,12 @@ async fn put(
 }
 
 /// Takes away what was answered long ago.
-async fn forget(api: &Api<CertificateSigningRequest>) {
+async fn forget(api: &Api<CertificateSigningRequest>, installation: &Installation) {
     let ours = kube::api::ListParams::default().fields(&format!("spec.signerName={SIGNER}"));
     let Ok(all) = api.list(&ours).await else { return };
     for request in all {
         let made = request.metadata.creation_timestamp.as_ref().map(|made| made.0.as_second());
-        if judge(&request) == Verdict::Nothing
+        if judge(&request, installation) == Verdict::Nothing
             && made.is_some_and(|made| crate::now().saturating_sub(made) > KEPT)
             && let Some(name) = &request.metadata.name
             && let Err(error) = api.delete(name, &DeleteParams::default()).await
@@ -266,7 +265,7 @@ mod tests {
     fn with(change: impl FnOnce(&mut CertificateSigningRequest)) -> Verdict {
         let mut request = asked("node1", "node1");
         change(&mut request);
-        judge(&request)
+        judge(&request, &Installation::USUAL)
     }
 
     fn refusal(change: impl FnOnce(&mut CertificateSigningRequest)) -> String {
@@ -288,8 +287,11 @@ mod tests {
 
     #[test]
     fn a_handler_gets_the_certificate_of_its_own_node() {
-        assert_eq!(judge(&asked("node1", "node1")), Verdict::Sign("node1".to_owned()));
-        let Verdict::Refuse(why) = judge(&asked("node1", "node2")) else { panic!() };
+        let judge = |request, namespace: &str| judge(&request, &Installation::new(namespace));
+        assert_eq!(judge(asked("node1", "node1"), "kubevirt"), Verdict::Sign("node1".to_owned()));
+        let Verdict::Refuse(why) = judge(asked("node1", "node1"), "elsewhere") else { panic!() };
+        assert!(why.contains("is not system:serviceaccount:elsewhere:kubevirt-handler"), "{why}");
+        let Verdict::Refuse(why) = judge(asked("node1", "node2"), "kubevirt") else { panic!() };
         assert!(why.contains("\"system:node:node1\" and nothing else"), "{why}");
     }
 

@@ -255,7 +255,7 @@ pub(crate) fn strategy_and_source(vmi: &VirtualMachineInstance, world: &World) -
     if let Some(own) = &vmi.spec.eviction_strategy {
         return (own.clone(), true);
     }
-    let kubevirt = world.kubevirts.get(&Name::new(names::KUBEVIRT_NAMESPACE, names::KUBEVIRT_NAME));
+    let kubevirt = world.kubevirt();
     let of_cluster = kubevirt.and_then(|kubevirt| kubevirt.spec.configuration.eviction_strategy.clone());
     (of_cluster.unwrap_or(EvictionStrategy::None), false)
 }

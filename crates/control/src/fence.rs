@@ -12,7 +12,7 @@
 
 use std::sync::Arc;
 
-use godwit_api::VirtualMachineInstance;
+use godwit_api::{Installation, VirtualMachineInstance};
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::Pod;
@@ -56,8 +56,8 @@ impl Heard {
 }
 
 /// The node that a lease is the fence of.
-pub fn node_of(lease: &Lease) -> Option<&str> {
-    (lease.namespace() == names::KUBEVIRT_NAMESPACE).then(|| lease.name().strip_prefix(fence::LEASE_PREFIX))?
+pub fn node_of<'a>(lease: &'a Lease, installation: &Installation) -> Option<&'a str> {
+    (lease.namespace() == installation.namespace()).then(|| lease.name().strip_prefix(fence::LEASE_PREFIX))?
 }
 
 /// The name of a node's fence lease.
@@ -67,7 +67,7 @@ fn lease_name(node: &str) -> String {
 
 /// The fence lease of a node.
 pub fn lease_of<'a>(node: &str, world: &'a World) -> Option<&'a Arc<Lease>> {
-    world.leases.get(&Name::new(names::KUBEVIRT_NAMESPACE, lease_name(node)))
+    world.leases.get(&Name::new(world.installation().namespace(), lease_name(node)))
 }
 
 /// How long the guests may run after a renewal; `None` when the lease promises nothing.
@@ -100,9 +100,9 @@ pub fn has_lapsed(node: &str, world: &World) -> bool {
 }
 
 /// The node that has renewed its fence lease with a change.
-pub fn renewal(change: &Change) -> Option<SmolStr> {
+pub fn renewal(change: &Change, installation: &Installation) -> Option<SmolStr> {
     let Some(Object::Lease(after)) = &change.after else { return None };
-    let node = node_of(after)?;
+    let node = node_of(after, installation)?;
     let before = match &change.before {
         Some(Object::Lease(before)) => renewed(before),
         _ => None,
@@ -222,7 +222,7 @@ pub fn waits_for(node: &str, pod: &str, world: &World) -> String {
     let why = match found {
         None => format!(
             "its virt-handler has promised nothing about its guests (there is no Lease {}/{lease}), so this one may still run",
-            names::KUBEVIRT_NAMESPACE
+            world.installation().namespace()
         ),
         Some(lease) => match peers(lease).next() {
             Some(names::FENCE_NO_PEERS) => {

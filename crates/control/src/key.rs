@@ -307,12 +307,14 @@ impl Key {
                 }
                 keys.push(Key::KubeVirt(name));
             }
-            Object::ConfigMap(_) if kubevirt::is_configuration(&name) => {
+            Object::ConfigMap(_) if kubevirt::is_configuration(&name, world) => {
                 // the KubeVirt object's condition says what of the ConfigMap is applied
                 keys.extend(world.kubevirts.names().cloned().map(Key::KubeVirt));
                 keys.extend(configured(world));
             }
-            Object::ConfigMap(_) if turns::is_ledger(&name) => affected_by_ledger(change, world, &mut keys),
+            Object::ConfigMap(_) if turns::is_ledger(&name, world.installation()) => {
+                affected_by_ledger(change, world, &mut keys)
+            }
             Object::ResourceQuota(_) => {
                 // Those that have a slot and cannot make their pod, and those that would be next.
                 let holders = world.turns().holders().values().filter_map(|holder| holder.migration.as_ref());
@@ -346,7 +348,7 @@ impl Key {
                     keys.extend(world.vmis_on(node.name()).map(|vmi| Key::Vmi(vmi.key())));
                 }
             }
-            Object::Lease(lease) if fence::node_of(lease).is_some() => {
+            Object::Lease(lease) if fence::node_of(lease, world.installation()).is_some() => {
                 affected_by_fence(change, lease, world, &mut keys);
                 return keys;
             }
@@ -490,7 +492,7 @@ fn leases_of(change: &Change) -> (Option<&Lease>, Option<&Lease>) {
 
 /// A node has renewed its fence lease, or counts as lost. Nearly all of these change nothing.
 fn affected_by_fence(change: &Change, lease: &Lease, world: &World, keys: &mut Vec<Key>) {
-    let Some(node) = fence::node_of(lease) else { return };
+    let Some(node) = fence::node_of(lease, world.installation()) else { return };
     let (before, after) = leases_of(change);
     if fence::is_told_by(before, after) {
         keys.push(Key::Fence(SmolStr::new(node)));

@@ -7,7 +7,7 @@ use godwit_api::config::{effective, ignored};
 use godwit_api::kubevirt::KubeVirtPhase;
 use godwit_api::names::conditions::CONFIGURATION_APPLIED;
 use godwit_api::policy::{Resolved, resolve};
-use godwit_api::{Condition, KubeVirt, MigrationConfiguration, VirtualMachineInstance};
+use godwit_api::{Condition, Installation, KubeVirt, MigrationConfiguration, VirtualMachineInstance};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
 use crate::object::Name;
@@ -21,6 +21,18 @@ pub fn decide(name: &Name, view: &View<'_>) -> Plan {
     let Some(kubevirt) = view.world.kubevirts.get(name).filter(|kubevirt| !kubevirt.is_deleting()) else { return plan };
     let mut after: KubeVirt = kubevirt.as_ref().clone();
     let status = &mut after.status;
+    let own = name_in(view.world.installation());
+    if *name != own {
+        // Somebody may wonder why nothing comes of it.
+        let message = format!(
+            "Godwit is installed in the namespace {}, and reads the KubeVirt object {own} alone.",
+            own.namespace
+        );
+        let applied = Condition::new(CONFIGURATION_APPLIED, false).because("NotTheInstallation", message);
+        condition::set(&mut status.conditions, applied, &Time(view.now));
+        plan.update(kubevirt.as_ref(), &after);
+        return plan;
+    }
     status.phase = KubeVirtPhase::Deployed;
     let version = Some(view.settings.version.clone());
     status.operator_version = version.clone();
@@ -61,13 +73,12 @@ pub fn migration_configuration(world: &World) -> MigrationConfiguration {
 
 /// Reads the migration configuration; the world keeps it until one of its sources changes.
 pub(crate) fn read_configuration(world: &World) -> MigrationConfiguration {
-    let kubevirt = world.kubevirts.get(&Name::new(names::KUBEVIRT_NAMESPACE, names::KUBEVIRT_NAME));
-    effective(kubevirt.map(AsRef::as_ref), data(world))
+    effective(world.kubevirt().map(AsRef::as_ref), data(world))
 }
 
 /// What the ConfigMap `kubevirt-config` says.
 fn data(world: &World) -> Option<&BTreeMap<String, String>> {
-    world.config_maps.get(&Name::new(names::KUBEVIRT_NAMESPACE, names::CONFIG_MAP_NAME))?.data.as_ref()
+    world.config_maps.get(&Name::new(world.installation().namespace(), names::CONFIG_MAP_NAME))?.data.as_ref()
 }
 
 /// What a migration of this VMI runs with: the cluster's configuration and the policy that fits best.
@@ -79,8 +90,13 @@ pub fn migration_configuration_of(world: &World, vmi: &VirtualMachineInstance) -
 }
 
 /// Whether this ConfigMap is one of the sources of the configuration.
-pub fn is_configuration(config_map: &Name) -> bool {
-    config_map.namespace == names::KUBEVIRT_NAMESPACE && config_map.name == names::CONFIG_MAP_NAME
+pub fn is_configuration(config_map: &Name, world: &World) -> bool {
+    config_map.namespace == world.installation().namespace() && config_map.name == names::CONFIG_MAP_NAME
+}
+
+/// The name of the installation's KubeVirt object.
+pub fn name_in(installation: &Installation) -> Name {
+    Name::new(installation.namespace(), names::KUBEVIRT_NAME)
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@
 
 use std::time::Duration;
 
+use godwit_api::Installation;
 use jiff::Timestamp;
 use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta};
@@ -24,9 +25,10 @@ pub struct Candidate {
 }
 
 impl Candidate {
-    /// For the lease that KubeVirt's controllers hold as well, so that of both only one decides.
+    /// For the lease that KubeVirt's controllers hold as well, in the namespace of the usual installation, so that of both only one
+    /// decides.
     pub fn new(holder: impl Into<String>) -> Self {
-        let lease = Name::new(names::KUBEVIRT_NAMESPACE, names::CONTROLLER_LEASE);
+        let lease = Name::new(Installation::USUAL.namespace(), names::CONTROLLER_LEASE);
         Self { lease, holder: holder.into() }
     }
 }

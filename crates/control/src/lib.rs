@@ -24,6 +24,8 @@ mod homecoming_tests;
 pub mod hotplug;
 #[cfg(test)]
 mod hotplug_tests;
+#[cfg(test)]
+mod installation_tests;
 mod key;
 pub mod kubevirt;
 pub mod launcher_pod;

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use godwit_api::maintenance::{kubevirt, medik8s, oldest};
 use godwit_api::{
-    KubeVirt, MigrationPolicy, MigrationRecord, NetworkAttachmentDefinition, VirtualMachine, VirtualMachineInstance,
-    VirtualMachineInstanceMigration,
+    Installation, KubeVirt, MigrationPolicy, MigrationRecord, NetworkAttachmentDefinition, VirtualMachine,
+    VirtualMachineInstance, VirtualMachineInstanceMigration,
 };
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{
@@ -273,8 +273,8 @@ kinds! {
 impl Kind {
     /// The only namespace whose objects of this kind matter; `None`: all of them do. Of ConfigMaps the configuration and the
     /// migrations' slots are read, and nobody else's.
-    pub fn only_in(self) -> Option<&'static str> {
-        (self == Kind::ConfigMap).then_some(crate::names::KUBEVIRT_NAMESPACE)
+    pub fn only_in(self, installation: &Installation) -> Option<&str> {
+        (self == Kind::ConfigMap).then_some(installation.namespace())
     }
 
     /// `group/version`, or the version alone for the core group.

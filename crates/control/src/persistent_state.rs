@@ -136,8 +136,8 @@ pub fn provide(
 }
 
 /// The StorageClass that the installation names for it.
-fn kubevirt_class(world: &World) -> Option<String> {
-    let kubevirt = world.kubevirts.get(&Name::new(names::KUBEVIRT_NAMESPACE, names::KUBEVIRT_NAME))?;
+pub(crate) fn kubevirt_class(world: &World) -> Option<String> {
+    let kubevirt = world.kubevirt()?;
     kubevirt.spec.configuration.vm_state_storage_class.clone().filter(|class| !class.is_empty())
 }
 

@@ -1,8 +1,8 @@
 //! A small cluster for tests: carries out plans on a world the way an API server would.
 
+use godwit_api::Installation;
 use godwit_api::access::{self, Right};
 use godwit_api::admission::eviction;
-use godwit_api::names::KUBEVIRT_NAMESPACE;
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::Pod;
 use serde_json::{Value, json};
@@ -31,14 +31,19 @@ pub struct Cluster {
 impl Cluster {
     /// An empty cluster whose ledger has been there for a while.
     pub fn new() -> Self {
+        Self::of(Installation::default())
+    }
+
+    /// The same where godwit is installed there.
+    pub fn of(installation: Installation) -> Self {
         let mut cluster = Self {
-            world: World::default(),
+            world: World::of(installation),
             settings: settings(),
             now: Timestamp::from_second(1_000_000).unwrap(),
             events: Vec::new(),
             revision: 0,
         };
-        let ledger = crate::turns::reference().name;
+        let ledger = crate::turns::reference(cluster.world.installation()).name;
         cluster.put(
             Kind::ConfigMap,
             json!({"metadata": {
@@ -101,7 +106,7 @@ impl Cluster {
 
     pub fn decide(&self, key: &Key) -> Plan {
         let plan = key.decide(&View { now: self.now, world: &self.world, settings: &self.settings });
-        check_rights(key, &plan);
+        check_rights(key, &plan, self.world.installation());
         plan
     }
 
@@ -226,25 +231,26 @@ impl Cluster {
 }
 
 /// Nothing is decided that the controllers' account may not do, where Kubernetes does its own work.
-fn check_rights(key: &Key, plan: &Plan) {
-    let may = |effect: &Effect| may(&effect.right(), key.noun());
+fn check_rights(key: &Key, plan: &Plan, installation: &Installation) {
+    let may = |effect: &Effect| may(&effect.right(), key.noun(), installation);
     assert!(plan.effects.iter().all(may), "{key}: not all of this is allowed to {}: {plan:?}", access::CONTROLLER);
 }
 
 /// Whether the controllers' account has this right, for decisions of this noun.
-pub fn may(right: &Right<'_>, noun: Noun) -> bool {
+fn may(right: &Right<'_>, noun: Noun, installation: &Installation) -> bool {
+    let namespace = installation.namespace();
     let account = access::components().into_iter().find(|account| account.name == access::CONTROLLER).unwrap();
     // The manifests bring the namespaces of leases; beside a bare server nobody has applied them.
     let kubernetes_own = !Noun::CLUSTER.contains(&noun) || noun == Noun::Node || right.resource == "namespaces";
-    account.may(right, KUBEVIRT_NAMESPACE) || (kubernetes_own && access::engine_room().may(right, KUBEVIRT_NAMESPACE))
+    account.may(right, namespace) || (kubernetes_own && access::engine_room().may(right, namespace))
 }
 
 #[test]
 fn all_that_is_watched_may_be_seen() {
     let seen = |kind: Kind, noun| {
-        let namespace = kind.only_in().unwrap_or_default();
+        let namespace = kind.only_in(&Installation::USUAL).unwrap_or_default();
         let right = |verb| Right { verb, group: kind.group(), resource: kind.plural(), subresource: "", namespace };
-        ["get", "list", "watch"].into_iter().all(|verb| may(&right(verb), noun))
+        ["get", "list", "watch"].into_iter().all(|verb| may(&right(verb), noun, &Installation::USUAL))
     };
     for kind in kinds_for(Noun::CLUSTER) {
         assert!(seen(kind, Noun::Vm), "{}", kind.plural());

@@ -17,7 +17,7 @@ use godwit_api::{
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
-use crate::object::{Name, Stored};
+use crate::object::Stored;
 use crate::plan::{Effect, EventType, Plan, View, later};
 use crate::world::World;
 use crate::{kubevirt, names, placement, turns, vmi};
@@ -74,13 +74,7 @@ pub fn wants_shareable_memory(vmi: &VirtualMachineInstance, world: &World) -> bo
     match vmi.annotation(names::ANNOTATION_GUEST_MEMORY) {
         Some(names::GUEST_MEMORY_SHAREABLE) => true,
         Some(names::GUEST_MEMORY_PRIVATE) => false,
-        _ => {
-            let installed = Name::new(names::KUBEVIRT_NAMESPACE, names::KUBEVIRT_NAME);
-            world
-                .kubevirts
-                .get(&installed)
-                .is_some_and(|kubevirt| uses(&kubevirt.spec.workload_update_strategy, LIVE_MIGRATE))
-        }
+        _ => world.kubevirt().is_some_and(|kubevirt| uses(&kubevirt.spec.workload_update_strategy, LIVE_MIGRATE)),
     }
 }
 

@@ -5,8 +5,8 @@ use std::sync::{Arc, LazyLock};
 
 use godwit_api::maintenance::{kubevirt as nm_kubevirt, medik8s as nm_medik8s, oldest as nm_oldest};
 use godwit_api::{
-    KubeVirt, MigrationConfiguration, MigrationPolicy, MigrationRecord, NetworkAttachmentDefinition, VirtualMachine,
-    VirtualMachineInstance, VirtualMachineInstanceMigration, VmiPhase,
+    Installation, KubeVirt, MigrationConfiguration, MigrationPolicy, MigrationRecord, NetworkAttachmentDefinition,
+    VirtualMachine, VirtualMachineInstance, VirtualMachineInstanceMigration, VmiPhase,
 };
 use jiff::Timestamp;
 use k8s_openapi::api::coordination::v1::Lease;
@@ -121,6 +121,7 @@ pub struct World {
     /// PodDisruptionBudgets.
     pub budgets: Table<PodDisruptionBudget>,
 
+    installation: Installation,
     /// Newest revision that the watch of a kind has shown.
     horizon: BTreeMap<Kind, u64>,
     pods_by_node: Index,
@@ -196,6 +197,21 @@ struct Terms {
 }
 
 impl World {
+    /// What is known of a cluster where godwit is installed there: nothing yet.
+    pub fn of(installation: Installation) -> Self {
+        Self { installation, ..Self::default() }
+    }
+
+    /// Where godwit is installed.
+    pub fn installation(&self) -> &Installation {
+        &self.installation
+    }
+
+    /// The installation's KubeVirt object.
+    pub fn kubevirt(&self) -> Option<&Arc<KubeVirt>> {
+        self.kubevirts.get(&kubevirt::name_in(&self.installation))
+    }
+
     /// From now on news are taken in at this time.
     pub fn set_clock(&mut self, now: Timestamp) {
         self.clock = now;
@@ -343,11 +359,11 @@ impl World {
                 }
             }
         }
-        if let Some(node) = fence::renewal(change) {
+        if let Some(node) = fence::renewal(change, &self.installation) {
             let heard = Heard::again(self.fence_heard(&node), self.clock);
             self.fences.insert(node, heard);
         } else if let (Some(Object::Lease(lease)), None) = (&change.before, &change.after)
-            && let Some(node) = fence::node_of(lease)
+            && let Some(node) = fence::node_of(lease, &self.installation)
         {
             self.fences.remove(&SmolStr::new(node));
         }
@@ -357,7 +373,7 @@ impl World {
         self.turns = turns;
         let configures = match change.latest() {
             Some(Object::KubeVirt(_)) => true,
-            Some(Object::ConfigMap(map)) => kubevirt::is_configuration(&map.key()),
+            Some(Object::ConfigMap(map)) => kubevirt::is_configuration(&map.key(), self),
             _ => false,
         };
         if configures {

@@ -1,5 +1,6 @@
 //! Reads all of a cluster that a plan needs. Lists only; nothing is ever written.
 
+use godwit_api::Installation;
 use godwit_api::drain::DrainPlan;
 use godwit_control::drain::{Manner, Terms};
 use godwit_control::{Kind, Object, Settings, Source, View, World, drain, names};
@@ -43,13 +44,15 @@ pub struct Cluster {
     settings: Settings,
 }
 
-/// Reads the cluster.
+/// Reads the cluster. Its configuration is that of the KubeVirt object in `namespace`, or, where none is named, of the one that there is.
 ///
 /// # Errors
 /// [`Error::NoKubeVirt`], or [`Error::Read`] when VMIs, pods or nodes cannot be listed. What else cannot be is noted.
-pub async fn cluster(client: &Client) -> Result<Cluster, Error> {
+pub async fn cluster(client: &Client, namespace: Option<&str>) -> Result<Cluster, Error> {
     let settings = Settings::standalone("/");
-    let mut cluster = Cluster { world: World::default(), budgets: None, notes: Vec::new(), settings };
+    let (installation, kubevirts, doubt) = find(client, namespace).await;
+    let mut cluster =
+        Cluster { world: World::of(installation.clone()), budgets: None, notes: Vec::from_iter(doubt), settings };
     cluster.world.set_clock(Timestamp::now());
     for kind in NEEDED {
         let listed = list::<DynamicObject>(&all(client, kind)).await;
@@ -62,8 +65,13 @@ pub async fn cluster(client: &Client) -> Result<Cluster, Error> {
         }
     }
     let mut absent = Vec::new();
+    let mut kubevirts = Some(kubevirts);
     for (kind, without) in WANTED {
-        match list::<DynamicObject>(&all(client, kind)).await {
+        let listed = match kubevirts.take_if(|_| kind == Kind::KubeVirt) {
+            Some(listed) => listed,
+            None => list::<DynamicObject>(&all(client, kind)).await,
+        };
+        match listed {
             Ok(objects) => cluster.take(kind, objects),
             // None of them, then.
             Err(error) if code(&error) == Some(404) => absent.push(format!("{}.{}", kind.plural(), kind.group())),
@@ -75,7 +83,7 @@ pub async fn cluster(client: &Client) -> Result<Cluster, Error> {
     }
     // Two maps are meant: the old form of the configuration, and who has a turn.
     let maps: Api<DynamicObject> =
-        Api::namespaced_with(client.clone(), names::KUBEVIRT_NAMESPACE, &resource(Kind::ConfigMap));
+        Api::namespaced_with(client.clone(), installation.namespace(), &resource(Kind::ConfigMap));
     match list::<DynamicObject>(&maps).await {
         Ok(objects) => cluster.take(Kind::ConfigMap, objects),
         Err(error) if code(&error) == Some(404) => {}
@@ -88,6 +96,46 @@ pub async fn cluster(client: &Client) -> Result<Cluster, Error> {
         }
     }
     Ok(cluster)
+}
+
+/// Where the cluster's KubeVirt is installed, its object, as that of the installation, and what is not sure about it. That this is asked
+/// for need not be allowed in all namespaces.
+async fn find(
+    client: &Client,
+    namespace: Option<&str>,
+) -> (Installation, Result<Vec<DynamicObject>, kube::Error>, Option<String>) {
+    let named = namespace.map_or_else(Installation::default, Installation::new);
+    let listed = match list::<DynamicObject>(&all(client, Kind::KubeVirt)).await {
+        Err(error) if code(&error) == Some(403) => {
+            let within = Api::namespaced_with(client.clone(), named.namespace(), &resource(Kind::KubeVirt));
+            list(&within).await.map_err(|_| error)
+        }
+        listed => listed,
+    };
+    let mut found = match listed {
+        Ok(found) => found,
+        Err(error) => return (named, Err(error), None),
+    };
+    let place = |object: &DynamicObject| object.metadata.namespace.clone().unwrap_or_default();
+    let places: Vec<String> = found.iter().map(place).collect();
+    let installation = match (namespace, found.as_slice()) {
+        (None, [only]) => Installation::new(place(only)),
+        _ => named,
+    };
+    let own = installation.namespace();
+    let doubt = (!places.is_empty() && !places.iter().any(|place| place == own)).then(|| {
+        format!(
+            "there is no KubeVirt object in the namespace {own}, so the defaults are taken for limits and strategy; there is one in {}: \
+             see --namespace",
+            places.join(", ")
+        )
+    });
+    found.retain(|object| place(object) == own);
+    if let [only] = found.as_mut_slice() {
+        // Some installations have it under another name; its configuration is meant all the same.
+        only.metadata.name = Some(names::KUBEVIRT_NAME.to_owned());
+    }
+    (installation, Ok(found), doubt)
 }
 
 /// What is not known because of a kind that could not be read.
@@ -130,19 +178,10 @@ pub(crate) fn typed(kind: Kind, object: DynamicObject) -> Result<Object, serde_j
 
 impl Cluster {
     fn take(&mut self, kind: Kind, objects: Vec<DynamicObject>) {
-        let only = objects.len() == 1;
         for object in objects {
             let name = object.metadata.name.clone().unwrap_or_default();
             match typed(kind, object) {
-                Ok(mut object) => {
-                    if kind == Kind::KubeVirt && only {
-                        // Some installations have it under another name; its configuration is meant all the same.
-                        let meta = object.metadata_mut();
-                        meta.namespace = Some(names::KUBEVIRT_NAMESPACE.to_owned());
-                        meta.name = Some(names::KUBEVIRT_NAME.to_owned());
-                    }
-                    self.world.apply(object, Source::Watch);
-                }
+                Ok(object) => drop(self.world.apply(object, Source::Watch)),
                 Err(error) => self.notes.push(format!("{} {name} could not be read: {error}", kind.kind())),
             }
         }

@@ -34,6 +34,8 @@ const PATIENCE: Duration = Duration::from_secs(35);
 pub struct Options {
     /// The nodes to be emptied.
     pub nodes: Vec<String>,
+    /// Where KubeVirt is installed, if it need not be found.
+    pub namespace: Option<String>,
     /// How to go about pods that are no VM's.
     pub manner: Manner,
     /// Take it back after this long; `None` never.
@@ -65,7 +67,7 @@ pub enum Ending {
 /// What cannot be read before it begins, or a node that cannot be cordoned.
 pub async fn run(client: &Client, options: &Options, signals: &mut mpsc::Receiver<()>) -> Result<Ending, Error> {
     let cluster = tokio::select! {
-        read = read::cluster(client) => read?,
+        read = read::cluster(client, options.namespace.as_deref()) => read?,
         Some(()) = signals.recv() => return Ok(not_begun()),
     };
     let plan = cluster.plan(&options.nodes, options.manner)?;

@@ -61,7 +61,7 @@ pub(crate) fn failure(code: u16, message: &str) -> (u16, Value) {
 
 fn options(nodes: &[&str]) -> Options {
     let nodes = nodes.iter().map(|node| (*node).to_owned()).collect();
-    Options { nodes, manner: Manner::default(), timeout: None, yes: true, max_parallel: None }
+    Options { nodes, namespace: None, manner: Manner::default(), timeout: None, yes: true, max_parallel: None }
 }
 
 async fn ends(client: &Client, nodes: &[&str], signals: &mut mpsc::Receiver<()>) -> Result<Ending, Error> {

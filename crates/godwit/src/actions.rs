@@ -2,6 +2,7 @@
 
 use crate::admission::ByKind;
 use futures::future::BoxFuture;
+use godwit_api::Installation;
 use godwit_api::admission as rules;
 use godwit_api::subresources;
 use godwit_apiserver::{ActionRequest, Actions, Lookup};
@@ -30,6 +31,10 @@ impl KubeVirtActions {
 struct Stored(Arc<dyn Lookup>);
 
 impl Objects for Stored {
+    fn installation(&self) -> &Installation {
+        &Installation::USUAL
+    }
+
     fn show<'a>(&'a self, rule: &'a mut (dyn FnMut(&dyn rules::Lookup) + Send)) -> BoxFuture<'a, Result<(), Status>> {
         rule(&ByKind(self.0.as_ref()));
         Box::pin(std::future::ready(Ok(())))

@@ -1,6 +1,8 @@
 //! KubeVirt's admission rules (functions of `api`) as a plugin of the embedded API server.
 
+use godwit_api::Installation;
 use godwit_api::admission as rules;
+use godwit_api::admission::Lookup as _;
 use godwit_api::admission::eviction::Answer;
 use godwit_apiserver::{Admission, AdmissionRequest, EvictionVerdict, Lookup, MutateOutcome, Operation, OwnWrite};
 use godwit_machinery::status::{Cause, Details, Status};
@@ -36,7 +38,7 @@ fn eviction(request: &AdmissionRequest<'_>) -> EvictionVerdict {
     let Some(pod) = request.lookup.get("", "pods", request.namespace, request.name) else { return allowed };
     let Some(name) = rules::eviction::domain_of(&pod) else { return allowed };
     let vmi = request.lookup.get(GROUP, &plural("VirtualMachineInstance"), request.namespace, &name);
-    let kubevirt = request.lookup.get(GROUP, &plural("KubeVirt"), "kubevirt", "kubevirt");
+    let kubevirt = ByKind(request.lookup).kubevirt();
     let answer = rules::eviction::evict(&rules::eviction::Eviction {
         pod: &pod,
         vmi: vmi.as_deref().ok_or_else(|| rules::eviction::not_found(&name)),
@@ -121,6 +123,10 @@ fn plural(kind: &str) -> String {
 }
 
 impl rules::Lookup for ByKind<'_> {
+    fn installation(&self) -> &Installation {
+        &Installation::USUAL
+    }
+
     fn get(&self, kind: &str, namespace: &str, name: &str) -> Option<Value> {
         let (group, _, plural) = rules::resource_of(kind);
         self.0.get(group, &plural, namespace, name).map(|object| (*object).clone())

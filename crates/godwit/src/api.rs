@@ -14,6 +14,7 @@ use godwit_handler::tls::Identity;
 use godwit_serving::listen::{self, AnyClient, Connection};
 use godwit_serving::respond::{self, Body};
 use godwit_subresources::aggregated::{Aggregated, follow_front_proxy};
+use godwit_webhook::Cluster;
 use http::header::CONNECTION;
 use http::{HeaderValue, Request, Response, StatusCode, Version};
 use http_body_util::BodyExt;
@@ -33,7 +34,7 @@ const GRACE: Duration = Duration::from_secs(15);
 
 /// What requests share.
 struct Front {
-    client: kube::Client,
+    cluster: Cluster,
     shown: Arc<Shown>,
     aggregated: Arc<Aggregated>,
     certificates: watch::Receiver<bool>,
@@ -45,6 +46,7 @@ pub async fn run(args: Api) -> anyhow::Result<()> {
     let lifetimes = args.lifetimes.checked()?;
     let asked = shutdown::asked()?;
     let client = connect::client(args.kubeconfig.as_deref()).await?;
+    let cluster = Cluster { client, installation: args.installed.installation() };
     let socket = TcpListener::bind(args.listen).with_context(|| format!("listen on {}", args.listen))?;
     let address = socket.local_addr()?;
     let listener = listen::listener(socket)?;
@@ -52,19 +54,19 @@ pub async fn run(args: Api) -> anyhow::Result<()> {
     let (leave, leaving) = watch::channel(false);
     let shown = Arc::new(Shown::default());
     let aggregated =
-        Arc::new(Aggregated::new(client.clone(), handlers(shown.clone(), args.handler_port), stopping.clone()));
+        Arc::new(Aggregated::new(cluster.clone(), handlers(shown.clone(), args.handler_port), stopping.clone()));
     let (ready, certificates) = watch::channel(false);
     let told = shown.clone();
-    let keeper = Keeper::new(client.clone(), &args.namespace, lifetimes, trusting());
+    let keeper = Keeper::new(cluster.client.clone(), cluster.installation.namespace(), lifetimes, trusting());
     let mut tasks = JoinSet::new();
-    tasks.spawn(follow_front_proxy(aggregated.clone(), client.clone()));
+    tasks.spawn(follow_front_proxy(aggregated.clone(), cluster.client.clone()));
     tasks.spawn(serving::run(keeper, lifetimes, subjects(&args), shown.clone(), ready));
     let mut config = rustls::ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
         .with_safe_default_protocol_versions()?
         .with_client_cert_verifier(Arc::new(AnyClient::default()))
         .with_cert_resolver(shown);
     config.alpn_protocols = listen::alpn();
-    let front = Arc::new(Front { client, shown: told, aggregated, certificates, leaving });
+    let front = Arc::new(Front { cluster, shown: told, aggregated, certificates, leaving });
     let handler = move |connection: Connection| {
         let front = front.clone();
         move |request| {
@@ -113,7 +115,7 @@ fn trusting() -> Trusting {
 }
 
 fn subjects(args: &Api) -> Subjects {
-    let (service, namespace) = (&args.service, &args.namespace);
+    let (service, namespace) = (&args.service, &args.installed.namespace);
     let names = ["", ".svc", ".svc.cluster.local"].map(|end| format!("{service}.{namespace}{end}"));
     Subjects {
         serving: Subject {
@@ -153,7 +155,7 @@ impl Front {
                 respond::bytes(StatusCode::OK, crate::metrics::CONTENT_TYPE, crate::metrics::text(self.figures()))
             }
             path if Aggregated::has(path) => self.aggregated.handle(request, connection).await,
-            _ => godwit_webhook::answer_request(&self.client, request)
+            _ => godwit_webhook::answer_request(&self.cluster, request)
                 .await
                 .map(|body| body.map_err(|never| match never {}).boxed_unsync()),
         }

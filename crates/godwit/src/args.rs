@@ -1,6 +1,7 @@
 //! The command line.
 
 use clap::{Parser, Subcommand, ValueEnum};
+use godwit_api::Installation;
 use godwit_bench::migrate::plan::Mebibytes;
 use godwit_bench::migrate::{Bandwidth, Load, Way};
 use std::net::{IpAddr, SocketAddr};
@@ -162,6 +163,10 @@ pub struct Drained {
     /// Where the standalone cluster keeps everything
     #[arg(long, env = "GODWIT_DATA_DIR", default_value = DEFAULT_DATA_DIR)]
     pub data_dir: PathBuf,
+    /// The namespace that KubeVirt is installed in, whose KubeVirt object and ConfigMap hold the limits [default: where the one KubeVirt
+    /// object is, if it may be looked for, or kubevirt]
+    #[arg(long)]
+    pub namespace: Option<String>,
     /// Leave pods of DaemonSets alone
     #[arg(long, default_value_t = true, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true")]
     pub ignore_daemonsets: bool,
@@ -259,6 +264,21 @@ fn lifetime(text: &str) -> Result<Duration, String> {
     number.filter(|seconds| *seconds <= 3_155_760_000).map(Duration::from_secs).ok_or_else(wrong)
 }
 
+/// Where godwit is installed.
+#[derive(clap::Args)]
+pub struct Installed {
+    /// The namespace that godwit is installed in: that of the KubeVirt object, the configuration, the nodes' leases and the CA
+    #[arg(long, env = "POD_NAMESPACE", default_value = godwit_api::names::KUBEVIRT_NAMESPACE)]
+    pub namespace: String,
+}
+
+impl Installed {
+    /// As the components know it.
+    pub fn installation(&self) -> Installation {
+        Installation::new(self.namespace.as_str())
+    }
+}
+
 /// `godwit api`
 #[derive(clap::Args)]
 pub struct Api {
@@ -268,9 +288,9 @@ pub struct Api {
     /// Where to listen (port 0: any free one)
     #[arg(long, default_value = "0.0.0.0:8443")]
     pub listen: SocketAddr,
-    /// The namespace of the Service and of the CA's Secret and ConfigMap
-    #[arg(long, env = "POD_NAMESPACE", default_value = "kubevirt")]
-    pub namespace: String,
+    /// Its namespace, and that of the Service.
+    #[command(flatten)]
+    pub installed: Installed,
     /// The Service by which the API server reaches this process: its names stand in the certificate
     #[arg(long, default_value = "virt-api")]
     pub service: String,
@@ -291,6 +311,9 @@ pub struct Manifests {
     /// The image of the components and of launchers, as your registry has it
     #[arg(long, default_value = godwit_manifests::IMAGE)]
     pub image: String,
+    /// The namespace of the KubeVirt that --components work beside
+    #[arg(long, default_value = godwit_api::names::KUBEVIRT_NAMESPACE, requires = "components")]
+    pub kubevirt_namespace: String,
     /// Nothing but these, which work beside an existing KubeVirt [default: all of godwit]
     #[arg(long, value_enum, value_delimiter = ',')]
     pub components: Vec<Component>,
@@ -349,6 +372,7 @@ impl From<Manifests> for godwit_manifests::Options {
         Self {
             namespace: wanted.namespace,
             image: wanted.image,
+            kubevirt: wanted.kubevirt_namespace,
             components,
             monitoring,
             handler_network,
@@ -361,9 +385,12 @@ impl From<Manifests> for godwit_manifests::Options {
 /// `godwit webhook`
 #[derive(clap::Args)]
 pub struct Webhook {
-    /// How to reach the API server, as a service account of the namespace kubevirt [default: as a pod of the cluster]
+    /// How to reach the API server, as a service account of that namespace [default: as a pod of the cluster]
     #[arg(long)]
     pub kubeconfig: Option<PathBuf>,
+    /// Its namespace.
+    #[command(flatten)]
+    pub installed: Installed,
     /// Where to listen (port 0: any free one)
     #[arg(long, default_value = "0.0.0.0:8443")]
     pub listen: SocketAddr,
@@ -650,9 +677,12 @@ pub struct Controller {
     /// Name of the lease; KubeVirt's own by default, so that of both only one decides
     #[arg(long, default_value = godwit_api::names::CONTROLLER_LEASE)]
     pub lease: String,
-    /// Namespace of the lease
-    #[arg(long, env = "POD_NAMESPACE", default_value = godwit_api::names::KUBEVIRT_NAMESPACE)]
-    pub lease_namespace: String,
+    /// Namespace of the lease [default: --namespace]
+    #[arg(long, env = "POD_NAMESPACE")]
+    pub lease_namespace: Option<String>,
+    /// Its namespace; with `--nouns=maintenance` that of the KubeVirt beside it.
+    #[command(flatten)]
+    pub installed: Installed,
     /// What to decide about, joined by commas, such as maintenance,history [default: all that Kubernetes does not]
     #[arg(long, value_delimiter = ',', value_parser = noun)]
     pub nouns: Option<Vec<godwit_control::Noun>>,
@@ -709,6 +739,9 @@ pub struct Handler {
     /// How to reach the API server, as the service account kubevirt-handler [default: as a pod of the cluster]
     #[arg(long)]
     pub kubeconfig: Option<PathBuf>,
+    /// Its namespace.
+    #[command(flatten)]
+    pub installed: Installed,
     /// Name of the node
     #[arg(long, env = "NODE_NAME")]
     pub node_name: String,
@@ -772,6 +805,9 @@ pub struct Node {
     /// The same cluster for the handler, as the service account kubevirt-handler [default: as the kubelet]
     #[arg(long, requires = "kubeconfig")]
     pub handler_kubeconfig: Option<PathBuf>,
+    /// The namespace that godwit is installed in there
+    #[arg(long, requires = "kubeconfig", default_value = godwit_api::names::KUBEVIRT_NAMESPACE)]
+    pub namespace: String,
     /// Address of this node that other nodes and the API server reach [default: the one from which it reaches that]
     #[arg(long, requires = "kubeconfig")]
     pub address: Option<IpAddr>,

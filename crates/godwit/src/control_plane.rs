@@ -6,8 +6,7 @@ use crate::args::ControlPlane;
 use crate::shutdown::until;
 use anyhow::Context;
 use futures::future::BoxFuture;
-use godwit_api::access;
-use godwit_api::names::KUBEVIRT_NAMESPACE;
+use godwit_api::{Installation, access};
 use godwit_apiserver::{Dialer, Options, Prepared, TlsFiles, User};
 use godwit_handler::front::FrontClient;
 use godwit_network::Namespace;
@@ -80,7 +79,7 @@ async fn serve(layout: &Layout, cluster: &Cluster) -> anyhow::Result<()> {
 /// What the accounts of this cluster's components may do: what they may in any cluster, and Kubernetes' own work.
 pub fn roles() -> Vec<serde_json::Value> {
     let accounts = access::components().into_iter().chain([access::engine_room()]);
-    accounts.flat_map(|account| account.objects(KUBEVIRT_NAMESPACE)).collect()
+    accounts.flat_map(|account| account.objects(Installation::USUAL.namespace())).collect()
 }
 
 fn files(layout: &Layout, identity: &str) -> TlsFiles {

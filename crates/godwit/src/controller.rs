@@ -4,7 +4,6 @@ use crate::args::Controller;
 use crate::{connect, health, shutdown};
 use anyhow::Context;
 use futures::future::BoxFuture;
-use godwit_api::names::KUBEVIRT_NAMESPACE;
 use godwit_certificates::schedule::Lifetimes;
 use godwit_certificates::signer;
 use godwit_control::lease::Candidate;
@@ -30,7 +29,10 @@ pub async fn run(args: Controller) -> anyhow::Result<()> {
         }
         None => Options::cluster(identity.as_str()),
     };
-    options.lease = Some(Candidate { lease: Name::new(args.lease_namespace.as_str(), args.lease), holder: identity });
+    let installation = args.installed.installation();
+    let lease_namespace = args.lease_namespace.unwrap_or_else(|| installation.namespace().to_owned());
+    options.installation = installation.clone();
+    options.lease = Some(Candidate { lease: Name::new(lease_namespace.as_str(), args.lease), holder: identity });
     if let Some(chosen) = args.nouns {
         // What stands for Kubernetes is nobody's choice: nothing runs without it.
         options.nouns.retain(|noun| chosen.contains(noun) || !Noun::CLUSTER.contains(noun));
@@ -41,7 +43,7 @@ pub async fn run(args: Controller) -> anyhow::Result<()> {
         None if args.bare_api_server.is_some() => {}
         // Whoever only maintains nodes of another KubeVirt makes no pods.
         None if !options.nouns.contains(&Noun::Vmi) => {}
-        None => options.settings.launcher_image = own_image(&client, &args.lease_namespace).await?,
+        None => options.settings.launcher_image = own_image(&client, &lease_namespace).await?,
     }
     options.settings.launcher_pull_policy = args.launcher_pull_policy;
     let (listed, ready) = watch::channel(false);
@@ -58,7 +60,7 @@ pub async fn run(args: Controller) -> anyhow::Result<()> {
     let lifetimes = Lifetimes { certificate: args.certificate_lifetime, ..Lifetimes::default() };
     // Whoever only maintains nodes of another KubeVirt has no handlers.
     let signs = options.nouns.contains(&Noun::Migration);
-    let signer = signer::run(client.clone(), KUBEVIRT_NAMESPACE.to_owned(), lifetimes);
+    let signer = signer::run(client.clone(), installation, lifetimes);
     tokio::select! {
         ended = godwit_runtime::run(client, options, asked) => Ok(ended?),
         () = signer, if signs => anyhow::bail!("the signer of nodes' certificates has ended"),

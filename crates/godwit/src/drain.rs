@@ -16,7 +16,7 @@ const INTERRUPTED: u8 = 130;
 pub async fn plan(wanted: PlanDrain) -> anyhow::Result<ExitCode> {
     let what = &wanted.what;
     let client = connect(what.kubeconfig.as_deref(), &what.data_dir).await?;
-    let plan = read::cluster(&client).await?.plan(&what.nodes, what.manner())?;
+    let plan = read::cluster(&client, what.namespace.as_deref()).await?.plan(&what.nodes, what.manner())?;
     match wanted.output {
         Output::Text => print!("{}", show::plan(&plan, show::width())),
         Output::Json => println!("{}", serde_json::to_string_pretty(&plan)?),
@@ -47,6 +47,7 @@ pub async fn run(wanted: Drain) -> anyhow::Result<ExitCode> {
     };
     let options = Options {
         nodes: what.nodes.clone(),
+        namespace: what.namespace.clone(),
         manner: what.manner(),
         timeout: (wanted.timeout > 0).then(|| Duration::from_secs(wanted.timeout)),
         yes: wanted.yes,

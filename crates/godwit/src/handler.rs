@@ -3,8 +3,8 @@
 use crate::args::{Handler, NodeTls};
 use crate::{connect, health, shutdown};
 use anyhow::Context;
+use godwit_api::Installation;
 use godwit_api::metrics::{self, Figures};
-use godwit_api::names::KUBEVIRT_NAMESPACE;
 use godwit_certificates::authority;
 use godwit_certificates::node::{self, Files};
 use godwit_handler::TlsPaths;
@@ -39,9 +39,10 @@ pub async fn run(args: Handler) -> anyhow::Result<()> {
         () = &mut asked => return Ok(()),
     };
     let client = connect::client(args.kubeconfig.as_deref()).await?;
+    let installation = args.installed.installation();
     let tls = match args.tls.request_certificate || args.tls.tls_cert.is_none() {
         true => tokio::select! {
-            tls = request(client.clone(), &args.node_name, &args.state) => tls,
+            tls = request(client.clone(), &installation, &args.node_name, &args.state) => tls,
             () = &mut asked => return Ok(()),
         },
         false => tls(&args.tls)?,
@@ -50,6 +51,7 @@ pub async fn run(args: Handler) -> anyhow::Result<()> {
     let _ = certificate.set(tls.cert.clone());
     let options = godwit_handler::Options {
         client,
+        installation,
         tls,
         node_name: args.node_name,
         node_ip: args.address,
@@ -99,8 +101,8 @@ async fn alone(state: &Path) -> anyhow::Result<Flock<File>> {
 
 /// A certificate that the cluster's controllers sign (docs/certificates.md), kept new for as long as this process runs. Waits for
 /// the first one.
-pub async fn request(client: Client, node: &str, state: &Path) -> TlsPaths {
-    let (namespace, folder) = (KUBEVIRT_NAMESPACE.to_owned(), state.join("certificates"));
+pub async fn request(client: Client, installation: &Installation, node: &str, state: &Path) -> TlsPaths {
+    let (namespace, folder) = (installation.namespace().to_owned(), state.join("certificates"));
     let Files { bundle, identity } =
         node::obtain(node::Node { client, namespace, name: node.to_owned(), folder }).await;
     TlsPaths { ca: bundle, cert: identity.clone(), key: identity }

@@ -3,6 +3,7 @@
 use crate::args::Node;
 use crate::{handler, shutdown};
 use anyhow::Context;
+use godwit_api::Installation;
 use godwit_handler::{Clock, TlsPaths};
 use godwit_network::Namespace;
 use godwit_standalone::{Cluster, Layout, pki};
@@ -28,6 +29,7 @@ struct Place {
     state: PathBuf,
     clock: Clock,
     cluster_id: String,
+    installation: Installation,
 }
 
 /// Runs until SIGTERM. Guests run on.
@@ -63,6 +65,7 @@ fn native(layout: &Layout, name: &str) -> anyhow::Result<Place> {
         state: cluster.state().join(name),
         // The control plane and all nodes sleep and wake with this machine.
         clock: Clock::Awake,
+        installation: Installation::USUAL,
         cluster_id: cluster.id,
         name: name.to_owned(),
     })
@@ -96,6 +99,7 @@ fn joined(layout: &Layout, args: &Node, kubeconfig: &Path) -> anyhow::Result<Pla
         images: layout.images(),
         state: godwit_standalone::state(&id).join(&args.name),
         clock: Clock::Boot,
+        installation: Installation::new(args.namespace.as_str()),
         cluster_id: id,
     })
 }
@@ -150,11 +154,12 @@ async fn serve(place: Place) -> anyhow::Result<()> {
             return Ok(());
         };
         let tls = match place.requests {
-            true => handler::request(client.clone(), &place.name, &place.state).await,
+            true => handler::request(client.clone(), &place.installation, &place.name, &place.state).await,
             false => place.tls,
         };
         let options = godwit_handler::Options {
             client,
+            installation: place.installation,
             node_name: place.name,
             node_ip: place.address,
             front_port: godwit_handler::front::PORT,

@@ -11,7 +11,8 @@ pub async fn run(args: Webhook) -> anyhow::Result<()> {
     let client = connect::client(args.kubeconfig.as_deref()).await?;
     let listener = TcpListener::bind(args.listen).with_context(|| format!("listen on {}", args.listen))?;
     println!("listening on https://{}", listener.local_addr()?);
-    let options = godwit_webhook::Options { listener, certificate: args.tls_cert, key: args.tls_key, client };
+    let cluster = godwit_webhook::Cluster { client, installation: args.installed.installation() };
+    let options = godwit_webhook::Options { listener, certificate: args.tls_cert, key: args.tls_key, cluster };
     godwit_webhook::serve(options, asked).await?;
     Ok(())
 }

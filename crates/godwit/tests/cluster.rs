@@ -6,10 +6,11 @@
 mod common;
 
 use common::moving::{guest_runs_on_in, one_launcher_is_left};
-use common::real::{CONTROLLER, Real, STANDBY};
+use common::real::{CONTROLLER, Real, STANDBY, Wishes};
 use common::stopped::Stopped;
 use common::witnessed::{heard_vmi, switch_gap};
 use common::{Cluster, kill_hard, status, text};
+use godwit_api::Installation;
 use godwit_bench::witness::{Station, Witness, complaint, longest_gap};
 use godwit_guest_rom::Parameters;
 use godwit_launcher::rpc::CarriedFacts;
@@ -345,6 +346,70 @@ async fn a_handler_writes_only_the_node_and_the_lease_of_its_own_node() {
     let refused = leases.replace("virt-controller", &Default::default(), &controllers).await;
     let refused = refused.expect_err("the controllers' lease").to_string();
     assert!(refused.contains("may write only the Lease"), "{refused}");
+}
+
+/// All of godwit in a namespace of another name, and none that is called kubevirt: the KubeVirt object there says how guests leave a
+/// node, an eviction is judged by it, nodes have their certificates from there, and virtctl's requests find them.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_installation_in_another_namespace_moves_guests_as_its_kubevirt_object_says() {
+    const NAMESPACE: &str = "vms-9";
+    let wishes = Wishes { installation: Installation::new(NAMESPACE), ..Wishes::default() };
+    let Some(cluster) = Cluster::wished(2, wishes).await else { return };
+    let Some(kubectl) = common::kubectls().pop() else { return };
+    cluster.build_rom_image(Parameters { token: TOKEN, ..Parameters::default() });
+    let kubevirt = ApiResource::from_gvk(&GroupVersionKind::gvk("kubevirt.io", "v1", "KubeVirt"));
+    let kubevirt: Api<DynamicObject> = Api::namespaced_with(cluster.client.clone(), NAMESPACE, &kubevirt);
+    let configuration = json!({"evictionStrategy": "LiveMigrate", "migrations": {"completionTimeoutPerGiB": 777}});
+    let patch = Patch::Merge(json!({"spec": {"configuration": configuration}}));
+    kubevirt.patch("kubevirt", &Default::default(), &patch).await.expect("configure");
+    cluster.wait(&kubevirt, "kubevirt", "it is taken", |one| status(one, "phase") == "Deployed").await;
+
+    // It has no strategy of its own.
+    cluster.start_rom_guest(GUEST).await;
+    let from = status(&cluster.vmis().get(GUEST).await.expect("VMI"), "nodeName");
+    let refused = cluster.evict(&kubectl, GUEST, false).await;
+    assert!(refused.contains("Eviction triggered evacuation of VMI"), "{refused}");
+    let away =
+        |vmi: &DynamicObject| status(vmi, "migrationState/completed") == "true" && status(vmi, "nodeName") != from;
+    let vmi = cluster.wait(&cluster.vmis(), GUEST, "it has left its node", away).await;
+    assert_eq!(status(&vmi, "migrationState/migrationConfiguration/completionTimeoutPerGiB"), "777");
+    guest_runs_on_in(&cluster, &status(&vmi, "migrationState/targetPod"), TOKEN).await;
+    one_launcher_is_left(&cluster, GUEST).await;
+
+    // Its node's handler is found by its lease, and knows who asks.
+    let guest = |action| ("virtualmachineinstances", GUEST, action);
+    let done = (200, String::new());
+    assert_eq!(cluster.put_action(None, guest("pause"), &json!({})).await, done);
+    let is_paused = |vmi: &DynamicObject| vmi.data["status"]["conditions"].to_string().contains("\"Paused\"");
+    cluster.wait(&cluster.vmis(), GUEST, "it is paused", is_paused).await;
+    assert_eq!(cluster.put_action(None, guest("unpause"), &json!({})).await, done);
+
+    // All that is godwit's own is there, and nothing of it anywhere else.
+    let all = |kind: &str| {
+        let path = "jsonpath={range .items[*]}{.metadata.namespace}/{.metadata.name}{\"\\n\"}{end}";
+        cluster.kubectl(&kubectl, &["get", kind, "--all-namespaces", "-o", path])
+    };
+    for (kind, names) in [
+        ("leases.coordination.k8s.io", &["virt-controller", "virt-handler-node1", "virt-handler-node2"][..]),
+        ("secrets", &["godwit-ca"]),
+        ("configmaps", &["godwit-ca-bundle", "godwit-migration-slots"]),
+    ] {
+        let there = all(kind);
+        for name in names {
+            let found: Vec<&str> = there.lines().filter(|line| line.ends_with(&format!("/{name}"))).collect();
+            assert_eq!(found, [format!("{NAMESPACE}/{name}")], "{there}");
+        }
+    }
+    let namespaces = cluster.kubectl(&kubectl, &["get", "namespaces", "-o", "name"]);
+    assert!(!namespaces.lines().any(|line| line == "namespace/kubevirt"), "{namespaces}");
+
+    // A plan finds the configuration without being told where it is.
+    let kubeconfig = cluster.kubeconfig();
+    let plan = ["plan", "drain", "node1", "--kubeconfig", kubeconfig.to_str().expect("UTF-8"), "-o", "json"];
+    let plan = Command::new(env!("CARGO_BIN_EXE_godwit")).args(plan).output().expect("godwit starts");
+    let plan: Value = serde_json::from_slice(&plan.stdout).unwrap_or_else(|e| panic!("{e}: {}", text(&plan.stderr)));
+    let notes = plan["notes"].to_string();
+    assert!(!notes.contains("KubeVirt object") && !notes.contains("configmaps"), "{notes}");
 }
 
 /// Every group of decisions but NodeMaintenances: what stands for a KubeVirt that knows of none.

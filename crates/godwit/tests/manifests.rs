@@ -180,9 +180,10 @@ fn sorted(mut objects: Vec<Value>) -> Vec<Value> {
 #[test]
 fn what_cannot_be_installed_is_said() {
     for (arguments, words) in [
-        (&["--namespace", "elsewhere"][..], "cannot install into the namespace elsewhere"),
+        (&["--namespace", "kube-system"][..], "cannot install into the namespace kube-system"),
+        (&["--namespace", "Mine"], "\"Mine\" cannot be a namespace"),
         (&["--components", "nodepool"], "node pools are not built yet"),
-        (&["--components", "maintenance", "--monitoring"], "cannot install monitoring"),
+        (&["--components", "plan", "--monitoring"], "cannot install monitoring"),
         (&["--monitoring", "--monitoring-account", "prometheus"], "is no NAMESPACE/NAME"),
     ] {
         let output = manifests(arguments);

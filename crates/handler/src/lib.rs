@@ -48,7 +48,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use godwit_api::names;
+use godwit_api::{Installation, names};
 use godwit_launcher::Processors;
 pub use godwit_launcher::fence::Clock;
 use godwit_launcher::rpc::Accelerator;
@@ -65,6 +65,8 @@ pub use crate::tls::TlsPaths;
 pub struct Options {
     /// The API, as the handler's service account.
     pub client: Client,
+    /// Where godwit is installed.
+    pub installation: Installation,
     /// The name of this node.
     pub node_name: String,
     /// The address on which migrations are received; other nodes must reach it.
@@ -124,6 +126,7 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
     let fence = Fence::resume(&options.state, options.clock);
     let fencing = tokio::spawn(fence::run(fence::Surroundings {
         client: options.client.clone(),
+        namespace: options.installation.namespace().to_owned(),
         node: options.node_name.clone(),
         node_ip: options.node_ip,
         kubelet_root: options.kubelet_root.clone(),

@@ -1,23 +1,34 @@
 //! What works beside a KubeVirt that somebody else has installed, and takes nothing from it.
 
 use godwit_api::access;
-use godwit_api::names::KUBEVIRT_NAMESPACE;
 use serde_json::{Value, json};
 
-use crate::{Component, Error, Options, Part, definitions, service_account, workloads};
+use crate::{Component, Error, Options, Part, definitions, monitoring, service_account, workloads};
 
 /// The parts for these components.
 pub fn parts(options: &Options) -> Result<Vec<Part>, Error> {
     let mut components = options.components.clone();
     components.sort_unstable();
     components.dedup();
-    components.into_iter().map(|component| part(component, options)).collect()
+    let runs = components.contains(&Component::Maintenance);
+    let mut parts: Vec<Part> =
+        components.into_iter().map(|component| part(component, options)).collect::<Result<_, _>>()?;
+    if let Some(prometheus) = &options.monitoring {
+        if !runs {
+            return Err(Error::Missing(
+                "monitoring",
+                "nothing of these components runs in the cluster and could be watched; leave --monitoring out",
+            ));
+        }
+        parts.push(monitoring(monitoring::maintenance(&options.namespace, prometheus)));
+    }
+    Ok(parts)
 }
 
 fn part(component: Component, options: &Options) -> Result<Part, Error> {
     match component {
         Component::Plan => {
-            let mut objects = access::roles(access::PLANNER, &access::planner(), KUBEVIRT_NAMESPACE);
+            let mut objects = access::roles(access::PLANNER, &access::planner(), &options.kubevirt);
             for object in &mut objects {
                 object["metadata"]["labels"] = json!({"app.kubernetes.io/part-of": "godwit"});
             }
@@ -29,7 +40,7 @@ fn part(component: Component, options: &Options) -> Result<Part, Error> {
             let account = access::maintainer();
             let kinds = definitions().into_iter().filter(|crd| crd["spec"]["names"]["kind"] == "NodeMaintenance");
             let mut objects: Vec<Value> = kinds.collect();
-            if own != KUBEVIRT_NAMESPACE {
+            if *own != options.kubevirt {
                 objects.push(json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": own}}));
             }
             objects.push(service_account(account.name, own));

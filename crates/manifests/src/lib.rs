@@ -9,11 +9,11 @@ mod policies;
 mod routes;
 mod workloads;
 
-use godwit_api::names::KUBEVIRT_NAMESPACE;
+use godwit_api::names::{KUBEVIRT_NAMESPACE, MAINTENANCE_LEASES_KUBEVIRT, MAINTENANCE_LEASES_MEDIK8S};
 use godwit_api::{access, crds};
 use serde_json::{Value, json};
 
-pub use monitoring::{Alert, Prometheus, alerts};
+pub use monitoring::{Alert, Prometheus, alerts, maintenance_alerts};
 pub use workloads::{HANDLER_METRICS_PORT, HANDLER_PORT};
 
 /// The image of all components unless another one is named; a registry has to be named by whoever pushes it somewhere.
@@ -26,6 +26,8 @@ pub struct Options {
     pub namespace: String,
     /// The image of all components, and of launchers.
     pub image: String,
+    /// Where the KubeVirt is installed that the components work beside.
+    pub kubevirt: String,
     /// What of godwit; all of it when empty.
     pub components: Vec<Component>,
     /// What a Prometheus needs that the Prometheus Operator looks after, with this account; nothing when there is none.
@@ -52,6 +54,7 @@ impl Default for Options {
         Self {
             namespace: KUBEVIRT_NAMESPACE.to_owned(),
             image: IMAGE.to_owned(),
+            kubevirt: KUBEVIRT_NAMESPACE.to_owned(),
             components: Vec::new(),
             monitoring: None,
             handler_network: HandlerNetwork::Node,
@@ -75,12 +78,18 @@ pub enum Component {
 /// Why something cannot be installed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
-    /// Components find each other's objects by the namespace's name.
+    /// No namespace can have this name (RFC 1123, a label).
     #[error(
-        "cannot install into the namespace {0}: godwit's components look for their own objects in the namespace kubevirt, \
-         as KubeVirt's do by default, and cannot be told of another one yet; leave --namespace out"
+        "{0:?} cannot be a namespace: 1 to 63 lowercase letters, digits and '-', the first and the last of them no '-'; \
+         give --namespace and --kubevirt-namespace such names"
     )]
-    Namespace(String),
+    Name(String),
+    /// Godwit's accounts have roles of their names there already, with other rules.
+    #[error(
+        "cannot install into the namespace {0}, which is shared with others: godwit's accounts have rights of their own there; \
+         give --namespace another one, which nobody else uses"
+    )]
+    Shared(String),
     /// Something that is not built yet.
     #[error("cannot install {0}: {1}")]
     Missing(&'static str, &'static str),
@@ -102,17 +111,16 @@ pub struct Part {
 /// # Errors
 /// What cannot be installed, and why.
 pub fn parts(options: &Options) -> Result<Vec<Part>, Error> {
-    if !options.components.is_empty() {
-        if options.monitoring.is_some() {
-            return Err(Error::Missing(
-                "monitoring",
-                "it is there for all of godwit, not beside another KubeVirt yet; leave --monitoring out",
-            ));
+    for name in [&options.namespace, &options.kubevirt] {
+        if !is_label(name) {
+            return Err(Error::Name(name.clone()));
         }
-        return beside::parts(options);
     }
-    if options.namespace != KUBEVIRT_NAMESPACE {
-        return Err(Error::Namespace(options.namespace.clone()));
+    if SHARED.contains(&options.namespace.as_str()) {
+        return Err(Error::Shared(options.namespace.clone()));
+    }
+    if !options.components.is_empty() {
+        return beside::parts(options);
     }
     let own = &options.namespace;
     let accounts = access::components();
@@ -143,17 +151,26 @@ pub fn parts(options: &Options) -> Result<Vec<Part>, Error> {
             objects: routes::objects(own),
         },
     ];
-    parts.extend(
-        options.monitoring.as_ref().map(|prometheus| monitoring(own, prometheus, options.handler_metrics_port)),
-    );
+    let handler_port = options.handler_metrics_port;
+    let objects = options.monitoring.as_ref().map(|prometheus| monitoring::objects(own, prometheus, handler_port));
+    parts.extend(objects.map(monitoring));
     Ok(parts)
 }
 
-fn monitoring(own: &str, prometheus: &Prometheus, handler_metrics_port: u16) -> Part {
+/// Namespaces in which accounts of godwit have other rights than in its own.
+const SHARED: [&str; 3] = ["kube-system", MAINTENANCE_LEASES_KUBEVIRT, MAINTENANCE_LEASES_MEDIK8S];
+
+/// Whether a namespace can have this name.
+fn is_label(name: &str) -> bool {
+    let within = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
+    (1..=63).contains(&name.len()) && name.bytes().all(within) && !name.starts_with('-') && !name.ends_with('-')
+}
+
+fn monitoring(objects: Vec<Value>) -> Part {
     Part {
         name: "monitoring",
         title: "What Prometheus scrapes, and of what it warns; needs the kinds of the Prometheus Operator.",
-        objects: monitoring::objects(own, prometheus, handler_metrics_port),
+        objects,
     }
 }
 
@@ -195,7 +212,7 @@ pub fn kustomization(parts: &[Part]) -> String {
 
 /// The part of a kustomize component that adds the monitoring to the base, and its `kustomization.yaml`.
 pub fn component() -> (Part, String) {
-    let part = monitoring(KUBEVIRT_NAMESPACE, &Prometheus::default(), HANDLER_METRICS_PORT);
+    let part = monitoring(monitoring::objects(KUBEVIRT_NAMESPACE, &Prometheus::default(), HANDLER_METRICS_PORT));
     let text = format!(
         "# What Prometheus needs, for a kustomization with the base ../: docs/metrics.md. Written by the test that writes the base.\n\
          apiVersion: kustomize.config.k8s.io/v1alpha1\nkind: Component\nresources:\n  - {}.yaml\n",

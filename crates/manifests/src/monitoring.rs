@@ -1,5 +1,6 @@
 //! What Prometheus is told where the Prometheus Operator (`monitoring.coreos.com/v1`) looks after it: what to scrape, and of what to warn.
 
+use godwit_api::access;
 use godwit_api::metrics::{self, Metric};
 use godwit_api::names::CA_BUNDLE;
 use serde_json::{Value, json};
@@ -42,21 +43,23 @@ pub struct Alert {
     /// What is wrong, with what; a template of Prometheus.
     pub summary: &'static str,
     /// What to do about it.
-    pub remedy: &'static str,
+    pub remedy: String,
 }
 
-/// Every warning.
-pub fn alerts() -> Vec<Alert> {
+/// Every warning, of an installation in this namespace.
+pub fn alerts(own: &str) -> Vec<Alert> {
     let none = |metric: Metric| format!("(sum({}) or vector(0)) == 0", metric.name);
     let name = |metric: Metric| metric.name;
-    vec![
+    let mut alerts = vec![
         Alert {
             name: "NoLeadingVirtController",
             expression: none(metrics::CONTROLLER_LEADING),
             after: "2m",
             severity: "critical",
             summary: "No virt-controller decides: no VM is started or moved, and no node emptied",
-            remedy: "kubectl -n kubevirt get pods -l kubevirt.io=virt-controller; kubectl -n kubevirt describe lease virt-controller",
+            remedy: format!(
+                "kubectl -n {own} get pods -l kubevirt.io=virt-controller; kubectl -n {own} describe lease virt-controller"
+            ),
         },
         Alert {
             name: "NoReadyVirtApi",
@@ -64,7 +67,9 @@ pub fn alerts() -> Vec<Alert> {
             after: "1m",
             severity: "critical",
             summary: "No virt-api answers: VMs cannot be made or changed, and no launcher pod be evicted, until one does",
-            remedy: "kubectl -n kubevirt get pods -l kubevirt.io=virt-api; GET /readyz of one says what it lacks",
+            remedy: format!(
+                "kubectl -n {own} get pods -l kubevirt.io=virt-api; GET /readyz of one says what it lacks"
+            ),
         },
         Alert {
             name: "VirtHandlerDown",
@@ -77,7 +82,7 @@ pub fn alerts() -> Vec<Alert> {
             after: "1m",
             severity: "critical",
             summary: "The virt-handler of node {{ $labels.node }} does not renew its lease: the node's guests end, or have ended",
-            remedy: "See whether the node runs and reaches the API server; then its virt-handler's log. docs/lost-nodes.md says what becomes of the guests",
+            remedy: "See whether the node runs and reaches the API server; then its virt-handler's log. docs/lost-nodes.md says what becomes of the guests".to_owned(),
         },
         Alert {
             name: "GodwitNodeFenced",
@@ -85,7 +90,7 @@ pub fn alerts() -> Vec<Alert> {
             after: "",
             severity: "critical",
             summary: "Node {{ $labels.node }} was not heard, so its guests were ended and are started elsewhere by their run strategies",
-            remedy: "kubectl describe node {{ $labels.node }}. It ends when the node's virt-handler is heard again; delete the Node if it does not come back",
+            remedy: "kubectl describe node {{ $labels.node }}. It ends when the node's virt-handler is heard again; delete the Node if it does not come back".to_owned(),
         },
         Alert {
             name: "VMCannotBeEvicted",
@@ -93,7 +98,7 @@ pub fn alerts() -> Vec<Alert> {
             after: "1m",
             severity: "warning",
             summary: "VMI {{ $labels.namespace }}/{{ $labels.name }} on {{ $labels.node }} cannot be migrated though its evictionStrategy is LiveMigrate: its node cannot be emptied",
-            remedy: "Its condition LiveMigratable names all that stands in the way. Change that, or its evictionStrategy, before the node is to be emptied",
+            remedy: "Its condition LiveMigratable names all that stands in the way. Change that, or its evictionStrategy, before the node is to be emptied".to_owned(),
         },
         Alert {
             name: "GodwitDrainBlocked",
@@ -105,7 +110,7 @@ pub fn alerts() -> Vec<Alert> {
             after: "5m",
             severity: "critical",
             summary: "Node {{ $labels.node }} is closed and does not become empty: VMI {{ $labels.namespace }}/{{ $labels.name }} cannot be migrated, and its eviction is refused",
-            remedy: "Its condition LiveMigratable names all that stands in the way. Change that, or shut the VM down, or open the node again",
+            remedy: "Its condition LiveMigratable names all that stands in the way. Change that, or shut the VM down, or open the node again".to_owned(),
         },
         Alert {
             name: "GodwitEvacuationBlocked",
@@ -113,7 +118,7 @@ pub fn alerts() -> Vec<Alert> {
             after: "1m",
             severity: "critical",
             summary: "Node {{ $labels.node }} does not become empty: VMI {{ $labels.namespace }}/{{ $labels.name }} is not moved any more ({{ $labels.reason }})",
-            remedy: "kubectl -n {{ $labels.namespace }} describe vmi {{ $labels.name }}: its condition EvacuationStopped says why, and what to do",
+            remedy: "kubectl -n {{ $labels.namespace }} describe vmi {{ $labels.name }}: its condition EvacuationStopped says why, and what to do".to_owned(),
         },
         Alert {
             name: "GodwitEvacuationTakesLong",
@@ -121,7 +126,7 @@ pub fn alerts() -> Vec<Alert> {
             after: "5m",
             severity: "warning",
             summary: "VMI {{ $labels.namespace }}/{{ $labels.name }} is to leave {{ $labels.node }} for more than an hour",
-            remedy: "kubectl -n {{ $labels.namespace }} get vmim: the message of its migration says what it waits for; godwit plan drain {{ $labels.node }} says how long it takes",
+            remedy: "kubectl -n {{ $labels.namespace }} get vmim: the message of its migration says what it waits for; godwit plan drain {{ $labels.node }} says how long it takes".to_owned(),
         },
         Alert {
             name: "GodwitMigrationFailsRepeatedly",
@@ -129,7 +134,7 @@ pub fn alerts() -> Vec<Alert> {
             after: "",
             severity: "warning",
             summary: "The last {{ $value }} migrations of VMI {{ $labels.namespace }}/{{ $labels.name }} have failed",
-            remedy: "kubectl -n {{ $labels.namespace }} get mrec: the reason of each; docs/failures.md has the remedy for each reason",
+            remedy: "kubectl -n {{ $labels.namespace }} get mrec: the reason of each; docs/failures.md has the remedy for each reason".to_owned(),
         },
         Alert {
             name: "GodwitMigrationDoesNotConverge",
@@ -137,15 +142,32 @@ pub fn alerts() -> Vec<Alert> {
             after: "5m",
             severity: "warning",
             summary: "The migration of VMI {{ $labels.namespace }}/{{ $labels.name }} does not come to its end by itself: the guest writes faster than the link carries",
-            remedy: "Give it more bandwidth (annotation godwit.io/bandwidth-per-migration on the migration), or allow auto-converge or post-copy in a MigrationPolicy",
+            remedy: "Give it more bandwidth (annotation godwit.io/bandwidth-per-migration on the migration), or allow auto-converge or post-copy in a MigrationPolicy".to_owned(),
         },
+        Alert {
+            name: "GodwitCertificateExpires",
+            expression: format!("{} - time() < 86400", name(metrics::CERTIFICATE_END)),
+            after: "10m",
+            severity: "critical",
+            summary: "The certificate \"{{ $labels.certificate }}\" of {{ $labels.pod }} ends within a day, and was not renewed in time",
+            remedy: "The log of {{ $labels.pod }} says why it is not renewed; docs/certificates.md says who makes it. Lifetimes of less than three days make this alert useless: take it out".to_owned(),
+        },
+    ];
+    alerts.extend(maintenance_alerts());
+    alerts
+}
+
+/// The warnings about NodeMaintenances: all that the controller tells that stands alone beside another KubeVirt.
+pub fn maintenance_alerts() -> Vec<Alert> {
+    let name = |metric: Metric| metric.name;
+    vec![
         Alert {
             name: "GodwitNodeMaintenanceBlocked",
             expression: format!("{}{{state=\"Blocked\"}} > 0", name(metrics::MAINTENANCE_VMIS)),
             after: "5m",
             severity: "warning",
             summary: "{{ $value }} VMIs cannot leave {{ $labels.node }}, which the NodeMaintenance {{ $labels.maintenance }} is to empty",
-            remedy: "kubectl describe nodemaintenance {{ $labels.maintenance }}: status.virtualMachineInstances has each with what holds it",
+            remedy: "kubectl describe nodemaintenance {{ $labels.maintenance }}: status.virtualMachineInstances has each with what holds it".to_owned(),
         },
         Alert {
             name: "GodwitNodeMaintenanceOverdue",
@@ -157,7 +179,7 @@ pub fn alerts() -> Vec<Alert> {
             after: "1m",
             severity: "warning",
             summary: "Node {{ $labels.node }} is not empty at the deadline of the NodeMaintenance {{ $labels.maintenance }}",
-            remedy: "kubectl describe nodemaintenance {{ $labels.maintenance }} says which pods are left, and what they wait for",
+            remedy: "kubectl describe nodemaintenance {{ $labels.maintenance }} says which pods are left, and what they wait for".to_owned(),
         },
         Alert {
             name: "GodwitNodeMaintenanceFailed",
@@ -165,44 +187,40 @@ pub fn alerts() -> Vec<Alert> {
             after: "",
             severity: "warning",
             summary: "The NodeMaintenance {{ $labels.maintenance }} was given up: node {{ $labels.node }} takes pods again",
-            remedy: "Its status.lastError says why. Delete it, remove the cause, and make it anew",
-        },
-        Alert {
-            name: "GodwitCertificateExpires",
-            expression: format!("{} - time() < 86400", name(metrics::CERTIFICATE_END)),
-            after: "10m",
-            severity: "critical",
-            summary: "The certificate \"{{ $labels.certificate }}\" of {{ $labels.pod }} ends within a day, and was not renewed in time",
-            remedy: "The log of {{ $labels.pod }} says why it is not renewed; docs/certificates.md says who makes it. Lifetimes of less than three days make this alert useless: take it out",
+            remedy: "Its status.lastError says why. Delete it, remove the cause, and make it anew".to_owned(),
         },
     ]
 }
 
+/// What goes with the controller of NodeMaintenances alone.
+pub fn maintenance(namespace: &str, prometheus: &Prometheus) -> Vec<Value> {
+    let pods = Pods { label: NAME_LABEL, component: access::MAINTAINER, namespace };
+    let mut objects = vec![pods.service()];
+    objects.extend(role(namespace, prometheus));
+    objects.extend([pods.monitor(plain()), rules(namespace, maintenance_alerts())]);
+    objects
+}
+
 /// Everything of that kind.
 pub fn objects(namespace: &str, prometheus: &Prometheus, handler_port: u16) -> Vec<Value> {
-    let mut objects = vec![
-        service("virt-controller", namespace, HEALTH_PORT, &json!(HEALTH_PORT_NAME)),
-        // Its pods declare no port, so none has a name.
-        service("virt-handler", namespace, handler_port, &json!(handler_port)),
-    ];
+    let of = |component| Pods { label: KUBEVIRT_LABEL, component, namespace };
+    // Handlers' pods declare no port, so none has a name.
+    let mut objects =
+        vec![of("virt-controller").service(), of("virt-handler").service_at(handler_port, &json!(handler_port))];
     objects.extend(role(namespace, prometheus));
-    objects.push(monitor("virt-controller", namespace, plain()));
+    objects.push(of("virt-controller").monitor(plain()));
     let mut handlers = plain();
     // An alert about a node's certificate names the node.
     handlers["relabelings"] = json!([{"sourceLabels": ["__meta_kubernetes_pod_node_name"], "targetLabel": "node"}]);
-    objects.push(monitor("virt-handler", namespace, handlers));
-    objects.push(monitor(
-        API_SERVICE,
-        namespace,
-        json!({
-            "port": "https", "path": "/metrics", "scheme": "https", "honorLabels": true,
-            "tlsConfig": {
-                "serverName": format!("{API_SERVICE}.{namespace}.svc"),
-                "ca": {"configMap": {"name": CA_BUNDLE, "key": BUNDLE_KEY}},
-            },
-        }),
-    ));
-    objects.push(rules(namespace));
+    objects.push(of("virt-handler").monitor(handlers));
+    objects.push(of(API_SERVICE).monitor(json!({
+        "port": "https", "path": "/metrics", "scheme": "https", "honorLabels": true,
+        "tlsConfig": {
+            "serverName": format!("{API_SERVICE}.{namespace}.svc"),
+            "ca": {"configMap": {"name": CA_BUNDLE, "key": BUNDLE_KEY}},
+        },
+    })));
+    objects.push(rules(namespace, alerts(namespace)));
     objects
 }
 
@@ -211,31 +229,45 @@ fn plain() -> Value {
     json!({"port": "metrics", "path": "/metrics", "scheme": "http", "honorLabels": true})
 }
 
-fn labels(component: &str) -> Value {
-    json!({KUBEVIRT_LABEL: component, NAME_LABEL: component, "app.kubernetes.io/part-of": "godwit"})
+/// The pods of a component.
+struct Pods<'a> {
+    /// The label with the component's name that they are selected by.
+    label: &'static str,
+    component: &'a str,
+    namespace: &'a str,
 }
 
-/// By this Prometheus finds the pods; nobody else asks it for an address.
-fn service(component: &str, namespace: &str, port: u16, target: &Value) -> Value {
-    json!({
-        "apiVersion": "v1", "kind": "Service",
-        "metadata": {"name": format!("{component}-metrics"), "namespace": namespace, "labels": labels(component)},
-        "spec": {
-            "type": "ClusterIP", "clusterIP": "None",
-            "selector": {KUBEVIRT_LABEL: component},
-            // Also of those that are not ready.
-            "publishNotReadyAddresses": true,
-            "ports": [{"name": "metrics", "port": port, "protocol": "TCP", "targetPort": target}],
-        },
-    })
-}
+impl Pods<'_> {
+    fn metadata(&self, name: &str) -> Value {
+        let labels =
+            json!({self.label: self.component, NAME_LABEL: self.component, "app.kubernetes.io/part-of": "godwit"});
+        json!({"name": name, "namespace": self.namespace, "labels": labels})
+    }
 
-fn monitor(component: &str, namespace: &str, endpoint: Value) -> Value {
-    json!({
-        "apiVersion": "monitoring.coreos.com/v1", "kind": "ServiceMonitor",
-        "metadata": {"name": component, "namespace": namespace, "labels": labels(component)},
-        "spec": {"selector": {"matchLabels": {KUBEVIRT_LABEL: component}}, "endpoints": [endpoint]},
-    })
+    /// By this Prometheus finds the pods; nobody else asks it for an address.
+    fn service(&self) -> Value {
+        self.service_at(HEALTH_PORT, &json!(HEALTH_PORT_NAME))
+    }
+
+    fn service_at(&self, port: u16, target: &Value) -> Value {
+        json!({
+            "apiVersion": "v1", "kind": "Service", "metadata": self.metadata(&format!("{}-metrics", self.component)),
+            "spec": {
+                "type": "ClusterIP", "clusterIP": "None",
+                "selector": {self.label: self.component},
+                // Also of those that are not ready.
+                "publishNotReadyAddresses": true,
+                "ports": [{"name": "metrics", "port": port, "protocol": "TCP", "targetPort": target}],
+            },
+        })
+    }
+
+    fn monitor(&self, endpoint: Value) -> Value {
+        json!({
+            "apiVersion": "monitoring.coreos.com/v1", "kind": "ServiceMonitor", "metadata": self.metadata(self.component),
+            "spec": {"selector": {"matchLabels": {self.label: self.component}}, "endpoints": [endpoint]},
+        })
+    }
 }
 
 /// What Prometheus needs to find the pods of a namespace.
@@ -257,7 +289,7 @@ fn role(namespace: &str, prometheus: &Prometheus) -> [Value; 2] {
     [role, binding]
 }
 
-fn rules(namespace: &str) -> Value {
+fn rules(namespace: &str, alerts: Vec<Alert>) -> Value {
     let rule = |alert: Alert| {
         let mut rule = json!({
             "alert": alert.name,
@@ -270,7 +302,7 @@ fn rules(namespace: &str) -> Value {
         }
         rule
     };
-    let rules: Vec<Value> = alerts().into_iter().map(rule).collect();
+    let rules: Vec<Value> = alerts.into_iter().map(rule).collect();
     json!({
         "apiVersion": "monitoring.coreos.com/v1", "kind": "PrometheusRule",
         "metadata": {"name": NAME, "namespace": namespace, "labels": {"app.kubernetes.io/part-of": "godwit"}},

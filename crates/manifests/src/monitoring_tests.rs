@@ -46,7 +46,7 @@ fn labels_of(template: &str) -> impl Iterator<Item = &str> {
 
 #[test]
 fn every_expression_is_promql_about_metrics_that_are_told() {
-    for alert in alerts() {
+    for alert in alerts("kubevirt") {
         let parsed =
             parse(&alert.expression).unwrap_or_else(|why| panic!("{}: {why}: {}", alert.name, alert.expression));
         let mut found = Vec::new();
@@ -63,7 +63,7 @@ fn every_expression_is_promql_about_metrics_that_are_told() {
             }
             labels.extend(metric.labels);
         }
-        for label in labels_of(alert.summary).chain(labels_of(alert.remedy)) {
+        for label in labels_of(alert.summary).chain(labels_of(&alert.remedy)) {
             assert!(labels.contains(label), "{}: {label}", alert.name);
         }
         assert!(["critical", "warning"].contains(&alert.severity), "{}", alert.name);
@@ -76,7 +76,7 @@ fn every_alert_is_in_the_rules_once() {
     let objects = objects();
     let rules = of(&objects, "PrometheusRule", "godwit-monitoring")["spec"]["groups"][0]["rules"].as_array().unwrap();
     let names: BTreeSet<&str> = rules.iter().map(|rule| rule["alert"].as_str().unwrap()).collect();
-    let wanted: BTreeSet<&str> = alerts().iter().map(|alert| alert.name).collect();
+    let wanted: BTreeSet<&str> = alerts("kubevirt").iter().map(|alert| alert.name).collect();
     assert_eq!((names.len(), names), (rules.len(), wanted));
     let blocked = rules.iter().find(|rule| rule["alert"] == "GodwitEvacuationBlocked").unwrap();
     assert_eq!((&blocked["expr"], &blocked["for"]), (&json!("godwit_vmi_evacuation_blocked == 1"), &json!("1m")));
@@ -84,17 +84,54 @@ fn every_alert_is_in_the_rules_once() {
     assert_eq!(fenced.get("for"), None, "it is told at once");
 }
 
-/// ServiceMonitor → Service → pods → their port.
 #[test]
 fn prometheus_finds_each_component() {
     let options = Options { monitoring: Some(Prometheus::default()), ..Options::default() };
     let all: Vec<Value> = parts(&options).unwrap().into_iter().flat_map(|part| part.objects).collect();
+    assert_eq!(found(&all), 3);
+    let api = of(&all, "ServiceMonitor", "virt-api");
+    assert_eq!(api["spec"]["endpoints"][0]["tlsConfig"]["serverName"], "virt-api.kubevirt.svc");
+}
+
+/// Beside another KubeVirt: its controller, by no label that is KubeVirt's, and warnings about nothing that nobody tells.
+#[test]
+fn prometheus_finds_the_controller_of_node_maintenances_alone() {
+    let account = Prometheus { namespace: "mine".to_owned(), account: "prometheus".to_owned() };
+    let options = Options {
+        namespace: "maintenance".to_owned(),
+        components: vec![Component::Plan, Component::Maintenance],
+        monitoring: Some(account),
+        ..Options::default()
+    };
+    let parts = parts(&options).unwrap();
+    let added = &parts.last().unwrap().objects;
+    assert!(added.iter().all(|one| one["metadata"]["namespace"] == "maintenance"), "{added:?}");
+    let text = Value::from(added.clone()).to_string();
+    assert!(!text.contains("kubevirt") && !text.contains("virt-"), "{text}");
+    assert_eq!(of(added, "RoleBinding", "godwit-monitoring")["subjects"][0]["namespace"], "mine");
+    let all: Vec<Value> = parts.iter().flat_map(|part| part.objects.clone()).collect();
+    assert_eq!(found(&all), 1);
+    // Of all warnings those that need nothing but what is said of NodeMaintenances.
+    let needs_no_more = |alert: &Alert| {
+        let parsed = parse(&alert.expression).unwrap();
+        let mut found = Vec::new();
+        selectors(&parsed, &mut found);
+        found.iter().all(|one| one.name.as_deref().unwrap().starts_with("godwit_node_maintenance"))
+    };
+    let wanted: Vec<Alert> = alerts("maintenance").into_iter().filter(needs_no_more).collect();
+    assert_eq!((wanted.len(), &wanted), (3, &maintenance_alerts()));
+    let rules = of(added, "PrometheusRule", "godwit-monitoring")["spec"]["groups"][0]["rules"].as_array().unwrap();
+    let names: Vec<&str> = rules.iter().map(|rule| rule["alert"].as_str().unwrap()).collect();
+    assert_eq!(names, wanted.iter().map(|alert| alert.name).collect::<Vec<_>>());
+}
+
+/// How many ServiceMonitors there are: from each a Service, its pods and their port are found.
+fn found(all: &[Value]) -> usize {
     let has = |object: &Value, wanted: &Value| {
         wanted.as_object().unwrap().iter().all(|(key, value)| object["metadata"]["labels"][key] == *value)
     };
     let monitors: Vec<&Value> = all.iter().filter(|one| one["kind"] == "ServiceMonitor").collect();
-    assert_eq!(monitors.len(), 3);
-    for monitor in monitors {
+    for monitor in &monitors {
         let endpoint = &monitor["spec"]["endpoints"][0];
         assert_eq!(endpoint["honorLabels"], true, "the namespace is the VM's");
         let services: Vec<&Value> = all
@@ -118,8 +155,7 @@ fn prometheus_finds_each_component() {
             None => assert!(container["command"].as_array().unwrap().contains(&json!(format!("--health={target}")))),
         }
     }
-    let api = of(&all, "ServiceMonitor", "virt-api");
-    assert_eq!(api["spec"]["endpoints"][0]["tlsConfig"]["serverName"], "virt-api.kubevirt.svc");
+    monitors.len()
 }
 
 #[test]
@@ -139,10 +175,7 @@ fn prometheus_may_find_pods_and_nothing_else() {
 fn without_being_asked_for_nothing_of_it_is_there() {
     let plain: Vec<Value> = parts(&Options::default()).unwrap().into_iter().flat_map(|part| part.objects).collect();
     assert!(plain.iter().all(|one| one["apiVersion"] != "monitoring.coreos.com/v1"));
-    let options = Options {
-        components: vec![Component::Maintenance],
-        monitoring: Some(Prometheus::default()),
-        ..Options::default()
-    };
-    assert!(parts(&options).unwrap_err().to_string().contains("cannot install monitoring"));
+    let options =
+        Options { components: vec![Component::Plan], monitoring: Some(Prometheus::default()), ..Options::default() };
+    assert!(parts(&options).unwrap_err().to_string().contains("nothing of these components runs in the cluster"));
 }

@@ -214,13 +214,121 @@ fn image_and_namespace_are_as_asked() {
     let images: Vec<&Value> =
         objects.iter().filter_map(|one| one.pointer("/spec/template/spec/containers/0/image")).collect();
     assert_eq!(images, [&json!(options.image); 3]);
-    let elsewhere = Options { namespace: "elsewhere".to_owned(), ..Options::default() };
-    assert_eq!(parts(&elsewhere), Err(Error::Namespace("elsewhere".to_owned())));
+}
+
+/// All values of an object, with the ways to them.
+fn walk<'a>(value: &'a Value, path: &str, told: &mut impl FnMut(&str, &'a str)) {
+    match value {
+        Value::Object(members) => members.iter().for_each(|(key, value)| {
+            told(&format!("{path}/{key} (its name)"), key);
+            walk(value, &format!("{path}/{key}"), told);
+        }),
+        Value::Array(items) => items.iter().for_each(|item| walk(item, path, told)),
+        Value::String(text) => told(path, text),
+        Value::Null | Value::Bool(_) | Value::Number(_) => {}
+    }
+}
+
+/// The places where a text may speak of a namespace of this name, and not of something whose name only begins or ends so.
+fn mentions(text: &str, name: &str) -> bool {
+    let part_of_name = |next: Option<char>| next.is_some_and(|c| c.is_ascii_alphanumeric() || c == '_' || c == '-');
+    text.match_indices(name).any(|(at, _)| {
+        let (before, after) = (&text[..at], &text[at + name.len()..]);
+        // KubeVirt's groups.
+        let group = after.starts_with(".io");
+        !group && !part_of_name(before.chars().next_back()) && !part_of_name(after.chars().next())
+    })
+}
+
+#[test]
+fn of_a_namespace_other_names_are_told_apart() {
+    for text in
+        ["kubevirt", "virt-api.kubevirt.svc", "-n kubevirt get", "system:serviceaccount:kubevirt:a", "--x=kubevirt"]
+    {
+        assert!(mentions(text, "kubevirt"), "{text}");
+    }
+    for text in ["kubevirt.io", "subresources.kubevirt.io", "kubevirt-api", "x-kubevirt", "kubevirts", "kubevirt_x"] {
+        assert!(!mentions(text, "kubevirt"), "{text}");
+    }
+}
+
+#[test]
+fn in_another_namespace_nothing_speaks_of_the_usual_one() {
+    let objects_in = |namespace: &str| -> Vec<Value> {
+        let options =
+            Options { namespace: namespace.to_owned(), monitoring: Some(Prometheus::default()), ..Options::default() };
+        parts(&options).unwrap().into_iter().flat_map(|part| part.objects).collect()
+    };
+    let found = |objects: &[Value]| {
+        let mut found = BTreeSet::new();
+        for object in objects {
+            let (kind, name) = (object["kind"].as_str().unwrap(), object["metadata"]["name"].as_str().unwrap());
+            walk(object, "", &mut |path, text| {
+                // The kind's name in kubectl's words, and what a person reads of fields.
+                let own_name = kind == "CustomResourceDefinition" && path == "/spec/names/singular";
+                if mentions(text, KUBEVIRT_NAMESPACE) && !own_name {
+                    found.insert(format!("{kind} {name} {path}: {text}"));
+                }
+            });
+        }
+        found
+    };
+    assert_eq!(found(&objects_in("vms-9")), BTreeSet::new());
+    let usual = found(&objects_in(KUBEVIRT_NAMESPACE));
+    for place in [
+        "Namespace kubevirt /metadata/name",
+        "Deployment virt-api /metadata/namespace",
+        "ClusterRoleBinding kubevirt-controller /subjects/namespace",
+        "RoleBinding kubevirt-apiserver /subjects/namespace",
+        "APIService v1.subresources.kubevirt.io /spec/service/namespace",
+        "ValidatingWebhookConfiguration virt-api-validator /webhooks/clientConfig/service/namespace",
+        "ValidatingWebhookConfiguration virt-api-validator /webhooks/namespaceSelector/matchLabels/kubernetes.io/metadata.name",
+        "ServiceMonitor virt-api /spec/endpoints/tlsConfig/serverName",
+        "PrometheusRule godwit-monitoring /spec/groups/rules/annotations/description",
+        "Role godwit:plan /metadata/namespace",
+    ] {
+        assert!(usual.iter().any(|one| one.starts_with(place)), "{place} is looked at: {usual:#?}");
+    }
+    // What differs is the name alone.
+    let renamed = |object: &Value| {
+        let text = object.to_string().replace("vms-9", KUBEVIRT_NAMESPACE);
+        serde_json::from_str::<Value>(&text).unwrap()
+    };
+    let elsewhere: Vec<Value> = objects_in("vms-9").iter().map(renamed).collect();
+    assert_eq!(elsewhere, objects_in(KUBEVIRT_NAMESPACE));
+}
+
+#[test]
+fn a_namespace_is_one_that_can_be_godwits_own() {
+    let into = |namespace: &str, kubevirt: &str| {
+        let names = (namespace.to_owned(), kubevirt.to_owned());
+        parts(&Options { namespace: names.0, kubevirt: names.1, ..Options::default() }).map(drop)
+    };
+    assert_eq!(into("a", "b-2"), Ok(()));
+    for name in ["", "Kubevirt", "-a", "a-", "a.b", "a b", &"a".repeat(64)] {
+        assert_eq!(into(name, "kubevirt"), Err(Error::Name(name.to_owned())));
+        assert_eq!(into("kubevirt", name), Err(Error::Name(name.to_owned())));
+    }
+    for name in ["kube-system", "medik8s-leases", "node-maintenance"] {
+        assert_eq!(into(name, "kubevirt"), Err(Error::Shared(name.to_owned())));
+    }
+    // Elsewhere no two of what is printed are the same object.
+    let objects: Vec<Value> = parts(&Options { namespace: "a".to_owned(), ..Options::default() })
+        .unwrap()
+        .into_iter()
+        .flat_map(|part| part.objects)
+        .collect();
+    let id =
+        |one: &Value| [&one["kind"], &one["metadata"]["namespace"], &one["metadata"]["name"]].map(Value::to_string);
+    assert_eq!(objects.iter().map(id).collect::<BTreeSet<_>>().len(), objects.len());
 }
 
 #[test]
 fn beside_kubevirt_nothing_of_its_own_is_printed() {
     let beside = |components: &[Component]| parts(&Options { components: components.to_vec(), ..Options::default() });
+    let cnv = Options { kubevirt: "cnv".to_owned(), components: vec![Component::Plan], ..Options::default() };
+    let role = &parts(&cnv).unwrap()[0].objects[1];
+    assert_eq!((&role["kind"], &role["metadata"]["namespace"]), (&json!("Role"), &json!("cnv")));
     let plan = beside(&[Component::Plan, Component::Plan]).unwrap();
     let objects: Vec<&Value> = plan.iter().flat_map(|part| &part.objects).collect();
     let kinds: Vec<&Value> = objects.iter().map(|one| &one["kind"]).collect();
@@ -234,8 +342,12 @@ fn beside_kubevirt_nothing_of_its_own_is_printed() {
 #[test]
 fn maintenance_beside_kubevirt_takes_nothing_of_it() {
     const SHARED: [&str; 2] = ["medik8s-leases", "node-maintenance"];
-    let options =
-        Options { namespace: "maintenance".to_owned(), components: vec![Component::Maintenance], ..Options::default() };
+    let options = Options {
+        namespace: "maintenance".to_owned(),
+        kubevirt: "cnv".to_owned(),
+        components: vec![Component::Maintenance],
+        ..Options::default()
+    };
     let objects: Vec<Value> = parts(&options).unwrap().into_iter().flat_map(|part| part.objects).collect();
     let full = all();
     for object in &objects {
@@ -255,6 +367,8 @@ fn maintenance_beside_kubevirt_takes_nothing_of_it() {
     let command: Vec<&str> =
         spec["containers"][0]["command"].as_array().unwrap().iter().filter_map(Value::as_str).collect();
     assert!(command.contains(&"--nouns=maintenance") && command.contains(&"--lease=godwit-maintenance"), "{command:?}");
+    // Its own namespace, which the pod says, is where it holds its lease; the configuration is that of the KubeVirt beside it.
+    assert!(command.contains(&"--namespace=cnv"), "{command:?}");
     of(&objects, "ServiceAccount", spec["serviceAccountName"].as_str().unwrap());
     of(&objects, "Namespace", "maintenance");
     // Whoever may write VMs or pods could take guests away from those whose they are.

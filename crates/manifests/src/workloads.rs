@@ -201,11 +201,12 @@ pub fn controller(options: &Options) -> Vec<Value> {
 /// The controller of NodeMaintenances alone, under a lease of its own: two, of which one decides.
 pub fn maintenance(options: &Options) -> Vec<Value> {
     let (health, lease) = (health(), format!("--lease={}", access::MAINTAINER));
+    let kubevirt = format!("--namespace={}", options.kubevirt);
     let process = Process {
         name: access::MAINTAINER,
         label: NAME_LABEL,
         account: access::MAINTAINER,
-        command: &[BINARY, "controller", "--nouns=maintenance", &lease, &health],
+        command: &[BINARY, "controller", "--nouns=maintenance", &kubevirt, &lease, &health],
         options,
     };
     let mut container = json!({

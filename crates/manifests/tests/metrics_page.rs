@@ -56,18 +56,20 @@ fn page() -> String {
          ```sh\n\
          godwit manifests --monitoring --image registry.example.com/godwit:v0.1.0 | kubectl apply --server-side -f -\n\
          ```\n\n\
-         adds, in the namespace `kubevirt`, to what is installed ([install.md](install.md)): Services `virt-controller-metrics` and `virt-handler-metrics` without an \
+         adds, in the namespace `kubevirt` or that of `--namespace`, to what is installed ([install.md](install.md)): Services `virt-controller-metrics` and `virt-handler-metrics` without an \
          address, by which the pods are found; a\nServiceMonitor for each component; the PrometheusRule `godwit-monitoring` with the alerts below; and a Role that lets \
          Prometheus find the pods, bound to the account\n`monitoring/prometheus-k8s` (kube-prometheus'; `--monitoring-account NAMESPACE/NAME` for another one). The kinds \
          `monitoring.coreos.com/v1` have to be there. With kustomize it is\n`components: [https://github.com/YOUR/godwit//deploy/monitoring]` beside the base.\n\n\
          A Prometheus that takes only ServiceMonitors and rules with certain labels (the Helm chart kube-prometheus-stack: `release: NAME`) does not see these until they \
          have them:\n`kubectl -n kubevirt label servicemonitor,prometheusrule --all release=NAME`. Without the operator, scrape the pods with \
          `honor_labels: true`, as the ServiceMonitors do: the label\n`namespace` is the VM's.\n\n\
+         Beside another KubeVirt, `godwit manifests --components maintenance --monitoring` adds the same for the controller of NodeMaintenances alone, with the alerts \
+         `GodwitNodeMaintenance…`: it\ntells nothing else.\n\n\
          ## Alerts\n\n\
          Names that KubeVirt has mean what they mean there.\n\n\
          | alert | severity | when | for | what to do |\n|---|---|---|---|---|\n",
     );
-    for alert in alerts() {
+    for alert in alerts("kubevirt") {
         let after = if alert.after.is_empty() { "at once" } else { alert.after };
         let _ = writeln!(
             page,

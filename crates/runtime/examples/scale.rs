@@ -2,6 +2,7 @@
 
 use std::time::Instant;
 
+use godwit_api::Installation;
 use godwit_control::{Effect, Key, Kind, Name, Object, Settings, Source, View, World, placement, turns};
 use jiff::Timestamp;
 use serde_json::{Value, json};
@@ -79,7 +80,7 @@ fn main() {
 }
 
 fn ledger() -> Value {
-    let name = turns::reference().name;
+    let name = turns::reference(&Installation::USUAL).name;
     json!({"metadata": {"namespace": name.namespace, "name": name.name, "uid": "ledger",
         "creationTimestamp": "2020-01-01T00:00:00Z"}})
 }

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use futures::StreamExt;
+use godwit_api::Installation;
 use godwit_control::{Kind, Object};
 use kube::api::{Api, DynamicObject};
 use kube::core::ApiResource;
@@ -47,12 +48,16 @@ pub fn resource(kind: Kind) -> ApiResource {
     }
 }
 
+/// The objects of a kind that matter to an installation.
+pub fn kind_api(client: &kube::Client, kind: Kind, installation: &Installation) -> Api<DynamicObject> {
+    match kind.only_in(installation) {
+        Some(namespace) => Api::namespaced_with(client.clone(), namespace, &resource(kind)),
+        None => Api::all_with(client.clone(), &resource(kind)),
+    }
+}
+
 /// Watches a kind and sends the news until nobody listens any more. Errors of the connection are retried.
-pub async fn watch_kind(client: kube::Client, kind: Kind, news: mpsc::Sender<News>) {
-    let api: Api<DynamicObject> = match kind.only_in() {
-        Some(namespace) => Api::namespaced_with(client, namespace, &resource(kind)),
-        None => Api::all_with(client, &resource(kind)),
-    };
+pub async fn watch_kind(api: Api<DynamicObject>, kind: Kind, news: mpsc::Sender<News>) {
     // A page is held as it came before it is taken in, which is a multiple of what is kept of it.
     let config = watcher::Config { page_size: Some(PAGE), ..watcher::Config::default() };
     let mut pause = FIRST_PAUSE;

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
 use futures::stream::{self, BoxStream, StreamExt};
+use godwit_api::Installation;
 use godwit_control::{Object, Settings};
 use http::{Request, Response, StatusCode};
 use http_body::Frame;
@@ -117,7 +118,7 @@ impl Watched {
         let (client, asked) = server(answers);
         let (tell, news) = mpsc::channel(BATCH);
         let mut watch = JoinSet::new();
-        watch.spawn(watch_kind(client.clone(), Kind::Pod, tell));
+        watch.spawn(watch_kind(kind_api(&client, Kind::Pod, &Installation::USUAL), Kind::Pod, tell));
         let executor = Executor { client, controller: None, events: mpsc::channel(1).0, leads: None };
         let options = Options { settings: Settings::cluster(), ..Options::cluster("me") };
         let shell = Shell::new(options, vec![Kind::Pod], executor.clone(), executor, Leads::Always);

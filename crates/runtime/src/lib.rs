@@ -15,6 +15,7 @@ mod scrape;
 #[cfg(test)]
 mod tests;
 
+use godwit_api::Installation;
 use godwit_control::lease::Candidate;
 use godwit_control::{Kind, Noun, Settings};
 
@@ -25,6 +26,8 @@ pub use scrape::{Scraper, Scrapes, scraping};
 pub struct Options {
     /// Who this is, as reported in events (`reportingInstance`): a pod's or a host's name.
     pub identity: String,
+    /// Where godwit is installed. [`Self::lease`] names its own namespace.
+    pub installation: Installation,
     /// How the installation is set up.
     pub settings: Settings,
     /// What to decide about. [`Noun::STANDALONE`] for the standalone mode.
@@ -47,6 +50,7 @@ impl Options {
             // The store is open in one process only.
             lease: Some(Candidate::new(identity.clone())),
             identity,
+            installation: Installation::default(),
             settings: Settings::standalone(data_dir),
             nouns: Noun::STANDALONE.to_vec(),
             listed: None,

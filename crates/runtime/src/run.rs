@@ -16,7 +16,7 @@ use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
 use crate::execute::{Executor, Failure, Learned, Seen};
-use crate::intake::{News, watch_kind};
+use crate::intake::{News, kind_api, watch_kind};
 use crate::leftovers::{Leftovers, give_back};
 use crate::scrape::{Counting, Scrapes, Standing};
 use crate::{Error, Options, events, leader, scrape};
@@ -53,7 +53,7 @@ pub async fn run(client: Client, mut options: Options, shutdown: impl Future<Out
     let mut background = JoinSet::new();
     let kinds = kinds_for(&options.nouns);
     for kind in &kinds {
-        background.spawn(watch_kind(client.clone(), *kind, news_in.clone()));
+        background.spawn(watch_kind(kind_api(&client, *kind, &options.installation), *kind, news_in.clone()));
     }
     drop(news_in);
     background.spawn(events::record(client.clone(), options.identity.clone(), events_out));
@@ -169,8 +169,8 @@ struct Shell {
 impl Shell {
     fn new(options: Options, kinds: Vec<Kind>, executor: Executor, scheduler: Executor, leads: Leads) -> Self {
         Self {
+            world: World::of(options.installation.clone()),
             options,
-            world: World::default(),
             queue: Queue::default(),
             unlisted: kinds.into_iter().collect(),
             lists: BTreeMap::new(),

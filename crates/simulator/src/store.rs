@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use godwit_api::Installation;
 use godwit_api::admission::{self, Lookup, Operation, Request, User, eviction};
 use godwit_control::{Kind, Name, Object, Ordered, Ref, Stored, has_status_subresource, names};
 use godwit_machinery::patch;
@@ -394,6 +395,10 @@ fn kind_of(wanted: &str) -> Option<Kind> {
 }
 
 impl Lookup for Store {
+    fn installation(&self) -> &Installation {
+        &Installation::USUAL
+    }
+
     fn get(&self, kind: &str, namespace: &str, name: &str) -> Option<Value> {
         let kind = kind_of(kind)?;
         self.objects.get(&Ref::new(kind, Name::new(namespace, name))).and_then(|object| object.to_value().ok())

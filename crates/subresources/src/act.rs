@@ -3,8 +3,9 @@
 use crate::console::{self, Guest};
 use crate::objects::Objects;
 use crate::screen;
+use godwit_api::access::API;
 use godwit_api::admission::Lookup;
-use godwit_api::names::{GROUP, KUBEVIRT_NAME, KUBEVIRT_NAMESPACE, OWN_USERS_PREFIX};
+use godwit_api::names::GROUP;
 use godwit_api::subresources::{self, CONSOLE, Decision, Errand, INSTANCES, MACHINES, Refusal, Request, VNC, Write};
 use godwit_handler::front::{CallError, FrontClient, Spot};
 use godwit_machinery::resource::{Columns, GroupVersion, Resource};
@@ -27,7 +28,7 @@ pub fn resources() -> Vec<Resource> {
 /// What is answered to a path right below a version of the group, such as `version`; none where there is nothing. `kubernetes`
 /// is what the API server says of its own version.
 pub fn root(path: &str, kubernetes: &Value, lookup: &dyn Lookup) -> Option<Result<Value, Status>> {
-    let installation = lookup.get("KubeVirt", KUBEVIRT_NAMESPACE, KUBEVIRT_NAME);
+    let installation = lookup.kubevirt();
     let answer = subresources::root(path, kubernetes, installation.as_ref());
     answer.map(Ok).or_else(|| unknown("", path).map(Err))
 }
@@ -82,7 +83,7 @@ pub fn outcome(front: &FrontClient, plan: Plan, asked: Asked<'_>, objects: Arc<d
         Plan::Deed(deed) => Outcome::Write(Deed {
             code: deed.code,
             writes: deed.writes.into_iter().map(write).collect(),
-            user: User::new(format!("{OWN_USERS_PREFIX}kubevirt-apiserver"), &["system:serviceaccounts"]),
+            user: User::new(objects.installation().user(API), &["system:serviceaccounts"]),
             dry_run: deed.dry_run,
         }),
         Plan::Errand(errand, spot) if [CONSOLE, VNC].contains(&errand.action.as_str()) => {

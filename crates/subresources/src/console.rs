@@ -8,7 +8,7 @@ use futures::{SinkExt, StreamExt};
 use godwit_api::VirtualMachineInstance;
 use godwit_api::admission::Lookup;
 use godwit_api::names::fence::LEASE_PREFIX;
-use godwit_api::names::{ANNOTATION_FENCE_ADDRESS, ANNOTATION_NODE_LOST, KUBEVIRT_NAMESPACE};
+use godwit_api::names::{ANNOTATION_FENCE_ADDRESS, ANNOTATION_NODE_LOST};
 use godwit_api::subresources::{PLAIN, place};
 use godwit_handler::front::{CallError, FrontClient, Here, Sight, Spot, Whereabouts, follow};
 use godwit_machinery::status::Status;
@@ -65,7 +65,7 @@ impl Guest {
 
 /// A node's fence lease.
 fn lease_of(lookup: &dyn Lookup, node: &str) -> Option<Value> {
-    lookup.get("Lease", KUBEVIRT_NAMESPACE, &format!("{LEASE_PREFIX}{node}"))
+    lookup.get("Lease", lookup.installation().namespace(), &format!("{LEASE_PREFIX}{node}"))
 }
 
 /// A place with the address of its node's handler: the one that the handler says in its lease, which need not be its node's

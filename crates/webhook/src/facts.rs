@@ -7,6 +7,7 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use godwit_api::Installation;
 use godwit_api::admission::{Lookup, resource_of};
 use kube::Api;
 use kube::api::{ApiResource, DynamicObject, ListParams};
@@ -63,8 +64,18 @@ pub enum Error {
 #[derive(Debug, Default)]
 pub struct Facts(BTreeMap<Question, Vec<Value>>);
 
+/// Where objects are read, and of which installation.
+#[derive(Clone)]
+pub struct Cluster {
+    /// Its API server.
+    pub client: kube::Client,
+    /// Where godwit is installed.
+    pub installation: Installation,
+}
+
 /// The facts as a rule sees them; notes what is missing.
 struct Known<'a> {
+    installation: &'a Installation,
     facts: &'a Facts,
     missing: RefCell<BTreeSet<Question>>,
 }
@@ -79,6 +90,10 @@ impl Known<'_> {
 }
 
 impl Lookup for Known<'_> {
+    fn installation(&self) -> &Installation {
+        self.installation
+    }
+
     fn get(&self, kind: &str, namespace: &str, name: &str) -> Option<Value> {
         let question = Question::Get { kind: kind.to_owned(), namespace: namespace.to_owned(), name: name.to_owned() };
         self.answer(question).into_iter().next()
@@ -94,18 +109,18 @@ impl Lookup for Known<'_> {
 ///
 /// # Errors
 /// When something could not be read; the rule's verdict is then worth nothing.
-pub async fn ask<T>(client: &kube::Client, mut rule: impl FnMut(&dyn Lookup) -> T) -> Result<T, Error> {
+pub async fn ask<T>(cluster: &Cluster, mut rule: impl FnMut(&dyn Lookup) -> T) -> Result<T, Error> {
     let mut facts = Facts::default();
     for _ in 0..ROUNDS {
         let (verdict, missing) = {
-            let known = Known { facts: &facts, missing: RefCell::default() };
+            let known = Known { installation: &cluster.installation, facts: &facts, missing: RefCell::default() };
             (rule(&known), known.missing.into_inner())
         };
         if missing.is_empty() {
             return Ok(verdict);
         }
         for question in missing {
-            let found = tokio::time::timeout(READ_TIMEOUT, read(client, &question))
+            let found = tokio::time::timeout(READ_TIMEOUT, read(&cluster.client, &question))
                 .await
                 .map_err(|_| Error::Late(question.what()))??;
             facts.0.insert(question, found);
@@ -165,7 +180,7 @@ pub(crate) fn api(client: &kube::Client, kind: &str, namespace: &str) -> Api<Dyn
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::net::SocketAddr;
 
     use bytes::Bytes;
@@ -178,37 +193,42 @@ mod tests {
 
     use super::*;
 
-    /// An API server that answers all requests with this code.
-    async fn server(code: u16) -> SocketAddr {
+    /// An API server that has these objects, by their paths, and else answers with this code.
+    async fn server(objects: Vec<(String, Value)>, code: u16) -> SocketAddr {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let answer = move |_: Request<Incoming>| async move {
-            let status =
-                json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "message": "no", "code": code});
-            Response::builder().status(code).body(Full::new(Bytes::from(status.to_string())))
+        let answer = move |request: Request<Incoming>| {
+            let found = objects.iter().find(|(path, _)| path == request.uri().path()).map(|(_, object)| object.clone());
+            let reason = if code == 404 { "NotFound" } else { "" };
+            let status = json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "message": "no", "code": code, "reason": reason});
+            let (code, body) = found.map_or((code, status), |object| (200, object));
+            std::future::ready(Response::builder().status(code).body(Full::new(Bytes::from(body.to_string()))))
         };
         tokio::spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
                 let served = hyper::server::conn::http1::Builder::new();
-                tokio::spawn(served.serve_connection(TokioIo::new(stream), service_fn(answer)));
+                tokio::spawn(served.serve_connection(TokioIo::new(stream), service_fn(answer.clone())));
             }
         });
         address
     }
 
+    /// The cluster of such a server.
+    pub(crate) async fn cluster(objects: Vec<(String, Value)>, code: u16) -> Cluster {
+        let uri = format!("http://{}", server(objects, code).await).parse().unwrap();
+        let client = kube::Client::try_from(kube::Config::new(uri)).unwrap();
+        Cluster { client, installation: Installation::default() }
+    }
+
     #[tokio::test]
     async fn who_may_not_see_openshifts_version_is_on_none() {
-        let client = async |code| {
-            let uri = format!("http://{}", server(code).await).parse().unwrap();
-            kube::Client::try_from(kube::Config::new(uri)).unwrap()
-        };
-        let forbidden = client(403).await;
+        let forbidden = cluster(Vec::new(), 403).await;
         let version = ask(&forbidden, |lookup| lookup.get("ClusterVersion", "", "version")).await;
         assert_eq!(version.unwrap(), None);
         // Of what every cluster has, that is an error.
         let node = ask(&forbidden, |lookup| lookup.get("Node", "", "node1")).await;
         assert!(node.unwrap_err().to_string().starts_with("cannot read Node /node1 from the API server"));
-        let broken = client(500).await;
+        let broken = cluster(Vec::new(), 500).await;
         assert!(ask(&broken, |lookup| lookup.get("ClusterVersion", "", "version")).await.is_err());
     }
 }

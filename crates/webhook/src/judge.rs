@@ -2,31 +2,29 @@
 
 use godwit_api::admission::eviction::{self, Answer as Evicted, Eviction, Mark};
 use godwit_api::admission::{self, Denial, Lookup, Operation, Request, User};
-use godwit_api::names::{KUBEVIRT_NAME, KUBEVIRT_NAMESPACE};
-use kube::Client;
 use kube::api::{Patch, PatchParams};
 use serde_json::Value;
 
 use crate::answer::Answer;
-use crate::facts::{api, ask};
+use crate::facts::{Cluster, api, ask};
 use crate::review::Review;
 use crate::routes::{Act, Route};
 
 /// What becomes of the request that is reviewed.
-pub async fn judge(client: &Client, route: &Route, review: &Review) -> Answer {
+pub async fn judge(cluster: &Cluster, route: &Route, review: &Review) -> Answer {
     let user = review.user();
     let verdict: Result<Result<Answer, Box<Denial>>, _> = match route.act {
         Act::Mutate => {
-            ask(client, |lookup| {
+            ask(cluster, |lookup| {
                 let mutation = admission::mutate(&request(review, &user, lookup))?;
                 Ok(Answer::Changed(mutation.object, mutation.warnings))
             })
             .await
         }
         Act::Validate => {
-            ask(client, |lookup| Ok(Answer::Allowed(admission::validate(&request(review, &user, lookup))?))).await
+            ask(cluster, |lookup| Ok(Answer::Allowed(admission::validate(&request(review, &user, lookup))?))).await
         }
-        Act::Evict => return evict(client, review).await,
+        Act::Evict => return evict(cluster, review).await,
     };
     match verdict {
         Ok(Ok(answer)) => answer,
@@ -60,15 +58,15 @@ fn not_asked(error: &crate::facts::Error) -> String {
 /// How often a mark is decided anew because somebody else wrote the VMI meanwhile.
 const ATTEMPTS: usize = 5;
 
-async fn evict(client: &Client, review: &Review) -> Answer {
+async fn evict(cluster: &Cluster, review: &Review) -> Answer {
     let mut last = String::new();
     for _ in 0..ATTEMPTS {
-        match ask(client, |lookup| may_go(lookup, review)).await {
+        match ask(cluster, |lookup| may_go(lookup, review)).await {
             Err(error) => return Answer::Failed(not_asked(&error)),
             Ok(Evicted::Allowed) => return Answer::Allowed(Vec::new()),
             Ok(Evicted::Refused(denial)) => return Answer::Denied(denial),
             Ok(Evicted::Marks(_, denial)) if review.dry_run() => return Answer::Denied(denial),
-            Ok(Evicted::Marks(mark, denial)) => match write(client, &mark).await {
+            Ok(Evicted::Marks(mark, denial)) => match write(cluster, &mark).await {
                 Ok(()) => return Answer::Denied(denial),
                 Err(kube::Error::Api(status)) if status.code == 409 => last = status.message,
                 Err(error) => return Answer::Denied(eviction::not_marked(&error.to_string())),
@@ -82,7 +80,7 @@ fn may_go(lookup: &dyn Lookup, review: &Review) -> Evicted {
     let Some(pod) = lookup.get("Pod", &review.namespace, &review.name) else { return Evicted::Allowed };
     let Some(name) = eviction::domain_of(&pod) else { return Evicted::Allowed };
     let vmi = lookup.get("VirtualMachineInstance", &review.namespace, &name);
-    let kubevirt = lookup.get("KubeVirt", KUBEVIRT_NAMESPACE, KUBEVIRT_NAME).unwrap_or_default();
+    let kubevirt = lookup.kubevirt().unwrap_or_default();
     eviction::evict(&Eviction {
         pod: &pod,
         vmi: vmi.as_ref().ok_or_else(|| eviction::not_found(&name)),
@@ -91,7 +89,58 @@ fn may_go(lookup: &dyn Lookup, review: &Review) -> Evicted {
     })
 }
 
-async fn write(client: &Client, mark: &Mark) -> Result<(), kube::Error> {
-    let vmis = api(client, "VirtualMachineInstance", &mark.namespace);
+async fn write(cluster: &Cluster, mark: &Mark) -> Result<(), kube::Error> {
+    let vmis = api(&cluster.client, "VirtualMachineInstance", &mark.namespace);
     vmis.patch(&mark.name, &PatchParams::default(), &Patch::Merge(&mark.patch)).await.map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use godwit_api::Installation;
+    use serde_json::json;
+
+    use super::*;
+    use crate::facts::tests::cluster;
+    use crate::routes;
+
+    /// What becomes of the eviction of a guest without a strategy of its own, where the KubeVirt object in this namespace has one for
+    /// all, and godwit is installed elsewhere.
+    async fn of_eviction(configured_in: &str) -> Answer {
+        let core = "/api/v1/namespaces/ns/pods/launcher".to_owned();
+        let pod = json!({
+            "apiVersion": "v1", "kind": "Pod", "status": {"phase": "Running"}, "spec": {"nodeName": "node1"},
+            "metadata": {"name": "launcher", "namespace": "ns", "labels": {"kubevirt.io": "virt-launcher"},
+                "annotations": {"kubevirt.io/domain": "db"}},
+        });
+        let group = "/apis/kubevirt.io/v1/namespaces";
+        let vmi = json!({
+            "apiVersion": "kubevirt.io/v1", "kind": "VirtualMachineInstance",
+            "metadata": {"name": "db", "namespace": "ns", "resourceVersion": "7"}, "spec": {"domain": {"devices": {}}},
+            "status": {"phase": "Running", "nodeName": "node1", "conditions": [{"type": "LiveMigratable", "status": "True"}]},
+        });
+        let kubevirt = json!({
+            "apiVersion": "kubevirt.io/v1", "kind": "KubeVirt", "metadata": {"name": "kubevirt", "namespace": configured_in},
+            "spec": {"configuration": {"evictionStrategy": "LiveMigrate"}},
+        });
+        let objects = vec![
+            (core, pod),
+            (format!("{group}/ns/virtualmachineinstances/db"), vmi),
+            (format!("{group}/{configured_in}/kubevirts/kubevirt"), kubevirt),
+        ];
+        let cluster = Cluster { installation: Installation::new("elsewhere"), ..cluster(objects, 404).await };
+        let review: Review = serde_json::from_value(json!({
+            "uid": "u", "kind": {"group": "policy", "version": "v1", "kind": "Eviction"},
+            "resource": {"group": "", "version": "v1", "resource": "pods"}, "subResource": "eviction",
+            "namespace": "ns", "name": "launcher", "operation": "CREATE", "userInfo": {"username": "jane"}, "dryRun": true,
+        }))
+        .unwrap();
+        judge(&cluster, routes::of("/pod-eviction-validate").unwrap(), &review).await
+    }
+
+    #[tokio::test]
+    async fn the_kubevirt_object_of_the_installation_counts_and_no_other() {
+        let Answer::Denied(denial) = of_eviction("elsewhere").await else { panic!("it is granted") };
+        assert!(denial.text().contains("Eviction triggered evacuation of VMI"), "{}", denial.text());
+        assert!(matches!(of_eviction("kubevirt").await, Answer::Allowed(_)));
+    }
 }

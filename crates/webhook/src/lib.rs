@@ -11,6 +11,7 @@ mod listen;
 pub mod review;
 pub use godwit_api::admission::routes;
 
+pub use facts::Cluster;
 pub use judge::judge;
 pub use listen::{answer as answer_request, serve};
 
@@ -25,8 +26,8 @@ pub struct Options {
     pub certificate: PathBuf,
     /// PEM file of its private key.
     pub key: PathBuf,
-    /// How it reads other objects (and marks VMIs for evacuation).
-    pub client: kube::Client,
+    /// Where it reads other objects (and marks VMIs for evacuation).
+    pub cluster: Cluster,
 }
 
 /// Why the server could not start.

@@ -16,7 +16,7 @@ use tokio::sync::{Semaphore, watch};
 
 use crate::review::Review;
 use crate::routes::{Act, Route};
-use crate::{Error, Options, judge, routes};
+use crate::{Cluster, Error, Options, judge, routes};
 
 /// A review holds the object twice, each at most three MiB (the API server's own limit), and some more.
 const MAX_BODY: usize = 8 << 20;
@@ -46,12 +46,12 @@ pub async fn serve(options: Options, shutdown: impl Future<Output = ()> + Send) 
         .with_single_cert(pem::certificates(&options.certificate)?, pem::key(&options.key)?)?;
     config.alpn_protocols = listen::alpn();
     let listener = listen::listener(options.listener)?;
-    let client = options.client;
+    let cluster = options.cluster;
     let handler = move |_| {
-        let client = client.clone();
+        let cluster = cluster.clone();
         move |request| {
-            let client = client.clone();
-            async move { answer(&client, request).await }
+            let cluster = cluster.clone();
+            async move { answer(&cluster, request).await }
         }
     };
     let (stop, stopping) = watch::channel(false);
@@ -66,7 +66,7 @@ pub async fn serve(options: Options, shutdown: impl Future<Output = ()> + Send) 
 }
 
 /// Answers a request: a review at one of the [`routes`].
-pub async fn answer(client: &kube::Client, request: Request<Incoming>) -> Response<Full<Bytes>> {
+pub async fn answer(cluster: &Cluster, request: Request<Incoming>) -> Response<Full<Bytes>> {
     let path = request.uri().path().to_owned();
     if request.method() == Method::GET && path == "/healthz" {
         return text(StatusCode::OK, "ok");
@@ -81,7 +81,7 @@ pub async fn answer(client: &kube::Client, request: Request<Incoming>) -> Respon
         Act::Evict => &EVICTIONS,
         Act::Mutate | Act::Validate => &REVIEWS,
     };
-    bounded(DEADLINE, places, review(client, route, request)).await
+    bounded(DEADLINE, places, review(cluster, route, request)).await
 }
 
 /// An answer in any case: when there is no place, when it takes too long, when a rule panics.
@@ -107,7 +107,7 @@ async fn bounded(
     }
 }
 
-async fn review(client: &kube::Client, route: &'static Route, request: Request<Incoming>) -> Response<Full<Bytes>> {
+async fn review(cluster: &Cluster, route: &'static Route, request: Request<Incoming>) -> Response<Full<Bytes>> {
     let http2 = request.version() == Version::HTTP_2;
     let body = match read(request.into_body()).await {
         Ok(Some(body)) => body,
@@ -122,7 +122,7 @@ async fn review(client: &kube::Client, route: &'static Route, request: Request<I
     };
     match Review::read(&body, route) {
         Ok(review) => {
-            let answer = judge(client, route, &review).await.review(&review);
+            let answer = judge(cluster, route, &review).await.review(&review);
             let mut response = Response::new(Full::new(Bytes::from(answer.to_string())));
             response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static("application/json"));
             response

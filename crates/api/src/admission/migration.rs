@@ -2,12 +2,11 @@
 
 use serde_json::{Value, json};
 
-use super::{Cause, Denial, Operation, Request, Verdict, add_finalizer, installation, label, object_at, read};
+use super::{Cause, Denial, Operation, Request, Verdict, add_finalizer, configured, label, object_at, read};
+use crate::access::CONTROLLER;
 use crate::gates::LIVE_MIGRATION;
 use crate::names::conditions::LIVE_MIGRATABLE;
-use crate::names::{
-    ANNOTATION_BANDWIDTH, ANNOTATION_REQUESTED_BY, CONTROLLER_USER, FINALIZER_MIGRATION, LABEL_VMI_NAME,
-};
+use crate::names::{ANNOTATION_BANDWIDTH, ANNOTATION_REQUESTED_BY, FINALIZER_MIGRATION, LABEL_VMI_NAME};
 use crate::names::{ANNOTATION_LATEST_OBSERVED_API_VERSION, ANNOTATION_STORAGE_OBSERVED_API_VERSION};
 use crate::{VirtualMachineInstanceMigration, Vmi};
 
@@ -21,7 +20,7 @@ pub(super) fn mutate(request: &Request<'_>, object: &mut Value) {
         Operation::Create => {
             add_finalizer(object, FINALIZER_MIGRATION);
             // Godwit's own accounts may ask in somebody's name: `virtctl migrate` does not make the migration itself.
-            if !request.user.is_own() || annotation(object, ANNOTATION_REQUESTED_BY).is_none() {
+            if !request.is_own() || annotation(object, ANNOTATION_REQUESTED_BY).is_none() {
                 set_metadata(object, "annotations", ANNOTATION_REQUESTED_BY, Some(&request.user.name));
             }
             // KubeVirt's controller writes these; here it is spared the write
@@ -85,11 +84,11 @@ fn create(request: &Request<'_>, object: &Value) -> Verdict {
     if migration.vmi_name().is_empty() {
         return cause(Cause::required("spec.vmiName", "vmiName is missing"));
     }
-    if migration.spec.priority.is_some() && request.user.name != CONTROLLER_USER {
+    if migration.spec.priority.is_some() && !request.is_of(CONTROLLER) {
         let text = "Migration priority queue, only virt-controller is allowed to set priority field";
         return cause(Cause::invalid("spec.migrationPriority", text));
     }
-    if !installation(request).gates.live_migration() {
+    if !configured(request).gates.live_migration() {
         return plain(format!("{LIVE_MIGRATION} feature gate is not enabled in kubevirt resource"));
     }
     if migration.spec.send_to.is_some() || migration.spec.receive.is_some() {

@@ -19,12 +19,11 @@ use std::collections::BTreeMap;
 
 use serde_json::Value;
 
+use crate::Installation;
 use crate::gates::Gates;
 use crate::kubevirt::{KubeVirt, KubeVirtConfiguration};
 use crate::maintenance::{GROUP_KUBEVIRT, GROUP_MEDIK8S, GROUPS};
-use crate::names::{
-    CONFIG_MAP_NAME, EXTRA_NODE_NAME, GROUP, GROUP_MIGRATIONS, KUBEVIRT_NAME, KUBEVIRT_NAMESPACE, OWN_USERS_PREFIX,
-};
+use crate::names::{CONFIG_MAP_NAME, EXTRA_NODE_NAME, GROUP, GROUP_MIGRATIONS, KUBEVIRT_NAME};
 
 /// What is being done to the object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,11 +48,6 @@ pub struct User {
 }
 
 impl User {
-    /// Whether this is one of godwit's own accounts.
-    pub fn is_own(&self) -> bool {
-        self.name.starts_with(OWN_USERS_PREFIX)
-    }
-
     /// The node of the pod whose service account this is, when authentication said it.
     pub fn node(&self) -> Option<&str> {
         self.extra.get(EXTRA_NODE_NAME)?.first().map(String::as_str).filter(|node| !node.is_empty())
@@ -62,10 +56,22 @@ impl User {
 
 /// Other objects, as they are now.
 pub trait Lookup {
+    /// Where godwit is installed.
+    fn installation(&self) -> &Installation;
     /// One object of a kind that [`resource_of`] knows, or none; without a namespace where the kind has none.
     fn get(&self, kind: &str, namespace: &str, name: &str) -> Option<Value>;
     /// The objects of a kind in a namespace (all namespaces when empty) that carry the label, or all without one.
     fn list(&self, kind: &str, namespace: &str, label: Option<(&str, &str)>) -> Vec<Value>;
+
+    /// The installation's KubeVirt object.
+    fn kubevirt(&self) -> Option<Value> {
+        self.get("KubeVirt", self.installation().namespace(), KUBEVIRT_NAME)
+    }
+
+    /// The installation's ConfigMap with its configuration in the old form.
+    fn config_map(&self) -> Option<Value> {
+        self.get("ConfigMap", self.installation().namespace(), CONFIG_MAP_NAME)
+    }
 }
 
 /// Group, version and plural of a kind that the rules look up. A kind that several groups have is named with its group:
@@ -87,6 +93,10 @@ pub fn resource_of(kind: &str) -> (&'static str, &'static str, String) {
 pub struct Nothing;
 
 impl Lookup for Nothing {
+    fn installation(&self) -> &Installation {
+        &Installation::USUAL
+    }
+
     fn get(&self, _: &str, _: &str, _: &str) -> Option<Value> {
         None
     }
@@ -125,6 +135,18 @@ pub struct Request<'a> {
     pub dry_run: bool,
     /// Other objects.
     pub lookup: &'a dyn Lookup,
+}
+
+impl Request<'_> {
+    /// Whether one of godwit's own accounts asks: they may write a VMI's status.
+    pub fn is_own(&self) -> bool {
+        self.lookup.installation().has_user(&self.user.name)
+    }
+
+    /// Whether this account of godwit's own asks.
+    fn is_of(&self, account: &str) -> bool {
+        self.lookup.installation().is_user(&self.user.name, account)
+    }
 }
 
 /// What a mutation makes of the object.
@@ -268,7 +290,9 @@ pub fn validate(request: &Request<'_>) -> Verdict {
         (GROUP, "KubeVirt") => kubevirt::validate(request),
         (GROUP_MIGRATIONS, "MigrationPolicy") => policy::validate(request),
         (GROUP | GROUP_KUBEVIRT | GROUP_MEDIK8S, "NodeMaintenance") => maintenance::validate(request),
-        ("", "ConfigMap") if (request.namespace, request.name) == (KUBEVIRT_NAMESPACE, CONFIG_MAP_NAME) => {
+        ("", "ConfigMap")
+            if (request.namespace, request.name) == (request.lookup.installation().namespace(), CONFIG_MAP_NAME) =>
+        {
             kubevirt::config_map(request)
         }
         _ => Ok(Vec::new()),
@@ -276,22 +300,22 @@ pub fn validate(request: &Request<'_>) -> Verdict {
 }
 
 /// What the installation says.
-struct Installation {
+struct Configured {
     configuration: Option<KubeVirtConfiguration>,
     gates: Gates,
 }
 
-fn installation(request: &Request<'_>) -> Installation {
-    let kubevirt = request.lookup.get("KubeVirt", KUBEVIRT_NAMESPACE, KUBEVIRT_NAME);
+fn configured(request: &Request<'_>) -> Configured {
+    let kubevirt = request.lookup.kubevirt();
     let kubevirt = kubevirt.and_then(|object| serde_json::from_value::<KubeVirt>(object).ok());
-    let map = request.lookup.get("ConfigMap", KUBEVIRT_NAMESPACE, CONFIG_MAP_NAME);
+    let map = request.lookup.config_map();
     let data = map.and_then(|map| serde_json::from_value(map.get("data")?.clone()).ok());
     let gates = Gates::of(kubevirt.as_ref(), data.as_ref());
     let configuration = kubevirt.map(|kubevirt| {
         let cpu_model = kubevirt.default_cpu_model().map(str::to_owned);
         KubeVirtConfiguration { cpu_model, ..kubevirt.spec.configuration }
     });
-    Installation { configuration, gates }
+    Configured { configuration, gates }
 }
 
 /// Reads the object as its type; a failure names the place.

@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use super::{Cause, Denial, Operation, Request, Verdict, installation, read};
+use super::{Cause, Denial, Operation, Request, Verdict, configured, read};
 use crate::MigrationPolicy;
 use crate::config::{MAX_DOWNTIME_NEEDS_A_GATE, sift};
 use crate::gates::{MIGRATION_DOWNTIME_TUNING, MIGRATION_STALL_DETECTION};
@@ -12,7 +12,7 @@ const WEBHOOK: &str = "migration-policy-validator.kubevirt.io";
 pub(super) fn validate(request: &Request<'_>) -> Verdict {
     let Some(object) = request.object else { return Ok(Vec::new()) };
     let policy: MigrationPolicy = read(WEBHOOK, object)?;
-    let gates = installation(request).gates;
+    let gates = configured(request).gates;
     let old = request.old_object.filter(|_| request.operation == Operation::Update).unwrap_or(&Value::Null);
     let mut causes = Vec::new();
     let mut warnings = Vec::new();

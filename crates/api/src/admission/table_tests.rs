@@ -9,7 +9,9 @@ use serde_json::{Value, json};
 
 use super::testing::World;
 use super::{Operation, Request, User, mutate, validate};
-use crate::names::{CONTROLLER_USER, EXTRA_NODE_NAME, HANDLER_USER};
+use crate::Installation;
+use crate::access::{CONTROLLER, HANDLER};
+use crate::names::EXTRA_NODE_NAME;
 
 #[path = "../../fixtures/refusals.rs"]
 mod table;
@@ -20,11 +22,11 @@ fn user(name: &str) -> User {
     let (name, node) = name.split_once('@').map_or((name, None), |(name, node)| (name, Some(node)));
     let extra = node.map(|node| (EXTRA_NODE_NAME.to_owned(), vec![node.to_owned()])).into_iter().collect();
     let name = match name {
-        "controller" => CONTROLLER_USER,
-        "handler" => HANDLER_USER,
-        other => other,
+        "controller" => Installation::USUAL.user(CONTROLLER),
+        "handler" => Installation::USUAL.user(HANDLER),
+        other => other.to_owned(),
     };
-    User { name: name.to_owned(), groups: Vec::new(), extra }
+    User { name, groups: Vec::new(), extra }
 }
 
 /// As it is stored: through the rules for its creation, with the status that the table gives it.

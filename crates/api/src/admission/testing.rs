@@ -2,10 +2,13 @@
 
 use serde_json::{Value, json};
 
+use crate::Installation;
+
 use super::{Denial, Lookup, Operation, Request, User, mutate, validate};
 
 pub(crate) struct World {
     pub objects: Vec<Value>,
+    pub installation: Installation,
     pub user: User,
 }
 
@@ -17,6 +20,10 @@ fn is(object: &Value, kind: &str) -> bool {
 }
 
 impl Lookup for World {
+    fn installation(&self) -> &Installation {
+        &self.installation
+    }
+
     fn get(&self, kind: &str, namespace: &str, name: &str) -> Option<Value> {
         let found = |o: &&Value| {
             is(o, kind)
@@ -38,7 +45,8 @@ impl Lookup for World {
 
 impl World {
     pub fn new(objects: Vec<Value>) -> Self {
-        Self { objects, user: User { name: "admin".into(), groups: vec!["system:masters".into()], ..User::default() } }
+        let user = User { name: "admin".into(), groups: vec!["system:masters".into()], ..User::default() };
+        Self { objects, installation: Installation::default(), user }
     }
 
     pub fn request<'a>(

@@ -5,6 +5,7 @@ use serde_json::{Value, json};
 
 use super::testing::{World, vmi, vmim};
 use super::*;
+use crate::access::CONTROLLER;
 use crate::names::{ANNOTATION_REQUESTED_BY, FINALIZER_MIGRATION, FINALIZER_VMI, LABEL_NODE_NAME, LABEL_VMI_NAME};
 
 const SEED_003_MIGRATION: &str = "
@@ -97,7 +98,7 @@ fn migrations_that_cannot_be_are_refused_in_kubevirts_words() {
     let mut urgent = vmim("m", "busy");
     urgent["spec"]["priority"] = json!("system-critical");
     assert!(message(world.create(&urgent)).contains("only virt-controller is allowed"));
-    world.user.name = crate::names::CONTROLLER_USER.to_owned();
+    world.user.name = world.installation.user(CONTROLLER);
     assert!(world.create(&urgent).is_ok());
 }
 
@@ -195,7 +196,7 @@ fn a_vmi_belongs_to_its_owners() {
     labelled["metadata"]["labels"] = json!({ LABEL_NODE_NAME: "node01" });
     assert!(message(world.admit(Operation::Update, &labelled, Some(&old))).contains("modification of the following"));
     assert!(message(world.create(&labelled)).contains("creation of the following reserved"));
-    world.user.name = crate::names::CONTROLLER_USER.to_owned();
+    world.user.name = world.installation.user(CONTROLLER);
     let (written, _) = world.admit(Operation::Update, &new, Some(&old)).unwrap();
     assert_eq!(written["status"]["phase"], "Running");
     assert!(world.admit(Operation::Update, &labelled, Some(&old)).is_ok());
@@ -407,6 +408,53 @@ fn vms_are_checked_with_their_template() {
     let mut bad = vm();
     bad["spec"]["instancetype"] = json!({ "name": "u1.small" });
     assert!(causes(world.create(&bad))[0].starts_with("spec.instancetype: not implemented"));
+}
+
+/// Its KubeVirt object, ConfigMap and accounts are there too; what is in the usual namespace is somebody else's.
+#[test]
+fn an_installation_elsewhere_heeds_what_is_its_own() {
+    let closed = |namespace: &str| {
+        json!({
+            "apiVersion": "kubevirt.io/v1", "kind": "KubeVirt",
+            "metadata": {
+                "name": "kubevirt", "namespace": namespace,
+                "annotations": { crate::names::ANNOTATION_FEATURE_GATES: "v1alpha3" },
+            },
+            "spec": { "configuration": { "developerConfiguration": { "disabledFeatureGates": ["LiveMigration"] } } },
+        })
+    };
+    let map = |namespace: &str, gates: &str| {
+        json!({
+            "apiVersion": "v1", "kind": "ConfigMap",
+            "metadata": { "name": CONFIG_MAP_NAME, "namespace": namespace }, "data": { "feature-gates": gates },
+        })
+    };
+    let mut world = World { installation: Installation::new("elsewhere"), ..World::new(vec![vmi("a")]) };
+    let migration = vmim("m", "a");
+    world.objects.push(closed("kubevirt"));
+    assert!(world.create(&migration).is_ok(), "another one's object");
+    world.objects.push(closed("elsewhere"));
+    assert!(message(world.create(&migration)).contains("LiveMigration"), "its own");
+    world.objects.push(map("kubevirt", "LiveMigration"));
+    assert!(world.create(&migration).is_err(), "another one's map");
+    world.objects.push(map("elsewhere", "LiveMigration"));
+    assert!(world.create(&migration).is_ok(), "its own");
+    let mut urgent = migration.clone();
+    urgent["spec"]["priority"] = json!("system-critical");
+    world.user.name = Installation::USUAL.user(CONTROLLER);
+    assert!(world.create(&urgent).is_err(), "an account of the same name elsewhere");
+    let (own, _) = world.create(&vmim("m", "a")).unwrap();
+    assert_eq!(own["metadata"]["annotations"][ANNOTATION_REQUESTED_BY], json!(world.user.name));
+    world.user.name = world.installation.user(CONTROLLER);
+    assert!(world.create(&urgent).is_ok());
+    let warnings = |namespace: &str| {
+        let map = json!({
+            "metadata": { "name": CONFIG_MAP_NAME, "namespace": namespace }, "data": { "migrations": "maxAttempts: none" },
+        });
+        let request = world.request(Operation::Create, Some(&map), None);
+        validate(&Request { group: "", kind: "ConfigMap", namespace, ..request }).unwrap().len()
+    };
+    assert_eq!((warnings("kubevirt"), warnings("elsewhere")), (0, 1));
 }
 
 #[test]

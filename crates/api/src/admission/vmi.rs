@@ -5,13 +5,12 @@ use std::collections::BTreeMap;
 use serde_json::{Value, json};
 
 use super::{
-    Cause, Denial, Operation, Request, Verdict, add_finalizer, installation, object_at, read, set_default, spec,
+    Cause, Denial, Operation, Request, Verdict, add_finalizer, configured, object_at, read, set_default, spec,
 };
+use crate::access::HANDLER;
 use crate::gates::NODE_RESTRICTION;
 use crate::kubevirt::KubeVirtConfiguration;
-use crate::names::{
-    ANNOTATION_HOME, ANNOTATION_IGNITION, FINALIZER_VMI, HANDLER_USER, LABEL_NODE_NAME, RESERVED_VMI_LABELS,
-};
+use crate::names::{ANNOTATION_HOME, ANNOTATION_IGNITION, FINALIZER_VMI, LABEL_NODE_NAME, RESERVED_VMI_LABELS};
 use crate::{Quantity, VirtualMachineInstance};
 
 const CREATE: &str = "virtualmachineinstances-create-validator.kubevirt.io";
@@ -32,16 +31,16 @@ pub(super) fn mutate(request: &Request<'_>, object: &mut Value) {
             if let Some(object) = object.as_object_mut() {
                 object.insert("status".to_owned(), json!({ "phase": "Pending", "runtimeUser": 0 }));
             }
-            let configuration = installation(request).configuration;
+            let configuration = configured(request).configuration;
             let (namespace, name) = (request.namespace, request.name);
             if let Some(spec) = object_at(object, "spec") {
                 complete_spec(spec, namespace, name, configuration.as_ref());
             }
         }
-        Operation::Update if !request.user.is_own() => {
+        Operation::Update if !request.is_own() => {
             // A manifest that is applied again replaces lists as a whole, and with them the defaults in their items: they
             // are completed as they were at the creation, so that the same manifest is the same spec.
-            let configuration = installation(request).configuration;
+            let configuration = configured(request).configuration;
             if let Some(spec) = object_at(object, "spec") {
                 complete_spec(spec, request.namespace, request.name, configuration.as_ref());
             }
@@ -199,7 +198,7 @@ fn create(request: &Request<'_>, object: &Value) -> Verdict {
     let vmi: VirtualMachineInstance = read(CREATE, object)?;
     let mut causes = Vec::new();
     let mut warnings = Vec::new();
-    if !request.user.is_own() {
+    if !request.is_own() {
         reserved_labels(vmi.metadata.labels.as_ref(), "metadata.labels", &mut causes);
         causes.extend(set_home(object, &Value::Null));
     }
@@ -217,7 +216,7 @@ fn create(request: &Request<'_>, object: &Value) -> Verdict {
 
 fn update(request: &Request<'_>, object: &Value) -> Verdict {
     let old = request.old_object.unwrap_or(&Value::Null);
-    if request.user.is_own() {
+    if request.is_own() {
         let causes: Vec<Cause> = node_restriction(request, object, old).into_iter().chain(fixed(object, old)).collect();
         return if causes.is_empty() { Ok(Vec::new()) } else { Err(Box::new(Denial::causes(UPDATE, causes))) };
     }
@@ -247,7 +246,7 @@ fn set_home(object: &Value, old: &Value) -> Option<Cause> {
 /// A handler writes the VMIs of its node: where the guest is, where it comes from, where it goes to. (KubeVirt's source handler
 /// is done before the node changes; here it still writes how the migration ended.)
 fn node_restriction(request: &Request<'_>, object: &Value, old: &Value) -> Option<Cause> {
-    if request.user.name != HANDLER_USER || !installation(request).gates.is_open(NODE_RESTRICTION) {
+    if !request.is_of(HANDLER) || !configured(request).gates.is_open(NODE_RESTRICTION) {
         return None;
     }
     let refuse = |text: &str| Some(Cause::unsupported("", format!("Node restriction, virt-handler {text}")));

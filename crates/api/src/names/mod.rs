@@ -15,31 +15,25 @@ pub const GROUP: &str = "kubevirt.io";
 pub const GROUP_MIGRATIONS: &str = "migrations.kubevirt.io";
 /// Where a service account's user carries the node of its pod.
 pub const EXTRA_NODE_NAME: &str = "authentication.kubernetes.io/node-name";
-/// The namespace of godwit's own objects.
+/// The namespace that godwit is installed in unless another one is named ([`crate::Installation`]).
 pub const KUBEVIRT_NAMESPACE: &str = "kubevirt";
 /// The name of the KubeVirt object.
 pub const KUBEVIRT_NAME: &str = "kubevirt";
-/// The seeds' configuration ConfigMap, in [`KUBEVIRT_NAMESPACE`].
+/// The seeds' configuration ConfigMap, in the installation's namespace.
 pub const CONFIG_MAP_NAME: &str = "kubevirt-config";
-/// Godwit's own: the ConfigMap in [`KUBEVIRT_NAMESPACE`] that holds the migrations' slots.
+/// Godwit's own: the ConfigMap in the installation's namespace that holds the migrations' slots.
 pub const SLOTS_NAME: &str = "godwit-migration-slots";
-/// The Lease in [`KUBEVIRT_NAMESPACE`] that the leading controller holds.
+/// The Lease in the installation's namespace that the leading controller holds.
 pub const CONTROLLER_LEASE: &str = "virt-controller";
-/// The Secret in [`KUBEVIRT_NAMESPACE`] with the authority of godwit's own certificates.
+/// The Secret in the installation's namespace with the authority of godwit's own certificates.
 pub const CA_SECRET: &str = "godwit-ca";
-/// The ConfigMap in [`KUBEVIRT_NAMESPACE`] with the certificates of that authority that are good: the old one and the new one
-/// while it is changed.
+/// The ConfigMap in the installation's namespace with the certificates of that authority that are good: the old one and the new
+/// one while it is changed.
 pub const CA_BUNDLE: &str = "godwit-ca-bundle";
 /// The signer of handlers' certificates.
 pub const NODE_SIGNER: &str = "godwit.io/node";
 /// The APIServices of `subresources.kubevirt.io`.
 pub const API_SERVICES: [&str; 2] = ["v1.subresources.kubevirt.io", "v1alpha3.subresources.kubevirt.io"];
-/// The controller's user.
-pub const CONTROLLER_USER: &str = "system:serviceaccount:kubevirt:kubevirt-controller";
-/// The handler's user.
-pub const HANDLER_USER: &str = "system:serviceaccount:kubevirt:kubevirt-handler";
-/// Users that begin with this are godwit's own and may write a VMI's status.
-pub const OWN_USERS_PREFIX: &str = "system:serviceaccount:kubevirt:";
 /// `generateName` of migrations that an evacuation makes.
 pub const EVACUATION_GENERATE_NAME: &str = "kubevirt-evacuation-";
 /// `generateName` of migrations that `virtualmachines/migrate` makes.

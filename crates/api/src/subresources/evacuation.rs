@@ -7,7 +7,7 @@ use super::{Deed, Found, INSTANCES, MACHINES, Refusal, Request, bad, conflict, d
 use crate::VirtualMachineInstance;
 use crate::config::effective;
 use crate::kubevirt::KubeVirt;
-use crate::names::{CONFIG_MAP_NAME, KUBEVIRT_NAME, KUBEVIRT_NAMESPACE, TAINT_DRAIN};
+use crate::names::TAINT_DRAIN;
 use k8s_openapi::api::core::v1::{ConfigMap, Node};
 
 /// What the client says (KubeVirt's `EvacuateCancelOptions`).
@@ -64,15 +64,15 @@ fn instance_of(request: &Request<'_>) -> Result<Found<VirtualMachineInstance>, R
 
 /// A node with the drain taint evacuates whatever is on it: there a mark means nothing, and taking it back would not help.
 fn may_stay_on(node: &str, request: &Request<'_>) -> Result<(), Refusal> {
-    let look = |kind: &str, namespace: &str, name: &str| request.lookup.get(kind, namespace, name);
-    let kubevirt = look("KubeVirt", KUBEVIRT_NAMESPACE, KUBEVIRT_NAME);
+    let kubevirt = request.lookup.kubevirt();
     let kubevirt: Option<KubeVirt> = kubevirt.and_then(|object| serde_json::from_value(object).ok());
-    let map = look("ConfigMap", KUBEVIRT_NAMESPACE, CONFIG_MAP_NAME);
+    let map = request.lookup.config_map();
     let map: Option<ConfigMap> = map.and_then(|object| serde_json::from_value(object).ok());
     let data = map.and_then(|map| map.data);
     let key = effective(kubevirt.as_ref(), data.as_ref()).node_drain_taint_key;
     let key = key.as_deref().unwrap_or(TAINT_DRAIN);
-    let object: Option<Node> = look("Node", "", node).and_then(|object| serde_json::from_value(object).ok());
+    let object: Option<Node> =
+        request.lookup.get("Node", "", node).and_then(|object| serde_json::from_value(object).ok());
     let taints = object.and_then(|object| object.spec).and_then(|spec| spec.taints).unwrap_or_default();
     if taints.iter().any(|taint| taint.key == key && taint.effect == "NoSchedule") {
         return Err(bad(format!("Node {node:?} has NodeDrainTaintKey \"{key}:NoSchedule\"")));

@@ -74,7 +74,7 @@ pub async fn run(options: &Options, tell: &mut dyn FnMut(&str)) -> Result<(Drain
     tell(&format!("{} real guests start on {NODE}", guests.len()));
     stage.start(&guests, &witness).await?;
 
-    let plan = read::cluster(&stage.client).await?.plan(&[NODE.to_owned()], Manner::default())?;
+    let plan = read::cluster(&stage.client, None).await?.plan(&[NODE.to_owned()], Manner::default())?;
     tell("the node is emptied");
     let course = stage.empty(&guests, options.limit).await?;
     let total = course.empty.map(milliseconds);

@@ -130,7 +130,11 @@ fn vmi_value(name: &str, node: &str) -> Value {
 
 /// Three nodes and a running VMI, with its launcher pod, for each name.
 pub fn cluster(vmis: &[(&str, &str)]) -> Cluster {
-    let mut cluster = Cluster::new();
+    furnish(Cluster::new(), vmis)
+}
+
+/// The same in a cluster that is there already.
+pub fn furnish(mut cluster: Cluster, vmis: &[(&str, &str)]) -> Cluster {
     for node in ["node1", "node2", "node3"] {
         cluster.add_node(node);
     }

@@ -84,7 +84,7 @@ pub fn decide(name: &Name, view: &View<'_>) -> Plan {
                 {
                     // The node counts for the limit before the pod can be there.
                     let moved = BTreeMap::from([(uid.to_owned(), Some(slot.moved_to(node.name())))]);
-                    plan.push(world.turns().ledger().write(&moved));
+                    plan.push(world.turns().ledger().write(&moved, world.installation()));
                 }
                 plan.push(Effect::Bind {
                     pod: pod.reference(),

@@ -179,7 +179,7 @@ impl Index {
             }
         }
         if let Some(Object::ConfigMap(map)) = change.latest() {
-            if !is_ledger(&map.key()) {
+            if !is_ledger(&map.key(), world.installation()) {
                 return;
             }
             let read = match &change.after {

@@ -5,26 +5,26 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use godwit_api::Installation;
 use k8s_openapi::api::core::v1::ConfigMap;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use crate::names;
 use crate::object::{Kind, Name, Ref, revision};
 use crate::plan::Effect;
 
-/// The name of the ledger's ConfigMap, in the namespace `kubevirt`.
+/// The name of the ledger's ConfigMap, in the installation's namespace.
 pub const LEDGER: &str = "godwit-migration-slots";
 
 /// The ledger as an object to write to.
-pub fn reference() -> Ref {
-    Ref::new(Kind::ConfigMap, Name::new(names::KUBEVIRT_NAMESPACE, LEDGER))
+pub fn reference(installation: &Installation) -> Ref {
+    Ref::new(Kind::ConfigMap, Name::new(installation.namespace(), LEDGER))
 }
 
 /// Whether this is the ledger's name.
-pub fn is_ledger(name: &Name) -> bool {
-    name.name == LEDGER && name.namespace == names::KUBEVIRT_NAMESPACE
+pub fn is_ledger(name: &Name, installation: &Installation) -> bool {
+    name.name == LEDGER && name.namespace == installation.namespace()
 }
 
 /// One migration's right to be under way.
@@ -96,13 +96,13 @@ impl Ledger {
     }
 
     /// The write that gives and takes (`None`) slots, refused when the ledger is not as it was read any more.
-    pub fn write(&self, changes: &BTreeMap<String, Option<Slot>>) -> Effect {
+    pub fn write(&self, changes: &BTreeMap<String, Option<Slot>>, installation: &Installation) -> Effect {
         let revision = self.meta.as_ref().and_then(|meta| meta.resource_version.clone());
         let data: Map<String, Value> = changes
             .iter()
             .map(|(uid, slot)| (uid.clone(), slot.as_ref().map_or(Value::Null, |slot| Value::String(slot.to_text()))))
             .collect();
-        Effect::Patch(reference(), json!({"metadata": {"resourceVersion": revision}, "data": data}))
+        Effect::Patch(reference(installation), json!({"metadata": {"resourceVersion": revision}, "data": data}))
     }
 
     /// Whether what it says can be relied on: its revision is known.
@@ -112,10 +112,10 @@ impl Ledger {
 }
 
 /// A ledger that begins with these slots.
-pub fn begin(slots: &BTreeMap<String, Slot>) -> ConfigMap {
+pub fn begin(slots: &BTreeMap<String, Slot>, installation: &Installation) -> ConfigMap {
     ConfigMap {
         metadata: ObjectMeta {
-            namespace: Some(names::KUBEVIRT_NAMESPACE.to_owned()),
+            namespace: Some(installation.namespace().to_owned()),
             name: Some(LEDGER.to_owned()),
             ..ObjectMeta::default()
         },
@@ -134,7 +134,7 @@ mod tests {
         let moved = slot.moved_to("a").moved_to("b").moved_to("a");
         assert_eq!((moved.target.as_deref(), &moved.also[..]), (Some("a"), &["b".to_owned()][..]));
         let slots = BTreeMap::from([("u".to_owned(), slot), ("w".to_owned(), moved)]);
-        let map = begin(&slots);
+        let map = begin(&slots, &Installation::USUAL);
         assert_eq!(Ledger::read(Some(&map)).slots, slots);
     }
 

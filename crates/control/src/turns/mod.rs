@@ -192,7 +192,7 @@ pub fn decide(view: &View<'_>) -> Plan {
     let ledger = turns.ledger();
     let Some(meta) = &ledger.meta else {
         // It begins with the truth and gives nothing: the next decision does, on what the server has made of this.
-        plan.create(ledger::begin(&adopted(view)));
+        plan.create(ledger::begin(&adopted(view), view.world.installation()));
         return plan;
     };
     let mut changes: BTreeMap<String, Option<Slot>> = turns.spent(view.world).map(|uid| (uid.clone(), None)).collect();
@@ -205,7 +205,7 @@ pub fn decide(view: &View<'_>) -> Plan {
         None => grant(view, &mut changes),
     }
     if !changes.is_empty() {
-        plan.push(ledger.write(&changes));
+        plan.push(ledger.write(&changes, view.world.installation()));
     }
     plan
 }

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
+use godwit_api::Installation;
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
@@ -143,7 +144,7 @@ impl Race {
         if done {
             self.truth.carry_out(crate::Plan { effects: vec![effect], wake_at: None });
             self.spread();
-            if target == reference() {
+            if target == reference(&Installation::USUAL) {
                 self.check_gain(who, &before);
             }
         } else {

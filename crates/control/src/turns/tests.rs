@@ -1,3 +1,4 @@
+use godwit_api::Installation;
 use godwit_api::migration::MigrationQueuePlace;
 use serde_json::{Value, json};
 
@@ -168,7 +169,10 @@ fn without_any_right_node_the_pod_is_made_and_says_why() {
     cluster.patch(Kind::Node, &Name::cluster("node3"), json!({"spec": {"unschedulable": false, "taints": null}}));
     let pod = pod_of(&cluster, "job");
     let plan = cluster.decide(&Key::Placement(pod.clone()));
-    assert!(matches!(&plan.effects[0], crate::Effect::Patch(target, _) if *target == reference()), "{plan:?}");
+    assert!(
+        matches!(&plan.effects[0], crate::Effect::Patch(target, _) if *target == reference(&Installation::USUAL)),
+        "{plan:?}"
+    );
     cluster.carry_out(plan);
     assert_eq!(slot(&cluster, "job").target.as_deref(), Some("node3"));
     assert_eq!(cluster.get(Kind::Pod, &pod).unwrap()["spec"]["nodeName"], "node3");
@@ -223,7 +227,7 @@ fn a_missing_ledger_begins_with_the_truth_and_gives_nothing_at_first() {
     let mut cluster = cluster(&[("a", "node1"), ("b", "node1"), ("c", "node1")]);
     ask(&mut cluster, "job-a", "a", None);
     cluster.settle();
-    cluster.remove(Kind::ConfigMap, &reference().name);
+    cluster.remove(Kind::ConfigMap, &reference(&Installation::USUAL).name);
     ask(&mut cluster, "job-b", "b", None);
     ask(&mut cluster, "job-c", "c", None);
     assert!(cluster.step(&Key::Turns));
@@ -244,12 +248,20 @@ fn a_slot_of_what_is_not_known_is_kept_until_the_watch_is_beyond_it() {
     limits(&mut cluster, json!({"parallelMigrationsPerCluster": 1}));
     let entry = |seen: u64| json!({"migration": "default/x", "vmi": "x", "source": "node1", "seen": seen.to_string()});
     let ahead = cluster.world.horizon(Kind::Migration) + 1_000;
-    cluster.patch(Kind::ConfigMap, &reference().name, json!({"data": {"uid-x": entry(ahead).to_string()}}));
+    cluster.patch(
+        Kind::ConfigMap,
+        &reference(&Installation::USUAL).name,
+        json!({"data": {"uid-x": entry(ahead).to_string()}}),
+    );
     ask(&mut cluster, "job", "a", None);
     cluster.settle();
     assert_eq!((slots(&cluster), reason(&cluster, "job")), (vec!["x".to_owned()], "ClusterLimit".to_owned()));
     let known = cluster.world.horizon(Kind::Migration);
-    cluster.patch(Kind::ConfigMap, &reference().name, json!({"data": {"uid-x": entry(known).to_string()}}));
+    cluster.patch(
+        Kind::ConfigMap,
+        &reference(&Installation::USUAL).name,
+        json!({"data": {"uid-x": entry(known).to_string()}}),
+    );
     cluster.settle();
     assert_eq!(slots(&cluster), ["job"]);
 }

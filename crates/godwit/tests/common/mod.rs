@@ -18,6 +18,7 @@ pub mod witnessed;
 use godwit_launcher::client as launcher;
 use kube::api::{ApiResource, DynamicObject, GroupVersionKind, Patch, PatchParams};
 use kube::{Api, Client};
+use real::Wishes;
 use serde_json::{Value, json};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
@@ -38,22 +39,28 @@ impl Cluster {
     /// these.
     pub async fn start(nodes: usize) -> Self {
         let Some(assets) = real::assets() else { return Self::up(nodes).await };
-        Self::of_assets(assets, nodes, None).await
+        Self::of_assets(assets, nodes, Wishes::default()).await
     }
 
     /// Starts one on etcd and kube-apiserver, whose CA and certificates live so long; none, with a line that says so, where
     /// KUBEBUILDER_ASSETS does not name a folder with these.
     pub async fn rotating(nodes: usize, lifetimes: [&'static str; 2]) -> Option<Self> {
+        Self::wished(nodes, Wishes { lifetimes: Some(lifetimes), ..Wishes::default() }).await
+    }
+
+    /// Starts one on etcd and kube-apiserver that is not as always; none, with a line that says so, where KUBEBUILDER_ASSETS does not
+    /// name a folder with these.
+    pub async fn wished(nodes: usize, wishes: Wishes) -> Option<Self> {
         let Some(assets) = real::assets() else {
             println!("skipped: it needs etcd and kube-apiserver in the folder that KUBEBUILDER_ASSETS names");
             return None;
         };
-        Some(Self::of_assets(assets, nodes, Some(lifetimes)).await)
+        Some(Self::of_assets(assets, nodes, wishes).await)
     }
 
-    async fn of_assets(assets: PathBuf, nodes: usize, lifetimes: Option<[&'static str; 2]>) -> Self {
+    async fn of_assets(assets: PathBuf, nodes: usize, wishes: Wishes) -> Self {
         let (folder, guard) = scratch();
-        let (real, client) = real::Real::start(assets, folder.path(), nodes, lifetimes).await;
+        let (real, client) = real::Real::start(assets, folder.path(), nodes, wishes).await;
         std::mem::forget(guard);
         Self { folder, client, real: Some(real) }
     }

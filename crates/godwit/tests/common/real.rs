@@ -5,7 +5,7 @@
 //! so `godwit down` ends it, whatever became of the test.
 
 use super::{kill_hard, text, words};
-use godwit_api::access;
+use godwit_api::{Installation, access};
 use godwit_network::Namespace;
 use godwit_standalone::{CONTROL_PLANE_ADDRESS, Cluster as Shape, FABRIC_API_PORT, Layout, Process, fabric, pki};
 use kube::api::{Api, ApiResource, DynamicObject, GroupVersionKind, Patch, PatchParams, PostParams};
@@ -55,18 +55,21 @@ pub struct Real {
     shape: Shape,
     switch: Namespace,
     relay: Relay,
-    lifetimes: Option<[&'static str; 2]>,
+    wishes: Wishes,
+}
+
+/// What is not to be as always.
+#[derive(Default)]
+pub struct Wishes {
+    /// How long the CA lives, and what it signs.
+    pub lifetimes: Option<[&'static str; 2]>,
+    /// Where godwit is installed.
+    pub installation: Installation,
 }
 
 impl Real {
-    /// Starts everything and waits until the nodes take VMs. `lifetimes` are those of the CA and of what it signs, where they are
-    /// not to be as always.
-    pub async fn start(
-        assets: PathBuf,
-        folder: &Path,
-        nodes: usize,
-        lifetimes: Option<[&'static str; 2]>,
-    ) -> (Self, Client) {
+    /// Starts everything and waits until the nodes take VMs.
+    pub async fn start(assets: PathBuf, folder: &Path, nodes: usize, wishes: Wishes) -> (Self, Client) {
         let layout = Layout::open(folder).expect("layout");
         let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
         let names = (1..=nodes).map(|number| format!("node{number}")).collect();
@@ -77,7 +80,7 @@ impl Real {
         fabric::ensure(&shape).await.expect("the fabric");
         let switch = Namespace::open(&fabric::switch(&shape)).expect("the switch");
         let relay = Relay::start(port, switch.clone());
-        let real = Self { assets, layout, shape, switch, relay, lifetimes };
+        let real = Self { assets, layout, shape, switch, relay, wishes };
         real.make_certificates();
         real.start_etcd();
         real.start_api_server();
@@ -245,8 +248,9 @@ impl Real {
     /// What `godwit manifests` installs but its pods, which are processes here, and what the API asks them by; and beside it what
     /// others bring or grant.
     async fn furnish(&self, client: &Client) {
-        let others = godwit_api::crd::crds().into_iter().chain(godwit_api::initial::initial_objects());
-        for object in others.chain(installed(|part| part != ROUTES)).chain(rights()) {
+        let others = godwit_api::crd::crds().into_iter().chain(self.initial_objects());
+        let namespace = self.installed_in();
+        for object in others.chain(installed(namespace, |part| part != ROUTES)).chain(rights(namespace)) {
             apply(client, &object).await;
         }
     }
@@ -261,9 +265,33 @@ impl Real {
         godwit_standalone::client_of(config).expect("client")
     }
 
+    /// The namespace that godwit is installed in.
+    fn installed_in(&self) -> &str {
+        self.wishes.installation.namespace()
+    }
+
+    /// What a cluster begins with, the namespace of the installation and its KubeVirt object among them.
+    fn initial_objects(&self) -> Vec<Value> {
+        let own = self.installed_in();
+        let mut objects = godwit_api::initial::initial_objects();
+        for object in &mut objects {
+            if object["kind"] == "Namespace" {
+                object["metadata"]["name"] = json!(own);
+            } else if object["metadata"]["namespace"].is_string() {
+                object["metadata"]["namespace"] = json!(own);
+            }
+        }
+        objects
+    }
+
+    /// By which processes are told of it.
+    fn namespace_flag(&self) -> String {
+        format!("--namespace={}", self.installed_in())
+    }
+
     /// A kubeconfig for a service account, for a handler bound to its node.
     async fn kubeconfig(&self, client: &Client, account: &str, node: Option<&DynamicObject>) -> PathBuf {
-        self.kubeconfig_in(client, "kubevirt", account, node).await
+        self.kubeconfig_in(client, self.installed_in(), account, node).await
     }
 
     async fn kubeconfig_in(
@@ -305,7 +333,7 @@ impl Real {
         self.kubeconfig(client, API_ACCOUNT, None).await;
         self.start_api_process(API);
         self.endpoint(client, API, true).await;
-        for object in installed(|part| part == ROUTES) {
+        for object in installed(self.installed_in(), |part| part == ROUTES) {
             apply(client, &object).await;
         }
         let deadline = Instant::now() + PATIENCE;
@@ -342,10 +370,11 @@ impl Real {
     pub fn start_api_process(&self, name: &str) {
         let mut arguments = vec![
             "api".to_owned(),
+            self.namespace_flag(),
             format!("--kubeconfig={}", self.file(&format!("{API_ACCOUNT}.kubeconfig")).display()),
             format!("--listen={CONTROL_PLANE_ADDRESS}:{}", port_of(name)),
         ];
-        if let Some([authority, certificate]) = self.lifetimes {
+        if let Some([authority, certificate]) = self.wishes.lifetimes {
             arguments.push(format!("--ca-lifetime={authority}"));
             arguments.push(format!("--certificate-lifetime={certificate}"));
         }
@@ -356,7 +385,7 @@ impl Real {
     pub async fn endpoint(&self, client: &Client, name: &str, ready: bool) {
         let slice = json!({
             "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
-            "metadata": {"name": format!("{API_SERVICE}-{name}"), "namespace": "kubevirt",
+            "metadata": {"name": format!("{API_SERVICE}-{name}"), "namespace": self.installed_in(),
                 "labels": {"kubernetes.io/service-name": API_SERVICE}},
             "addressType": "IPv4",
             "ports": [{"name": "https", "port": port_of(name), "protocol": "TCP"}],
@@ -372,9 +401,10 @@ impl Real {
 
     /// Starts the controllers, of some nouns only where some are named.
     pub fn start_controllers_of(&self, name: &str, nouns: &[&str]) {
-        let [_, certificate] = self.lifetimes.unwrap_or(["90d", "10d"]);
+        let [_, certificate] = self.wishes.lifetimes.unwrap_or(["90d", "10d"]);
         let mut arguments = vec![
             "controller".to_owned(),
+            self.namespace_flag(),
             format!("--identity={name}"),
             format!("--certificate-lifetime={certificate}"),
             format!("--kubeconfig={}", self.file(&format!("{CONTROLLER_ACCOUNT}.kubeconfig")).display()),
@@ -406,6 +436,7 @@ impl Real {
         let arguments = [
             "controller".to_owned(),
             "--nouns=maintenance".to_owned(),
+            self.namespace_flag(),
             format!("--lease={account}"),
             format!("--lease-namespace={namespace}"),
             "--launcher-image=none".to_owned(),
@@ -469,6 +500,7 @@ impl Real {
         let pair = pki::pair(&self.layout, &pki::node_file(name));
         let mut arguments = vec![
             "node".to_owned(),
+            self.namespace_flag(),
             format!("--name={name}"),
             format!("--data-dir={}", self.layout.root().display()),
             format!("--kubeconfig={}", pki::kubeconfig(&self.layout, &pki::node_file(name)).display()),
@@ -571,8 +603,8 @@ async fn apply(client: &Client, value: &Value) -> DynamicObject {
 
 /// What is nobody's right on a whole Kubernetes: to do what stands for its own controllers, and what our kubelets do beyond what
 /// it lets its own do.
-fn rights() -> Vec<Value> {
-    let mut all = access::engine_room().objects("kubevirt");
+fn rights(namespace: &str) -> Vec<Value> {
+    let mut all = access::engine_room().objects(namespace);
     let read = |group: &str, resources: &[&str]| json!({"apiGroups": [group], "resources": resources, "verbs": ["get", "list", "watch"]});
     all.push(json!({
         "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole", "metadata": {"name": "godwit:node"},
@@ -593,9 +625,10 @@ fn rights() -> Vec<Value> {
 /// The part of what is installed by which the API server asks the others.
 const ROUTES: &str = "routes";
 
-/// What `godwit manifests` prints of these parts, without its pods.
-fn installed(wanted: impl Fn(&str) -> bool) -> Vec<Value> {
-    let parts = godwit_manifests::parts(&godwit_manifests::Options::default()).expect("manifests");
+/// What `godwit manifests --namespace` prints of these parts, without its pods.
+fn installed(namespace: &str, wanted: impl Fn(&str) -> bool) -> Vec<Value> {
+    let options = godwit_manifests::Options { namespace: namespace.to_owned(), ..Default::default() };
+    let parts = godwit_manifests::parts(&options).expect("manifests");
     let objects = parts.into_iter().filter(|part| wanted(part.name)).flat_map(|part| part.objects);
     objects
         .filter(|object| !["Deployment", "DaemonSet"].contains(&object["kind"].as_str().unwrap_or_default()))

@@ -5,9 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use godwit_api::names::fence::{DURATION, LEASE_PREFIX, RENEW_EVERY};
-use godwit_api::names::{
-    ANNOTATION_FENCE_ADDRESS, ANNOTATION_FENCE_PEERS, ANNOTATION_NODE_LOST, FENCE_NO_PEERS, KUBEVIRT_NAMESPACE,
-};
+use godwit_api::names::{ANNOTATION_FENCE_ADDRESS, ANNOTATION_FENCE_PEERS, ANNOTATION_NODE_LOST, FENCE_NO_PEERS};
 use jiff::Timestamp;
 use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
 use k8s_openapi::api::core::v1::Node;
@@ -59,7 +57,7 @@ struct Keeper {
 /// Renews the lease for ever.
 pub(super) async fn keep(around: Arc<Surroundings>, others: Arc<Others>, address: Option<String>) {
     let mut keeper = Keeper {
-        api: Api::namespaced(around.client.clone(), KUBEVIRT_NAMESPACE),
+        api: Api::namespaced(around.client.clone(), &around.namespace),
         name: format!("{LEASE_PREFIX}{}", around.node),
         identity: format!("{}/{}-{}", around.node, std::process::id(), around.fence.now().as_millis()),
         acquired: Timestamp::now(),
@@ -161,7 +159,7 @@ impl Keeper {
         let known = self.lease.as_ref();
         let metadata = ObjectMeta {
             name: Some(self.name.clone()),
-            namespace: Some(KUBEVIRT_NAMESPACE.to_owned()),
+            namespace: Some(self.around.namespace.clone()),
             annotations: Some(annotations),
             owner_references: self.owner.clone().map(|owner| vec![owner]),
             resource_version: known.and_then(|lease| lease.metadata.resource_version.clone()),
@@ -227,6 +225,7 @@ mod tests {
         let pem = folder.join("none.pem");
         let around = Arc::new(Surroundings {
             client: client.clone(),
+            namespace: "elsewhere".to_owned(),
             node: "a".to_owned(),
             node_ip: Ipv4Addr::LOCALHOST.into(),
             kubelet_root: folder.to_owned(),
@@ -235,7 +234,7 @@ mod tests {
             fence: Fence::begin(),
         });
         Keeper {
-            api: Api::namespaced(client, KUBEVIRT_NAMESPACE),
+            api: Api::namespaced(client, "elsewhere"),
             name: "virt-handler-a".to_owned(),
             identity: "a/1".to_owned(),
             acquired: Timestamp::now(),
@@ -273,6 +272,7 @@ mod tests {
         let owner = || api.get("leases", "virt-handler-a").unwrap()["metadata"]["ownerReferences"][0]["uid"].clone();
         keeper.renew(None, BTreeMap::new()).await.unwrap();
         assert_eq!(owner(), Value::Null, "its node is not there yet");
+        assert_eq!(api.get("leases", "virt-handler-a").unwrap()["metadata"]["namespace"], "elsewhere");
         api.put("nodes", json!({"metadata": {"name": "a", "uid": "first"}}));
         keeper.renew(None, BTreeMap::new()).await.unwrap();
         assert_eq!(owner(), "first");

@@ -242,6 +242,8 @@ impl Known {
 /// What the fence's tasks share.
 pub(crate) struct Surroundings {
     pub client: Client,
+    /// Where the nodes' leases are.
+    pub namespace: String,
     pub node: String,
     pub node_ip: IpAddr,
     pub kubelet_root: PathBuf,

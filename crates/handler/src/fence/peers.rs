@@ -9,8 +9,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use futures::future::join_all;
+use godwit_api::names::ANNOTATION_FENCE_ADDRESS;
 use godwit_api::names::fence::{LEASE_PREFIX, MAX_PEERS};
-use godwit_api::names::{ANNOTATION_FENCE_ADDRESS, KUBEVIRT_NAMESPACE};
 use k8s_openapi::api::coordination::v1::Lease;
 use kube::api::{Api, ListParams};
 use serde::{Deserialize, Serialize};
@@ -133,7 +133,7 @@ fn choose(me: &str, all: BTreeSet<String>) -> BTreeSet<String> {
 
 /// Looks who is there, for ever.
 pub(super) async fn learn(around: Arc<Surroundings>, others: Arc<Others>) {
-    let api: Api<Lease> = Api::namespaced(around.client.clone(), KUBEVIRT_NAMESPACE);
+    let api: Api<Lease> = Api::namespaced(around.client.clone(), &around.namespace);
     loop {
         let wait = match tokio::time::timeout(LEARN_LIMIT, api.list(&ListParams::default().match_any())).await {
             Ok(Ok(list)) => {

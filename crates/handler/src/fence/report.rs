@@ -153,6 +153,7 @@ mod tests {
         let pem = root.join("none.pem");
         Arc::new(Surroundings {
             client: api.client(),
+            namespace: "kubevirt".to_owned(),
             node: "a".to_owned(),
             node_ip: std::net::Ipv4Addr::LOCALHOST.into(),
             kubelet_root: root.to_owned(),

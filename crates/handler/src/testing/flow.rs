@@ -28,6 +28,7 @@ pub(super) struct Node {
 impl Node {
     fn up(&mut self, api: &Api) {
         let options = Options {
+            installation: Default::default(),
             client: api.client(),
             node_name: self.name.into(),
             node_ip: "127.0.0.1".parse().unwrap(),

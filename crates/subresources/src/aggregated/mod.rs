@@ -29,6 +29,7 @@ use godwit_serving::request::{Params, RequestInfo};
 use godwit_serving::respond::{self, Body, Reply};
 use godwit_serving::stream;
 use godwit_serving::user::User;
+use godwit_webhook::Cluster;
 use http::header::CONTENT_TYPE;
 use http::request::Parts;
 use http::{Request, Response, StatusCode};
@@ -60,10 +61,10 @@ pub struct Aggregated {
 
 impl Aggregated {
     /// With the account of this process towards the API server, and the way to the handlers. Streams end with `stopping`.
-    pub fn new(client: kube::Client, front: FrontClient, stopping: signal::Receiver<bool>) -> Self {
+    pub fn new(cluster: Cluster, front: FrontClient, stopping: signal::Receiver<bool>) -> Self {
         Self {
-            objects: Arc::new(ApiServer(client.clone())),
-            client,
+            client: cluster.client.clone(),
+            objects: Arc::new(ApiServer(cluster)),
             front,
             proxy: RwLock::default(),
             documents: Documents::new(resources()),

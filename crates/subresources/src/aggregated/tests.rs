@@ -2,6 +2,7 @@ use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::net::SocketAddr;
 
+use godwit_api::Installation;
 use http::{HeaderMap, Method};
 use http_body_util::Full;
 use kube::client::Body as ClientBody;
@@ -139,7 +140,8 @@ fn aggregated(client: kube::Client, ca: &Ca) -> Aggregated {
         Arc::new(|| Err("there is no certificate".to_owned())),
         Arc::new(|_| Box::pin(std::future::ready(Err(std::io::ErrorKind::ConnectionRefused.into())))),
     );
-    let api = Aggregated::new(client, front, signal::channel(false).1);
+    let cluster = Cluster { client, installation: Installation::new("elsewhere") };
+    let api = Aggregated::new(cluster, front, signal::channel(false).1);
     api.trust(FrontProxy::read(&ca.data()).unwrap());
     api
 }
