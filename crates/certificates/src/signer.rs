@@ -10,6 +10,7 @@ use std::time::Duration;
 use futures::StreamExt;
 use godwit_api::Installation;
 use godwit_api::access::HANDLER;
+use godwit_api::names::EXTRA_NODE_NAME;
 use k8s_openapi::ByteString;
 use k8s_openapi::api::certificates::v1::{
     CertificateSigningRequest, CertificateSigningRequestCondition, CertificateSigningRequestStatus,
@@ -25,8 +26,6 @@ use crate::keeper::{Authorities, SECRET};
 use crate::node::{SIGNER, USAGES, subject};
 use crate::schedule::Lifetimes;
 
-/// What a service account's token says of the node of its pod (Kubernetes, "Bound service account tokens").
-const NODE_NAME: &str = "authentication.kubernetes.io/node-name";
 /// Before what failed is tried again.
 const RETRY: Duration = Duration::from_secs(2);
 /// How long requests are kept when they are done, as kube-controller-manager keeps them.
@@ -68,9 +67,9 @@ fn node_of(request: &CertificateSigningRequest, installation: &Installation) -> 
     if user != handler {
         return Err(format!("{user} is not {handler}: nobody else gets a node's certificate"));
     }
-    let node = match spec.extra.as_ref().and_then(|extra| extra.get(NODE_NAME)).map(Vec::as_slice) {
+    let node = match spec.extra.as_ref().and_then(|extra| extra.get(EXTRA_NODE_NAME)).map(Vec::as_slice) {
         Some([node]) if !node.is_empty() => node,
-        _ => return Err(format!("the token of {user} does not say on which node its pod is ({NODE_NAME})")),
+        _ => return Err(format!("the token of {user} does not say on which node its pod is ({EXTRA_NODE_NAME})")),
     };
     let usages = spec.usages.as_deref().unwrap_or_default();
     if let Some(odd) = usages.iter().find(|usage| !USAGES.contains(&usage.as_str())) {
@@ -258,7 +257,7 @@ mod tests {
     fn asked(by: &str, of: &str) -> CertificateSigningRequest {
         let mut request = node::request(of, &KeyPair::generate().unwrap()).unwrap();
         request.spec.username = Some(USER.to_owned());
-        request.spec.extra = Some(BTreeMap::from([(NODE_NAME.to_owned(), vec![by.to_owned()])]));
+        request.spec.extra = Some(BTreeMap::from([(EXTRA_NODE_NAME.to_owned(), vec![by.to_owned()])]));
         request
     }
 
@@ -305,7 +304,7 @@ mod tests {
         }
         assert!(refusal(|request| request.spec.extra = None).contains("does not say on which node"));
         let two = vec!["node1".to_owned(), "node2".to_owned()];
-        let extra = BTreeMap::from([(NODE_NAME.to_owned(), two)]);
+        let extra = BTreeMap::from([(EXTRA_NODE_NAME.to_owned(), two)]);
         assert!(refusal(|request| request.spec.extra = Some(extra)).contains("does not say on which node"));
         let usages = Some(vec!["cert sign".to_owned()]);
         assert!(refusal(|request| request.spec.usages = usages).contains("\"cert sign\""));

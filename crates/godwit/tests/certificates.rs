@@ -5,7 +5,7 @@
 
 mod common;
 
-use common::real::{API, OTHER_API};
+use common::real::{API, OTHER_API, Wishes};
 use common::streams::Console;
 use common::terminal::Terminal;
 use common::{Cluster, kubectls, status, text};
@@ -179,11 +179,7 @@ async fn a_guest_moves_and_nothing_is_refused_while_all_certificates_are_replace
 /// As a rolling update replaces them: each says that it is not ready any more, and ends a moment later.
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_is_refused_while_one_after_the_other_of_two_is_replaced() {
-    if common::real::assets().is_none() {
-        println!("SKIPPED: KUBEBUILDER_ASSETS names no folder with etcd and kube-apiserver");
-        return;
-    }
-    let mut cluster = Cluster::start(1).await;
+    let Some(mut cluster) = Cluster::wished(1, Wishes::default()).await else { return };
     // What is refused shall be seen here, and not be asked for again.
     let kubeconfig = Kubeconfig::read_from(cluster.kubeconfig()).expect("kubeconfig");
     let mut config = Config::from_custom_kubeconfig(kubeconfig, &Default::default()).await.expect("config");

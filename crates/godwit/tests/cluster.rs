@@ -205,11 +205,8 @@ impl Stage {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_guest_in_flight_outlives_its_api_server_its_leader_and_its_handlers() {
-    if common::real::assets().is_none() {
-        println!("SKIPPED: KUBEBUILDER_ASSETS names no folder with etcd and kube-apiserver");
-        return;
-    }
-    let mut stage = Stage::of(Cluster::start(2).await).await;
+    let Some(cluster) = Cluster::wished(2, Wishes::default()).await else { return };
+    let mut stage = Stage::of(cluster).await;
 
     let flight = stage.depart().await;
     stage.real().kill(common::real::API_SERVER);
@@ -246,11 +243,7 @@ async fn a_guest_in_flight_outlives_its_api_server_its_leader_and_its_handlers()
 /// The connections are those of the nodes' network, and the launchers carry the stream: it outlives whoever opened it, at both ends.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_guest_in_flight_outlives_the_replacement_of_its_handlers() {
-    if common::real::assets().is_none() {
-        println!("SKIPPED: KUBEBUILDER_ASSETS names no folder with etcd and kube-apiserver");
-        return;
-    }
-    let cluster = Cluster::start(2).await;
+    let Some(cluster) = Cluster::wished(2, Wishes::default()).await else { return };
     cluster.real.as_ref().expect("a real API server").take_handlers_apart().await;
     let mut stage = Stage::of(cluster).await;
     let flight = stage.depart().await;
@@ -311,11 +304,7 @@ async fn a_guest_in_flight_outlives_all_certificates() {
 /// A node that has been taken over cannot have another one fenced, closed or shown as alive.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_handler_writes_only_the_node_and_the_lease_of_its_own_node() {
-    if common::real::assets().is_none() {
-        println!("SKIPPED: KUBEBUILDER_ASSETS names no folder with etcd and kube-apiserver");
-        return;
-    }
-    let cluster = Cluster::start(2).await;
+    let Some(cluster) = Cluster::wished(2, Wishes::default()).await else { return };
     let own_lease = || -> Api<Lease> { Api::namespaced(cluster.client.clone(), "kubevirt") };
     // It is written by the handler: what the policy lets through.
     let deadline = Instant::now() + PATIENCE;
@@ -417,12 +406,8 @@ const OTHERS: [&str; 8] = ["vm", "vmi", "migration", "evacuation", "history", "n
 
 #[tokio::test(flavor = "multi_thread")]
 async fn nodes_are_maintained_beside_controllers_that_know_of_no_maintenance() {
-    if common::real::assets().is_none() {
-        println!("SKIPPED: KUBEBUILDER_ASSETS names no folder with etcd and kube-apiserver");
-        return;
-    }
     let Some(kubectl) = common::kubectls().pop() else { return };
-    let cluster = Cluster::start(2).await;
+    let Some(cluster) = Cluster::wished(2, Wishes::default()).await else { return };
     cluster.build_rom_image(Parameters { token: TOKEN, ..Parameters::default() });
     let real = cluster.real.as_ref().expect("a real API server");
     real.kill(CONTROLLER);

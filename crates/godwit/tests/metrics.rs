@@ -5,7 +5,7 @@
 mod common;
 
 use common::moving::{narrow_the_link, widen_the_link};
-use common::real::{CONTROLLER, STANDBY};
+use common::real::{CONTROLLER, STANDBY, Wishes};
 use common::{Cluster, status};
 use godwit_guest_rom::Parameters;
 use k8s_openapi::api::core::v1::ConfigMap;
@@ -87,11 +87,7 @@ fn seconds(time: &str) -> f64 {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_scrape_tells_of_a_guest_on_its_way_of_its_arrival_and_of_the_node_that_is_emptied() {
-    if common::real::assets().is_none() {
-        println!("SKIPPED: KUBEBUILDER_ASSETS names no folder with etcd and kube-apiserver");
-        return;
-    }
-    let cluster = Cluster::start(2).await;
+    let Some(cluster) = Cluster::wished(2, Wishes::default()).await else { return };
     cluster.build_rom_image(Parameters::default());
     cluster.start_rom_guest(GUEST).await;
     let mut held = common::rom_vmi("held");

@@ -1,5 +1,6 @@
 //! What roles cannot say: that each handler writes only what is of its own node.
 
+use godwit_api::Installation;
 use godwit_api::access::HANDLER;
 use godwit_api::names::EXTRA_NODE_NAME;
 use godwit_api::names::fence::LEASE_PREFIX;
@@ -13,6 +14,7 @@ const NAME: &str = "godwit-handlers";
 /// Kubernetes says since 1.30 of which node a pod's token is; of a token of which it does not, nothing can be asked.
 pub fn objects(namespace: &str) -> [Value; 2] {
     let metadata = json!({"name": NAME, "labels": {"kubevirt.io": ""}});
+    let handler = Installation::new(namespace).user(HANDLER);
     let of_node = format!("has(request.userInfo.extra) && '{EXTRA_NODE_NAME}' in request.userInfo.extra");
     let rule = |group: &str, resource: &str, operations: &[&str], scope: &str| {
         json!({
@@ -37,7 +39,7 @@ pub fn objects(namespace: &str) -> [Value; 2] {
             "matchConditions": [
                 {
                     "name": "handlers",
-                    "expression": format!("request.userInfo.username == 'system:serviceaccount:{namespace}:{HANDLER}'"),
+                    "expression": format!("request.userInfo.username == '{handler}'"),
                 },
                 {"name": "whose-node-is-known", "expression": of_node},
             ],

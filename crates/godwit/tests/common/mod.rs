@@ -52,7 +52,7 @@ impl Cluster {
     /// name a folder with these.
     pub async fn wished(nodes: usize, wishes: Wishes) -> Option<Self> {
         let Some(assets) = real::assets() else {
-            println!("skipped: it needs etcd and kube-apiserver in the folder that KUBEBUILDER_ASSETS names");
+            println!("SKIPPED: KUBEBUILDER_ASSETS names no folder with etcd and kube-apiserver");
             return None;
         };
         Some(Self::of_assets(assets, nodes, wishes).await)

@@ -258,7 +258,7 @@ impl Real {
     /// A client with the token of a node's handler, which finds the API server as `kubeconfig` does.
     pub async fn handler_of(&self, node: &str, kubeconfig: &Path) -> Client {
         let read = |path: &Path| kube::config::Kubeconfig::read_from(path).expect("a kubeconfig");
-        let handler = read(&self.file(&format!("kubevirt-handler-{node}.kubeconfig")));
+        let handler = read(&self.handlers(node));
         let mut config = read(kubeconfig);
         config.auth_infos[0].auth_info.clone_from(&handler.auth_infos[0].auth_info);
         let config = kube::Config::from_custom_kubeconfig(config, &Default::default()).await.expect("a configuration");
