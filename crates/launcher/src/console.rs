@@ -357,6 +357,14 @@ async fn accept_followers(
     let serving = Arc::new(serving);
     let newest = Arc::new(watch::Sender::new(0u64));
     let mut clients = tokio::task::JoinSet::new();
+    let serve = |clients: &mut tokio::task::JoinSet<()>, stream: UnixStream| {
+        let (said, input, newest, serving) = (said.clone(), input.clone(), newest.clone(), serving.clone());
+        clients.spawn(async move {
+            let _serving = serving;
+            // Whoever goes away in the middle has nothing to be told.
+            let _ = follow(stream, &said, input, &newest).await;
+        });
+    };
     let mut ended = said.changed.subscribe();
     loop {
         let over = async {
@@ -370,20 +378,32 @@ async fn accept_followers(
         tokio::select! {
             accepted = listener.accept() => {
                 let Ok((stream, _)) = accepted else { break };
-                let (said, input, newest) = (said.clone(), input.clone(), newest.clone());
-                let serving = serving.clone();
-                clients.spawn(async move {
-                    let _serving = serving;
-                    // Whoever goes away in the middle has nothing to be told.
-                    let _ = follow(stream, &said, input, &newest).await;
-                });
+                serve(&mut clients, stream);
             }
-            () = over => break,
+            () = over => {
+                // Whoever had connected by then is told all of it, too.
+                for stream in waiting(listener) {
+                    serve(&mut clients, stream);
+                }
+                break;
+            }
         }
         while clients.try_join_next().is_some() {}
     }
     drop(serving);
     while clients.join_next().await.is_some() {}
+}
+
+/// Those who have connected and were not accepted yet. Asked of the kernel: tokio may not have heard of them.
+fn waiting(listener: UnixListener) -> Vec<UnixStream> {
+    let Ok(listener) = listener.into_std() else { return Vec::new() };
+    // It does not block, as tokio's.
+    std::iter::from_fn(|| listener.accept().ok())
+        .filter_map(|(stream, _)| {
+            stream.set_nonblocking(true).ok()?;
+            UnixStream::from_std(stream).ok()
+        })
+        .collect()
 }
 
 /// One client of [`STREAM`], from its hello to its end.
@@ -551,6 +571,24 @@ mod tests {
         drop(guest);
         let (heard, ()) = tokio::join!(hear(&mut client, usize::MAX), console.drain());
         assert_eq!((heard.0, heard.1.len(), heard.2), (Some(0), 2000, Some(Frame::End)));
+    }
+
+    /// Many times, for which of two things that are ready is seen first is a matter of chance.
+    #[tokio::test]
+    async fn whoever_connected_before_the_end_hears_it_all() {
+        for _ in 0..32 {
+            let folder = tempfile::tempdir().unwrap();
+            let listener = UnixListener::bind(folder.path().join(STREAM)).unwrap();
+            let said = Arc::new(Said::default());
+            said.add(b"last");
+            said.end();
+            let mut client = follower(folder.path(), Some(0)).await;
+            let (serving, _served) = watch::channel(());
+            let (input, _typed) = mpsc::channel(1);
+            let (heard, ()) =
+                tokio::join!(hear(&mut client, usize::MAX), accept_followers(listener, said, input, serving));
+            assert_eq!(heard, (Some(0), "last".to_owned(), Some(Frame::End)));
+        }
     }
 
     #[tokio::test]
