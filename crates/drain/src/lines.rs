@@ -32,6 +32,8 @@ pub struct Lines {
     taken_back: bool,
     /// What was said last, so that nothing is said twice.
     said: BTreeMap<Name, String>,
+    /// How many have not left, as it was said last.
+    left: Option<usize>,
 }
 
 /// What a line says of a VM.
@@ -89,7 +91,7 @@ impl Lines {
             }
             return;
         }
-        // Plainly, only what is new of its kind is a line; not each per cent.
+        // Plainly, only what is new of its kind is a line; not each per cent, but each quarter.
         let word = coarse(standing);
         if self.said.get(vmi) != Some(&word) {
             if self.said.contains_key(vmi) || *standing != Standing::Waits {
@@ -107,9 +109,8 @@ impl Lines {
         }
     }
 
-    /// How far the whole is; all of it is drawn.
+    /// How far the whole is; all of it is drawn. Plainly, it is a line whenever another one has left.
     pub fn whole(&mut self, left: usize, all: usize, begun: Duration, rest: Option<Duration>) {
-        let Some(screen) = &self.screen else { return };
         let time = |time: Duration| show::milliseconds(u64::try_from(time.as_millis()).unwrap_or(u64::MAX));
         let rest = match rest {
             _ if self.taken_back => "taking it back".to_owned(),
@@ -117,8 +118,14 @@ impl Lines {
             None => "longer than expected".to_owned(),
         };
         self.whole = format!("{} of {all} have left, {}", all.saturating_sub(left), time(begun));
-        let (height, width) = Term::stdout().size();
         let whole = format!("{}, {rest}", self.whole);
+        let Some(screen) = &self.screen else {
+            if self.left.replace(left).is_some_and(|before| before != left) && left > 0 {
+                tell!("{whole}");
+            }
+            return;
+        };
+        let (height, width) = Term::stdout().size();
         screen.set_message(drawn(&self.rows, &whole, usize::from(width), usize::from(height)).join("\n"));
     }
 
@@ -255,7 +262,9 @@ fn told(standing: &Standing, now: Timestamp) -> String {
 /// What of it is worth a line of its own.
 fn coarse(standing: &Standing) -> String {
     match standing {
-        Standing::Moves { target, .. } => format!("moves {target:?}"),
+        Standing::Moves { target, percent, .. } => {
+            format!("moves {target:?} {:?}", percent.map(|percent| percent / 25))
+        }
         Standing::Left(to, _) => format!("left {to:?}"),
         other => told(other, Timestamp::UNIX_EPOCH),
     }
@@ -318,6 +327,20 @@ mod tests {
         let drawn = lines.screen.as_ref().unwrap().message();
         assert!(drawn.ends_with("\n1 of 4 have left, 12 s, taking it back"), "{drawn}");
         assert_eq!(lines.last(80).last().unwrap(), "1 of 4 have left, 12 s");
+    }
+
+    #[test]
+    fn plainly_each_quarter_of_the_way_is_worth_a_line() {
+        let at = |percent| Standing::Moves {
+            phase: "Running".to_owned(),
+            target: Some("node2".to_owned()),
+            percent,
+            end: None,
+        };
+        let ways = [None, Some(0), Some(7), Some(24), Some(25), Some(49), Some(50), Some(99), Some(100)];
+        let mut words: Vec<String> = ways.into_iter().map(|percent| coarse(&at(percent))).collect();
+        words.dedup();
+        assert_eq!(words.len(), 6, "unknown, the four quarters, and all: {words:?}");
     }
 
     #[test]
