@@ -185,7 +185,10 @@ impl Task {
 
     async fn plan(&self, attempt: u32, image: Option<Unpacked>) -> Result<ContainerSpec, (&'static str, String)> {
         let config = |message: String| ("CreateContainerConfigError", message);
-        let image_env = image.as_ref().and_then(|image| image.config.env.clone()).unwrap_or_default();
+        let image_env = match &image {
+            Some(image) => image.config.env.clone().unwrap_or_default(),
+            None => env::of_host(std::env::vars_os()),
+        };
         let env = env::resolve(&self.context.client, &self.pod, &self.container, &image_env, &self.facts);
         let env = env.await.map_err(config)?;
         let folder = self.folder();

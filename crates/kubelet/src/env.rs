@@ -1,12 +1,24 @@
 //! A container's environment: values, and references to the pod, config maps and secrets.
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::net::IpAddr;
 
 use k8s_openapi::api::core::v1::{ConfigMap, Container, EnvVarSource, ObjectFieldSelector, Pod, Secret};
 use kube::{Api, Client, ResourceExt};
 
 use crate::quantity;
+
+/// Variables that name programs to godwit: whoever sets them for a node means its launchers, too.
+const PROGRAMS: [&str; 3] = ["GODWIT_QEMU", "GODWIT_QEMU_IMG", "GODWIT_SWTPM"];
+
+/// What the node's own system, as an image, has in its environment, as `name=value`, out of that of the kubelet.
+pub(crate) fn of_host(own: impl Iterator<Item = (OsString, OsString)>) -> Vec<String> {
+    own.filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+        .filter(|(name, _)| PROGRAMS.contains(&name.as_str()))
+        .map(|(name, value)| format!("{name}={value}"))
+        .collect()
+}
 
 /// What the pod's fields are resolved with besides the pod.
 pub(crate) struct Facts {
@@ -213,6 +225,13 @@ mod tests {
     use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 
     use super::*;
+
+    #[test]
+    fn launchers_find_the_programs_that_were_named_for_their_node_and_nothing_else_of_its_environment() {
+        let own = [("HOME", "/root"), ("GODWIT_QEMU", "/opt/qemu/bin/qemu-system-x86_64"), ("GODWIT_DATA_DIR", "/d")];
+        let own = own.into_iter().map(|(name, value)| (name.into(), value.into()));
+        assert_eq!(of_host(own), ["GODWIT_QEMU=/opt/qemu/bin/qemu-system-x86_64"]);
+    }
 
     fn facts() -> Facts {
         Facts {
