@@ -15,7 +15,8 @@
 #
 # Memory check: each tick visits `pages_per_tick` pages of [first, last). A visited page carries its own address mixed with a
 # key and the number of the pass that wrote it, and must carry those of the pass before when it is visited again: a page that
-# a migration lost, sent too early or put in the wrong place is noticed within one pass.
+# a migration lost, sent too early or put in the wrong place is noticed within one pass. With `noise` the first pass also fills
+# the pages, so that each takes its 4 KiB on the way, compressed or not.
 #
 # Disk check: where it has a virtio disk at 00:10.0 (the first one) and `disk_blocks` is not 0, it visits that many blocks of 4 KiB,
 # `disk_stride` blocks from one to the next, round after round. A visited block is read, must carry its own number and that of the
@@ -211,6 +212,7 @@ last:           .long 0x200000
 frame_ticks:    .long 0
 disk_blocks:    .long 0
 disk_stride:    .long 1
+noise:          .long 0
         .org 0x440
 
 visit:
@@ -239,7 +241,12 @@ visit:
 3:      mov     %eax, (%edi)
         mov     pass, %edx
         mov     %edx, 4(%edi)
-        add     $0x1000, %edi
+        test    %edx, %edx
+        jnz     5f
+        cmp     %edx, noise
+        je      5f
+        call    make_noise
+5:      add     $0x1000, %edi
         cmp     last, %edi
         jb      4f
         mov     first, %edi
@@ -248,6 +255,26 @@ visit:
         jnz     1b
         mov     %edi, cursor
 9:      ret
+
+# Fills the rest of the page at %edi with what does not get smaller when it is compressed (Marsaglia's xorshift, from %eax).
+make_noise:
+        push    %ecx
+        mov     $8, %edx
+1:      mov     %eax, %ecx
+        shl     $13, %ecx
+        xor     %ecx, %eax
+        mov     %eax, %ecx
+        shr     $17, %ecx
+        xor     %ecx, %eax
+        mov     %eax, %ecx
+        shl     $5, %ecx
+        xor     %ecx, %eax
+        mov     %eax, (%edi,%edx)
+        add     $4, %edx
+        cmp     $0x1000, %edx
+        jb      1b
+        pop     %ecx
+        ret
 
 beat:
         decl    ticks_left

@@ -62,7 +62,7 @@ async fn a_running_guest_moves_and_goes_on() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_migration_deleted_in_flight_leaves_the_guest_where_it_was() {
     let cluster = Cluster::start(2).await;
-    cluster.build_rom_image(Parameters { pages_per_tick: 64, ..Parameters::default() });
+    cluster.build_rom_image(Parameters { pages_per_tick: 64, noise: true, ..Parameters::default() });
     cluster.start_rom_guest("stayer").await;
     let before = cluster.vmis().get("stayer").await.expect("VMI");
     let from = status(&before, "nodeName");

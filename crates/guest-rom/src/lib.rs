@@ -26,6 +26,9 @@ pub struct Parameters {
     pub disk_blocks: u32,
     /// Blocks from the beginning of one of those to that of the next; 0 counts as 1.
     pub disk_stride: u32,
+    /// Whether the pages it writes to are full of what cannot be compressed; otherwise they are all but empty, and a migration
+    /// that compresses, or that leaves out what has not changed, has next to nothing to send.
+    pub noise: bool,
 }
 
 impl Default for Parameters {
@@ -40,6 +43,7 @@ impl Default for Parameters {
             frame_ticks: 0,
             disk_blocks: 0,
             disk_stride: 1,
+            noise: false,
         }
     }
 }
@@ -58,6 +62,7 @@ pub fn image(parameters: Parameters) -> Vec<u8> {
         parameters.frame_ticks,
         parameters.disk_blocks,
         parameters.disk_stride.max(1),
+        u32::from(parameters.noise),
     ];
     for (n, value) in values.into_iter().enumerate() {
         let at = PARAMETERS + 4 * n;

@@ -87,7 +87,7 @@ async fn a_paused_guest_moves_and_stays_paused_until_it_is_unpaused() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_guest_that_may_be_disturbed_is_held_until_the_rest_is_over() {
-    let cluster = Cluster::with_rom(2, 64).await;
+    let cluster = Cluster::with_noisy_rom(2, 64).await;
     cluster.configure(json!({"completionTimeoutPerGiB": 15, "allowWorkloadDisruption": true})).await;
     cluster.start_rom_guest_on("busy", "node1").await;
     cluster.narrow("node1", NARROW);
@@ -174,7 +174,7 @@ async fn a_handler_that_is_killed_in_post_copy_costs_nothing() {
 /// While the guest runs at the source nothing is sent twice either.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_handler_that_is_killed_while_memory_is_copied_costs_nothing() {
-    let mut cluster = Cluster::with_rom(2, 64).await;
+    let mut cluster = Cluster::with_noisy_rom(2, 64).await;
     cluster.start_rom_guest_on("copied", "node1").await;
     let (source, _) = cluster.only_launcher("copied").await;
     cluster.narrow("node1", NARROW);

@@ -83,6 +83,13 @@ impl Cluster {
         cluster
     }
 
+    /// The same, whose pages take their size on the way, so that a narrow link holds a guest up however its memory is sent.
+    pub async fn with_noisy_rom(nodes: usize, pages_per_tick: u32) -> Self {
+        let cluster = Self::start(nodes).await;
+        cluster.build_rom_image(Parameters { pages_per_tick, noise: true, ..Parameters::default() });
+        cluster
+    }
+
     /// Starts a guest on this node. It is not bound to it: the others only take nothing new meanwhile.
     pub async fn start_rom_guest_on(&self, name: &str, node: &str) {
         self.start_on(rom_vmi(name), node).await;

@@ -82,7 +82,7 @@ async fn a_guest_gets_a_new_launcher_on_its_node_and_its_memory_is_not_copied() 
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_guest_whose_memory_is_its_own_stays_with_a_copy_and_a_cancelled_update_leaves_it_alone() {
-    let cluster = Cluster::with_rom(1, 64).await;
+    let cluster = Cluster::with_noisy_rom(1, 64).await;
     cluster.start_on(annotated(rom_vmi("copied"), "godwit.io/guest-memory", "private"), "node1").await;
     let (first, node) = cluster.only_launcher("copied").await;
     let stay = |name: &str, vmi: &str| {
