@@ -31,7 +31,7 @@ simulator() {
 # Test files whose clusters can have a real API server.
 either='package(godwit) & (binary(certificates) | binary(cluster) | binary(console) | binary(contract) | binary(drain) | binary(drain_kubectl)
     | binary(evacuation) | binary(fencing) | binary(guests) | binary(images) | binary(kubectl) | binary(lost_node) | binary(maintenance)
-    | binary(maintenance_fields) | binary(metrics) | binary(migration) | binary(pods) | binary(refusals) | binary(virtctl))'
+    | binary(maintenance_fields) | binary(metrics) | binary(migration) | binary(pods) | binary(refusals) | binary(uninstall) | binary(virtctl))'
 # Those that run an older godwit beside this one.
 upgrades='package(godwit) & binary(upgrade)'
 # Those that start `godwit up` themselves: they are about it, or measure with it.
@@ -67,7 +67,7 @@ skipped() {
         return
     fi
     all=$(count "$either")
-    none=$(count 'package(godwit) & (binary(certificates) | binary(cluster) | binary(metrics))')
+    none=$(count 'package(godwit) & (binary(certificates) | binary(cluster) | binary(metrics) | binary(uninstall))')
     echo "test: SKIPPED: $all tests were not run against etcd and kube-apiserver, but against the embedded server" \
         "($none of them not at all): set KUBEBUILDER_ASSETS to a folder with both"
 }
