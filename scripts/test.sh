@@ -29,7 +29,7 @@ simulator() {
     cargo run --release --locked -p godwit-simulator --example seeds -- "${GODWIT_SEEDS:-2000}"
 }
 # Test files whose clusters can have a real API server.
-either='package(godwit) & (binary(certificates) | binary(cluster) | binary(console) | binary(contract) | binary(drain) | binary(drain_kubectl)
+either='package(godwit) & (binary(certificates) | binary(cluster) | binary(console) | binary(contract) | binary(cpu) | binary(drain) | binary(drain_kubectl)
     | binary(evacuation) | binary(fencing) | binary(guests) | binary(images) | binary(kubectl) | binary(lost_node) | binary(maintenance)
     | binary(maintenance_fields) | binary(metrics) | binary(migration) | binary(pods) | binary(refusals) | binary(uninstall) | binary(virtctl))'
 # Those that run an older godwit beside this one.
