@@ -9,7 +9,7 @@ use common::build::Build;
 use common::flights::{MOMENT, PATIENCE, Stage, TOKEN};
 use common::moving::{guest_runs_on_in, one_launcher_is_left};
 use common::real::{API, CONTROLLER, OTHER_API, STANDBY, Wishes};
-use common::{Cluster, kubectls, qemus, rom_vmi, status, text};
+use common::{Cluster, kill_hard, kubectls, qemus, rom_vmi, status, text};
 use godwit_api::names::KUBEVIRT_NAMESPACE;
 use godwit_guest_rom::Parameters;
 use kube::api::{ApiResource, DynamicObject, GroupVersionKind, Patch};
@@ -292,13 +292,8 @@ async fn a_cluster_on_one_machine_is_replaced_process_by_process() {
     let nodes = ["node1", "node2"];
     for process in ["control-plane", "node1", "node2"] {
         is_of(&cluster, process, &old);
-        let pid = cluster.pid(process);
-        kill(pid, Signal::SIGTERM).expect("SIGTERM");
-        let deadline = Instant::now() + PATIENCE;
-        while Path::new(&format!("/proc/{pid}")).exists() {
-            assert!(Instant::now() < deadline, "{process} does not end\n{}", cluster.words());
-            tokio::time::sleep(MOMENT).await;
-        }
+        // By SIGTERM, kubelets before this version may take their guests with them.
+        kill_hard(cluster.pid(process));
         let output = cluster.godwit(&["up", "--nodes", "2", "--detach"]);
         assert!(output.status.success(), "godwit up: {}", text(&output.stderr));
         cluster.reconnect().await;
