@@ -6,7 +6,7 @@ GUEST := $(TARGET)/demo-guest
 # make deps QEMU=backports takes QEMU 10.0 from Debian 12's backports instead of 7.2.
 QEMU ?= stable
 
-.PHONY: help demo build guest test test-unit test-e2e test-cluster lint deps clean
+.PHONY: help demo build guest test test-unit test-e2e test-cluster test-upgrade lint deps clean
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -38,6 +38,10 @@ test-e2e: deps
 ## make test-cluster    end-to-end tests against the etcd and kube-apiserver in the folder KUBEBUILDER_ASSETS
 test-cluster: deps
 	scripts/test.sh cluster
+
+## make test-upgrade    an older godwit, replaced by this one process by process under guests that move. GODWIT_OLD_REV: which
+test-upgrade: deps
+	scripts/test.sh upgrade
 
 ## make lint            format, clippy with warnings denied, purity of the pure crates, dependencies
 lint: deps

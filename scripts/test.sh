@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the tests. Usage: scripts/test.sh [all|unit|e2e|cluster]
+# Runs the tests. Usage: scripts/test.sh [all|unit|e2e|cluster|upgrade]
 # Unit tests run in parallel; end-to-end tests start whole clusters and run few at a time.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -29,9 +29,11 @@ simulator() {
     cargo run --release --locked -p godwit-simulator --example seeds -- "${GODWIT_SEEDS:-2000}"
 }
 # Test files whose clusters can have a real API server.
-either='package(godwit) & (binary(certificates) | binary(cluster) | binary(console) | binary(contract) | binary(drain) | binary(drain_kubectl)
+either='package(godwit) & (binary(certificates) | binary(cluster) | binary(console) | binary(contract) | binary(cpu) | binary(drain) | binary(drain_kubectl)
     | binary(evacuation) | binary(fencing) | binary(guests) | binary(images) | binary(kubectl) | binary(lost_node) | binary(maintenance)
-    | binary(maintenance_fields) | binary(metrics) | binary(migration) | binary(pods) | binary(refusals) | binary(virtctl))'
+    | binary(maintenance_fields) | binary(metrics) | binary(migration) | binary(pods) | binary(refusals) | binary(uninstall) | binary(virtctl))'
+# Those that run an older godwit beside this one.
+upgrades='package(godwit) & binary(upgrade)'
 # Those that start `godwit up` themselves: they are about it, or measure with it.
 ours='package(godwit) & (binary(bench) | binary(faults) | binary(lifecycle))'
 # Whether KUBEBUILDER_ASSETS names a folder with etcd and kube-apiserver.
@@ -52,16 +54,20 @@ count() {
     fi
     wc -l <<<"$names"
 }
-# Says what was not run against etcd and kube-apiserver.
+# Says what was not run against etcd and kube-apiserver, or at all.
 skipped() {
     local some all none
+    if [ -z "${GODWIT_OLD:-}" ]; then
+        some=$(count "$upgrades")
+        echo "test: SKIPPED: $some tests run an older godwit beside this one and were not run: GODWIT_OLD names none (make test-upgrade builds one)"
+    fi
     if real; then
         some=$(count "$ours")
         echo "test: SKIPPED: $some tests start \`godwit up\` themselves (bench, faults, lifecycle) and were not run against etcd and kube-apiserver"
         return
     fi
     all=$(count "$either")
-    none=$(count 'package(godwit) & (binary(certificates) | binary(cluster) | binary(metrics))')
+    none=$(count 'package(godwit) & (binary(certificates) | binary(cluster) | binary(metrics) | binary(uninstall))')
     echo "test: SKIPPED: $all tests were not run against etcd and kube-apiserver, but against the embedded server" \
         "($none of them not at all): set KUBEBUILDER_ASSETS to a folder with both"
 }
@@ -81,9 +87,16 @@ case "$which" in
         runner "$either"
         skipped
         ;;
+    upgrade)
+        GODWIT_OLD=${GODWIT_OLD:-$(scripts/old.sh)}
+        export GODWIT_OLD
+        runner "$upgrades"
+        real || echo "test: SKIPPED: of $(count "$upgrades") tests those on etcd and kube-apiserver:" \
+            "set KUBEBUILDER_ASSETS to a folder with both"
+        ;;
     all) make_guest; runner 'all()'; simulator; skipped ;;
     *)
-        echo "usage: scripts/test.sh [all|unit|e2e|cluster]" >&2
+        echo "usage: scripts/test.sh [all|unit|e2e|cluster|upgrade]" >&2
         exit 2
         ;;
 esac

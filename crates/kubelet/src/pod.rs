@@ -38,6 +38,14 @@ impl Seen {
     }
 }
 
+/// Waits until what was last seen of the pod is so. A kubelet that ends tells nothing more of its pods, which says nothing of them: they
+/// run on.
+async fn until(seen: &mut watch::Receiver<Seen>, wanted: impl FnMut(&Seen) -> bool) {
+    if seen.wait_for(wanted).await.is_err() {
+        std::future::pending().await
+    }
+}
+
 struct Aborting(AbortHandle);
 
 impl Drop for Aborting {
@@ -66,7 +74,7 @@ pub(crate) async fn run(context: Arc<Context>, mut seen: watch::Receiver<Seen>) 
     if matches!(phase, Some("Succeeded" | "Failed")) {
         // It has been lived to its end before; there is nothing to tell.
         life.release();
-        let _ = seen.wait_for(Seen::must_end).await;
+        until(&mut seen, Seen::must_end).await;
         life.clean().await;
         life.finish(&seen).await;
         return;
@@ -89,13 +97,13 @@ pub(crate) async fn run(context: Arc<Context>, mut seen: watch::Receiver<Seen>) 
     };
     let lived = tokio::select! {
         biased;
-        _ = seen.wait_for(Seen::must_end) => false,
+        () = until(&mut seen, Seen::must_end) => false,
         () = life.live() => true,
     };
     if lived {
         // Logs stay until the object goes; the rest is given back now.
         life.release();
-        let _ = seen.wait_for(Seen::must_end).await;
+        until(&mut seen, Seen::must_end).await;
     }
     life.end(&mut seen).await;
     drop((publisher, watcher));
@@ -238,15 +246,15 @@ impl Life {
             Duration::from_secs(u64::try_from(asked.or(own).unwrap_or(30)).unwrap_or(0))
         };
         // One that is deleted by force meanwhile ends at once.
-        let until = |mut seen: watch::Receiver<Seen>| async move {
+        let limit = |mut seen: watch::Receiver<Seen>| async move {
             tokio::select! {
                 () = tokio::time::sleep(grace) => {}
-                _ = seen.wait_for(|seen| seen.gone) => {}
+                () = until(&mut seen, |seen| seen.gone) => {}
             }
         };
         let containers = init.iter().map(|c| (c, true)).chain(main.iter().map(|c| (c, false)));
         join_all(containers.map(|(container, init)| {
-            let until = until(seen.clone());
+            let until = limit(seen.clone());
             async move {
                 let folder = self.folder.join("containers").join(&container.name);
                 let group = self.context.group(&self.pod, &container.name);
@@ -331,4 +339,20 @@ pub(crate) async fn remove_orphan(context: &Context, uid: &str) {
     group.kill();
     group.remove();
     remove_folder(&folder).await;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Guests run on while their node's kubelet is away, whatever has ended it.
+    #[tokio::test]
+    async fn a_kubelet_that_ends_says_nothing_of_its_pods() {
+        let (kubelet, mut seen) = watch::channel(Seen { pod: Arc::default(), gone: false });
+        drop(kubelet);
+        assert!(futures::poll!(std::pin::pin!(until(&mut seen, Seen::must_end))).is_pending());
+        let (kubelet, mut gone) = watch::channel(Seen { pod: Arc::default(), gone: true });
+        drop(kubelet);
+        assert!(futures::poll!(std::pin::pin!(until(&mut gone, Seen::must_end))).is_ready());
+    }
 }

@@ -4,8 +4,12 @@
 //! an operating system. So the question is put to the machine itself: run a loop of 16 million steps under KVM against a
 //! deadline that any real KVM keeps by a factor of ten.
 
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use serde::{Deserialize, Serialize};
-use std::path::Path;
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 use tokio::io::AsyncReadExt;
@@ -65,12 +69,12 @@ async fn try_kvm(qemu: &Path) -> Result<String, String> {
     if let Err(error) = std::fs::OpenOptions::new().read(true).write(true).open(device) {
         return Err(format!("/dev/kvm cannot be opened ({error}): guests are translated (TCG)"));
     }
-    let rom = RomFile::new().map_err(|e| format!("KVM could not be tried (no temporary file: {e}): TCG is used"))?;
+    let rom = RomFile::new().map_err(|e| format!("KVM could not be tried (no file in memory: {e}): TCG is used"))?;
     let mut command = Command::new(qemu);
     command
         .args(["-nodefaults", "-no-user-config", "-display", "none", "-machine", "pc", "-accel", "kvm", "-m", "1M"])
         .arg("-bios")
-        .arg(&rom.path)
+        .arg(rom.path())
         .args(["-chardev", "stdio,id=out", "-device", "isa-debugcon,iobase=0xe9,chardev=out"])
         .args(["-device", "isa-debug-exit,iobase=0xf4,iosize=1"])
         .stdin(Stdio::null())
@@ -112,32 +116,19 @@ async fn try_kvm(qemu: &Path) -> Result<String, String> {
     }
 }
 
-/// The loop as a 64 KiB firmware image in a file of its own, removed afterwards.
-struct RomFile {
-    path: std::path::PathBuf,
-}
+/// The loop as a 64 KiB firmware image in a file without a name: nothing is left of it, however this process ends.
+struct RomFile(File);
 
 impl RomFile {
     fn new() -> std::io::Result<Self> {
-        use std::io::Write;
-        use std::sync::atomic::{AtomicU32, Ordering};
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        let name = format!("godwit-kvm-probe-{}-{}.bin", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
-        let path = std::env::temp_dir().join(name);
-        let mut file = std::fs::OpenOptions::new().write(true).create_new(true).open(&path)?;
-        let file = RomFile { path }.filled(|| file.write_all(&loop_rom()))?;
-        Ok(file)
+        let mut file = File::from(memfd_create("kvm-probe", MFdFlags::MFD_CLOEXEC)?);
+        file.write_all(&loop_rom())?;
+        Ok(Self(file))
     }
 
-    fn filled(self, fill: impl FnOnce() -> std::io::Result<()>) -> std::io::Result<Self> {
-        fill()?;
-        Ok(self)
-    }
-}
-
-impl Drop for RomFile {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.path);
+    /// Where others find it as long as this process has it. (It is not inherited, so QEMU opens it as this process's.)
+    fn path(&self) -> PathBuf {
+        format!("/proc/{}/fd/{}", std::process::id(), self.0.as_raw_fd()).into()
     }
 }
 
@@ -195,11 +186,19 @@ mod tests {
         let status = std::process::Command::new(crate::process::find_qemu().expect("QEMU; `make deps` installs it"))
             .args(["-nodefaults", "-no-user-config", "-display", "none", "-machine", "pc", "-accel", "tcg", "-m", "1M"])
             .arg("-bios")
-            .arg(&rom.path)
+            .arg(rom.path())
             .args(["-chardev", "null,id=out", "-device", "isa-debugcon,iobase=0xe9,chardev=out"])
             .args(["-device", "isa-debug-exit,iobase=0xf4,iosize=1"])
             .status()
             .unwrap();
         assert_eq!(status.code(), Some(1));
+    }
+
+    #[test]
+    fn nothing_is_left_of_the_rom_whatever_ends_the_process() {
+        let rom = RomFile::new().unwrap();
+        let file = std::fs::read_link(rom.path()).unwrap();
+        assert!(file.starts_with("/memfd:kvm-probe (deleted)"), "{}", file.display());
+        assert_eq!(std::fs::read(rom.path()).unwrap(), loop_rom());
     }
 }

@@ -84,10 +84,16 @@ mod tests {
         line.trim().trim_end_matches(" kB").parse::<usize>().unwrap() * 1024
     }
 
-    #[test]
+    /// What is resident is of the process: of these tests one at a time.
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    fn what_is_free_between_what_is_kept_is_given_back() {
-        const PIECE: usize = 8 << 10;
+    static ALONE: std::sync::Mutex<()> = std::sync::Mutex::new(());
+
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    const PIECE: usize = 8 << 10;
+
+    /// Much memory that is free, and what lies scattered in it; how much it was.
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    fn scattered() -> (Vec<Vec<u8>>, usize) {
         let mut pieces: Vec<Vec<u8>> = (0..16 << 10).map(|_| vec![1; PIECE]).collect();
         let whole = pieces.len() * PIECE;
         let mut number = 0;
@@ -95,6 +101,14 @@ mod tests {
             number += 1;
             number % 64 == 0
         });
+        (pieces, whole)
+    }
+
+    #[test]
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    fn what_is_free_between_what_is_kept_is_given_back() {
+        let _alone = ALONE.lock();
+        let (pieces, whole) = scattered();
         let free = resident();
         give_back();
         let left = resident();
@@ -103,5 +117,50 @@ mod tests {
             "of {whole} bytes {} were kept; {free} resident, then {left}",
             pieces.len() * PIECE
         );
+    }
+    /// An API server with so many pods and nothing else, of which nothing changes.
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    fn server_with_pods(count: usize) -> kube::Client {
+        use bytes::Bytes;
+        use futures::{FutureExt, StreamExt, stream};
+        use http_body_util::StreamBody;
+        use serde_json::{Value, json};
+        let pod = |number: usize| {
+            let name = format!("pod-{number}");
+            let metadata = json!({"name": name, "namespace": "ns", "uid": name, "resourceVersion": "1"});
+            json!({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": {"containers": []}})
+        };
+        let pods: Vec<Value> = (0..count).map(pod).collect();
+        let service = tower::service_fn(move |request: http::Request<kube::client::Body>| {
+            let watches = request.uri().query().is_some_and(|query| query.contains("watch=true"));
+            let items = if request.uri().path() == "/api/v1/pods" { pods.as_slice() } else { &[] };
+            let list =
+                json!({"apiVersion": "v1", "kind": "List", "metadata": {"resourceVersion": "1"}, "items": items});
+            let said = async move { Ok::<_, std::io::Error>(http_body::Frame::data(Bytes::from(list.to_string()))) };
+            let body = if watches { stream::pending().boxed() } else { said.into_stream().boxed() };
+            std::future::ready(Ok::<_, std::io::Error>(http::Response::new(StreamBody::new(body))))
+        });
+        kube::Client::new(service, "default")
+    }
+
+    /// The controllers do it themselves when they have read much.
+    #[tokio::test]
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    async fn controllers_give_back_what_is_free_after_their_first_lists() {
+        let _alone = ALONE.lock();
+        let client = server_with_pods(ENOUGH);
+        let (kept, whole) = scattered();
+        let free = resident();
+        let given_back = async {
+            while resident() + whole / 2 >= free {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        let given_back = tokio::time::timeout(Duration::from_secs(60), given_back);
+        let controllers = crate::run(client, crate::Options::cluster("me"), std::future::pending());
+        tokio::select! {
+            ended = controllers => panic!("the controllers end: {ended:?}"),
+            within = given_back => assert!(within.is_ok(), "of {whole} bytes {} are kept, and all resident", kept.len() * PIECE),
+        }
     }
 }

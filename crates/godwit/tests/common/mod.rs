@@ -4,7 +4,9 @@
 #![allow(dead_code, clippy::expect_used, clippy::unwrap_used)]
 
 pub mod authority;
+pub mod build;
 pub mod events;
+pub mod flights;
 pub mod linux;
 pub mod moving;
 pub mod outage;
@@ -67,9 +69,18 @@ impl Cluster {
 
     /// Starts a cluster of `godwit up`, for tests of what only that does.
     pub async fn up(nodes: usize) -> Self {
+        Self::up_by(Path::new(env!("CARGO_BIN_EXE_godwit")), nodes).await
+    }
+
+    /// The same with this binary.
+    pub async fn up_by(program: &Path, nodes: usize) -> Self {
         let (folder, guard) = scratch();
-        let nodes = nodes.to_string();
-        let output = godwit(folder.path(), &["up", "--nodes", &nodes, "--api-port", "0", "--detach"]);
+        let mut up = Command::new(program);
+        up.args(["up", "--api-port=0", "--detach"])
+            .arg(format!("--nodes={nodes}"))
+            .arg("--data-dir")
+            .arg(folder.path());
+        let output = up.stdin(Stdio::null()).output().expect("godwit starts");
         assert!(output.status.success(), "godwit up: {}", text(&output.stderr));
         let client = godwit_standalone::client(&folder.path().join("kubeconfig")).await.expect("client");
         std::mem::forget(guard);

@@ -4,6 +4,9 @@
 //! makes the API server reachable on 127.0.0.1. What is started lives in the cluster's namespaces or has its record in `run/`,
 //! so `godwit down` ends it, whatever became of the test.
 
+mod nodes;
+
+use super::build::Build;
 use super::{kill_hard, text, words};
 use godwit_api::{Installation, access};
 use godwit_network::Namespace;
@@ -15,10 +18,12 @@ use rcgen::{
 };
 use serde_json::{Value, json};
 use std::ffi::OsStr;
+use std::io::Write;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 /// Names of the processes, as their logs and records have them.
@@ -37,6 +42,8 @@ const API_ACCOUNT: &str = "kubevirt-apiserver";
 pub const APIS: [(&str, u16); 2] = [(API, 8443), (OTHER_API, 8444)];
 /// The Service by which the API server reaches it.
 const API_SERVICE: &str = "virt-api";
+/// The DaemonSet of handlers.
+const HANDLER: &str = "virt-handler";
 /// Where the controllers answer probes and scrapes, each on a port of its own.
 const HEALTH_PORTS: [(&str, u16); 2] = [(CONTROLLER, 8080), (STANDBY, 8081)];
 /// How long all of it may take on a busy machine.
@@ -56,6 +63,8 @@ pub struct Real {
     switch: Namespace,
     relay: Relay,
     wishes: Wishes,
+    /// What is started is of this build.
+    build: Mutex<Arc<Build>>,
 }
 
 /// What is not to be as always.
@@ -65,6 +74,9 @@ pub struct Wishes {
     pub lifetimes: Option<[&'static str; 2]>,
     /// Where godwit is installed.
     pub installation: Installation,
+    /// The build that is installed, by kubectl and as docs/install.md says, and of which everything is that is started, the handlers
+    /// as processes of their own; kubelets are those under test. None: the one under test, in a quicker way.
+    pub installed: Option<(Build, PathBuf)>,
 }
 
 impl Real {
@@ -80,7 +92,11 @@ impl Real {
         fabric::ensure(&shape).await.expect("the fabric");
         let switch = Namespace::open(&fabric::switch(&shape)).expect("the switch");
         let relay = Relay::start(port, switch.clone());
-        let real = Self { assets, layout, shape, switch, relay, wishes };
+        let build = match &wishes.installed {
+            Some((build, _)) => build.clone(),
+            None => Build::under_test(wishes.installation.namespace()),
+        };
+        let real = Self { assets, layout, shape, switch, relay, wishes, build: Mutex::new(Arc::new(build)) };
         real.make_certificates();
         real.start_etcd();
         real.start_api_server();
@@ -90,11 +106,27 @@ impl Real {
         real.start_api(&client).await;
         real.kubeconfig(&client, CONTROLLER_ACCOUNT, None).await;
         real.start_controller(CONTROLLER);
+        if real.wishes.installed.is_some() {
+            real.launch(&Build::under_test(real.installed_in()));
+        }
         for (index, name) in real.shape.nodes.iter().enumerate() {
             real.join(&client, name, u8::try_from(index + 1).expect("few nodes")).await;
         }
         real.until_ready(&client).await;
+        if real.wishes.installed.is_some() {
+            real.launch(&real.build());
+        }
         (real, client)
+    }
+
+    /// What is started now is of this build.
+    pub fn build(&self) -> Arc<Build> {
+        self.build.lock().expect("nobody panics with it").clone()
+    }
+
+    /// From now on what is started is of this build, but for launchers: see [`Self::launch`].
+    pub fn install(&self, build: &Build) {
+        *self.build.lock().expect("nobody panics with it") = Arc::new(build.clone());
     }
 
     fn file(&self, name: &str) -> PathBuf {
@@ -248,11 +280,39 @@ impl Real {
     /// What `godwit manifests` installs but its pods, which are processes here, and what the API asks them by; and beside it what
     /// others bring or grant.
     async fn furnish(&self, client: &Client) {
-        let others = godwit_api::crd::crds().into_iter().chain(self.initial_objects());
-        let namespace = self.installed_in();
-        for object in others.chain(installed(namespace, |part| part != ROUTES)).chain(rights(namespace)) {
-            apply(client, &object).await;
+        let build = self.build();
+        let definitions = godwit_api::crd::crds();
+        let mut objects: Vec<Value> = match &self.wishes.installed {
+            None => {
+                let others = definitions.into_iter().chain(self.initial_objects());
+                others.chain(build.quiet_objects().cloned()).collect()
+            }
+            Some((_, kubectl)) => {
+                self.apply_manifests(kubectl, &build);
+                let of_others = |object: &Value| {
+                    object["kind"] == "StorageClass" || object["spec"]["group"].as_str() == Some("k8s.cni.cncf.io")
+                };
+                definitions.into_iter().chain(self.initial_objects()).filter(of_others).collect()
+            }
+        };
+        objects.extend(rights(self.installed_in()));
+        for object in &objects {
+            apply(client, object).await;
         }
+    }
+
+    /// Applies what a build prints, as people do.
+    pub fn apply_manifests(&self, kubectl: &Path, build: &Build) {
+        let mut apply = Command::new(kubectl);
+        apply.args(["apply", "--server-side", "-f", "-"]).env("KUBECONFIG", self.layout.kubeconfig());
+        apply.env("HOME", self.layout.root()).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = apply.spawn().expect("kubectl starts");
+        let mut input = child.stdin.take().expect("stdin");
+        let manifests = build.manifests();
+        let written = std::thread::spawn(move || input.write_all(manifests.as_bytes()));
+        let output = child.wait_with_output().expect("kubectl ends");
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        written.join().expect("no panic").expect("write to kubectl");
     }
 
     /// A client with the token of a node's handler, which finds the API server as `kubeconfig` does.
@@ -284,9 +344,16 @@ impl Real {
         objects
     }
 
-    /// By which processes are told of it.
-    fn namespace_flag(&self) -> String {
-        format!("--namespace={}", self.installed_in())
+    /// By which processes are told of it. An older build may know of no namespace but the usual one.
+    fn namespace_flag(&self) -> Option<String> {
+        let own = self.installed_in();
+        (own != Installation::USUAL.namespace()).then(|| format!("--namespace={own}"))
+    }
+
+    /// A command line as the build has it, with flags of ours.
+    fn arguments(&self, workload: &str, ours: impl IntoIterator<Item = String>) -> Vec<String> {
+        let ours: Vec<String> = ours.into_iter().chain(self.namespace_flag()).collect();
+        self.build().arguments(workload, &ours, &self.shape.state())
     }
 
     /// A kubeconfig for a service account, for a handler bound to its node.
@@ -333,8 +400,10 @@ impl Real {
         self.kubeconfig(client, API_ACCOUNT, None).await;
         self.start_api_process(API);
         self.endpoint(client, API, true).await;
-        for object in installed(self.installed_in(), |part| part == ROUTES) {
-            apply(client, &object).await;
+        if self.wishes.installed.is_none() {
+            for object in self.build().routes() {
+                apply(client, object).await;
+            }
         }
         let deadline = Instant::now() + PATIENCE;
         let served = || http::Request::get("/apis/subresources.kubevirt.io/v1").body(Vec::new()).expect("request");
@@ -343,6 +412,11 @@ impl Real {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
         self.until_webhooks_are_known(client, deadline).await;
+        if self.wishes.installed.is_some() {
+            for object in self.initial_objects().iter().filter(|object| object["kind"] == "KubeVirt") {
+                apply(client, object).await;
+            }
+        }
     }
 
     /// Waits until the API server is told by what it knows the webhooks, and asks them.
@@ -368,17 +442,15 @@ impl Real {
 
     /// Starts a `godwit api`, also anew after [`Self::kill`].
     pub fn start_api_process(&self, name: &str) {
-        let mut arguments = vec![
-            "api".to_owned(),
-            self.namespace_flag(),
+        let mut ours = vec![
             format!("--kubeconfig={}", self.file(&format!("{API_ACCOUNT}.kubeconfig")).display()),
             format!("--listen={CONTROL_PLANE_ADDRESS}:{}", port_of(name)),
         ];
         if let Some([authority, certificate]) = self.wishes.lifetimes {
-            arguments.push(format!("--ca-lifetime={authority}"));
-            arguments.push(format!("--certificate-lifetime={certificate}"));
+            ours.push(format!("--ca-lifetime={authority}"));
+            ours.push(format!("--certificate-lifetime={certificate}"));
         }
-        self.spawn(name, &self.switch, Path::new(env!("CARGO_BIN_EXE_godwit")), &arguments);
+        self.spawn(name, &self.switch, &self.build().program, &self.arguments(API_SERVICE, ours));
     }
 
     /// Does what kubelets and Kubernetes' endpoint controllers would: says whether this `godwit api` is ready for requests.
@@ -402,19 +474,18 @@ impl Real {
     /// Starts the controllers, of some nouns only where some are named.
     pub fn start_controllers_of(&self, name: &str, nouns: &[&str]) {
         let [_, certificate] = self.wishes.lifetimes.unwrap_or(["90d", "10d"]);
-        let mut arguments = vec![
-            "controller".to_owned(),
-            self.namespace_flag(),
+        let mut ours = vec![
+            format!("--launcher-image={}", self.build().image),
             format!("--identity={name}"),
             format!("--certificate-lifetime={certificate}"),
             format!("--kubeconfig={}", self.file(&format!("{CONTROLLER_ACCOUNT}.kubeconfig")).display()),
             format!("--bare-api-server={}", self.layout.root().display()),
         ];
         if !nouns.is_empty() {
-            arguments.push(format!("--nouns={}", nouns.join(",")));
+            ours.push(format!("--nouns={}", nouns.join(",")));
         }
-        arguments.extend(health(name).map(|address| format!("--health={address}")));
-        self.spawn(name, &self.switch, Path::new(env!("CARGO_BIN_EXE_godwit")), &arguments);
+        ours.extend(health(name).map(|address| format!("--health={address}")));
+        self.spawn(name, &self.switch, &self.build().program, &self.arguments("virt-controller", ours));
     }
 
     /// A connection to where a controller answers scrapes, from within the cluster's network.
@@ -433,16 +504,16 @@ impl Real {
     pub async fn start_maintenance(&self, client: &Client, namespace: &str) {
         let account = access::MAINTAINER;
         let kubeconfig = self.kubeconfig_in(client, namespace, account, None).await;
-        let arguments = [
+        let mut arguments = vec![
             "controller".to_owned(),
             "--nouns=maintenance".to_owned(),
-            self.namespace_flag(),
             format!("--lease={account}"),
             format!("--lease-namespace={namespace}"),
             "--launcher-image=none".to_owned(),
             format!("--kubeconfig={}", kubeconfig.display()),
         ];
-        self.spawn(account, &self.switch, Path::new(env!("CARGO_BIN_EXE_godwit")), &arguments);
+        arguments.extend(self.namespace_flag());
+        self.spawn(account, &self.switch, &self.build().program, &arguments);
     }
 
     /// Starts Kubernetes' own controllers of these names, where the folder has the program; whether it has, or a line that says so.
@@ -472,104 +543,6 @@ impl Real {
         ];
         self.spawn(CONTROLLER_MANAGER, &self.switch, &program, &arguments);
         true
-    }
-
-    /// Makes the node's object, for its handler's token to be bound to, and starts the node.
-    async fn join(&self, client: &Client, name: &str, number: u8) {
-        let range = Shape::pod_range(number);
-        let node = json!({
-            "apiVersion": "v1", "kind": "Node", "metadata": {"name": name},
-            "spec": {"podCIDR": range, "podCIDRs": [range]},
-        });
-        let node = apply(client, &node).await;
-        self.kubeconfig(client, "kubevirt-handler", Some(&node)).await;
-        self.start_node(name);
-    }
-
-    /// Starts a node's process, also anew after it was killed.
-    pub fn start_node(&self, name: &str) {
-        let handler = [format!("--handler-kubeconfig={}", self.handlers(name).display())];
-        self.start_node_with(name, &[handler.as_slice(), &["--request-certificate".to_owned()]].concat());
-    }
-
-    fn handlers(&self, node: &str) -> PathBuf {
-        self.file(&format!("kubevirt-handler-{node}.kubeconfig"))
-    }
-
-    fn start_node_with(&self, name: &str, more: &[String]) {
-        let pair = pki::pair(&self.layout, &pki::node_file(name));
-        let mut arguments = vec![
-            "node".to_owned(),
-            self.namespace_flag(),
-            format!("--name={name}"),
-            format!("--data-dir={}", self.layout.root().display()),
-            format!("--kubeconfig={}", pki::kubeconfig(&self.layout, &pki::node_file(name)).display()),
-            format!("--network-namespace={}", self.shape.namespace(name)),
-            format!("--tls-ca={}", pki::ca(&self.layout).display()),
-            format!("--tls-cert={}", pair.cert.display()),
-            format!("--tls-key={}", pair.key.display()),
-        ];
-        arguments.extend_from_slice(more);
-        let origin = Namespace::current().expect("the test's namespace");
-        self.spawn(name, &origin, Path::new(env!("CARGO_BIN_EXE_godwit")), &arguments);
-    }
-
-    /// Has each node's handler be a process of its own from now on, as the DaemonSet's pods are; their names.
-    pub async fn take_handlers_apart(&self) -> Vec<String> {
-        let mut handlers = Vec::new();
-        for node in &self.shape.nodes {
-            self.kill(node);
-            self.start_node_with(node, &["--without-handler".to_owned()]);
-            handlers.push(self.start_handler(node, 1).await);
-        }
-        handlers
-    }
-
-    /// Starts a handler of a node, as the DaemonSet has it, in its node's network: beside the one that it is to replace, if there is one.
-    /// Returns its name when it is ready, by what its kubelet would run.
-    pub async fn start_handler(&self, node: &str, turn: usize) -> String {
-        let name = format!("{node}-handler-{turn}");
-        let number = self.shape.number_of(node).expect("a node of the cluster");
-        let state = self.shape.state().join(node);
-        // Sockets' paths must be short.
-        let socket = self.shape.state().join(format!("{name}.sock"));
-        let arguments = [
-            "handler".to_owned(),
-            format!("--node-name={node}"),
-            format!("--kubeconfig={}", self.handlers(node).display()),
-            format!("--address={}", Shape::node_address(number)),
-            format!("--kubelet-root={}", self.layout.node(node).display()),
-            format!("--state={}", state.display()),
-            format!("--health={}", godwit_manifests::HANDLER_METRICS_PORT),
-            format!("--health-socket={}", socket.display()),
-        ];
-        let namespace = Namespace::open(&self.shape.namespace(node)).expect("the node's namespace");
-        let godwit = Path::new(env!("CARGO_BIN_EXE_godwit"));
-        self.spawn(&name, &namespace, godwit, &arguments);
-        let deadline = Instant::now() + PATIENCE;
-        let probe = || Command::new(godwit).arg("probe").arg("--socket").arg(&socket).arg("/readyz").output();
-        while !probe().expect("godwit starts").status.success() {
-            assert!(Instant::now() < deadline, "{name} is not ready\n{}", words(self.layout.root()));
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
-        name
-    }
-
-    async fn until_ready(&self, client: &Client) {
-        let deadline = Instant::now() + PATIENCE;
-        let nodes: Api<k8s_openapi::api::core::v1::Node> = Api::all(client.clone());
-        loop {
-            let list = nodes.list(&Default::default()).await.expect("nodes").items;
-            let untainted =
-                |node: &k8s_openapi::api::core::v1::Node| node.spec.as_ref().is_none_or(|spec| spec.taints.is_none());
-            if list.iter().filter(|node| godwit_standalone::is_ready(node) && untainted(node)).count()
-                == self.shape.nodes.len()
-            {
-                return;
-            }
-            assert!(Instant::now() < deadline, "the nodes are not ready: {list:?}\n{}", words(self.layout.root()));
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
     }
 }
 
@@ -620,19 +593,6 @@ fn rights(namespace: &str) -> Vec<Value> {
         "subjects": [nodes],
     }));
     all
-}
-
-/// The part of what is installed by which the API server asks the others.
-const ROUTES: &str = "routes";
-
-/// What `godwit manifests --namespace` prints of these parts, without its pods.
-fn installed(namespace: &str, wanted: impl Fn(&str) -> bool) -> Vec<Value> {
-    let options = godwit_manifests::Options { namespace: namespace.to_owned(), ..Default::default() };
-    let parts = godwit_manifests::parts(&options).expect("manifests");
-    let objects = parts.into_iter().filter(|part| wanted(part.name)).flat_map(|part| part.objects);
-    objects
-        .filter(|object| !["Deployment", "DaemonSet"].contains(&object["kind"].as_str().unwrap_or_default()))
-        .collect()
 }
 
 /// Where it listens.
