@@ -67,9 +67,23 @@ impl Cluster {
 
     /// Starts a cluster of `godwit up`, for tests of what only that does.
     pub async fn up(nodes: usize) -> Self {
+        Self::up_with(nodes, &[]).await
+    }
+
+    /// Starts a cluster as [`Self::start`] does, whose nodes have a second network, for migrations.
+    pub async fn with_migration_network(nodes: usize) -> Self {
+        let wishes = Wishes { migration_network: true, ..Wishes::default() };
+        match real::assets() {
+            Some(assets) => Self::of_assets(assets, nodes, wishes).await,
+            None => Self::up_with(nodes, &["--migration-network"]).await,
+        }
+    }
+
+    async fn up_with(nodes: usize, more: &[&str]) -> Self {
         let (folder, guard) = scratch();
         let nodes = nodes.to_string();
-        let output = godwit(folder.path(), &["up", "--nodes", &nodes, "--api-port", "0", "--detach"]);
+        let arguments = [&["up", "--nodes", &nodes, "--api-port", "0", "--detach"], more].concat();
+        let output = godwit(folder.path(), &arguments);
         assert!(output.status.success(), "godwit up: {}", text(&output.stderr));
         let client = godwit_standalone::client(&folder.path().join("kubeconfig")).await.expect("client");
         std::mem::forget(guard);
@@ -84,6 +98,11 @@ impl Cluster {
     pub fn namespace(&self, what: &str) -> String {
         let layout = godwit_standalone::Layout::open(self.folder.path()).expect("layout");
         layout.load().expect("cluster.json").expect("a cluster").namespace(what)
+    }
+
+    /// Plugs a node's link for migrations into the switch, or pulls it out.
+    pub async fn migration_link(&self, node: &str, up: bool) {
+        self.uplink(&godwit_standalone::fabric::migration_port(node), up).await;
     }
 
     /// Plugs a node's link into the switch, or pulls it out.

@@ -65,6 +65,8 @@ pub struct Wishes {
     pub lifetimes: Option<[&'static str; 2]>,
     /// Where godwit is installed.
     pub installation: Installation,
+    /// The nodes have a network for migrations, which their handlers know as `kubevirt/fast`.
+    pub migration_network: bool,
 }
 
 impl Real {
@@ -74,7 +76,7 @@ impl Real {
         let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
         let names = (1..=nodes).map(|number| format!("node{number}")).collect();
         let api_port = port.local_addr().expect("its number").port();
-        let shape = Shape { id: layout.id(), nodes: names, api_port };
+        let shape = Shape { id: layout.id(), nodes: names, api_port, migration_network: wishes.migration_network };
         layout.save(&shape).expect("cluster.json");
         pki::ensure(&layout, &shape).expect("certificates");
         fabric::ensure(&shape).await.expect("the fabric");
@@ -509,6 +511,10 @@ impl Real {
             format!("--tls-cert={}", pair.cert.display()),
             format!("--tls-key={}", pair.key.display()),
         ];
+        if self.wishes.migration_network && !more.iter().any(|word| word == "--without-handler") {
+            arguments.push(format!("--migration-interface={}", fabric::MIGRATIONS));
+            arguments.push("--migration-network=kubevirt/fast".to_owned());
+        }
         arguments.extend_from_slice(more);
         let origin = Namespace::current().expect("the test's namespace");
         self.spawn(name, &origin, Path::new(env!("CARGO_BIN_EXE_godwit")), &arguments);
