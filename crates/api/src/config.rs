@@ -7,7 +7,8 @@ use serde_json::{Map, Value};
 use crate::Quantity;
 use crate::gates::Gates;
 use crate::kubevirt::{KubeVirt, MigrationConfiguration};
-use crate::names::{CONFIG_MAP_NAME, TAINT_DRAIN};
+use crate::migration_network::NetworkName;
+use crate::names::{CONFIG_MAP_NAME, KUBEVIRT_NAMESPACE, TAINT_DRAIN};
 use crate::quantity::QuantityError;
 use crate::vmi::{MigrationMethod, VirtualMachineInstance};
 
@@ -199,6 +200,10 @@ pub fn sift(mut settings: MigrationConfiguration) -> (MigrationConfiguration, Ve
             fault(field, "must not be empty");
             *name = None;
         }
+    }
+    if settings.network.as_deref().is_some_and(|network| NetworkName::parse(network, KUBEVIRT_NAMESPACE).is_none()) {
+        fault("network", "is no name of a NetworkAttachmentDefinition: NAME, or NAMESPACE/NAME");
+        settings.network = None;
     }
     (settings, faults)
 }

@@ -115,7 +115,8 @@ api_struct! {
         /// Send in the clear.
         #[serde(rename = "disableTLS")]
         disable_tls: Option<bool>,
-        /// A network of its own for migrations.
+        /// A network of its own for migrations: the NetworkAttachmentDefinition, `NAME` or `NAMESPACE/NAME`, that handlers' pods are
+        /// attached to.
         network: Option<String>,
         /// Keep the SELinux level of the source.
         #[serde(rename = "matchSELinuxLevelOnMigration")]

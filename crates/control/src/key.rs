@@ -14,7 +14,7 @@ use crate::plan::{Plan, View};
 use crate::world::{Change, World, claims_of, vmi_of_pod};
 use crate::{
     confirm, disruption, evacuation, fence, garbage, history, homecoming, hotplug, kubevirt, maintenance, migration,
-    node, placement, processor, turns, vm, vmi, volumes, workloads,
+    migration_network, node, placement, processor, turns, vm, vmi, volumes, workloads,
 };
 
 /// A group of decisions that can be switched on and off: cluster mode leaves placement and volumes to Kubernetes, and of nodes
@@ -341,7 +341,9 @@ impl Key {
                     _ => None,
                 };
                 let (before, after) = (side(&change.before), side(&change.after));
-                if processor::changes_baseline(before.as_deref(), after.as_deref()) {
+                if processor::changes_baseline(before.as_deref(), after.as_deref())
+                    || migration_network::changes(before.as_deref(), after.as_deref())
+                {
                     keys.extend(world.kubevirts.names().cloned().map(Key::KubeVirt));
                 }
                 if is_lost(&change.before) != is_lost(&change.after) {

@@ -13,7 +13,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use crate::object::Name;
 use crate::plan::{Plan, View};
 use crate::world::World;
-use crate::{names, processor, workloads};
+use crate::{migration_network, names, processor, workloads};
 
 /// Decides about the KubeVirt object.
 pub fn decide(name: &Name, view: &View<'_>) -> Plan {
@@ -51,7 +51,8 @@ pub fn decide(name: &Name, view: &View<'_>) -> Plan {
     ] {
         condition::set(&mut status.conditions, Condition::new(type_, holds).because(reason, message), &now);
     }
-    let ignored = ignored(Some(kubevirt), data(view.world));
+    let mut ignored = ignored(Some(kubevirt), data(view.world));
+    ignored.extend(migration_network::unmet(view.world));
     let applied = Condition::new(CONFIGURATION_APPLIED, ignored.is_empty());
     let applied = match ignored.is_empty() {
         true => applied.because("AllSettingsApplied", "All settings are applied."),
@@ -136,6 +137,36 @@ mod tests {
         };
         assert_eq!(told(json!({})), Value::Null);
         assert_eq!(told(json!({"cpuBaseline": "Auto"})), json!({"model": "Westmere", "nodes": 1}));
+    }
+
+    #[test]
+    fn a_network_that_handlers_do_not_use_is_told_of_until_they_do() {
+        let mut cluster = Cluster::new();
+        let kubevirt = json!({
+            "metadata": {"namespace": "kubevirt", "name": "kubevirt"},
+            "spec": {"configuration": {"migrations": {"network": "fast"}}},
+        });
+        cluster.put(Kind::KubeVirt, kubevirt);
+        let node = |told: Value| {
+            let annotations = json!({
+                names::ANNOTATION_HEARTBEAT: "2026-11-23T03:00:00Z", names::ANNOTATION_MIGRATION_NETWORK: told.to_string(),
+            });
+            json!({"metadata": {"name": "node1", "annotations": annotations}})
+        };
+        let place = |address: &str| json!({"interface": "migration0", "network": "kubevirt/fast", "address": address});
+        assert_eq!(applied(&cluster).0, "True", "there is no handler");
+        cluster.put(Kind::Node, node(json!({"interface": "eth1", "address": "10.99.0.1"})));
+        let (status, message) = applied(&cluster);
+        assert_eq!(status, "False");
+        assert!(message.contains("kubevirt/fast: node1; they do when"), "{message}");
+        cluster.put(Kind::Node, node(place("10.99.0.1")));
+        assert_eq!(applied(&cluster), ("True".to_owned(), "All settings are applied.".to_owned()));
+        let gone =
+            json!({"interface": "migration0", "network": "kubevirt/fast", "problem": "interface migration0 is down"});
+        cluster.put(Kind::Node, node(gone));
+        let (status, message) = applied(&cluster);
+        assert_eq!(status, "False");
+        assert!(message.contains("for the handlers of node1 (interface migration0 is down)"), "{message}");
     }
 
     #[test]

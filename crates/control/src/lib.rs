@@ -32,6 +32,7 @@ pub mod launcher_pod;
 pub mod lease;
 pub mod maintenance;
 pub mod migration;
+mod migration_network;
 pub mod names;
 pub mod node;
 pub mod object;

@@ -87,11 +87,19 @@ pub struct Up {
     /// Port of the API server on 127.0.0.1 (0: any free one) [default: the last one, or 6443, or any free one]
     #[arg(long)]
     pub api_port: Option<u16>,
+    /// Give the nodes a second network (10.89.0.0/24, eth1), which migrations go over; the cluster keeps it
+    #[arg(long)]
+    pub migration_network: bool,
 }
 
 impl From<&Up> for godwit_standalone::Options {
     fn from(up: &Up) -> Self {
-        Self { data_dir: up.data_dir.clone(), nodes: up.nodes, api_port: up.api_port }
+        Self {
+            data_dir: up.data_dir.clone(),
+            nodes: up.nodes,
+            api_port: up.api_port,
+            migration_network: up.migration_network,
+        }
     }
 }
 
@@ -320,6 +328,12 @@ pub struct Manifests {
     /// Leave handlers in their pods' network instead of their nodes': migrations under way then break when a handler's pod is replaced
     #[arg(long)]
     pub handler_in_pod_network: bool,
+    /// Migrations go over this network: the handlers' pods are in the pods' network and attached to it by Multus, as KubeVirt's are
+    #[arg(long, value_name = "[NAMESPACE/]NAME", conflicts_with = "components")]
+    pub migration_network: Option<String>,
+    /// Migrations go over the interface of this name of each node, while it is there and has an address
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["migration_network", "handler_in_pod_network", "components"])]
+    pub migration_interface: Option<String>,
     /// The port of each node where its handler does what is asked of guests (pause, console …)
     #[arg(long, value_name = "PORT", default_value_t = godwit_handler::front::PORT)]
     pub handler_port: u16,
@@ -365,9 +379,10 @@ impl From<Manifests> for godwit_manifests::Options {
         };
         let components = wanted.components.into_iter().map(component).collect();
         let monitoring = wanted.monitoring.then_some(wanted.monitoring_account);
-        let handler_network = match wanted.handler_in_pod_network {
-            true => godwit_manifests::HandlerNetwork::Pod,
-            false => godwit_manifests::HandlerNetwork::Node,
+        let handler_network = match (wanted.migration_network, wanted.handler_in_pod_network) {
+            (Some(network), _) => godwit_manifests::HandlerNetwork::Attached(network),
+            (None, true) => godwit_manifests::HandlerNetwork::Pod,
+            (None, false) => godwit_manifests::HandlerNetwork::Node { migrations: wanted.migration_interface },
         };
         Self {
             namespace: wanted.namespace,
@@ -751,6 +766,9 @@ pub struct Handler {
     /// Where on it `godwit api` asks for what is to be done with guests; that has to be told of another one, too
     #[arg(long, default_value_t = godwit_handler::front::PORT)]
     pub port: u16,
+    /// What migrations go over.
+    #[command(flatten)]
+    pub migrations: MigrationInterface,
     /// The kubelet's root folder
     #[arg(long, default_value = "/var/lib/kubelet")]
     pub kubelet_root: PathBuf,
@@ -771,6 +789,26 @@ pub struct Handler {
     /// The node's certificate.
     #[command(flatten)]
     pub tls: NodeTls,
+}
+
+/// The interface that migrations go over.
+#[derive(clap::Args)]
+pub struct MigrationInterface {
+    /// Migrations go over this interface of the node (or of the handler's pod) while it is there and has an address, and over the node's own
+    /// network meanwhile
+    #[arg(long, value_name = "NAME")]
+    pub migration_interface: Option<String>,
+    /// The NetworkAttachmentDefinition that it is of, to be told on the Node
+    #[arg(long, value_name = "NAMESPACE/NAME", requires = "migration_interface")]
+    pub migration_network: Option<String>,
+}
+
+impl MigrationInterface {
+    /// As a handler takes it.
+    pub fn to_handler(&self) -> Option<godwit_handler::MigrationInterface> {
+        let interface = self.migration_interface.clone()?;
+        Some(godwit_handler::MigrationInterface { interface, network: self.migration_network.clone() })
+    }
 }
 
 /// The certificate by which nodes know each other.
@@ -820,6 +858,9 @@ pub struct Node {
     /// A kubelet and nothing else: the node's handler is a process of its own (`godwit handler`)
     #[arg(long, requires = "kubeconfig", conflicts_with = "handler_kubeconfig")]
     pub without_handler: bool,
+    /// What migrations go over [default: what `godwit up --migration-network` gave the node]
+    #[command(flatten)]
+    pub migrations: MigrationInterface,
     /// Its certificate, for the kubelet's server too.
     #[command(flatten)]
     pub tls: NodeTls,

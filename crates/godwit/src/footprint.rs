@@ -109,7 +109,7 @@ async fn measure(wanted: &BenchController, folder: &Path) -> anyhow::Result<Meas
     let layout = Layout::open(folder)?;
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
     let cluster =
-        godwit_standalone::Cluster { id: layout.id(), nodes: Vec::new(), api_port: listener.local_addr()?.port() };
+        godwit_standalone::Cluster { id: layout.id(), api_port: listener.local_addr()?.port(), ..Default::default() };
     pki::ensure(&layout, &cluster)?;
     let pair = pki::pair(&layout, pki::API_SERVER);
     let options = godwit_apiserver::Options {

@@ -55,6 +55,7 @@ pub async fn run(args: Handler) -> anyhow::Result<()> {
         tls,
         node_name: args.node_name,
         node_ip: args.address,
+        migration_interface: args.migrations.to_handler(),
         front_port: args.port,
         kubelet_root: args.kubelet_root.clone(),
         state: args.state,

@@ -4,9 +4,9 @@ use crate::args::Node;
 use crate::{handler, shutdown};
 use anyhow::Context;
 use godwit_api::Installation;
-use godwit_handler::{Clock, TlsPaths};
+use godwit_handler::{Clock, MigrationInterface, TlsPaths};
 use godwit_network::Namespace;
-use godwit_standalone::{Cluster, Layout, pki};
+use godwit_standalone::{Cluster, Layout, fabric, pki};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use std::net::{IpAddr, UdpSocket};
 use std::path::{Path, PathBuf};
@@ -17,6 +17,7 @@ struct Place {
     name: String,
     namespace: Option<String>,
     address: IpAddr,
+    migrations: Option<MigrationInterface>,
     pod_range: Option<String>,
     kubelet: PathBuf,
     /// None where its handler is another process.
@@ -37,7 +38,7 @@ pub fn run(args: &Node) -> anyhow::Result<()> {
     let layout = Layout::open(&args.data_dir)?;
     let place = match &args.kubeconfig {
         Some(kubeconfig) => joined(&layout, args, kubeconfig)?,
-        None => native(&layout, &args.name)?,
+        None => native(&layout, args)?,
     };
     if let Some(name) = &place.namespace {
         // Before the runtime starts its threads: all of the process is to live on the node.
@@ -48,13 +49,18 @@ pub fn run(args: &Node) -> anyhow::Result<()> {
 }
 
 /// A node of the cluster that `godwit up` has made.
-fn native(layout: &Layout, name: &str) -> anyhow::Result<Place> {
+fn native(layout: &Layout, args: &Node) -> anyhow::Result<Place> {
+    let name = args.name.as_str();
     let cluster = layout.load()?.context("no --kubeconfig, and the data directory has no cluster of `godwit up`")?;
     let number = cluster.number_of(name).with_context(|| format!("no node {name} in this cluster"))?;
     let pair = pki::pair(layout, &pki::node_file(name));
     Ok(Place {
         namespace: Some(cluster.namespace(name)),
         address: IpAddr::V4(Cluster::node_address(number)),
+        migrations: args.migrations.to_handler().or_else(|| {
+            let interface = fabric::MIGRATIONS.to_owned();
+            cluster.migration_network.then_some(MigrationInterface { interface, network: None })
+        }),
         pod_range: Some(Cluster::pod_range(number)),
         kubelet: pki::kubeconfig(layout, &pki::node_file(name)),
         handler: Some(pki::kubeconfig(layout, &pki::handler_file(name))),
@@ -89,6 +95,7 @@ fn joined(layout: &Layout, args: &Node, kubeconfig: &Path) -> anyhow::Result<Pla
         name: args.name.clone(),
         namespace: args.network_namespace.clone(),
         address,
+        migrations: args.migrations.to_handler(),
         pod_range: args.pod_cidr.clone(),
         kubelet: kubeconfig.to_owned(),
         handler: (!args.without_handler)
@@ -162,6 +169,7 @@ async fn serve(place: Place) -> anyhow::Result<()> {
             installation: place.installation,
             node_name: place.name,
             node_ip: place.address,
+            migration_interface: place.migrations,
             front_port: godwit_handler::front::PORT,
             kubelet_root: place.root,
             state: place.state,

@@ -185,6 +185,9 @@ fn what_cannot_be_installed_is_said() {
         (&["--components", "nodepool"], "node pools are not built yet"),
         (&["--components", "plan", "--monitoring"], "cannot install monitoring"),
         (&["--monitoring", "--monitoring-account", "prometheus"], "is no NAMESPACE/NAME"),
+        (&["--migration-network", "Fast Lane"], "\"Fast Lane\" cannot be a NetworkAttachmentDefinition"),
+        (&["--migration-network", "fast", "--migration-interface", "eth1"], "cannot be used with"),
+        (&["--handler-in-pod-network", "--migration-interface", "eth1"], "cannot be used with"),
     ] {
         let output = manifests(arguments);
         assert!(!output.status.success() && output.stdout.is_empty(), "{arguments:?}");

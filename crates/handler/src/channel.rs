@@ -39,6 +39,7 @@ use tokio_util::either::Either;
 use crate::credentials::{Claim, Fingerprint, MigrationIdentity};
 use crate::door::{Door, Guest, Keys, Refusals};
 use crate::frames::{self, Inlets};
+use crate::migration_network::Underlay;
 use crate::recovery::Recoveries;
 use crate::sockets::SocketDir;
 use crate::streams::{Memory, Stream};
@@ -451,6 +452,8 @@ pub struct Target {
     pub node: String,
     /// Its address as published.
     pub address: IpAddr,
+    /// Where it is dialled from, if that is of the network for migrations.
+    pub from: Option<Underlay>,
 }
 
 /// A connection as the dialling half has it, encrypted or in the clear; the reader may already hold bytes after the greeting.
@@ -533,7 +536,11 @@ impl Target {
 
     async fn connect(&self, port: u16) -> Result<TcpStream, ChannelError> {
         let address = SocketAddr::new(self.address, port);
-        let stream = TcpStream::connect(address).await.map_err(self.io(port, REACH))?;
+        let stream = match &self.from {
+            Some(underlay) => underlay.connect((self.address, port)).await,
+            None => TcpStream::connect(address).await,
+        };
+        let stream = stream.map_err(self.io(port, REACH))?;
         pump::prepare(&stream).map_err(self.io(port, "cannot set up the connection to"))?;
         Ok(stream)
     }

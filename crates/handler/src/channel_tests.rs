@@ -101,7 +101,7 @@ async fn listen(
 
 impl Stage {
     fn target(&self, uid: &str, node: &str) -> Target {
-        Target { migration_uid: uid.into(), node: node.into(), address: HERE }
+        Target { migration_uid: uid.into(), node: node.into(), address: HERE, from: None }
     }
 
     fn memory(&self) -> (i32, u16) {
@@ -492,7 +492,7 @@ async fn an_older_target_tells_no_identity_and_gets_its_streams_by_its_nodes_cer
         }
         seen.into_iter().map(|(shown, _)| shown).collect::<Vec<_>>()
     });
-    let target = Target { migration_uid: "uid-1".into(), node: "node2".into(), address: HERE };
+    let target = Target { migration_uid: "uid-1".into(), node: "node2".into(), address: HERE, from: None };
     let control = Control::connect(&target, &source, port, LIMIT).await.unwrap();
     target.dial_stream(&control.key, (MEMORY, port), 0, LIMIT).await.unwrap();
     assert_eq!(serve.await.unwrap(), [Ok(()), Ok(())]);
@@ -565,7 +565,7 @@ async fn memory_in_the_clear_is_not_given_to_whoever_answers() {
         stream.read_to_end(&mut said).await.unwrap();
         said
     });
-    let target = Target { migration_uid: "uid-1".into(), node: "node2".into(), address: HERE };
+    let target = Target { migration_uid: "uid-1".into(), node: "node2".into(), address: HERE, from: None };
     let dialled = target.dial_stream(&StreamKey::Secret("secret".into()), (MEMORY, port), 0, LIMIT).await;
     let error = dialled.err().unwrap();
     assert!(error.to_string().contains("does not know this migration's secret"), "{error}");

@@ -11,6 +11,7 @@ use tokio::sync::watch;
 use crate::events::Events;
 use crate::fence::Fence;
 use crate::links::Links;
+use crate::migration_network::Underlay;
 use crate::tls::TlsPaths;
 
 /// The handler's surroundings.
@@ -19,8 +20,10 @@ pub struct Context {
     pub client: Client,
     /// This node's name.
     pub node: String,
-    /// Address on which targets listen.
+    /// Address on which this handler is asked.
     pub node_ip: IpAddr,
+    /// Where migrations are received, and sent from.
+    pub underlay: Underlay,
     /// The kubelet's root folder.
     pub kubelet_root: PathBuf,
     /// The node's certificate.

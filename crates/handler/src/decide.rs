@@ -156,6 +156,8 @@ pub enum Change {
     },
     /// Where the target listens, and that its domain is there.
     Published,
+    /// `migrationNetworkType`: from now on the nodes' own network, whatever it was.
+    OverNodesNetwork,
     /// `startTimestamp` and `mode`, microseconds since the epoch.
     Started(i64),
     /// `forecast`.

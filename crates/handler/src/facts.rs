@@ -80,6 +80,8 @@ pub struct MigrationView {
     pub source_pod: String,
     pub target_pod: String,
     pub target_address: Option<String>,
+    /// `migrationNetworkType`: it goes over the network for migrations, or before the target listens, it may.
+    pub over_own_network: bool,
     /// Published ports, TCP port → inner port.
     pub ports: BTreeMap<String, i32>,
     pub detected: bool,
@@ -213,6 +215,8 @@ pub struct TargetView {
     pub uid: String,
     /// Published address.
     pub address: String,
+    /// It is that of the interface for migrations.
+    pub over_own_network: bool,
     /// TCP port → inner port.
     pub ports: BTreeMap<String, i32>,
 }
@@ -250,6 +254,8 @@ pub struct SourceView {
     pub reported: Option<Duration>,
     /// How the go went.
     pub go: Go,
+    /// For how long the target has not been reached, when it had to be after the guest had left.
+    pub unreached: Option<Duration>,
     /// What the target's end said after the migration had failed.
     pub target: TargetSays,
     /// What the link to the target's node was seen to carry, in bytes a second.

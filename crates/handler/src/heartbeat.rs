@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use godwit_api::names;
+use godwit_api::{MigrationNetwork, names};
 use godwit_launcher::Processors;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Node;
@@ -47,6 +47,8 @@ pub struct Offer {
     pub shortcoming: Option<String>,
     /// The processors that guests can have, once known.
     pub processors: Option<Processors>,
+    /// The network that migrations go over, if the node has one for that.
+    pub migration_network: Option<MigrationNetwork>,
 }
 
 /// Beats until `shutdown` is done, then marks the node as not schedulable.
@@ -117,6 +119,9 @@ fn patch(schedulable: bool, offer: &Offer, now: Timestamp) -> Value {
     annotations.insert(names::ANNOTATION_HEARTBEAT.into(), json!(whole.to_string()));
     if schedulable {
         annotations.insert(names::ANNOTATION_GIVES_FILES.into(), json!(whole.to_string()));
+        // Of a handler before this one it may be there: null takes it away.
+        let network = offer.migration_network.as_ref().and_then(|network| serde_json::to_string(network).ok());
+        annotations.insert(names::ANNOTATION_MIGRATION_NETWORK.into(), json!(network));
         for machine in ["q35", "pc"] {
             labels.insert(format!("{}{machine}", names::LABEL_PREFIX_MACHINE_TYPE), json!("true"));
         }
@@ -174,6 +179,16 @@ mod tests {
         assert_eq!(old["metadata"]["annotations"][SHORTCOMING], "old");
         let newer = patch(true, &Offer { shortcoming: None, ..offer }, now);
         assert!(newer["metadata"]["annotations"].get(SHORTCOMING).is_some_and(Value::is_null));
+        let network = MigrationNetwork {
+            interface: "eth1".into(),
+            network: None,
+            address: Some("10.99.0.1".parse().unwrap()),
+            problem: None,
+        };
+        let told = patch(true, &Offer { migration_network: Some(network), ..Offer::default() }, now);
+        let told = told["metadata"]["annotations"]["godwit.io/migration-network"].as_str().map(str::to_owned);
+        assert_eq!(told.as_deref(), Some(r#"{"interface":"eth1","address":"10.99.0.1"}"#));
+        assert!(newer["metadata"]["annotations"].get("godwit.io/migration-network").is_some_and(Value::is_null));
         let farewell = patch(false, &Offer::default(), now);
         assert_eq!(farewell["metadata"]["labels"], json!({ "kubevirt.io/schedulable": "false" }));
     }

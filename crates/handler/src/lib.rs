@@ -25,6 +25,7 @@ pub mod front;
 pub mod heartbeat;
 mod lend;
 mod links;
+mod migration_network;
 pub mod networks;
 pub mod ownership;
 mod processors;
@@ -59,6 +60,8 @@ use crate::events::Events;
 use crate::fence::Fence;
 use crate::heartbeat::Offer;
 use crate::links::Links;
+pub use crate::migration_network::MigrationInterface;
+use crate::migration_network::Underlay;
 pub use crate::tls::TlsPaths;
 
 /// What a handler needs to know.
@@ -69,8 +72,10 @@ pub struct Options {
     pub installation: Installation,
     /// The name of this node.
     pub node_name: String,
-    /// The address on which migrations are received; other nodes must reach it.
+    /// The address on which this handler is asked and migrations are received; other nodes must reach it.
     pub node_ip: IpAddr,
+    /// The interface that migrations go over instead, while it is there.
+    pub migration_interface: Option<MigrationInterface>,
     /// Where on it the API server asks for what is to be done with guests ([`front::PORT`]).
     pub front_port: u16,
     /// The kubelet's root folder (`/var/lib/kubelet`, or the node's folder in standalone mode).
@@ -108,14 +113,20 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
 
     let (accelerator, known) = tokio::sync::watch::channel(options.accelerator);
     let (host_cpu, host_cpu_known) = tokio::sync::watch::channel(None);
-    let (offer, offered) = tokio::sync::watch::channel(Offer::default());
+    let underlay = Underlay::new(options.node_ip, options.migration_interface);
+    let (offer, offered) =
+        tokio::sync::watch::channel(Offer { migration_network: underlay.told(), ..Offer::default() });
+    let following = tokio::spawn(underlay.clone().follow(offer.clone()));
     let wanted = options.accelerator;
     let probe = tokio::spawn(async move {
         let found = find_offer(wanted).await;
         accelerator.send_replace(Some(found.0));
         let tell = |processors: Option<Processors>| {
             host_cpu.send_replace(Some(processors.as_ref().and_then(processors::host_cpu)));
-            offer.send_replace(Offer { processors, ..found.1.clone() });
+            offer.send_modify(|offer| {
+                let migration_network = offer.migration_network.take();
+                *offer = Offer { processors, migration_network, ..found.1.clone() };
+            });
         };
         ask_until_known(|| find_processors(found.0), tell).await;
         // The receivers live as long as the handler; so must the senders.
@@ -139,6 +150,7 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
         client: options.client.clone(),
         node: options.node_name.clone(),
         node_ip: options.node_ip,
+        underlay,
         kubelet_root: options.kubelet_root,
         tls: options.tls,
         accelerator: known,
@@ -156,6 +168,7 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
     door.abort();
     watching.abort();
     fencing.abort();
+    following.abort();
     probe.abort();
     tracing::info!(node = options.node_name, "handler stopped");
     Ok(())
@@ -179,7 +192,7 @@ async fn find_offer(wanted: Option<Accelerator>) -> (Accelerator, Offer) {
         reason: Some(reason),
         qemu_version,
         shortcoming: shortcoming.map(str::to_owned),
-        processors: None,
+        ..Offer::default()
     };
     (accelerator, offer)
 }

@@ -27,6 +27,7 @@ use crate::channel::{self, Answer, ChannelError, Control, Credentials, Dialled, 
 use crate::credentials::MigrationIdentity;
 use crate::facts::{self, Go, Launcher, TargetSays};
 use crate::lend;
+use crate::migration_network::Underlay;
 use crate::sockets::SocketDir;
 use crate::source_streams;
 use crate::tls::{Identity, TlsError, TlsPaths};
@@ -57,6 +58,8 @@ pub struct Endpoint {
     pub node: String,
     /// Its address.
     pub address: IpAddr,
+    /// It is that of its interface for migrations, which is dialled from here.
+    pub from: Option<Underlay>,
     /// Port of the control channel.
     pub control: u16,
     /// Inner port and port of each stream.
@@ -67,7 +70,12 @@ pub struct Endpoint {
 
 impl Endpoint {
     pub(crate) fn target(&self) -> Target {
-        Target { migration_uid: self.migration_uid.clone(), node: self.node.clone(), address: self.address }
+        Target {
+            migration_uid: self.migration_uid.clone(),
+            node: self.node.clone(),
+            address: self.address,
+            from: self.from.clone(),
+        }
     }
 }
 
@@ -92,6 +100,8 @@ pub struct LinkState {
     pub plain: bool,
     /// How the go went.
     pub go: Go,
+    /// Since when the target cannot be reached, though it has to be: the guest has left.
+    pub unreached: Option<Instant>,
     /// What the target's end said after the migration had failed.
     pub target: TargetSays,
 }
@@ -628,6 +638,8 @@ impl Run {
                 Err(error) => Err(error),
             },
         };
+        let failed = answer.is_err().then(Instant::now);
+        self.set(|s| s.unreached = failed.map(|now| s.unreached.unwrap_or(now)));
         answer.map_err(|error| {
             *control = None;
             Obstacle::NotYet(error.to_string())

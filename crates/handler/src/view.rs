@@ -64,6 +64,7 @@ fn migration(vmi: &VirtualMachineInstance) -> Option<MigrationView> {
         source_pod: text(&state.source_pod),
         target_pod: text(&state.target_pod),
         target_address: state.target_node_address.clone().filter(|a| !a.is_empty()),
+        over_own_network: state.migration_network_type.as_deref() == Some(names::MIGRATION_NETWORK_OWN),
         ports: state.target_direct_migration_node_ports.clone(),
         detected: state.target_node_domain_detected.unwrap_or(false),
         target_ready: state.target_node_domain_ready_timestamp.is_some(),

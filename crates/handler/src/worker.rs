@@ -73,6 +73,8 @@ struct Pod {
 /// The listening half in hand.
 struct Target {
     uid: String,
+    /// It listens on the interface for migrations.
+    over_own_network: bool,
     channels: TargetChannels,
 }
 
@@ -81,6 +83,8 @@ struct Source {
     link: SourceLink,
     /// Where the guest goes.
     node: String,
+    /// By the network for migrations, when it was dialled.
+    over_own_network: bool,
     /// Where QEMU's streams are taken: inner port, folder, name.
     sockets: Vec<(i32, Arc<SocketDir>, String)>,
     /// Hands the guest's frames on in the last moments; none on networks where nothing comes in for it.
@@ -438,7 +442,7 @@ impl Worker {
             // While disks are copied nothing of the memory is sent yet; that is not being stuck.
             let remaining = (sent.status == "active" && sent.total_bytes > 0).then_some(sent.remaining_bytes);
             source.meter.look(carried.wrapping_add(sent.processed_bytes), remaining);
-            if let Some(endpoint) = act::endpoint(m) {
+            if let Some(endpoint) = act::endpoint(m, &self.context.underlay) {
                 source.link.moved(endpoint);
             }
             // The kubelet says that its processes are gone.
@@ -530,7 +534,12 @@ impl Worker {
 impl Target {
     fn view(&self) -> TargetView {
         let ports = self.channels.ports.iter().map(|(port, inner)| (port.to_string(), *inner)).collect();
-        TargetView { uid: self.uid.clone(), address: self.channels.address.to_string(), ports }
+        TargetView {
+            uid: self.uid.clone(),
+            address: self.channels.address.to_string(),
+            over_own_network: self.over_own_network,
+            ports,
+        }
     }
 }
 
@@ -553,6 +562,7 @@ impl Source {
             stuck: self.meter.low.1.elapsed(),
             reported: self.reported.map(|at| at.elapsed()),
             go: state.go,
+            unreached: state.unreached.map(|since| since.elapsed()),
             target: state.target,
             link_rate: self.rate(),
             prediction: self.prediction.clone(),

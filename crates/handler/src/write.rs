@@ -129,7 +129,11 @@ pub fn patch(vmi: &VirtualMachineInstance, changes: &[Change], from: &Sources<'_
                 }
                 migration.insert("targetNodeAddress".into(), json!(target.address));
                 migration.insert("targetDirectMigrationNodePorts".into(), Value::Object(ports.clone()));
-                migration.insert("migrationNetworkType".into(), json!(names::MIGRATION_NETWORK_POD));
+                let network = match target.over_own_network {
+                    true => names::MIGRATION_NETWORK_OWN,
+                    false => names::MIGRATION_NETWORK_POD,
+                };
+                migration.insert("migrationNetworkType".into(), json!(network));
                 migration.insert("targetNodeDomainDetected".into(), json!(true));
                 merge(
                     &mut migration,
@@ -140,6 +144,9 @@ pub fn patch(vmi: &VirtualMachineInstance, changes: &[Change], from: &Sources<'_
                         "domainDetected": true,
                     }),
                 );
+            }
+            Change::OverNodesNetwork => {
+                migration.insert("migrationNetworkType".into(), json!(names::MIGRATION_NETWORK_POD));
             }
             Change::Started(start_us) => {
                 migration.insert("startTimestamp".into(), time_of(*start_us, from.now));

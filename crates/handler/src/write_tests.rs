@@ -39,6 +39,7 @@ fn made(vmi: &VirtualMachineInstance, changes: &[Change], state: State) -> Optio
     let target = TargetView {
         uid: "m".into(),
         address: "10.88.0.12".into(),
+        over_own_network: false,
         ports: [("4000".to_owned(), 0), ("4001".to_owned(), 49152)].into(),
     };
     let shared = PersistentVolumeClaimInfo {

@@ -75,6 +75,7 @@ struct Streams {
     /// At the source: QEMU has come for it.
     begun: bool,
     error: Option<String>,
+    timed_out: bool,
 }
 
 /// What carries a link: threads of its own, since the launcher's one has to answer meanwhile, and as many as help. They end with
@@ -111,10 +112,11 @@ fn lock<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Streams {
     /// Notes how connection `number` ended.
-    fn ended(&mut self, number: u8, how: &Result<(), String>) {
+    fn ended(&mut self, number: u8, how: &io::Result<()>) {
         self.open.remove(&number);
-        if let Err(error) = how {
-            self.error.get_or_insert_with(|| error.clone());
+        if let (Err(error), None) = (how, &self.error) {
+            self.error = Some(error.to_string());
+            self.timed_out = error.kind() == io::ErrorKind::TimedOut;
         }
     }
 }
@@ -171,9 +173,9 @@ impl Carrier {
     pub fn facts(&self, uid: &str, role: MigrationRole) -> Option<CarriedFacts> {
         let mut link = lock(&self.0.link);
         let link = link.as_mut().filter(|link| link.is_of(uid, role))?;
-        let (flows, error) = {
+        let (flows, error, timed_out) = {
             let streams = lock(&link.streams);
-            (!streams.open.is_empty(), streams.error.clone())
+            (!streams.open.is_empty(), streams.error.clone(), streams.timed_out)
         };
         let awaits_qemu = flows && role == MigrationRole::Source && !link.begun();
         if !flows {
@@ -182,7 +184,7 @@ impl Carrier {
         let count = |of: &std::sync::atomic::AtomicU64| of.load(Ordering::Relaxed);
         let Carried { out, back, writing_us } = &*link.carried;
         let (out, back, writing_us) = (count(out), count(back), count(writing_us));
-        Some(CarriedFacts { link: link.number, flows, awaits_qemu, out, back, writing_us, error })
+        Some(CarriedFacts { link: link.number, flows, awaits_qemu, out, back, writing_us, error, timed_out })
     }
 
     /// Has `state` say what is carried now.
@@ -318,7 +320,7 @@ impl Carrier {
             };
             let result = tokio::select! {
                 biased;
-                result = result => result.map_err(|e| e.to_string()),
+                result = result => result,
                 why = unwanted => {
                     tracing::warn!(migration = %uid, link, why, "QEMU does not come for its connections: they are given up");
                     let Some(inner) = inner.upgrade() else { return };
@@ -392,7 +394,7 @@ impl Carrier {
                     Ok(Ended::Unused) => tracing::info!(migration = %uid, number, "connection went before it was used"),
                     Err(error) => tracing::warn!(migration = %uid, number, bytes, %error, "stream broke"),
                 }
-                lock(&streams).ended(number, &result.map(drop).map_err(|e| e.to_string()));
+                lock(&streams).ended(number, &result.map(drop));
             };
             threads.spawn(work);
         }

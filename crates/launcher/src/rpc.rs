@@ -420,6 +420,9 @@ pub struct CarriedFacts {
     /// Why it broke, if it did.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
+    /// It broke because the other end acknowledged nothing any more. An older launcher does not tell.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub timed_out: bool,
 }
 
 /// Names the migration that an order is about, so that an order that arrives late cannot hit the next one.

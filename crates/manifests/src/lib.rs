@@ -41,12 +41,18 @@ pub struct Options {
 }
 
 /// In which network handlers, and with them the connections of migrations, are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum HandlerNetwork {
     /// Their nodes': connections outlive the handler that has opened them.
-    Node,
+    Node {
+        /// The interface of each node that migrations go over, if they have one of their own.
+        migrations: Option<String>,
+    },
     /// Their pods': connections break when a handler's pod is replaced.
     Pod,
+    /// The same, and migrations go over a network that their pods are attached to: the NetworkAttachmentDefinition
+    /// `[NAMESPACE/]NAME`. (Multus attaches nothing to a pod in its node's network.)
+    Attached(String),
 }
 
 impl Default for Options {
@@ -57,7 +63,7 @@ impl Default for Options {
             kubevirt: KUBEVIRT_NAMESPACE.to_owned(),
             components: Vec::new(),
             monitoring: None,
-            handler_network: HandlerNetwork::Node,
+            handler_network: HandlerNetwork::Node { migrations: None },
             handler_port: HANDLER_PORT,
             handler_metrics_port: HANDLER_METRICS_PORT,
         }
@@ -90,6 +96,9 @@ pub enum Error {
          give --namespace another one, which nobody else uses"
     )]
     Shared(String),
+    /// No NetworkAttachmentDefinition can have this name.
+    #[error("{0:?} cannot be a NetworkAttachmentDefinition: give --migration-network its NAME, or NAMESPACE/NAME")]
+    Network(String),
     /// Something that is not built yet.
     #[error("cannot install {0}: {1}")]
     Missing(&'static str, &'static str),
@@ -144,7 +153,7 @@ pub fn parts(options: &Options) -> Result<Vec<Part>, Error> {
         },
         Part { name: "api", title: "Webhooks and subresources.kubevirt.io.", objects: workloads::api(options) },
         Part { name: "controller", title: "The controllers.", objects: workloads::controller(options) },
-        Part { name: "handler", title: "What runs on each node.", objects: workloads::handler(options) },
+        Part { name: "handler", title: "What runs on each node.", objects: workloads::handler(options)? },
         Part {
             name: "routes",
             title: "Where Kubernetes' API server asks godwit's; godwit's puts the authority of its certificate in.",

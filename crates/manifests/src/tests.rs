@@ -163,7 +163,9 @@ fn pods_have_no_privileges_but_the_handlers() {
 /// place. And at the node's address one pod would be probed for the other.
 #[test]
 fn two_handlers_have_room_on_one_node() {
-    for handler_network in [HandlerNetwork::Node, HandlerNetwork::Pod] {
+    let attached = HandlerNetwork::Attached("fast".into());
+    for handler_network in [HandlerNetwork::Node { migrations: None }, HandlerNetwork::Pod, attached] {
+        let in_node = matches!(handler_network, HandlerNetwork::Node { .. });
         let options = Options { handler_network, handler_port: 9186, handler_metrics_port: 9188, ..Options::default() };
         let objects: Vec<Value> = parts(&options).unwrap().into_iter().flat_map(|part| part.objects).collect();
         let daemon_set = &of(&objects, "DaemonSet", "virt-handler")["spec"];
@@ -180,11 +182,35 @@ fn two_handlers_have_room_on_one_node() {
         }
         // By its name it finds the API server's Service in either.
         let network = (pod.get("hostNetwork").cloned(), pod.get("dnsPolicy").cloned());
-        match handler_network {
-            HandlerNetwork::Node => assert_eq!(network, (Some(json!(true)), Some(json!("ClusterFirstWithHostNet")))),
-            HandlerNetwork::Pod => assert_eq!(network, (None, None)),
+        match in_node {
+            true => assert_eq!(network, (Some(json!(true)), Some(json!("ClusterFirstWithHostNet")))),
+            false => assert_eq!(network, (None, None)),
         }
     }
+}
+
+#[test]
+fn handlers_are_told_what_migrations_go_over_and_their_pods_are_attached_to_it() {
+    let handler = |handler_network| {
+        let options = Options { handler_network, namespace: "virt".into(), ..Options::default() };
+        let objects: Vec<Value> = parts(&options).unwrap().into_iter().flat_map(|part| part.objects).collect();
+        let pod = &of(&objects, "DaemonSet", "virt-handler")["spec"]["template"];
+        let command = pod["spec"]["containers"][0]["command"].as_array().unwrap().clone();
+        let migrations = command.into_iter().filter(|word| word.as_str().unwrap().starts_with("--migration"));
+        (migrations.collect::<Vec<_>>(), pod["metadata"].get("annotations").cloned())
+    };
+    assert_eq!(handler(HandlerNetwork::Node { migrations: None }), (vec![], None));
+    assert_eq!(
+        handler(HandlerNetwork::Node { migrations: Some("eth1".into()) }),
+        (vec![json!("--migration-interface=eth1")], None)
+    );
+    for (name, full) in [("fast", "virt/fast"), ("networks/fast", "networks/fast")] {
+        let told = vec![json!("--migration-interface=migration0"), json!(format!("--migration-network={full}"))];
+        let asked = json!({"k8s.v1.cni.cncf.io/networks": format!("{full}@migration0")});
+        assert_eq!(handler(HandlerNetwork::Attached(name.into())), (told, Some(asked)));
+    }
+    let wrong = Options { handler_network: HandlerNetwork::Attached("a,b".into()), ..Options::default() };
+    assert_eq!(parts(&wrong).unwrap_err(), Error::Network("a,b".into()));
 }
 
 /// The image is of one architecture: a pod of it anywhere else never starts.

@@ -1,9 +1,11 @@
 //! The processes: two Deployments and a DaemonSet.
 
 use godwit_api::access;
+use godwit_api::migration_network::NetworkName;
+use godwit_api::names::{MIGRATION_INTERFACE, NETWORKS_ANNOTATION};
 use serde_json::{Value, json};
 
-use crate::{HandlerNetwork, Options};
+use crate::{Error, HandlerNetwork, Options};
 
 /// Where `godwit api` listens.
 const API_PORT: u16 = 8443;
@@ -218,16 +220,31 @@ pub fn maintenance(options: &Options) -> Vec<Value> {
 }
 
 /// `godwit handler` on each node. It is privileged, as KubeVirt's is, and docs/install.md says what for.
-pub fn handler(options: &Options) -> Vec<Value> {
+///
+/// # Errors
+/// A network for migrations that cannot be.
+pub fn handler(options: &Options) -> Result<Vec<Value>, Error> {
     let (front, socket) = (format!("--port={}", options.handler_port), format!("--health-socket={PROBED}"));
     let health = format!("--health={}", options.handler_metrics_port);
-    let process = Process {
-        name: "virt-handler",
-        label: KUBEVIRT_LABEL,
-        account: access::HANDLER,
-        command: &[BINARY, "handler", &front, &health, &socket],
-        options,
+    let mut command = vec![BINARY, "handler", &front, &health, &socket];
+    let (attached, network, interface);
+    let multus = match &options.handler_network {
+        HandlerNetwork::Attached(name) => {
+            attached = NetworkName::parse(name, &options.namespace).ok_or_else(|| Error::Network(name.clone()))?;
+            interface = format!("--migration-interface={MIGRATION_INTERFACE}");
+            network = format!("--migration-network={attached}");
+            command.extend([interface.as_str(), network.as_str()]);
+            Some(attached.as_interface(MIGRATION_INTERFACE))
+        }
+        HandlerNetwork::Node { migrations: Some(name) } => {
+            interface = format!("--migration-interface={name}");
+            command.push(&interface);
+            None
+        }
+        HandlerNetwork::Node { migrations: None } | HandlerNetwork::Pod => None,
     };
+    let process =
+        Process { name: "virt-handler", label: KUBEVIRT_LABEL, account: access::HANDLER, command: &command, options };
     // path, what the kubelet makes sure of, name, how mounts go over
     let paths = [
         // the launchers' sockets, which come and go with their pods
@@ -269,12 +286,15 @@ pub fn handler(options: &Options) -> Vec<Value> {
         "tolerations": [{"operator": "Exists"}],
         "volumes": volumes,
     });
-    if options.handler_network == HandlerNetwork::Node {
+    if matches!(options.handler_network, HandlerNetwork::Node { .. }) {
         // Connections are of the network that they were opened in, and that of a pod goes with it: what guests are sent over is to outlive
         // the handler that has opened it.
         merge(&mut spec, json!({"hostNetwork": true, "dnsPolicy": "ClusterFirstWithHostNet"}));
     }
-    let template = process.pod(process.container(container), spec);
+    let mut template = process.pod(process.container(container), spec);
+    if let Some(network) = multus {
+        template["metadata"]["annotations"] = json!({NETWORKS_ANNOTATION: network});
+    }
     let daemon_set = json!({
         "apiVersion": "apps/v1", "kind": "DaemonSet", "metadata": process.metadata(),
         "spec": {
@@ -287,7 +307,7 @@ pub fn handler(options: &Options) -> Vec<Value> {
             "template": template,
         },
     });
-    vec![daemon_set]
+    Ok(vec![daemon_set])
 }
 
 /// Godwit's own pods go last when a node runs short.

@@ -17,7 +17,7 @@ const GRACE: Duration = Duration::from_secs(3);
 /// Namespaces or mounts that cannot be removed.
 pub fn down(data_dir: &Path) -> Result<bool, Error> {
     let layout = Layout::open(data_dir)?;
-    let cluster = layout.load()?.unwrap_or(Cluster { id: layout.id(), nodes: Vec::new(), api_port: 0 });
+    let cluster = layout.load()?.unwrap_or(Cluster { id: layout.id(), ..Cluster::default() });
     let prefix = cluster.namespace_prefix();
     // Nodes first, so that none of them sees the control plane go and complains.
     let names = cluster.nodes.iter().map(String::as_str).chain([CONTROL_PLANE]);

@@ -18,7 +18,7 @@ pub const CLIENT_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 88, 0, 200);
 pub const MAX_NODES: usize = 64;
 
 /// The recorded shape of a cluster (`cluster.json`).
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Cluster {
     /// Eight hex digits; carried by everything the cluster makes on the machine.
@@ -27,6 +27,9 @@ pub struct Cluster {
     pub nodes: Vec<String>,
     /// Port of the API server on 127.0.0.1.
     pub api_port: u16,
+    /// The nodes have a second network, which migrations go over.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub migration_network: bool,
 }
 
 impl Cluster {
@@ -39,6 +42,11 @@ impl Cluster {
     /// Address of node `number` on the fabric.
     pub fn node_address(number: u8) -> Ipv4Addr {
         Ipv4Addr::new(10, 88, 0, 10 + number)
+    }
+
+    /// Address of node `number` on the network for migrations.
+    pub fn migration_address(number: u8) -> Ipv4Addr {
+        Ipv4Addr::new(10, 89, 0, 10 + number)
     }
 
     /// Range of the pods of node `number`.
@@ -180,7 +188,8 @@ mod tests {
         assert_eq!(one.id().len(), 8);
         assert_ne!(one.id(), two.id());
         assert_eq!(one.load().unwrap(), None);
-        let cluster = Cluster { id: one.id(), nodes: vec!["node1".into(), "node2".into()], api_port: 6443 };
+        let cluster =
+            Cluster { id: one.id(), nodes: vec!["node1".into(), "node2".into()], api_port: 6443, ..Cluster::default() };
         one.save(&cluster).unwrap();
         assert_eq!(Layout::open(a.path()).unwrap().load().unwrap(), Some(cluster.clone()));
         assert_eq!(cluster.number_of("node2"), Some(2));

@@ -225,7 +225,8 @@ mod tests {
     fn pairs_are_made_once_and_kept() {
         let folder = tempfile::tempdir().unwrap();
         let layout = Layout::open(folder.path()).unwrap();
-        let mut cluster = Cluster { id: layout.id(), nodes: vec!["node1".into()], api_port: 1234 };
+        let mut cluster =
+            Cluster { id: layout.id(), nodes: vec!["node1".into()], api_port: 1234, ..Cluster::default() };
         ensure(&layout, &cluster).unwrap();
         let first = std::fs::read(pair(&layout, ADMIN).cert).unwrap();
         cluster.nodes.push("node2".into());

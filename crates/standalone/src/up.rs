@@ -19,7 +19,7 @@ const READY_WITHIN: Duration = Duration::from_secs(60);
 const POLL: Duration = Duration::from_millis(15);
 
 /// What to bring up.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Options {
     /// Where everything is kept.
     pub data_dir: PathBuf,
@@ -27,6 +27,8 @@ pub struct Options {
     pub nodes: usize,
     /// Port on 127.0.0.1; `None`: the recorded one, else 6443, else any free one.
     pub api_port: Option<u16>,
+    /// The nodes are to have a network for migrations; a cluster that has one keeps it.
+    pub migration_network: bool,
 }
 
 /// A cluster that is up.
@@ -160,8 +162,16 @@ fn shape(layout: &Layout, options: &Options) -> Result<Cluster, Error> {
     let running = process::find(layout, CONTROL_PLANE).is_some();
     let mut cluster = match recorded {
         Some(cluster) => cluster,
-        None => Cluster { id: layout.id(), nodes: Vec::new(), api_port: 0 },
+        None => Cluster { id: layout.id(), ..Cluster::default() },
     };
+    if options.migration_network && !cluster.migration_network {
+        // Nodes look for it when they start.
+        if cluster.nodes.iter().any(|node| process::find(layout, node).is_some()) {
+            let why = "the cluster runs without a network for migrations: `godwit down` it first, then --migration-network gives it one";
+            return Err(Error::Usage(why.to_owned()));
+        }
+        cluster.migration_network = true;
+    }
     if !running {
         cluster.api_port = match options.api_port {
             Some(port) if port != 0 => port,

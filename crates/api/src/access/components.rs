@@ -56,8 +56,7 @@ fn api() -> Account {
         rule(&[GROUP], &["virtualmachines", "virtualmachineinstances", "kubevirts"], &["get", "list"]),
         rule(&[GROUP], &["virtualmachineinstancemigrations"], &["get", "list"]),
         rule(&[GROUP, GROUP_KUBEVIRT, GROUP_MEDIK8S], &["nodemaintenances"], &["get", "list"]),
-        rule(&[""], &["nodes"], GET),
-        rule(&[""], &["pods"], &["get", "list"]),
+        rule(&[""], &["nodes", "pods"], &["get", "list"]),
         rule(&[POLICY], &["poddisruptionbudgets"], GET),
         // whether this is OpenShift, whose etcd has a quorum to be kept
         rule(&["config.openshift.io"], &["clusterversions"], GET),

@@ -1,12 +1,13 @@
 //! The KubeVirt object on its way in.
 
+use k8s_openapi::api::core::v1::Node;
 use serde_json::Value;
 
-use super::{Cause, Denial, Operation, Request, Verdict, read};
+use super::{Cause, Denial, Lookup, Operation, Request, Verdict, read};
 use crate::config::{MAX_DOWNTIME_NEEDS_A_GATE, sift};
 use crate::gates::{Gates, LIVE_MIGRATION};
 use crate::kubevirt::{BASELINE_AUTO, KubeVirtConfiguration};
-use crate::{KubeVirt, MigrationConfiguration};
+use crate::{KubeVirt, MigrationConfiguration, migration_network};
 
 const CREATE: &str = "kubevirt-create-validator.kubevirt.io";
 const UPDATE: &str = "kubevirt-update-validator.kubevirt.io";
@@ -53,6 +54,10 @@ pub(super) fn validate(request: &Request<'_>) -> Verdict {
             causes.push(Cause::invalid(&field, format!("{field}: {}", fault.why)));
         }
         warn(&at, now, &mut warnings);
+        let network_then = then.as_ref().and_then(|then| then.network.as_deref());
+        if let Some(network) = now.network.as_deref().filter(|network| Some(*network) != network_then) {
+            warnings.extend(unmet(network, request.lookup));
+        }
     }
     for gate in gates.without_effect() {
         let at = "spec.configuration.developerConfiguration.featureGates";
@@ -67,6 +72,17 @@ pub(super) fn validate(request: &Request<'_>) -> Verdict {
     if causes.is_empty() { Ok(warnings) } else { Err(Box::new(Denial { warnings, ..Denial::causes(webhook, causes) })) }
 }
 
+/// Why migrations will not all go over this network.
+fn unmet(network: &str, lookup: &dyn Lookup) -> Option<String> {
+    let nodes: Vec<Node> =
+        lookup.list("Node", "", None).into_iter().filter_map(|node| serde_json::from_value(node).ok()).collect();
+    let told = nodes.iter().map(|node| {
+        let metadata = &node.metadata;
+        (metadata.name.as_deref().unwrap_or_default(), metadata.annotations.as_ref())
+    });
+    migration_network::unmet(network, lookup.installation(), told)
+}
+
 /// The two names of the migrations' settings.
 fn places(configuration: &KubeVirtConfiguration) -> [(&'static str, &Option<MigrationConfiguration>); 2] {
     [("migrations", &configuration.migrations), ("migrationConfiguration", &configuration.migration_configuration)]
@@ -79,7 +95,6 @@ fn warn(at: &str, migrations: &MigrationConfiguration, warnings: &mut Vec<String
             warnings.push(format!("{at}.{name}: not implemented by godwit, ignored"));
         }
     };
-    say(migrations.network.is_some(), "network");
     say(migrations.match_selinux_level_on_migration.is_some(), "matchSELinuxLevelOnMigration");
     say(migrations.utility_volumes_timeout.is_some(), "utilityVolumesTimeout");
     say(migrations.unsafe_migration_override == Some(true), "unsafeMigrationOverride");

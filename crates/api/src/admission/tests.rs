@@ -556,3 +556,28 @@ proptest! {
         let _ = validate(&Request { object: Some(&object), ..request });
     }
 }
+
+#[test]
+fn a_network_for_migrations_is_warned_of_where_handlers_do_not_use_it() {
+    let node = |name: &str, annotations: Value| json!({ "apiVersion": "v1", "kind": "Node", "metadata": { "name": name, "annotations": annotations } });
+    let uses = json!({ "interface": "migration0", "network": "kubevirt/fast", "address": "10.99.0.1" }).to_string();
+    let beat = "2026-11-23T03:00:00Z";
+    let uses = json!({ "kubevirt.io/heartbeat": beat, "godwit.io/migration-network": uses });
+    let kubevirt = |network: &str| {
+        json!({
+            "apiVersion": "kubevirt.io/v1", "kind": "KubeVirt",
+            "metadata": { "name": "kubevirt", "namespace": "kubevirt" },
+            "spec": { "configuration": { "migrations": { "network": network } } },
+        })
+    };
+    let ready = World::new(vec![node("node1", uses.clone())]);
+    assert_eq!(ready.create(&kubevirt("fast")).unwrap().1, [""; 0]);
+    let half = World::new(vec![node("node1", uses), node("node2", json!({ "kubevirt.io/heartbeat": beat }))]);
+    let warnings = half.create(&kubevirt("fast")).unwrap().1;
+    assert_eq!(warnings.len(), 1, "{warnings:?}");
+    assert!(warnings[0].contains("do not use network kubevirt/fast: node2; they do when"), "{warnings:?}");
+    // The condition on the object goes on saying it.
+    let same = half.admit(Operation::Update, &kubevirt("fast"), Some(&kubevirt("fast")));
+    assert_eq!(same.unwrap().1, [""; 0]);
+    assert!(causes(ready.create(&kubevirt("Fast Lane")))[0].contains("is no name of a NetworkAttachmentDefinition"));
+}

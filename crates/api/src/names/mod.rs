@@ -62,6 +62,10 @@ pub const MIGRATION_PORT_MEMORY: i32 = 49152;
 pub const MIGRATION_PORT_BLOCK: i32 = 49153;
 /// `migrationState.migrationNetworkType` when migrations use the nodes' own network.
 pub const MIGRATION_NETWORK_POD: &str = "Pod";
+/// The same when they use a network of their own.
+pub const MIGRATION_NETWORK_OWN: &str = "Migration";
+/// The interface of handlers' pods that is in that network (KubeVirt's name).
+pub const MIGRATION_INTERFACE: &str = "migration0";
 /// `status.migrationTransport`.
 pub const MIGRATION_TRANSPORT_UNIX: &str = "Unix";
 /// `status.reason` of a VMI whose node does not answer.

@@ -64,7 +64,8 @@ impl Drop for Place {
 pub async fn run(options: &Options, tell: &mut dyn FnMut(&str)) -> Result<(Drained, Vec<String>), Error> {
     let place = Place::new()?;
     let data_dir = place.folder.path().to_owned();
-    let up = up(&godwit_standalone::Options { data_dir, nodes: NODES, api_port: Some(0) }).await?;
+    let up =
+        up(&godwit_standalone::Options { data_dir, nodes: NODES, api_port: Some(0), ..Default::default() }).await?;
     build_image(&up)?;
     let client = impatient_client(&up.layout.kubeconfig()).await?;
     let witness = Witness::start(&up.cluster)?;

@@ -95,7 +95,8 @@ pub enum Kind {
 impl Stage {
     /// Brings a cluster up in `folder`, with slow links and no limits to parallel migrations.
     pub async fn start(folder: &Path) -> Result<Self, Error> {
-        let up = up(&Options { data_dir: folder.to_owned(), nodes: NODES, api_port: Some(0) }).await?;
+        let up =
+            up(&Options { data_dir: folder.to_owned(), nodes: NODES, api_port: Some(0), ..Options::default() }).await?;
         let (layout, cluster) = (up.layout, up.cluster);
         let rom = layout.root().join("rom.bin");
         // Half of its memory is written to, some of it faster than it can be sent without standing still.

@@ -53,7 +53,7 @@ impl Lab {
         let folder = Self::scratch()?;
         let layout = Layout::open(folder.path())?;
         let nodes = vec!["node1".to_owned(), "node2".to_owned()];
-        let cluster = Cluster { id: layout.id(), nodes, api_port: 0 };
+        let cluster = Cluster { id: layout.id(), nodes, ..Cluster::default() };
         layout.save(&cluster)?;
         let lab = Self { folder, cluster, layout };
         fabric::ensure(&lab.cluster).await?;
@@ -70,7 +70,12 @@ impl Lab {
     /// A cluster of two nodes, with the guest's image in its store.
     pub async fn with_cluster(guest: &Path) -> Result<Self, Error> {
         let folder = Self::scratch()?;
-        let options = godwit_standalone::Options { data_dir: folder.path().to_owned(), nodes: 2, api_port: Some(0) };
+        let options = godwit_standalone::Options {
+            data_dir: folder.path().to_owned(),
+            nodes: 2,
+            api_port: Some(0),
+            ..Default::default()
+        };
         match godwit_standalone::up(&options).await {
             Ok(up) => {
                 let lab = Self { folder, cluster: up.cluster, layout: up.layout };

@@ -15,7 +15,7 @@ use super::{explain, mirror};
 use crate::launcher_pod::{self, Role};
 use crate::object::{Name, Stored};
 use crate::plan::{EventType, Plan, VM_CONTROLLER};
-use crate::{evacuation, history, hotplug, names, persistent_state, vmi};
+use crate::{evacuation, history, hotplug, migration_network, names, persistent_state, vmi};
 
 /// Carries out one action: writes to other objects go into `plan`, to the migration itself into `after`, events (which
 /// come last, when everything has been written) into `tell`.
@@ -102,6 +102,7 @@ fn hand_over(situation: &Situation<'_>, plan: &mut Plan) {
     let source_pod = vmi::current_pod(vmi, situation.view.world).map(|pod| pod.name().to_owned());
     let target_node = pod.spec.as_ref().and_then(|spec| spec.node_name.clone());
     let target_pod = Some(pod.name().to_owned());
+    let network = migration_network::between(source_node.as_deref(), target_node.as_deref(), situation.view.world);
     let (domain_name, domain_namespace) = (Some(Stored::name(vmi.as_ref()).to_owned()), vmi.metadata.namespace.clone());
     let overhead = launcher_pod::overhead(&vmi.spec);
     let world = situation.view.world;
@@ -119,7 +120,7 @@ fn hand_over(situation: &Situation<'_>, plan: &mut Plan) {
         target_pod: target_pod.clone(),
         migration_policy_name: situation.policy.clone(),
         migration_configuration: Some(situation.configuration.clone()),
-        migration_network_type: Some(names::MIGRATION_NETWORK_POD.to_owned()),
+        migration_network_type: Some(network.to_owned()),
         source_state: Some(MigrationSourceState {
             node: source_node,
             pod: source_pod,

@@ -339,6 +339,29 @@ fn what_is_resolved_at_the_hand_over_holds_to_the_end() {
 }
 
 #[test]
+fn a_migration_goes_over_the_network_for_them_where_both_nodes_are_in_it() {
+    let network_between = |source: Option<&str>, target: Option<&str>| {
+        let mut cluster = cluster(&[("demo", "node1")]);
+        for (node, address) in [("node1", source), ("node2", target), ("node3", target)] {
+            let mut told = json!({"interface": "eth1", "problem": "interface eth1 is down"});
+            if let Some(address) = address {
+                told = json!({"interface": "eth1", "address": address});
+            }
+            let annotations = json!({crate::names::ANNOTATION_MIGRATION_NETWORK: told.to_string()});
+            cluster.patch(Kind::Node, &crate::Name::cluster(node), json!({"metadata": {"annotations": annotations}}));
+        }
+        run(&mut cluster, "job", "demo");
+        let network = state(&cluster, "demo")["migrationNetworkType"].clone();
+        assert_eq!(status(&cluster, "job")["migrationState"]["migrationNetworkType"], network);
+        network
+    };
+    assert_eq!(network_between(Some("10.99.0.1"), Some("10.99.0.2")), "Migration");
+    assert_eq!(network_between(Some("10.99.0.1"), None), "Pod");
+    assert_eq!(network_between(None, Some("10.99.0.2")), "Pod");
+    assert_eq!(network_between(Some("10.99.0.1"), Some("fd00::2")), "Pod");
+}
+
+#[test]
 fn a_guest_that_is_lost_after_it_has_moved_is_lost_at_the_target() {
     let mut cluster = cluster(&[("demo", "node1")]);
     run(&mut cluster, "job", "demo");

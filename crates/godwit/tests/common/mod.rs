@@ -69,17 +69,31 @@ impl Cluster {
 
     /// Starts a cluster of `godwit up`, for tests of what only that does.
     pub async fn up(nodes: usize) -> Self {
-        Self::up_by(Path::new(env!("CARGO_BIN_EXE_godwit")), nodes).await
+        Self::up_with(Path::new(env!("CARGO_BIN_EXE_godwit")), nodes, &[]).await
     }
 
     /// The same with this binary.
     pub async fn up_by(program: &Path, nodes: usize) -> Self {
+        Self::up_with(program, nodes, &[]).await
+    }
+
+    /// Starts a cluster as [`Self::start`] does, whose nodes have a second network, for migrations.
+    pub async fn with_migration_network(nodes: usize) -> Self {
+        let wishes = Wishes { migration_network: true, ..Wishes::default() };
+        match real::assets() {
+            Some(assets) => Self::of_assets(assets, nodes, wishes).await,
+            None => Self::up_with(Path::new(env!("CARGO_BIN_EXE_godwit")), nodes, &["--migration-network"]).await,
+        }
+    }
+
+    async fn up_with(program: &Path, nodes: usize, more: &[&str]) -> Self {
         let (folder, guard) = scratch();
         let mut up = Command::new(program);
         up.args(["up", "--api-port=0", "--detach"])
             .arg(format!("--nodes={nodes}"))
             .arg("--data-dir")
-            .arg(folder.path());
+            .arg(folder.path())
+            .args(more);
         let output = up.stdin(Stdio::null()).output().expect("godwit starts");
         assert!(output.status.success(), "godwit up: {}", text(&output.stderr));
         let client = godwit_standalone::client(&folder.path().join("kubeconfig")).await.expect("client");
@@ -95,6 +109,11 @@ impl Cluster {
     pub fn namespace(&self, what: &str) -> String {
         let layout = godwit_standalone::Layout::open(self.folder.path()).expect("layout");
         layout.load().expect("cluster.json").expect("a cluster").namespace(what)
+    }
+
+    /// Plugs a node's link for migrations into the switch, or pulls it out.
+    pub async fn migration_link(&self, node: &str, up: bool) {
+        self.uplink(&godwit_standalone::fabric::migration_port(node), up).await;
     }
 
     /// Plugs a node's link into the switch, or pulls it out.

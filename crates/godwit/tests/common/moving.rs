@@ -47,7 +47,12 @@ pub async fn one_launcher_is_left(cluster: &Cluster, vmi: &str) {
 /// Makes a node's way out so narrow that a migration can be caught in flight. (The cap in the API would not do: QEMU's
 /// translator before 9.0 sends a guest in one pass, uncapped.)
 pub fn narrow_the_link(cluster: &Cluster, node: &str) {
-    shape(cluster, node, &["add", "dev", "eth0", "root", "tbf", "rate", "4mbit", "burst", "16kb", "latency", "400ms"]);
+    narrow(cluster, node, "eth0");
+}
+
+/// The same of any of its links.
+pub fn narrow(cluster: &Cluster, node: &str, link: &str) {
+    shape(cluster, node, &["add", "dev", link, "root", "tbf", "rate", "4mbit", "burst", "16kb", "latency", "400ms"]);
 }
 
 /// Takes that back.

@@ -77,6 +77,8 @@ pub struct Wishes {
     /// The build that is installed, by kubectl and as docs/install.md says, and of which everything is that is started, the handlers
     /// as processes of their own; kubelets are those under test. None: the one under test, in a quicker way.
     pub installed: Option<(Build, PathBuf)>,
+    /// The nodes have a network for migrations, which their handlers know as `kubevirt/fast`.
+    pub migration_network: bool,
 }
 
 impl Real {
@@ -86,7 +88,7 @@ impl Real {
         let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
         let names = (1..=nodes).map(|number| format!("node{number}")).collect();
         let api_port = port.local_addr().expect("its number").port();
-        let shape = Shape { id: layout.id(), nodes: names, api_port };
+        let shape = Shape { id: layout.id(), nodes: names, api_port, migration_network: wishes.migration_network };
         layout.save(&shape).expect("cluster.json");
         pki::ensure(&layout, &shape).expect("certificates");
         fabric::ensure(&shape).await.expect("the fabric");

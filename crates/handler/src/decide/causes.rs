@@ -43,7 +43,11 @@ pub(super) fn of_failure(f: &MigrationFacts, says: &TargetSays, target_ended: Op
             };
             (cause, words.as_deref())
         }
-        (_, Some(ended)) => (FailureCause::TargetLost, Some(ended)),
+        // Its QEMU ends with a stream that breaks, and where only the network for migrations is cut its node can say so at once.
+        (_, Some(ended)) => match f.carried.as_ref().is_some_and(|carried| carried.timed_out) {
+            true => (FailureCause::LinkLost, Some(ended)),
+            false => (FailureCause::TargetLost, Some(ended)),
+        },
         _ if own.is_some() => (of_target(own), None),
         (TargetSays::NoHandler(error), None) => (FailureCause::TargetUnresponsive, Some(error.as_str())),
         (TargetSays::Unreachable(error), None) => (FailureCause::LinkLost, Some(error.as_str())),

@@ -21,6 +21,9 @@ const PREPARE_WITHIN: Duration = Duration::from_secs(180);
 const REACH_WITHIN: Duration = Duration::from_secs(30);
 /// Between two attempts to reach it.
 const REDIAL_AFTER: Duration = Duration::from_millis(500);
+/// How long the target may be out of reach over the network for migrations, before the start or when the guest has left for good, until
+/// it is asked to listen in its node's own.
+const OVER_OWN_NETWORK_FOR: Duration = Duration::from_secs(10);
 /// How long the target's end is waited for to say why the migration failed.
 const EXPLAIN_WITHIN: Duration = Duration::from_secs(8);
 /// Between two progress reports in the API.
@@ -185,6 +188,10 @@ fn begin(facts: &Facts, m: &MigrationView, pod: &PodView, link: Option<&SourceVi
     } else if link.ready {
         plan.act(Action::Migrate { pod: pod.name.clone() });
     } else if let Some(error) = &link.error {
+        if m.over_own_network && link.age >= OVER_OWN_NETWORK_FOR && link.age < REACH_WITHIN {
+            plan.write(vec![Change::OverNodesNetwork]);
+            plan.warn("Migrating", left_own_network(&m.target_node));
+        }
         if link.age >= REACH_WITHIN {
             let (cause, why) = match facts.peer_ended.as_deref() {
                 Some(ended) => (Cause::TargetLost, ended),
@@ -346,6 +353,8 @@ fn hand_over(
         changes.push(Change::Abort("Failed"));
     }
     let go = link.map(|l| &l.go).unwrap_or(&Go::NotDue);
+    let leaves = leaves_own_network(m, link, plan);
+    let changed_network = leaves.then_some(Change::OverNodesNetwork);
     match go {
         Go::Lost(reason) if f.status == "failed" => {
             let reason = format!("VMI is irrecoverable due to failed post-copy migration: {reason}");
@@ -376,6 +385,7 @@ fn hand_over(
             } else {
                 // Post-copy. If it breaks, the target's handler says so: the guest is there.
                 changes.extend(progress(pod, link, plan));
+                changes.extend(changed_network);
                 plan.wake(REPORT_EVERY);
                 // What is missing there is nowhere any more, or nobody here knows how to send it. The target learns it by the
                 // end of this pod.
@@ -384,6 +394,9 @@ fn hand_over(
                 }
             }
             plan.write(changes);
+            if leaves && f.status != "completed" {
+                plan.warn("Migrating", left_own_network(&m.target_node));
+            }
             if f.status == "postcopy-active" {
                 limit(m, pod, f, plan);
             }
@@ -405,10 +418,27 @@ fn hand_over(
                 }
                 changes.push(Change::LinkBroken { node: m.target_node.clone() });
             }
+            changes.extend(changed_network);
             plan.write(changes);
+            if leaves {
+                plan.warn("Migrating", left_own_network(&m.target_node));
+            }
             plan.wake(REDIAL_AFTER);
         }
     }
+}
+
+/// Whether the network for migrations has failed when nothing will do any more but to reach the target: the nodes' own may be whole.
+fn leaves_own_network(m: &MigrationView, link: Option<&SourceView>, plan: &mut Plan) -> bool {
+    let Some(unreached) = link.and_then(|link| link.unreached).filter(|_| m.over_own_network) else { return false };
+    if unreached < OVER_OWN_NETWORK_FOR {
+        plan.wake(OVER_OWN_NETWORK_FOR - unreached);
+    }
+    unreached >= OVER_OWN_NETWORK_FOR
+}
+
+fn left_own_network(node: &str) -> String {
+    format!("Node {node} is not reached over the network for migrations: the nodes' own network is tried.")
 }
 
 /// Why the target has ended, unless the guest lived there with all its memory: then its end is its own affair.

@@ -7,13 +7,15 @@ use godwit_launcher::rpc::{self, DomainPhase, MigrationFacts, MigrationRole, Sta
 
 use super::source::{failed_message, lost_because};
 use super::{Action, Change, Failure, Plan, end};
-use crate::facts::{Facts, Launcher, MigrationView, PodView, is_alive, is_broken, is_recoverable, migration};
+use crate::facts::{
+    Facts, Launcher, MigrationView, PodView, TargetView, is_alive, is_broken, is_recoverable, migration,
+};
 
 /// How long after the guest resumed here the source's handler may take to report the end; then this end does it.
 const SOURCE_REPORTS_WITHIN: Duration = Duration::from_secs(30);
 
 pub(super) fn decide(facts: &Facts, m: &MigrationView, pod: &PodView, plan: &mut Plan) {
-    let open = facts.target.as_ref().filter(|t| t.uid == m.uid);
+    let open = listening(facts, m);
     if facts.target.is_some() && open.is_none() {
         plan.act(Action::CloseTarget);
     }
@@ -89,7 +91,7 @@ fn here(facts: &Facts, m: &MigrationView, pod: &PodView, state: &State, f: &Migr
     if !broken && facts.vmi.link_broken {
         plan.event("Migrating", LINK_BACK);
     }
-    let open = facts.target.as_ref().filter(|t| t.uid == m.uid);
+    let open = listening(facts, m);
     // The control channel stays open until the source's handler has written the end: it may ask again.
     if open.is_none() {
         plan.act(Action::OpenControl { pod: pod.name.clone(), uid: m.uid.clone() });
@@ -169,6 +171,11 @@ fn ended_in_between(
     lost_because(facts, m, Failure::new(cause, reason), plan);
 }
 
-fn is_published(m: &MigrationView, open: &crate::facts::TargetView) -> bool {
+/// The listening half, unless it is another migration's, or where the source does not reach it (it says so by the kind of network).
+fn listening<'a>(facts: &'a Facts, m: &MigrationView) -> Option<&'a TargetView> {
+    facts.target.as_ref().filter(|open| open.uid == m.uid && (m.over_own_network || !open.over_own_network))
+}
+
+fn is_published(m: &MigrationView, open: &TargetView) -> bool {
     m.detected && m.target_address.as_deref() == Some(open.address.as_str()) && m.ports == open.ports
 }

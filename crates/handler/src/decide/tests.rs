@@ -144,6 +144,7 @@ fn target_facts(m: MigrationView, launcher: Launcher, open: bool) -> Facts {
     facts.target = open.then(|| TargetView {
         uid: UID.into(),
         address: "10.88.0.11".into(),
+        over_own_network: false,
         ports: [("4000".to_owned(), 0), ("4001".to_owned(), 49152)].into(),
     });
     facts

@@ -32,6 +32,7 @@ impl Node {
             client: api.client(),
             node_name: self.name.into(),
             node_ip: "127.0.0.1".parse().unwrap(),
+            migration_interface: None,
             front_port: crate::front::PORT,
             kubelet_root: self.root.clone(),
             state: self.root.join("state"),

@@ -28,6 +28,7 @@ use crate::facts::{self, Facts, MigrationView};
 use crate::fence::Fence;
 use crate::frames::Relay;
 use crate::lend::{self, Offered};
+use crate::migration_network::Underlay;
 use crate::networks;
 use crate::ownership::{self, Peer};
 use crate::recovery::Recoveries;
@@ -47,11 +48,12 @@ const NEW_GUESTS: u32 = 4;
 const CLAIMS_GOOD_FOR: Duration = Duration::from_secs(30);
 
 /// Where the target of `m` listens, if that is published whole.
-pub(super) fn endpoint(m: &MigrationView) -> Option<Endpoint> {
+pub(super) fn endpoint(m: &MigrationView, underlay: &Underlay) -> Option<Endpoint> {
     Some(Endpoint {
         migration_uid: m.uid.clone(),
         node: m.target_node.clone(),
         address: m.target_address.as_deref()?.parse().ok()?,
+        from: m.over_own_network.then(|| underlay.clone()),
         control: m.port(CONTROL)?,
         streams: [MEMORY, BLOCKS].into_iter().filter_map(|inner| Some((inner, m.port(inner)?))).collect(),
         plain: m.disable_tls,
@@ -106,7 +108,7 @@ impl Worker {
                             rate,
                             "what the link took, in bytes a second"
                         );
-                        self.context.links.seen(&source.node, rate);
+                        self.context.links.seen(&source.node, source.over_own_network, rate);
                     }
                     source.remove_sockets();
                     self.let_go(&source.link.uid, m, facts).await;
@@ -421,11 +423,12 @@ impl Worker {
         }
         let streams = sockets.into_iter().map(|(inner, socket)| (inner, dir.clone(), socket)).collect();
         let identity = Identity::load(&context.tls).map_err(|e| Stop::Failed(e.to_string()))?;
+        let (address, over_own_network) = context.underlay.to_listen(m.over_own_network);
         let options = TargetOptions {
             migration_uid: uid.to_owned(),
             source_node: m.source_node.clone(),
             plain: m.disable_tls,
-            address: context.node_ip,
+            address,
             streams,
             control: Arc::new(control),
             recoveries,
@@ -435,10 +438,11 @@ impl Worker {
             vmi = self.name,
             migration = uid,
             address = %channels.address,
+            over_own_network,
             ports = ?channels.ports,
             "target listens"
         );
-        self.target = Some(Target { uid: uid.to_owned(), channels });
+        self.target = Some(Target { uid: uid.to_owned(), over_own_network, channels });
         self.wake.notify_one();
         Ok(())
     }
@@ -451,7 +455,7 @@ impl Worker {
         m: Option<&MigrationView>,
     ) -> Result<(), Stop> {
         let Some(m) = m else { return Err(Stop::Stale) };
-        let Some(endpoint) = endpoint(m) else {
+        let Some(endpoint) = endpoint(m, &self.context.underlay) else {
             return Err(Stop::Failed("the target's address or ports cannot be read".into()));
         };
         let context = self.context.clone();
@@ -464,7 +468,7 @@ impl Worker {
             post_copy: m.allow_post_copy && m.allow_workload_disruption,
             by_reference: m.is_local(),
             bandwidth: Some(m.bandwidth).filter(|b| *b > 0),
-            measured: context.links.to(&m.target_node),
+            measured: context.links.to(&m.target_node, m.over_own_network),
         };
         let pod = self.pod(name)?;
         let ability = pod.follower.now().last().map(|state| state.ability.within(cores())).unwrap_or_default();
@@ -504,6 +508,7 @@ impl Worker {
         self.source = Some(Source {
             link,
             node: m.target_node.clone(),
+            over_own_network: m.over_own_network,
             sockets,
             relay,
             first_dialled: first_dialled.unwrap_or_else(Instant::now),
@@ -513,7 +518,7 @@ impl Worker {
             pause: Order::default(),
             reported: None,
             prediction: None,
-            known_rate: context.links.to(&m.target_node),
+            known_rate: context.links.to(&m.target_node, m.over_own_network),
             meter: Meter::new(),
         });
         Ok(())

@@ -73,7 +73,8 @@ pub async fn demo(options: &DemoOptions) -> Result<(), Error> {
 }
 
 async fn run(options: &DemoOptions, data_dir: &Path) -> Result<(), Error> {
-    let cluster = up(&Options { data_dir: data_dir.to_owned(), nodes: 3, api_port: Some(0) }).await?;
+    let cluster =
+        up(&Options { data_dir: data_dir.to_owned(), nodes: 3, api_port: Some(0), ..Options::default() }).await?;
     println!("cluster    three nodes ready after {:.2} s", cluster.took.as_secs_f64());
     for offer in offers(&cluster).await? {
         println!("runs with  {offer}");

@@ -3,7 +3,7 @@
 use super::{HANDLER, PATIENCE, Real, apply, words};
 use crate::common::build::{self, Build};
 use godwit_network::Namespace;
-use godwit_standalone::{Cluster as Shape, pki};
+use godwit_standalone::{Cluster as Shape, fabric, pki};
 use kube::Client;
 use kube::api::Api;
 use serde_json::json;
@@ -66,6 +66,10 @@ impl Real {
             format!("--tls-key={}", pair.key.display()),
         ];
         arguments.extend(self.namespace_flag());
+        if self.wishes.migration_network && !more.iter().any(|word| word == "--without-handler") {
+            arguments.push(format!("--migration-interface={}", fabric::MIGRATIONS));
+            arguments.push("--migration-network=kubevirt/fast".to_owned());
+        }
         arguments.extend_from_slice(more);
         let origin = Namespace::current().expect("the test's namespace");
         let program = Some(self.host()).filter(|host| host.is_file());

@@ -1,6 +1,6 @@
 //! Migrations that end with the guest where it was.
 
-use godwit_launcher::rpc::Cause;
+use godwit_launcher::rpc::{CarriedFacts, Cause};
 
 use super::*;
 use crate::facts::TargetSays;
@@ -60,6 +60,19 @@ fn what_the_target_knows_makes_the_cause() {
     let facts = own.migration.as_mut().unwrap();
     (facts.error, facts.cause) = (Some("Could not allocate memory".into()), Some(Cause::Other));
     assert_eq!(cause(&ends_with(own, told(false, None, None))), FailureCause::HypervisorError);
+}
+
+#[test]
+fn a_stream_that_nobody_acknowledged_was_cut_whatever_became_of_the_target_then() {
+    let ended = |timed_out| {
+        let mut state = broken();
+        let carried = CarriedFacts { timed_out, error: Some("it broke".into()), ..CarriedFacts::default() };
+        state.migration.as_mut().unwrap().carried = Some(carried);
+        let mut facts = source_facts(started(), answers(state), Some(link()));
+        facts.peer_ended = Some("the target's pod new has ended (Failed)".into());
+        cause(&decide(&facts))
+    };
+    assert_eq!((ended(true), ended(false)), (FailureCause::LinkLost, FailureCause::TargetLost));
 }
 
 #[test]

@@ -148,7 +148,8 @@ fn a_handler_that_restarts_in_post_copy_opens_its_channels_again_while_the_link_
     assert_eq!(orders(&decide(&facts)), ["control new"]);
     let open = |facts: &mut Facts| {
         let ports = [("5000".to_owned(), 0), ("5001".to_owned(), 49152)].into();
-        facts.target = Some(TargetView { uid: UID.into(), address: "10.88.0.11".into(), ports });
+        facts.target =
+            Some(TargetView { uid: UID.into(), address: "10.88.0.11".into(), over_own_network: false, ports });
     };
     open(&mut facts);
     assert_eq!(writes(&decide(&facts)), [Change::Published]);
@@ -175,6 +176,76 @@ fn a_source_whose_link_broke_before_the_go_says_so_and_waits() {
     assert_eq!((orders(&plan), events(&plan).len()), (vec![], 1));
     facts.vmi.link_broken = true;
     assert!(events(&decide(&facts)).is_empty());
+}
+
+/// In post-copy and for the go nothing else will do than to reach the target: another network may be whole.
+#[test]
+fn a_source_that_does_not_reach_the_target_over_the_network_for_migrations_asks_for_the_nodes_own() {
+    let m = || MigrationView { over_own_network: true, mode: Some(MigrationMode::PostCopy), ..started() };
+    let completed = sent("completed");
+    for (state, go) in [
+        (completed, Go::Trying("no route".into())),
+        (cut(sending("postcopy-paused")), Go::Trying("no route".into())),
+        (cut(sending("postcopy-paused")), Go::Running(us())),
+    ] {
+        let asks = |m: MigrationView, unreached: Option<u64>| {
+            let link = SourceView { go: go.clone(), unreached: unreached.map(Duration::from_secs), ..link() };
+            let plan = decide(&source_facts(m, answers(state.clone()), Some(link)));
+            let told = events(&plan).iter().any(|(_, text)| text.contains("the nodes' own network is tried"));
+            assert_eq!(writes(&plan).contains(&Change::OverNodesNetwork), told);
+            told
+        };
+        assert!(!asks(m(), None) && !asks(m(), Some(9)), "{go:?}");
+        assert!(asks(m(), Some(10)), "{go:?}");
+        assert!(!asks(MigrationView { over_own_network: false, ..m() }, Some(3600)), "{go:?}");
+    }
+}
+
+#[test]
+fn a_migration_does_not_wait_for_a_network_over_which_it_cannot_begin() {
+    let unreached = |over_own_network, seconds| {
+        let m = MigrationView { over_own_network, ..published() };
+        let error = Some("cannot reach 10.99.0.2".to_owned());
+        let link = SourceView { ready: false, error, age: Duration::from_secs(seconds), ..link() };
+        writes(&decide(&source_facts(m, answers(state(DomainPhase::Running)), Some(link))))
+            .contains(&Change::OverNodesNetwork)
+    };
+    assert!(!unreached(true, 9) && unreached(true, 10) && !unreached(false, 10));
+    // The target's QEMU waits and nobody has come yet: it is prepared anew, where it is reached.
+    let mut facts = target_facts(
+        MigrationView { detected: true, ..published() },
+        answers(received(DomainPhase::Incoming, false)),
+        true,
+    );
+    facts.target.as_mut().unwrap().over_own_network = true;
+    facts.vmi.migration.as_mut().unwrap().target_node = ME.into();
+    assert_eq!(orders(&decide(&facts))[0], "close target");
+}
+
+#[test]
+fn a_target_that_is_not_reached_over_the_network_for_migrations_listens_in_the_nodes_own() {
+    let over = |own: bool, facts: &mut Facts| {
+        facts.target.as_mut().unwrap().over_own_network = own;
+    };
+    // The guest is there, in post-copy; and before the go.
+    let mut before = cut(serving("postcopy-paused", DomainPhase::Incoming));
+    before.migration.as_mut().unwrap().gone = false;
+    let waits = MigrationView { target_ready: false, ..arrived() };
+    for mut facts in [
+        at_target(arrived(), cut(serving("postcopy-paused", DomainPhase::Running))),
+        target_facts(waits, answers(before), true),
+    ] {
+        over(true, &mut facts);
+        let m = facts.vmi.migration.as_mut().unwrap();
+        m.over_own_network = true;
+        assert!(orders(&decide(&facts)).is_empty(), "{:?}", decide(&facts));
+        facts.vmi.migration.as_mut().unwrap().over_own_network = false;
+        assert_eq!(orders(&decide(&facts)), ["close target", "control new"]);
+        // What it listens on now is published with its own word, not with the controller's, who had it otherwise.
+        over(false, &mut facts);
+        facts.vmi.migration.as_mut().unwrap().over_own_network = true;
+        assert!(orders(&decide(&facts)).is_empty());
+    }
 }
 
 #[test]
