@@ -21,7 +21,7 @@ async fn config_map(cluster: &Cluster, name: &str) -> Option<Value> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn objects_survive_kill_and_down_and_up_again() {
-    let cluster = Cluster::start(2).await;
+    let cluster = Cluster::up(2).await;
     let make =
         |name: &str| json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}, "data": {"k": name}});
     cluster.apply(make("one")).await.expect("apply");
@@ -65,7 +65,7 @@ impl Reconnected {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn kubevirt_is_deployed_from_the_start() {
-    let cluster = Cluster::start(1).await;
+    let cluster = Cluster::up(1).await;
     let api: kube::Api<kube::api::DynamicObject> = kube::Api::namespaced_with(
         cluster.client.clone(),
         "kubevirt",
@@ -91,7 +91,7 @@ fn own(client: &kube::Client, group: &str, kind: &str) -> kube::Api<kube::api::D
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_older_data_directory_is_brought_up_to_date() {
-    let cluster = Cluster::start(1).await;
+    let cluster = Cluster::up(1).await;
     let crds = ("apiextensions.k8s.io", "CustomResourceDefinition", "migrationrecords.godwit.io");
     let controller = ("rbac.authorization.k8s.io", "ClusterRole", "kubevirt-controller");
     let migrate = ("rbac.authorization.k8s.io", "ClusterRole", "kubevirt.io:migrate");
@@ -141,7 +141,7 @@ async fn an_older_data_directory_is_brought_up_to_date() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn down_leaves_nothing_behind() {
-    let cluster = Cluster::start(2).await;
+    let cluster = Cluster::up(2).await;
     cluster.build_rom_image(godwit_guest_rom::Parameters::default());
     cluster.start_rom_guest("left").await;
     let id = status_of(&cluster)["id"].as_str().expect("id").to_owned();
