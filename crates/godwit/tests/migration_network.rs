@@ -38,7 +38,7 @@ struct Moved {
 impl Stage {
     async fn new() -> Self {
         let cluster = Cluster::with_migration_network(2).await;
-        cluster.build_rom_image(Parameters { token: TOKEN, pages_per_tick: 25, ..Parameters::default() });
+        cluster.build_rom_image(Parameters { token: TOKEN, pages_per_tick: 25, noise: true, ..Parameters::default() });
         cluster.start_rom_guest(GUEST).await;
         let stage = Self { cluster, moves: 0 };
         stage
@@ -82,8 +82,17 @@ impl Stage {
 
     /// Has a node reach another one's address no more, which neither can see by its links.
     fn cut(&self, from: &str, to: &str) {
+        self.route(from, "add", to);
+    }
+
+    /// Has it reach that again.
+    fn mend(&self, from: &str, to: &str) {
+        self.route(from, "del", to);
+    }
+
+    fn route(&self, from: &str, change: &str, to: &str) {
         let node = self.cluster.namespace(from);
-        let done = Command::new("ip").args(["netns", "exec", &node, "ip", "route", "add", "blackhole", to]).status();
+        let done = Command::new("ip").args(["netns", "exec", &node, "ip", "route", change, "blackhole", to]).status();
         assert!(done.expect("ip starts").success());
     }
 
@@ -256,26 +265,41 @@ async fn a_guest_whose_migration_loses_its_network_stays_and_moves_over_the_othe
     stage.moves_over_the_nodes().await;
 }
 
+impl Stage {
+    /// Sends the guest away over a narrow network for migrations until it is at the other node in post-copy; the migration, the node that
+    /// it has left and the VMI.
+    async fn in_post_copy(&mut self) -> (String, String, DynamicObject) {
+        self.configure(json!({"completionTimeoutPerGiB": 3, "allowPostCopy": true})).await;
+        let from = status(&self.vmi().await, "nodeName");
+        narrow(&self.cluster, &from, "eth1");
+        let name = self.depart(json!({})).await;
+        let ahead = |vmi: &DynamicObject| {
+            status(vmi, "migrationState/mode") == "PostCopy"
+                && status(vmi, "nodeName") == status(vmi, "migrationState/targetNode")
+        };
+        let vmi = self.cluster.wait(&self.cluster.vmis(), GUEST, "it is in post-copy", ahead).await;
+        assert_eq!(status(&vmi, "migrationState/migrationNetworkType"), "Migration", "{}", vmi.data);
+        (name, from, vmi)
+    }
+
+    /// Waits until it has arrived with all of its memory; the VMI.
+    async fn arrives(&self, name: &str) -> DynamicObject {
+        let migration = self.over(name).await;
+        assert_eq!(status(&migration, "phase"), "Succeeded", "{}\n{}", migration.data, self.cluster.words());
+        one_launcher_is_left(&self.cluster, GUEST).await;
+        self.beats_on().await;
+        self.vmi().await
+    }
+}
+
 /// Where nothing will do but to reach the target: the guest is there, and a part of its memory is not.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_guest_in_post_copy_gets_its_memory_over_the_other_network() {
     let mut stage = Stage::new().await;
-    stage.configure(json!({"completionTimeoutPerGiB": 3, "allowPostCopy": true})).await;
-    let from = status(&stage.vmi().await, "nodeName");
-    narrow(&stage.cluster, &from, "eth1");
-    let name = stage.depart(json!({})).await;
-    let ahead = |vmi: &DynamicObject| {
-        status(vmi, "migrationState/mode") == "PostCopy"
-            && status(vmi, "nodeName") == status(vmi, "migrationState/targetNode")
-    };
-    let vmi = stage.cluster.wait(&stage.cluster.vmis(), GUEST, "it is in post-copy", ahead).await;
-    assert_eq!(status(&vmi, "migrationState/migrationNetworkType"), "Migration", "{}", vmi.data);
+    let (name, from, vmi) = stage.in_post_copy().await;
     // Neither end sees it by its own link.
-    let address = status(&vmi, "migrationState/targetNodeAddress");
-    stage.cut(&from, &address);
-    let migration = stage.over(&name).await;
-    assert_eq!(status(&migration, "phase"), "Succeeded", "{}\n{}", migration.data, stage.cluster.words());
-    let vmi = stage.vmi().await;
+    stage.cut(&from, &status(&vmi, "migrationState/targetNodeAddress"));
+    let vmi = stage.arrives(&name).await;
     let said = |name: &str| status(&vmi, &format!("migrationState/{name}"));
     assert_eq!(
         (said("migrationNetworkType").as_str(), said("progress/recoveries").as_str()),
@@ -286,6 +310,21 @@ async fn a_guest_in_post_copy_gets_its_memory_over_the_other_network() {
     assert!(said("targetNodeAddress").starts_with("10.88.0."), "{}", vmi.data);
     let words = "is not reached over the network for migrations: the nodes' own network is tried.";
     stage.cluster.hears_of("VirtualMachineInstance", GUEST, words, |event| event.message.ends_with(words)).await;
-    one_launcher_is_left(&stage.cluster, GUEST).await;
-    stage.beats_on().await;
+}
+
+/// The other one is no way at all (a firewall, say): the first one is tried again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_in_post_copy_gets_its_memory_when_the_network_for_that_is_whole_again() {
+    let mut stage = Stage::new().await;
+    let (name, from, vmi) = stage.in_post_copy().await;
+    let address = status(&vmi, "migrationState/targetNodeAddress");
+    let nodes_own = address.replace("10.89.", "10.88.");
+    stage.cut(&from, &nodes_own);
+    stage.cut(&from, &address);
+    let leaves = |vmi: &DynamicObject| status(vmi, "migrationState/targetNodeAddress") == nodes_own;
+    stage.cluster.wait(&stage.cluster.vmis(), GUEST, "the other network is tried", leaves).await;
+    stage.mend(&from, &address);
+    let vmi = stage.arrives(&name).await;
+    let said = |name: &str| status(&vmi, &format!("migrationState/{name}"));
+    assert_eq!((said("migrationNetworkType"), said("targetNodeAddress")), ("Migration".to_owned(), address));
 }

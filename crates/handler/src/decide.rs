@@ -156,8 +156,11 @@ pub enum Change {
     },
     /// Where the target listens, and that its domain is there.
     Published,
-    /// `migrationNetworkType`: from now on the nodes' own network, whatever it was.
-    OverNodesNetwork,
+    /// `migrationNetworkType`: from now on the network for migrations, or else the nodes' own, whatever it was.
+    Network {
+        /// That for migrations.
+        own: bool,
+    },
     /// `startTimestamp` and `mode`, microseconds since the epoch.
     Started(i64),
     /// `forecast`.

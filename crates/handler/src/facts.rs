@@ -254,8 +254,10 @@ pub struct SourceView {
     pub reported: Option<Duration>,
     /// How the go went.
     pub go: Go,
-    /// For how long the target has not been reached, when it had to be after the guest had left.
+    /// For how long the target has not been reached over the network in hand, when it had to be after the guest had left.
     pub unreached: Option<Duration>,
+    /// While that is so: this node's interface for migrations is there.
+    pub own_network: bool,
     /// What the target's end said after the migration had failed.
     pub target: TargetSays,
     /// What the link to the target's node was seen to carry, in bytes a second.

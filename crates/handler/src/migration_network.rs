@@ -73,6 +73,17 @@ impl Underlay {
         socket.connect(to.into()).await
     }
 
+    /// Whether memory and disks may go in the clear, where that is wished. Whoever has a network for migrations may count on it to be
+    /// closed; the nodes' own was not meant.
+    pub(crate) fn may_be_plain(&self, over_own_network: bool) -> bool {
+        over_own_network || self.own.is_none()
+    }
+
+    /// Whether it can be used now.
+    pub(crate) fn is_there(&self) -> bool {
+        self.own.as_ref().is_some_and(|own| self.find(own).is_ok())
+    }
+
     /// What the Node says of it.
     pub(crate) fn told(&self) -> Option<MigrationNetwork> {
         let own = self.own.as_ref()?;
@@ -146,6 +157,14 @@ fn choose(interface: &str, seen: &[Seen], node_ip: IpAddr) -> Result<IpAddr, Str
 mod tests {
     use super::*;
     use godwit_network::{Namespace, VethEnd};
+
+    #[test]
+    fn what_was_to_be_plain_in_a_network_of_its_own_is_not_in_the_nodes() {
+        let interface = MigrationInterface { interface: "eth1".to_owned(), network: None };
+        let both = Underlay::new(ip("10.88.0.11"), Some(interface));
+        assert_eq!((both.may_be_plain(true), both.may_be_plain(false)), (true, false));
+        assert!(Underlay::new(ip("10.88.0.11"), None).may_be_plain(false));
+    }
 
     fn ip(text: &str) -> IpAddr {
         text.parse().unwrap()

@@ -197,13 +197,16 @@ impl SourceLink {
         self.endpoint.subscribe()
     }
 
-    /// The target has published another place.
+    /// The target has published another place, or is to listen in another network: that has its time.
     pub fn moved(&self, endpoint: Endpoint) {
-        self.endpoint.send_if_modified(|old| {
+        let moved = self.endpoint.send_if_modified(|old| {
             let moved = *old != endpoint;
             *old = endpoint;
             moved
         });
+        if moved {
+            self.state.lock().unwrap_or_else(PoisonError::into_inner).unreached = None;
+        }
     }
 }
 
@@ -631,6 +634,7 @@ impl Run {
         request: Request,
         limit: Duration,
     ) -> Result<Answer, Obstacle> {
+        let began = Instant::now();
         let answer = match control.as_mut() {
             Some(open) => open.ask(request, limit).await,
             None => match self.redial().await {
@@ -638,8 +642,11 @@ impl Run {
                 Err(error) => Err(error),
             },
         };
-        let failed = answer.is_err().then(Instant::now);
-        self.set(|s| s.unreached = failed.map(|now| s.unreached.unwrap_or(now)));
+        // An answer that did not come was waited for, too; but what was asked at another place says nothing of this one.
+        self.set(|s| {
+            let failed = answer.is_err() && !self.endpoint.has_changed().unwrap_or(true);
+            s.unreached = failed.then(|| s.unreached.unwrap_or(began));
+        });
         answer.map_err(|error| {
             *control = None;
             Obstacle::NotYet(error.to_string())

@@ -18,6 +18,7 @@ use crate::expect::{self, Prediction};
 use crate::facts::{self, Facts, Go, Launcher, MigrationView, Ordered, PodView, SourceView, TargetView, VmiView};
 use crate::follow::Follower;
 use crate::frames::Relay;
+use crate::migration_network::Underlay;
 use crate::networks::Wired;
 use crate::sockets::SocketDir;
 use crate::source_link::SourceLink;
@@ -462,7 +463,7 @@ impl Worker {
                 && self.measure_asked.as_ref() == self.known.as_ref().map(|(uid, _)| uid),
             pods,
             target: self.target.as_ref().map(Target::view),
-            source: self.source.as_ref().map(Source::view),
+            source: self.source.as_ref().map(|source| source.view(&self.context.underlay)),
             peer_ended: self.peer_seen.as_ref().and_then(|(_, _, ended)| ended.clone()),
         }
     }
@@ -544,7 +545,7 @@ impl Target {
 }
 
 impl Source {
-    fn view(&self) -> SourceView {
+    fn view(&self, underlay: &Underlay) -> SourceView {
         let state = self.link.now();
         SourceView {
             uid: self.link.uid.clone(),
@@ -563,6 +564,7 @@ impl Source {
             reported: self.reported.map(|at| at.elapsed()),
             go: state.go,
             unreached: state.unreached.map(|since| since.elapsed()),
+            own_network: state.unreached.is_some() && underlay.is_there(),
             target: state.target,
             link_rate: self.rate(),
             prediction: self.prediction.clone(),

@@ -129,11 +129,7 @@ pub fn patch(vmi: &VirtualMachineInstance, changes: &[Change], from: &Sources<'_
                 }
                 migration.insert("targetNodeAddress".into(), json!(target.address));
                 migration.insert("targetDirectMigrationNodePorts".into(), Value::Object(ports.clone()));
-                let network = match target.over_own_network {
-                    true => names::MIGRATION_NETWORK_OWN,
-                    false => names::MIGRATION_NETWORK_POD,
-                };
-                migration.insert("migrationNetworkType".into(), json!(network));
+                migration.insert("migrationNetworkType".into(), json!(network_type(target.over_own_network)));
                 migration.insert("targetNodeDomainDetected".into(), json!(true));
                 merge(
                     &mut migration,
@@ -145,8 +141,8 @@ pub fn patch(vmi: &VirtualMachineInstance, changes: &[Change], from: &Sources<'_
                     }),
                 );
             }
-            Change::OverNodesNetwork => {
-                migration.insert("migrationNetworkType".into(), json!(names::MIGRATION_NETWORK_POD));
+            Change::Network { own } => {
+                migration.insert("migrationNetworkType".into(), json!(network_type(*own)));
             }
             Change::Started(start_us) => {
                 migration.insert("startTimestamp".into(), time_of(*start_us, from.now));
@@ -236,6 +232,11 @@ fn seconds(at: Timestamp) -> Value {
 
 fn time_of(us: i64, fallback: Timestamp) -> Value {
     seconds(Timestamp::from_microsecond(us).unwrap_or(fallback))
+}
+
+/// The word for a migration over the network for migrations, or over the nodes' own.
+fn network_type(own: bool) -> &'static str {
+    if own { names::MIGRATION_NETWORK_OWN } else { names::MIGRATION_NETWORK_POD }
 }
 
 fn mode_word(mode: MigrationMode) -> &'static str {

@@ -116,7 +116,14 @@ impl Streams {
         self.open.remove(&number);
         if let (Err(error), None) = (how, &self.error) {
             self.error = Some(error.to_string());
-            self.timed_out = error.kind() == io::ErrorKind::TimedOut;
+            // A connection that nobody acknowledges ends with what the network last said of it, if it said anything.
+            self.timed_out = matches!(
+                error.kind(),
+                io::ErrorKind::TimedOut
+                    | io::ErrorKind::HostUnreachable
+                    | io::ErrorKind::NetworkUnreachable
+                    | io::ErrorKind::NetworkDown
+            );
         }
     }
 }

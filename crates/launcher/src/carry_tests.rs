@@ -363,3 +363,16 @@ async fn what_is_carried_is_told_while_the_vm_says_nothing() {
     server.abort();
     drop(receiving);
 }
+
+/// A router, or the source's own kernel, may say why before the time is up.
+#[test]
+fn a_link_that_ends_with_the_networks_word_was_cut_and_one_that_the_other_end_closes_was_not() {
+    use io::ErrorKind::*;
+    let was_cut = |kind: io::ErrorKind| {
+        let mut streams = Streams::default();
+        streams.ended(0, &Err(kind.into()));
+        streams.timed_out
+    };
+    assert!([TimedOut, HostUnreachable, NetworkUnreachable, NetworkDown].into_iter().all(was_cut));
+    assert!(![ConnectionReset, BrokenPipe, UnexpectedEof].into_iter().any(was_cut));
+}

@@ -22,8 +22,8 @@ const REACH_WITHIN: Duration = Duration::from_secs(30);
 /// Between two attempts to reach it.
 const REDIAL_AFTER: Duration = Duration::from_millis(500);
 /// How long the target may be out of reach over the network for migrations, before the start or when the guest has left for good, until
-/// it is asked to listen in its node's own.
-const OVER_OWN_NETWORK_FOR: Duration = Duration::from_secs(10);
+/// it is asked to listen in its node's own; and in the latter case the other way round, where there are both.
+const OVER_ONE_NETWORK_FOR: Duration = Duration::from_secs(10);
 /// How long the target's end is waited for to say why the migration failed.
 const EXPLAIN_WITHIN: Duration = Duration::from_secs(8);
 /// Between two progress reports in the API.
@@ -188,9 +188,12 @@ fn begin(facts: &Facts, m: &MigrationView, pod: &PodView, link: Option<&SourceVi
     } else if link.ready {
         plan.act(Action::Migrate { pod: pod.name.clone() });
     } else if let Some(error) = &link.error {
-        if m.over_own_network && link.age >= OVER_OWN_NETWORK_FOR && link.age < REACH_WITHIN {
-            plan.write(vec![Change::OverNodesNetwork]);
-            plan.warn("Migrating", left_own_network(&m.target_node));
+        if m.over_own_network && link.age >= OVER_ONE_NETWORK_FOR && link.age < REACH_WITHIN {
+            // Not dialled once more where it is about to listen no longer.
+            plan.write(vec![Change::Network { own: false }]);
+            plan.warn("Migrating", changed_network(&m.target_node, false));
+            plan.wake(REDIAL_AFTER);
+            return;
         }
         if link.age >= REACH_WITHIN {
             let (cause, why) = match facts.peer_ended.as_deref() {
@@ -353,8 +356,8 @@ fn hand_over(
         changes.push(Change::Abort("Failed"));
     }
     let go = link.map(|l| &l.go).unwrap_or(&Go::NotDue);
-    let leaves = leaves_own_network(m, link, plan);
-    let changed_network = leaves.then_some(Change::OverNodesNetwork);
+    let other = other_network(m, link, plan);
+    let to_other = other.map(|own| Change::Network { own });
     match go {
         Go::Lost(reason) if f.status == "failed" => {
             let reason = format!("VMI is irrecoverable due to failed post-copy migration: {reason}");
@@ -385,7 +388,7 @@ fn hand_over(
             } else {
                 // Post-copy. If it breaks, the target's handler says so: the guest is there.
                 changes.extend(progress(pod, link, plan));
-                changes.extend(changed_network);
+                changes.extend(to_other);
                 plan.wake(REPORT_EVERY);
                 // What is missing there is nowhere any more, or nobody here knows how to send it. The target learns it by the
                 // end of this pod.
@@ -394,8 +397,8 @@ fn hand_over(
                 }
             }
             plan.write(changes);
-            if leaves && f.status != "completed" {
-                plan.warn("Migrating", left_own_network(&m.target_node));
+            if let Some(own) = other.filter(|_| f.status != "completed") {
+                plan.warn("Migrating", changed_network(&m.target_node, own));
             }
             if f.status == "postcopy-active" {
                 limit(m, pod, f, plan);
@@ -418,27 +421,34 @@ fn hand_over(
                 }
                 changes.push(Change::LinkBroken { node: m.target_node.clone() });
             }
-            changes.extend(changed_network);
+            changes.extend(to_other);
             plan.write(changes);
-            if leaves {
-                plan.warn("Migrating", left_own_network(&m.target_node));
+            if let Some(own) = other {
+                plan.warn("Migrating", changed_network(&m.target_node, own));
             }
             plan.wake(REDIAL_AFTER);
         }
     }
 }
 
-/// Whether the network for migrations has failed when nothing will do any more but to reach the target: the nodes' own may be whole.
-fn leaves_own_network(m: &MigrationView, link: Option<&SourceView>, plan: &mut Plan) -> bool {
-    let Some(unreached) = link.and_then(|link| link.unreached).filter(|_| m.over_own_network) else { return false };
-    if unreached < OVER_OWN_NETWORK_FOR {
-        plan.wake(OVER_OWN_NETWORK_FOR - unreached);
+/// Over which network the target is to be reached from now on (whether that for migrations), when nothing will do any more but to reach
+/// it and the one in hand has failed: the other may be whole, or whole again.
+fn other_network(m: &MigrationView, link: Option<&SourceView>, plan: &mut Plan) -> Option<bool> {
+    let link = link.filter(|link| m.over_own_network || link.own_network)?;
+    let unreached = link.unreached?;
+    if unreached < OVER_ONE_NETWORK_FOR {
+        plan.wake(OVER_ONE_NETWORK_FOR - unreached);
+        return None;
     }
-    unreached >= OVER_OWN_NETWORK_FOR
+    Some(!m.over_own_network)
 }
 
-fn left_own_network(node: &str) -> String {
-    format!("Node {node} is not reached over the network for migrations: the nodes' own network is tried.")
+fn changed_network(node: &str, own: bool) -> String {
+    let (failed, other) = match own {
+        false => ("the network for migrations", "the nodes' own network"),
+        true => ("the nodes' own network", "the network for migrations"),
+    };
+    format!("Node {node} is not reached over {failed}: {other} is tried.")
 }
 
 /// Why the target has ended, unless the guest lived there with all its memory: then its end is its own affair.

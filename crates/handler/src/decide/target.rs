@@ -171,9 +171,15 @@ fn ended_in_between(
     lost_because(facts, m, Failure::new(cause, reason), plan);
 }
 
-/// The listening half, unless it is another migration's, or where the source does not reach it (it says so by the kind of network).
+/// The listening half, unless it is another migration's, or where the source does not reach it: it says so by the kind of network.
 fn listening<'a>(facts: &'a Facts, m: &MigrationView) -> Option<&'a TargetView> {
-    facts.target.as_ref().filter(|open| open.uid == m.uid && (m.over_own_network || !open.over_own_network))
+    let is_reached = |open: &TargetView| match (m.over_own_network, open.over_own_network) {
+        (false, true) => false,
+        // Of its own accord, as its interface is not there; the kind is published with the place, so only afterwards it is the source's word.
+        (true, false) => !is_published(m, open),
+        _ => true,
+    };
+    facts.target.as_ref().filter(|open| open.uid == m.uid && is_reached(open))
 }
 
 fn is_published(m: &MigrationView, open: &TargetView) -> bool {

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -22,7 +23,7 @@ use kube::api::Api;
 use tokio::sync::OnceCell;
 
 use super::{Meter, Order, Pod, Source, Stop, Target, Worker, limited};
-use crate::channel::{BLOCKS, CONTROL, MEMORY, TargetChannels, TargetOptions};
+use crate::channel::{BLOCKS, CONTROL, MEMORY, TargetChannels, TargetControl, TargetOptions};
 use crate::decide::{Action, Change, Disruption, Failure, causes};
 use crate::facts::{self, Facts, MigrationView};
 use crate::fence::Fence;
@@ -56,7 +57,7 @@ pub(super) fn endpoint(m: &MigrationView, underlay: &Underlay) -> Option<Endpoin
         from: m.over_own_network.then(|| underlay.clone()),
         control: m.port(CONTROL)?,
         streams: [MEMORY, BLOCKS].into_iter().filter_map(|inner| Some((inner, m.port(inner)?))).collect(),
-        plain: m.disable_tls,
+        plain: m.disable_tls && underlay.may_be_plain(m.over_own_network),
     })
 }
 
@@ -421,19 +422,31 @@ impl Worker {
         if let Some((_, bad)) = sockets.iter().find(|(_, socket)| !socket.is_empty() && !SocketDir::is_name(socket)) {
             return Err(Stop::Failed(format!("the launcher names {bad:?} as its socket, which is no file name")));
         }
-        let streams = sockets.into_iter().map(|(inner, socket)| (inner, dir.clone(), socket)).collect();
+        let streams: Vec<_> = sockets.into_iter().map(|(inner, socket)| (inner, dir.clone(), socket)).collect();
         let identity = Identity::load(&context.tls).map_err(|e| Stop::Failed(e.to_string()))?;
-        let (address, over_own_network) = context.underlay.to_listen(m.over_own_network);
-        let options = TargetOptions {
-            migration_uid: uid.to_owned(),
-            source_node: m.source_node.clone(),
-            plain: m.disable_tls,
-            address,
-            streams,
-            control: Arc::new(control),
-            recoveries,
+        let control: Arc<dyn TargetControl> = Arc::new(control);
+        let open = async |(address, over_own_network): (IpAddr, bool)| {
+            let options = TargetOptions {
+                migration_uid: uid.to_owned(),
+                source_node: m.source_node.clone(),
+                plain: m.disable_tls && context.underlay.may_be_plain(over_own_network),
+                address,
+                streams: streams.clone(),
+                control: control.clone(),
+                recoveries: recoveries.clone(),
+            };
+            TargetChannels::open(&identity, options).await
         };
-        let channels = TargetChannels::open(&identity, options).await.map_err(|e| Stop::Failed(e.to_string()))?;
+        let mut place = context.underlay.to_listen(m.over_own_network);
+        let mut channels = open(place).await;
+        // An address that is there need not be usable (one of IPv6 that somebody else has, say).
+        if let (Err(error), (address, true)) = (&channels, place) {
+            tracing::warn!(%address, %error, "cannot listen there: this migration goes over the node's own network");
+            place = context.underlay.to_listen(false);
+            channels = open(place).await;
+        }
+        let channels = channels.map_err(|e| Stop::Failed(e.to_string()))?;
+        let (_, over_own_network) = place;
         tracing::info!(
             vmi = self.name,
             migration = uid,

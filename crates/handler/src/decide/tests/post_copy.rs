@@ -180,7 +180,7 @@ fn a_source_whose_link_broke_before_the_go_says_so_and_waits() {
 
 /// In post-copy and for the go nothing else will do than to reach the target: another network may be whole.
 #[test]
-fn a_source_that_does_not_reach_the_target_over_the_network_for_migrations_asks_for_the_nodes_own() {
+fn a_source_that_does_not_reach_the_target_over_one_network_asks_for_the_other_where_it_has_both() {
     let m = || MigrationView { over_own_network: true, mode: Some(MigrationMode::PostCopy), ..started() };
     let completed = sent("completed");
     for (state, go) in [
@@ -188,16 +188,22 @@ fn a_source_that_does_not_reach_the_target_over_the_network_for_migrations_asks_
         (cut(sending("postcopy-paused")), Go::Trying("no route".into())),
         (cut(sending("postcopy-paused")), Go::Running(us())),
     ] {
-        let asks = |m: MigrationView, unreached: Option<u64>| {
-            let link = SourceView { go: go.clone(), unreached: unreached.map(Duration::from_secs), ..link() };
+        let asks = |over_own_network: bool, own_network: bool, unreached: Option<u64>| {
+            let unreached = unreached.map(Duration::from_secs);
+            let link = SourceView { go: go.clone(), unreached, own_network, ..link() };
+            let m = MigrationView { over_own_network, ..m() };
             let plan = decide(&source_facts(m, answers(state.clone()), Some(link)));
-            let told = events(&plan).iter().any(|(_, text)| text.contains("the nodes' own network is tried"));
-            assert_eq!(writes(&plan).contains(&Change::OverNodesNetwork), told);
+            let other = if over_own_network { "the nodes' own network" } else { "the network for migrations" };
+            let told = events(&plan).iter().any(|(_, text)| text.ends_with(&format!("{other} is tried.")));
+            assert_eq!(writes(&plan).contains(&Change::Network { own: !over_own_network }), told);
             told
         };
-        assert!(!asks(m(), None) && !asks(m(), Some(9)), "{go:?}");
-        assert!(asks(m(), Some(10)), "{go:?}");
-        assert!(!asks(MigrationView { over_own_network: false, ..m() }, Some(3600)), "{go:?}");
+        for (over_own_network, own_network) in [(true, true), (true, false), (false, true)] {
+            assert!(!asks(over_own_network, own_network, None), "{go:?}");
+            assert!(!asks(over_own_network, own_network, Some(9)), "{go:?}");
+            assert!(asks(over_own_network, own_network, Some(10)), "{go:?}");
+        }
+        assert!(!asks(false, false, Some(3600)), "{go:?}");
     }
 }
 
@@ -207,8 +213,11 @@ fn a_migration_does_not_wait_for_a_network_over_which_it_cannot_begin() {
         let m = MigrationView { over_own_network, ..published() };
         let error = Some("cannot reach 10.99.0.2".to_owned());
         let link = SourceView { ready: false, error, age: Duration::from_secs(seconds), ..link() };
-        writes(&decide(&source_facts(m, answers(state(DomainPhase::Running)), Some(link))))
-            .contains(&Change::OverNodesNetwork)
+        let plan = decide(&source_facts(m, answers(state(DomainPhase::Running)), Some(link)));
+        let leaves = writes(&plan).contains(&Change::Network { own: false });
+        // Where it listens no longer in a moment it is not dialled.
+        assert_eq!(leaves, orders(&plan).is_empty(), "{plan:?}");
+        leaves
     };
     assert!(!unreached(true, 9) && unreached(true, 10) && !unreached(false, 10));
     // The target's QEMU waits and nobody has come yet: it is prepared anew, where it is reached.
@@ -241,9 +250,12 @@ fn a_target_that_is_not_reached_over_the_network_for_migrations_listens_in_the_n
         assert!(orders(&decide(&facts)).is_empty(), "{:?}", decide(&facts));
         facts.vmi.migration.as_mut().unwrap().over_own_network = false;
         assert_eq!(orders(&decide(&facts)), ["close target", "control new"]);
-        // What it listens on now is published with its own word, not with the controller's, who had it otherwise.
+        // The source reaches it there no more, and asks for the other again.
         over(false, &mut facts);
         facts.vmi.migration.as_mut().unwrap().over_own_network = true;
+        assert_eq!(orders(&decide(&facts)), ["close target", "control new"]);
+        // What it listens on, and has not published yet, it does with its own word: its interface is not there.
+        facts.target.as_mut().unwrap().address = "10.88.0.99".into();
         assert!(orders(&decide(&facts)).is_empty());
     }
 }
