@@ -31,7 +31,8 @@ simulator() {
 # Test files whose clusters can have a real API server.
 either='package(godwit) & (binary(certificates) | binary(cluster) | binary(console) | binary(contract) | binary(cpu) | binary(drain) | binary(drain_kubectl)
     | binary(evacuation) | binary(fencing) | binary(guests) | binary(images) | binary(kubectl) | binary(lost_node) | binary(maintenance)
-    | binary(maintenance_fields) | binary(metrics) | binary(migration) | binary(pods) | binary(refusals) | binary(uninstall) | binary(virtctl))'
+    | binary(maintenance_fields) | binary(metrics) | binary(migration) | binary(migration_network) | binary(pods) | binary(refusals)
+    | binary(uninstall) | binary(virtctl))'
 # Those that run an older godwit beside this one.
 upgrades='package(godwit) & binary(upgrade)'
 # Those that start `godwit up` themselves: they are about it, or measure with it.

@@ -24,7 +24,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("devices", &[]),
     ("handler", &["api", "devices", "launcher", "network"]),
     ("kubelet", &["images", "network"]),
-    ("standalone", &["api", "images", "network"]),
+    ("standalone", &["api", "images", "network", "qemu"]),
     ("webhook", &["api", "serving"]),
     ("subresources", &["api", "handler", "machinery", "serving", "webhook"]),
     ("certificates", &["api"]),

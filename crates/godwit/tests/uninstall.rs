@@ -12,15 +12,20 @@ use godwit_api::names::KUBEVIRT_NAMESPACE;
 use godwit_guest_rom::Parameters;
 use kube::Api;
 use kube::api::{ApiResource, DynamicObject, GroupVersionKind};
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
 use serde_json::{Value, json};
 use std::os::unix::fs::symlink;
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use std::process::Stdio;
 use std::time::{Duration, Instant};
+use tokio::io::AsyncReadExt;
+use tokio::process::{Child, Command};
 
 const GUEST: &str = "sitter";
-const PATIENCE: Duration = Duration::from_secs(120);
+/// How long a block of commands of the docs may take.
+const COMMANDS_END_WITHIN: Duration = Duration::from_secs(240);
+const PATIENCE: Duration = Duration::from_secs(30);
 const MOMENT: Duration = Duration::from_millis(50);
 /// Of Kubernetes' own controllers those that end what is deleted, and the one that opens nodes.
 const KUBERNETES_OWN: [&str; 3] = ["namespace-controller", "garbage-collector-controller", "node-lifecycle-controller"];
@@ -46,52 +51,73 @@ fn blocks(section: &str) -> Vec<String> {
     blocks.map(|block| block.split("```").next().unwrap_or_default().to_owned()).collect()
 }
 
-/// Runs commands as somebody at a shell, whose `kubectl` and `godwit` are these.
-fn shell(cluster: &Cluster, kubectl: &Path, commands: &str) -> std::process::Child {
-    let bin = cluster.data_dir().join("bin");
-    if !bin.is_dir() {
-        std::fs::create_dir(&bin).expect("a folder");
-        symlink(kubectl, bin.join("kubectl")).expect("kubectl");
-        symlink(env!("CARGO_BIN_EXE_godwit"), bin.join("godwit")).expect("godwit");
+/// Commands at a shell; what still runs of them when this is dropped is killed.
+struct Shell {
+    child: Option<Child>,
+    group: Pid,
+}
+
+impl Shell {
+    /// Runs commands as somebody whose `kubectl` and `godwit` are these.
+    fn start(cluster: &Cluster, kubectl: &Path, commands: &str) -> Self {
+        let bin = cluster.data_dir().join("bin");
+        if !bin.is_dir() {
+            std::fs::create_dir(&bin).expect("a folder");
+            symlink(kubectl, bin.join("kubectl")).expect("kubectl");
+            symlink(env!("CARGO_BIN_EXE_godwit"), bin.join("godwit")).expect("godwit");
+        }
+        let path = format!("{}:{}", bin.display(), std::env::var("PATH").expect("a PATH"));
+        let limit = COMMANDS_END_WITHIN.as_secs().to_string();
+        let child = Command::new("timeout")
+            .args(["--kill-after=5", &limit, "bash", "-euxc", commands])
+            .env("PATH", path)
+            .env("KUBECONFIG", cluster.kubeconfig())
+            .env("HOME", cluster.data_dir())
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .process_group(0)
+            .spawn()
+            .expect("bash starts");
+        let pid = child.id().expect("it was started").cast_signed();
+        Self { child: Some(child), group: Pid::from_raw(pid) }
     }
-    let path = format!("{}:{}", bin.display(), std::env::var("PATH").expect("a PATH"));
-    Command::new("timeout")
-        .args(["--kill-after=5", "240", "bash", "-euxc", commands])
-        .env("PATH", path)
-        .env("KUBECONFIG", cluster.kubeconfig())
-        .env("HOME", cluster.data_dir())
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("bash starts")
+
+    /// Waits until they are through, which they have to be without an error.
+    async fn succeeds(mut self, cluster: &Cluster) {
+        let child = self.child.as_mut().expect("nobody has waited for it");
+        let (mut out, mut err) = (Vec::new(), Vec::new());
+        let (mut stdout, mut stderr) = (child.stdout.take().expect("a pipe"), child.stderr.take().expect("a pipe"));
+        let (status, ..) = tokio::join!(child.wait(), stdout.read_to_end(&mut out), stderr.read_to_end(&mut err));
+        self.child = None;
+        let said = format!("{}\n{}", text(&out), text(&err));
+        println!("{said}");
+        assert!(status.expect("it ends").success(), "{said}\n{}", cluster.words());
+    }
 }
 
-async fn end_of(shell: std::process::Child) -> Output {
-    tokio::task::spawn_blocking(|| shell.wait_with_output()).await.expect("no panic").expect("it ends")
-}
-
-fn succeeded(output: &Output, cluster: &Cluster) {
-    let said = format!("{}\n{}", text(&output.stdout), text(&output.stderr));
-    println!("{said}");
-    assert!(output.status.success(), "{said}\n{}", cluster.words());
+impl Drop for Shell {
+    fn drop(&mut self) {
+        if self.child.is_some() {
+            // It may be over already.
+            let _ = killpg(self.group, Signal::SIGKILL);
+        }
+    }
 }
 
 /// Ends what stands for the pods of a workload when that has gone, as kubelets do.
 async fn goes_with(cluster: &Cluster, kind: &str, workload: &str, processes: &[&str]) {
     let resource = ApiResource::from_gvk(&GroupVersionKind::gvk("apps", "v1", kind));
     let api: Api<DynamicObject> = Api::namespaced_with(cluster.client.clone(), KUBEVIRT_NAMESPACE, &resource);
+    // Later than the commands end that delete it: what these have said then is told.
+    let deadline = Instant::now() + COMMANDS_END_WITHIN + PATIENCE;
     while api.get_opt(workload).await.expect("get").is_some() {
+        assert!(Instant::now() < deadline, "{kind} {workload} does not go\n{}", cluster.words());
         tokio::time::sleep(MOMENT).await;
     }
     let real = cluster.real.as_ref().expect("a real API server");
     for process in processes {
-        kill(cluster.pid(process), Signal::SIGTERM).expect("SIGTERM");
-        let deadline = Instant::now() + PATIENCE;
-        while real.runs(process) {
-            assert!(Instant::now() < deadline, "{process} does not end\n{}", cluster.words());
-            tokio::time::sleep(MOMENT).await;
-        }
+        real.end(process).await;
     }
 }
 
@@ -208,10 +234,9 @@ fn others_go_on(cluster: &Cluster, kubectl: &Path) {
 async fn nothing_is_left_after_what_the_docs_say() {
     let Some((cluster, kubectl)) = in_use().await else { return };
     let [uninstall, unmark, _] = commands();
-    let ending = end_of(shell(&cluster, &kubectl, &uninstall));
-    let (ended, (), ()) = tokio::join!(ending, controllers_end(&cluster), others_end(&cluster));
-    succeeded(&ended, &cluster);
-    succeeded(&end_of(shell(&cluster, &kubectl, &unmark)).await, &cluster);
+    let ending = Shell::start(&cluster, &kubectl, &uninstall).succeeds(&cluster);
+    tokio::join!(ending, controllers_end(&cluster), others_end(&cluster));
+    Shell::start(&cluster, &kubectl, &unmark).succeeds(&cluster).await;
     nothing_is_left(&cluster, &kubectl).await;
     others_go_on(&cluster, &kubectl);
 }
@@ -230,12 +255,15 @@ async fn nothing_is_left_when_the_controllers_went_first() {
     let last = uninstall.trim_end().lines().last().expect("a command");
     cluster.kubectl(&kubectl, &["-n", KUBEVIRT_NAMESPACE, "delete", "deployment", "virt-controller"]);
     controllers_end(&cluster).await;
-    let mut waits = shell(&cluster, &kubectl, last);
-    others_end(&cluster).await;
-    assert!(waits.try_wait().expect("a process").is_none(), "it waits for the VMs");
-    succeeded(&end_of(shell(&cluster, &kubectl, &by_hand.replace("NODE", "node2"))).await, &cluster);
-    succeeded(&end_of(waits).await, &cluster);
-    succeeded(&end_of(shell(&cluster, &kubectl, &unmark)).await, &cluster);
+    let mut waits = std::pin::pin!(Shell::start(&cluster, &kubectl, last).succeeds(&cluster));
+    tokio::select! {
+        biased;
+        () = &mut waits => panic!("it does not wait for the VMs"),
+        () = others_end(&cluster) => {}
+    }
+    Shell::start(&cluster, &kubectl, &by_hand.replace("NODE", "node2")).succeeds(&cluster).await;
+    waits.await;
+    Shell::start(&cluster, &kubectl, &unmark).succeeds(&cluster).await;
     nothing_is_left(&cluster, &kubectl).await;
     others_go_on(&cluster, &kubectl);
 }

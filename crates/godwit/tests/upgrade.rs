@@ -6,17 +6,15 @@
 mod common;
 
 use common::build::Build;
-use common::flights::{MOMENT, PATIENCE, Stage, TOKEN};
+use common::flights::{Stage, TOKEN};
 use common::moving::{guest_runs_on_in, one_launcher_is_left};
 use common::real::{API, CONTROLLER, OTHER_API, STANDBY, Wishes};
 use common::{Cluster, kill_hard, kubectls, qemus, rom_vmi, status, text};
 use godwit_api::names::KUBEVIRT_NAMESPACE;
 use godwit_guest_rom::Parameters;
 use kube::api::{ApiResource, DynamicObject, GroupVersionKind, Patch};
-use nix::sys::signal::{Signal, kill};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
-use std::time::Instant;
 
 /// A guest that stays in the launcher that the older version has made, until its workload is updated.
 const SITTER: &str = "sitter";
@@ -65,16 +63,6 @@ async fn all_answer(stage: &Stage) {
     }
 }
 
-/// Tells a process to end, and waits until it has.
-async fn ends(stage: &Stage, process: &str) {
-    kill(stage.cluster.pid(process), Signal::SIGTERM).expect("SIGTERM");
-    let deadline = Instant::now() + PATIENCE;
-    while stage.real().runs(process) {
-        assert!(Instant::now() < deadline, "{process} does not end\n{}", stage.cluster.words());
-        tokio::time::sleep(MOMENT).await;
-    }
-}
-
 /// Each `godwit api` is replaced by one of the build that is installed now; requests go to both for a while.
 async fn replace_apis(stage: &Stage) {
     let real = stage.real();
@@ -83,12 +71,12 @@ async fn replace_apis(stage: &Stage) {
     println!("an api of each version");
     all_answer(stage).await;
     moves(stage, "with an api of each version").await;
-    ends(stage, API).await;
+    real.end(API).await;
     stage.cluster.is_asked(API, false).await;
     all_answer(stage).await;
     real.start_api_process(API);
     stage.cluster.is_asked(API, true).await;
-    ends(stage, OTHER_API).await;
+    real.end(OTHER_API).await;
     stage.cluster.is_asked(OTHER_API, false).await;
 }
 
@@ -99,7 +87,7 @@ async fn replace_controller(stage: &Stage, before: &str, after: &str) {
     stage.says(after, "all kinds listed").await;
     let flight = stage.depart().await;
     real.launch(&real.build());
-    ends(stage, before).await;
+    real.end(before).await;
     stage.leads(after).await;
     println!("a migration that one controller has begun and the other ends");
     stage.arrive(&flight).await;

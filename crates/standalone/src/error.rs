@@ -16,6 +16,14 @@ pub enum Error {
         /// Debian packages that carry them.
         packages: Vec<String>,
     },
+    /// A program that an environment variable names, and that is not there.
+    #[error("{variable} names {}, which is no file: correct it, or unset it to use the installed one", .program.display())]
+    NamedProgram {
+        /// The variable.
+        variable: &'static str,
+        /// What it names.
+        program: PathBuf,
+    },
     /// File or system call.
     #[error("cannot {what} {}: {source}", .path.display())]
     Io {

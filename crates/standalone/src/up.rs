@@ -3,10 +3,12 @@
 use crate::layout::{Cluster, Layout, MAX_NODES};
 use crate::status::{kubevirt, text};
 use crate::{Error, fabric, pki, process};
+use godwit_qemu::process::{find_qemu, find_qemu_img};
 use k8s_openapi::api::core::v1::Node;
 use kube::api::DynamicObject;
 use kube::client::ClientBuilder;
 use kube::{Api, Client};
+use std::ffi::OsStr;
 use std::net::{Ipv4Addr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -132,26 +134,51 @@ fn require_root() -> Result<(), Error> {
     if nix::unistd::geteuid().is_root() { Ok(()) } else { Err(Error::NeedsRoot) }
 }
 
-/// Programs that the nodes run, and the Debian packages that carry them.
-const PROGRAMS: [(&str, &str); 3] =
-    [("qemu-system-x86_64", "qemu-system-x86"), ("qemu-img", "qemu-utils"), ("nft", "nftables")];
+/// A program that the nodes run.
+struct Program {
+    name: &'static str,
+    /// The Debian package that carries it.
+    package: &'static str,
+    /// The environment variable that may name another one.
+    variable: Option<&'static str>,
+    /// What would be run.
+    found: Option<PathBuf>,
+}
 
 fn require_programs() -> Result<(), Error> {
     let path = std::env::var_os("PATH").unwrap_or_default();
-    let missing: Vec<_> = PROGRAMS
-        .iter()
-        .filter(|(program, _)| {
-            let found = std::env::split_paths(&path).any(|folder| folder.join(program).is_file());
-            !found && !["/usr/sbin", "/sbin"].iter().any(|folder| Path::new(folder).join(program).is_file())
-        })
-        .collect();
-    if missing.is_empty() {
-        return Ok(());
+    let nft = || {
+        let administrators = ["/usr/sbin", "/sbin"].map(PathBuf::from);
+        std::env::split_paths(&path).chain(administrators).map(|folder| folder.join("nft")).find(|nft| nft.is_file())
+    };
+    let program = |name, package, variable, found| Program { name, package, variable, found };
+    let programs = [
+        program("qemu-system-x86_64", "qemu-system-x86", Some("GODWIT_QEMU"), find_qemu()),
+        program("qemu-img", "qemu-utils", Some("GODWIT_QEMU_IMG"), find_qemu_img()),
+        program("nft", "nftables", None, nft()),
+    ];
+    require(&programs, &path)
+}
+
+/// Each has to be there: found, or where somebody says that it is.
+fn require(programs: &[Program], path: &OsStr) -> Result<(), Error> {
+    let missing: Vec<&Program> = programs.iter().filter(|program| program.found.is_none()).collect();
+    if !missing.is_empty() {
+        return Err(Error::MissingPrograms {
+            programs: missing.iter().map(|program| program.name.to_owned()).collect(),
+            packages: missing.iter().map(|program| program.package.to_owned()).collect(),
+        });
     }
-    Err(Error::MissingPrograms {
-        programs: missing.iter().map(|(program, _)| (*program).to_owned()).collect(),
-        packages: missing.iter().map(|(_, package)| (*package).to_owned()).collect(),
-    })
+    for Program { variable, found, .. } in programs {
+        let Some((variable, found)) = variable.zip(found.as_deref()) else { continue };
+        // A name alone is looked for when it is started.
+        let is_name = found.parent() == Some(Path::new(""));
+        let is_there = found.is_file() || is_name && std::env::split_paths(path).any(|one| one.join(found).is_file());
+        if !is_there {
+            return Err(Error::NamedProgram { variable, program: found.to_owned() });
+        }
+    }
+    Ok(())
 }
 
 fn shape(layout: &Layout, options: &Options) -> Result<Cluster, Error> {
@@ -235,4 +262,43 @@ pub fn is_ready(node: &Node) -> bool {
     let conditions = node.status.as_ref().and_then(|s| s.conditions.as_deref()).unwrap_or_default();
     let schedulable = node.metadata.labels.as_ref().and_then(|l| l.get("kubevirt.io/schedulable"));
     conditions.iter().any(|c| c.type_ == "Ready" && c.status == "True") && schedulable.is_some_and(|v| v == "true")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What `require` says where QEMU is found so and nothing is in `PATH` but this folder.
+    fn said(qemu: Option<&Path>, folder: &Path) -> Result<(), String> {
+        let qemu = Program {
+            name: "qemu-system-x86_64",
+            package: "qemu-system-x86",
+            variable: Some("GODWIT_QEMU"),
+            found: qemu.map(Path::to_owned),
+        };
+        let nft = Program { name: "nft", package: "nftables", variable: None, found: Some("/usr/sbin/nft".into()) };
+        require(&[qemu, nft], folder.as_os_str()).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn a_qemu_that_is_named_needs_no_other_and_has_to_be_there() {
+        let folder = tempfile::tempdir().unwrap();
+        let (elsewhere, empty) = (folder.path().join("elsewhere"), folder.path().join("empty"));
+        for folder in [&elsewhere, &empty] {
+            std::fs::create_dir(folder).unwrap();
+        }
+        let own = elsewhere.join("qemu-of-mine");
+        std::fs::write(&own, "").unwrap();
+        assert_eq!(said(Some(&own), &empty), Ok(()));
+        let bare = Path::new("qemu-of-mine");
+        assert_eq!(said(Some(bare), &elsewhere), Ok(()));
+        assert!(said(Some(bare), &empty).unwrap_err().starts_with("GODWIT_QEMU names qemu-of-mine, which is no file"));
+        let gone = said(Some(&elsewhere.join("gone")), &empty).unwrap_err();
+        assert!(
+            gone.starts_with("GODWIT_QEMU names /") && gone.contains("/elsewhere/gone, which is no file"),
+            "{gone}"
+        );
+        let none = said(None, &elsewhere).unwrap_err();
+        assert!(none.starts_with("not installed: qemu-system-x86_64; run `make deps`"), "{none}");
+    }
 }

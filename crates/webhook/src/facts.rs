@@ -15,6 +15,8 @@ use serde_json::Value;
 
 /// The API server waits ten seconds for a webhook.
 const READ_TIMEOUT: Duration = Duration::from_secs(4);
+/// What is only worth a warning may not make the review late.
+const READ_TO_WARN_TIMEOUT: Duration = Duration::from_secs(1);
 /// A rule asks for two or three things in turn.
 const ROUNDS: usize = 8;
 
@@ -41,6 +43,15 @@ pub enum Question {
     },
 }
 
+/// What the answer to a question is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Purpose {
+    /// To allow, refuse or change the request: without it there is no verdict.
+    Verdict,
+    /// To warn whoever asks: what cannot be read is not warned of.
+    Warning,
+}
+
 /// Why something could not be read.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -53,8 +64,8 @@ pub enum Error {
         source: Box<kube::Error>,
     },
     /// It did not answer.
-    #[error("cannot read {0} from the API server: no answer in {READ_TIMEOUT:?}")]
-    Late(String),
+    #[error("cannot read {0} from the API server: no answer in {1:?}")]
+    Late(String, Duration),
     /// A rule asks on and on.
     #[error("the rule does not come to an end")]
     Endless,
@@ -62,7 +73,7 @@ pub enum Error {
 
 /// What has been read so far.
 #[derive(Debug, Default)]
-pub struct Facts(BTreeMap<Question, Vec<Value>>);
+pub struct Facts(BTreeMap<(Question, Purpose), Vec<Value>>);
 
 /// Where objects are read, and of which installation.
 #[derive(Clone)]
@@ -77,13 +88,14 @@ pub struct Cluster {
 struct Known<'a> {
     installation: &'a Installation,
     facts: &'a Facts,
-    missing: RefCell<BTreeSet<Question>>,
+    missing: RefCell<BTreeSet<(Question, Purpose)>>,
 }
 
 impl Known<'_> {
-    fn answer(&self, question: Question) -> Vec<Value> {
-        self.facts.0.get(&question).cloned().unwrap_or_else(|| {
-            self.missing.borrow_mut().insert(question);
+    fn answer(&self, question: Question, purpose: Purpose) -> Vec<Value> {
+        let asked = (question, purpose);
+        self.facts.0.get(&asked).cloned().unwrap_or_else(|| {
+            self.missing.borrow_mut().insert(asked);
             Vec::new()
         })
     }
@@ -96,19 +108,25 @@ impl Lookup for Known<'_> {
 
     fn get(&self, kind: &str, namespace: &str, name: &str) -> Option<Value> {
         let question = Question::Get { kind: kind.to_owned(), namespace: namespace.to_owned(), name: name.to_owned() };
-        self.answer(question).into_iter().next()
+        self.answer(question, Purpose::Verdict).into_iter().next()
     }
 
     fn list(&self, kind: &str, namespace: &str, label: Option<(&str, &str)>) -> Vec<Value> {
         let label = label.map(|(key, value)| (key.to_owned(), value.to_owned()));
-        self.answer(Question::List { kind: kind.to_owned(), namespace: namespace.to_owned(), label })
+        let question = Question::List { kind: kind.to_owned(), namespace: namespace.to_owned(), label };
+        self.answer(question, Purpose::Verdict)
+    }
+
+    fn list_to_warn(&self, kind: &str) -> Vec<Value> {
+        let question = Question::List { kind: kind.to_owned(), namespace: String::new(), label: None };
+        self.answer(question, Purpose::Warning)
     }
 }
 
 /// Asks a rule until it has seen all that it looks for.
 ///
 /// # Errors
-/// When something could not be read; the rule's verdict is then worth nothing.
+/// When something could not be read, but for what is only worth a warning; the rule's verdict is then worth nothing.
 pub async fn ask<T>(cluster: &Cluster, mut rule: impl FnMut(&dyn Lookup) -> T) -> Result<T, Error> {
     let mut facts = Facts::default();
     for _ in 0..ROUNDS {
@@ -119,11 +137,22 @@ pub async fn ask<T>(cluster: &Cluster, mut rule: impl FnMut(&dyn Lookup) -> T) -
         if missing.is_empty() {
             return Ok(verdict);
         }
-        for question in missing {
-            let found = tokio::time::timeout(READ_TIMEOUT, read(&cluster.client, &question))
+        for (question, purpose) in missing {
+            let limit = match purpose {
+                Purpose::Verdict => READ_TIMEOUT,
+                Purpose::Warning => READ_TO_WARN_TIMEOUT,
+            };
+            let found = tokio::time::timeout(limit, read(&cluster.client, &question))
                 .await
-                .map_err(|_| Error::Late(question.what()))??;
-            facts.0.insert(question, found);
+                .unwrap_or_else(|_| Err(Error::Late(question.what(), limit)));
+            let found = match (found, purpose) {
+                (Err(error), Purpose::Warning) => {
+                    tracing::warn!(%error, "what would be warned of is not known");
+                    Vec::new()
+                }
+                (found, _) => found?,
+            };
+            facts.0.insert((question, purpose), found);
         }
     }
     Err(Error::Endless)
@@ -215,7 +244,12 @@ pub(crate) mod tests {
 
     /// The cluster of such a server.
     pub(crate) async fn cluster(objects: Vec<(String, Value)>, code: u16) -> Cluster {
-        let uri = format!("http://{}", server(objects, code).await).parse().unwrap();
+        at(server(objects, code).await)
+    }
+
+    /// The cluster of the server at this address.
+    pub(crate) fn at(address: SocketAddr) -> Cluster {
+        let uri = format!("http://{address}").parse().unwrap();
         let client = kube::Client::try_from(kube::Config::new(uri)).unwrap();
         Cluster { client, installation: Installation::default() }
     }

@@ -100,7 +100,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::facts::tests::cluster;
+    use crate::facts::tests::{at, cluster};
     use crate::routes;
 
     /// What becomes of the eviction of a guest without a strategy of its own, where the KubeVirt object in this namespace has one for
@@ -142,5 +142,37 @@ mod tests {
         let Answer::Denied(denial) = of_eviction("elsewhere").await else { panic!("it is granted") };
         assert!(denial.text().contains("Eviction triggered evacuation of VMI"), "{}", denial.text());
         assert!(matches!(of_eviction("kubevirt").await, Answer::Allowed(_)));
+    }
+
+    /// An installation's network for migrations can be set while its nodes cannot be read, of which it would be warned.
+    #[tokio::test]
+    async fn what_is_only_worth_a_warning_fails_no_review() {
+        let kubevirt = json!({
+            "apiVersion": "kubevirt.io/v1", "kind": "KubeVirt", "metadata": {"name": "kubevirt", "namespace": "kubevirt"},
+            "spec": {"configuration": {"migrations": {"network": "fast"}}},
+        });
+        let review: Review = serde_json::from_value(json!({
+            "uid": "u", "kind": {"group": "kubevirt.io", "version": "v1", "kind": "KubeVirt"},
+            "resource": {"group": "kubevirt.io", "version": "v1", "resource": "kubevirts"}, "namespace": "kubevirt",
+            "name": "kubevirt", "operation": "UPDATE", "object": kubevirt, "oldObject": {"spec": {}},
+        }))
+        .unwrap();
+        let update = routes::of("/kubevirt-validate-update").unwrap();
+        let node =
+            json!({"metadata": {"name": "node1", "annotations": {"kubevirt.io/heartbeat": "2026-11-23T03:00:00Z"}}});
+        let nodes = json!({"apiVersion": "v1", "kind": "NodeList", "metadata": {}, "items": [node]});
+        let readable = cluster(vec![("/api/v1/nodes".to_owned(), nodes)], 404).await;
+        let Answer::Allowed(warnings) = judge(&readable, update, &review).await else { panic!("refused") };
+        assert!(warnings.iter().any(|warning| warning.contains("kubevirt/fast: node1;")), "{warnings:?}");
+        // It takes connections, and answers nothing.
+        let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        for unreadable in
+            [cluster(Vec::new(), 403).await, cluster(Vec::new(), 500).await, at(silent.local_addr().unwrap())]
+        {
+            let Answer::Allowed(warnings) = judge(&unreadable, update, &review).await else {
+                panic!("refused or failed")
+            };
+            assert!(warnings.is_empty(), "{warnings:?}");
+        }
     }
 }

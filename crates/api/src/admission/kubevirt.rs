@@ -75,7 +75,7 @@ pub(super) fn validate(request: &Request<'_>) -> Verdict {
 /// Why migrations will not all go over this network.
 fn unmet(network: &str, lookup: &dyn Lookup) -> Option<String> {
     let nodes: Vec<Node> =
-        lookup.list("Node", "", None).into_iter().filter_map(|node| serde_json::from_value(node).ok()).collect();
+        lookup.list_to_warn("Node").into_iter().filter_map(|node| serde_json::from_value(node).ok()).collect();
     let told = nodes.iter().map(|node| {
         let metadata = &node.metadata;
         (metadata.name.as_deref().unwrap_or_default(), metadata.annotations.as_ref())

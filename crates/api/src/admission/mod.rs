@@ -63,6 +63,11 @@ pub trait Lookup {
     /// The objects of a kind in a namespace (all namespaces when empty) that carry the label, or all without one.
     fn list(&self, kind: &str, namespace: &str, label: Option<(&str, &str)>) -> Vec<Value>;
 
+    /// All objects of a kind, for what is only worth a warning: there are none, too, while they cannot be read.
+    fn list_to_warn(&self, kind: &str) -> Vec<Value> {
+        self.list(kind, "", None)
+    }
+
     /// The installation's KubeVirt object.
     fn kubevirt(&self) -> Option<Value> {
         self.get("KubeVirt", self.installation().namespace(), KUBEVIRT_NAME)

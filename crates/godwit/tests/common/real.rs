@@ -13,6 +13,7 @@ use godwit_network::Namespace;
 use godwit_standalone::{CONTROL_PLANE_ADDRESS, Cluster as Shape, FABRIC_API_PORT, Layout, Process, fabric, pki};
 use kube::api::{Api, ApiResource, DynamicObject, GroupVersionKind, Patch, PatchParams, PostParams};
 use kube::{Client, core::Request};
+use nix::sys::signal::{Signal, kill};
 use rcgen::{
     BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
 };
@@ -48,6 +49,7 @@ const HANDLER: &str = "virt-handler";
 const HEALTH_PORTS: [(&str, u16); 2] = [(CONTROLLER, 8080), (STANDBY, 8081)];
 /// How long all of it may take on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(120);
+const MOMENT: Duration = Duration::from_millis(50);
 
 /// The folder with the two programs, when the environment names one that has them.
 pub fn assets() -> Option<PathBuf> {
@@ -237,6 +239,16 @@ impl Real {
         godwit_standalone::find(&self.layout, name).is_some()
     }
 
+    /// Tells it to end, and waits until it has.
+    pub async fn end(&self, name: &str) {
+        kill(self.pid(name), Signal::SIGTERM).expect("SIGTERM");
+        let deadline = Instant::now() + PATIENCE;
+        while self.runs(name) {
+            assert!(Instant::now() < deadline, "{name} does not end\n{}", words(self.layout.root()));
+            tokio::time::sleep(MOMENT).await;
+        }
+    }
+
     /// `kill -9`.
     pub fn kill(&self, name: &str) {
         kill_hard(self.pid(name));
@@ -267,7 +279,7 @@ impl Real {
                 Ok(_) => return,
                 Err(error) => last = error.to_string(),
             }
-            tokio::time::sleep(Duration::from_millis(50)).await;
+            tokio::time::sleep(MOMENT).await;
         }
         panic!("kube-apiserver does not serve: {last}\n{}", self.tail());
     }
@@ -411,7 +423,7 @@ impl Real {
         let served = || http::Request::get("/apis/subresources.kubevirt.io/v1").body(Vec::new()).expect("request");
         while let Err(error) = client.request_text(served()).await {
             assert!(Instant::now() < deadline, "godwit api is not reached: {error}\n{}", words(self.layout.root()));
-            tokio::time::sleep(Duration::from_millis(50)).await;
+            tokio::time::sleep(MOMENT).await;
         }
         self.until_webhooks_are_known(client, deadline).await;
         if self.wishes.installed.is_some() {
@@ -438,7 +450,7 @@ impl Real {
                 return;
             }
             assert!(Instant::now() < deadline, "the webhooks are not asked: {said}\n{}", words(self.layout.root()));
-            tokio::time::sleep(Duration::from_millis(50)).await;
+            tokio::time::sleep(MOMENT).await;
         }
     }
 
