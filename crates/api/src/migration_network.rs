@@ -7,10 +7,11 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::net::IpAddr;
 
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde::{Deserialize, Serialize};
 
 use crate::Installation;
-use crate::names::{ANNOTATION_HEARTBEAT, ANNOTATION_MIGRATION_NETWORK};
+use crate::names::{ANNOTATION_HEARTBEAT, ANNOTATION_MIGRATION_NETWORK, LABEL_SCHEDULABLE};
 
 /// So many nodes are named; of more it is said how many they are.
 const MOST_NAMED: usize = 5;
@@ -76,11 +77,28 @@ pub struct MigrationNetwork {
     pub problem: Option<String>,
 }
 
+/// The annotation: with the heartbeat that it came with. An older handler, which uses no such network, goes on with the heartbeat alone and
+/// leaves what a newer one has told.
+#[derive(Serialize, Deserialize)]
+struct Told<N> {
+    #[serde(flatten)]
+    network: N,
+    heartbeat: String,
+}
+
 impl MigrationNetwork {
-    /// What a node with these annotations has.
+    /// What a node with these annotations has, by the handler that its last heartbeat is of.
     #[must_use]
     pub fn of(annotations: Option<&BTreeMap<String, String>>) -> Option<Self> {
-        serde_json::from_str(annotations?.get(ANNOTATION_MIGRATION_NETWORK)?).ok()
+        let annotations = annotations?;
+        let told: Told<Self> = serde_json::from_str(annotations.get(ANNOTATION_MIGRATION_NETWORK)?).ok()?;
+        (annotations.get(ANNOTATION_HEARTBEAT) == Some(&told.heartbeat)).then_some(told.network)
+    }
+
+    /// The annotation [`ANNOTATION_MIGRATION_NETWORK`] beside this value of [`ANNOTATION_HEARTBEAT`].
+    #[must_use]
+    pub fn told_at(&self, heartbeat: &str) -> Option<String> {
+        serde_json::to_string(&Told { network: self, heartbeat: heartbeat.to_owned() }).ok()
     }
 
     /// Whether a migration between this node and the other one can go over it: both are there now, with addresses of one family.
@@ -91,26 +109,32 @@ impl MigrationNetwork {
     }
 }
 
+/// Whether a node has a handler, which has neither said farewell nor been silent for too long.
+#[must_use]
+pub fn has_handler(node: &ObjectMeta) -> bool {
+    let beats = node.annotations.as_ref().is_some_and(|all| all.contains_key(ANNOTATION_HEARTBEAT));
+    let away = node.labels.as_ref().and_then(|all| all.get(LABEL_SCHEDULABLE)).is_some_and(|value| value == "false");
+    beats && !away
+}
+
 /// Why migrations do not all go over the network `wanted` (`migrations.network`), with the nodes' names and what is to be done about it;
-/// `None` when they do. Nodes are told of by name and annotations; those on which there was never a handler do not count.
+/// `None` when they do. Nodes without a handler do not count: while one is replaced it is not known what the next one uses.
 #[must_use]
 pub fn unmet<'a>(
     wanted: &str,
     installation: &Installation,
-    nodes: impl IntoIterator<Item = (&'a str, Option<&'a BTreeMap<String, String>>)>,
+    nodes: impl IntoIterator<Item = &'a ObjectMeta>,
 ) -> Option<String> {
     let own = installation.namespace();
     let wanted = NetworkName::parse(wanted, own)?;
     let (mut elsewhere, mut away) = (Vec::new(), Vec::new());
-    for (node, annotations) in nodes {
-        if !annotations.is_some_and(|all| all.contains_key(ANNOTATION_HEARTBEAT)) {
-            continue;
-        }
-        match MigrationNetwork::of(annotations) {
+    for node in nodes.into_iter().filter(|node| has_handler(node)) {
+        let name = node.name.as_deref().unwrap_or_default();
+        match MigrationNetwork::of(node.annotations.as_ref()) {
             Some(has) if has.network.as_deref() == Some(wanted.to_string().as_str()) => {
-                away.extend(has.problem.map(|problem| format!("{node} ({problem})")));
+                away.extend(has.problem.map(|problem| format!("{name} ({problem})")));
             }
-            _ => elsewhere.push(node.to_owned()),
+            _ => elsewhere.push(name.to_owned()),
         }
     }
     let mut said = Vec::new();
@@ -147,8 +171,10 @@ mod tests {
 
     type Annotations = BTreeMap<String, String>;
 
+    const BEAT: &str = "2026-11-23T03:00:00Z";
+
     fn annotations(says: Option<&str>) -> Annotations {
-        let beat = (ANNOTATION_HEARTBEAT.to_owned(), "2026-11-23T03:00:00Z".to_owned());
+        let beat = (ANNOTATION_HEARTBEAT.to_owned(), BEAT.to_owned());
         let says = says.map(|says| (ANNOTATION_MIGRATION_NETWORK.to_owned(), says.to_owned()));
         std::iter::once(beat).chain(says).collect()
     }
@@ -160,6 +186,10 @@ mod tests {
             address: address.map(|address| address.parse().unwrap()),
             problem: address.is_none().then(|| "there is no interface migration0".to_owned()),
         }
+    }
+
+    fn node(name: &str, annotations: &Annotations) -> ObjectMeta {
+        ObjectMeta { name: Some(name.to_owned()), annotations: Some(annotations.clone()), ..ObjectMeta::default() }
     }
 
     #[test]
@@ -187,24 +217,38 @@ mod tests {
     #[test]
     fn what_a_node_says_is_read_back_and_anything_else_is_nothing() {
         for told in [has(None, None), has(Some("kubevirt/fast"), Some("fd00::1"))] {
-            let text = serde_json::to_string(&told).unwrap();
+            let text = told.told_at(BEAT).unwrap();
             assert_eq!(MigrationNetwork::of(Some(&annotations(Some(&text)))), Some(told));
         }
-        for text in [None, Some(""), Some("{}"), Some(r#"{"interface":"a","address":"somewhere"}"#)] {
+        let nowhere = format!(r#"{{"interface":"a","address":"somewhere","heartbeat":"{BEAT}"}}"#);
+        for text in [None, Some(""), Some("{}"), Some(nowhere.as_str())] {
             assert_eq!(MigrationNetwork::of(Some(&annotations(text))), None);
         }
         assert_eq!(MigrationNetwork::of(None), None);
     }
 
     #[test]
+    fn what_a_handler_has_told_is_over_with_the_first_heartbeat_of_an_older_one() {
+        let told = has(None, Some("10.99.0.1"));
+        let mut node = annotations(told.told_at(BEAT).as_deref());
+        assert_eq!(MigrationNetwork::of(Some(&node)), Some(told));
+        node.insert(ANNOTATION_HEARTBEAT.to_owned(), "2026-11-23T03:00:41Z".to_owned());
+        assert_eq!(MigrationNetwork::of(Some(&node)), None);
+        // Neither does what tells of no heartbeat count.
+        let text = r#"{"interface":"eth1","address":"10.99.0.1"}"#;
+        assert_eq!(MigrationNetwork::of(Some(&annotations(Some(text)))), None);
+    }
+
+    #[test]
     fn nodes_that_do_not_use_the_network_are_named_with_what_is_to_be_done() {
-        let say = |has: &MigrationNetwork| annotations(Some(&serde_json::to_string(has).unwrap()));
+        let say = |has: &MigrationNetwork| annotations(has.told_at(BEAT).as_deref());
         let uses = say(&has(Some("kubevirt/fast"), Some("10.99.0.1")));
         let away = say(&has(Some("kubevirt/fast"), None));
         let other = say(&has(None, Some("10.99.0.1")));
         let silent = annotations(None);
         let of = |nodes: &[(&str, &Annotations)]| {
-            unmet("fast", &Installation::USUAL, nodes.iter().map(|(name, all)| (*name, Some(*all))))
+            let nodes: Vec<_> = nodes.iter().map(|(name, all)| node(name, all)).collect();
+            unmet("fast", &Installation::USUAL, &nodes)
         };
         assert_eq!(of(&[]), None);
         assert_eq!(of(&[("a", &uses), ("no-handler", &Annotations::new())]), None);
@@ -222,7 +266,13 @@ mod tests {
         let many: Vec<String> = (1..=8).map(|number| format!("n{number}")).collect();
         let many: Vec<_> = many.iter().map(|name| (name.as_str(), &silent)).collect();
         assert!(of(&many).unwrap().contains("n1, n2, n3, n4, n5 and 3 more;"));
-        let foreign = unmet("networks/fast", &Installation::USUAL, [("a", Some(&uses))]).unwrap();
+        let foreign = unmet("networks/fast", &Installation::USUAL, [&node("a", &uses)]).unwrap();
         assert!(foreign.contains("--migration-network networks/fast`"), "{foreign}");
+        let said = |schedulable: &str| {
+            let labels = BTreeMap::from([(LABEL_SCHEDULABLE.to_owned(), schedulable.to_owned())]);
+            let node = ObjectMeta { labels: Some(labels), ..node("a", &silent) };
+            unmet("fast", &Installation::USUAL, [&node]).is_some()
+        };
+        assert!(said("true") && !said("false"), "a handler that is being replaced uses none");
     }
 }

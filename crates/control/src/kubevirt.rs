@@ -147,9 +147,11 @@ mod tests {
             "spec": {"configuration": {"migrations": {"network": "fast"}}},
         });
         cluster.put(Kind::KubeVirt, kubevirt);
-        let node = |told: Value| {
+        let node = |mut told: Value| {
+            let beat = "2026-11-23T03:00:00Z";
+            told["heartbeat"] = json!(beat);
             let annotations = json!({
-                names::ANNOTATION_HEARTBEAT: "2026-11-23T03:00:00Z", names::ANNOTATION_MIGRATION_NETWORK: told.to_string(),
+                names::ANNOTATION_HEARTBEAT: beat, names::ANNOTATION_MIGRATION_NETWORK: told.to_string(),
             });
             json!({"metadata": {"name": "node1", "annotations": annotations}})
         };

@@ -116,12 +116,14 @@ fn patch(schedulable: bool, offer: &Offer, now: Timestamp) -> Value {
     let mut labels = Map::new();
     labels.insert(names::LABEL_SCHEDULABLE.into(), json!(schedulable.to_string()));
     let mut annotations = Map::new();
-    annotations.insert(names::ANNOTATION_HEARTBEAT.into(), json!(whole.to_string()));
+    let whole = whole.to_string();
+    annotations.insert(names::ANNOTATION_HEARTBEAT.into(), json!(whole));
+    // Of a handler before this one it may be there, and one after it may know nothing of it: null takes it away.
+    let network = offer.migration_network.as_ref().filter(|_| schedulable);
+    let network = network.and_then(|network| network.told_at(&whole));
+    annotations.insert(names::ANNOTATION_MIGRATION_NETWORK.into(), json!(network));
     if schedulable {
-        annotations.insert(names::ANNOTATION_GIVES_FILES.into(), json!(whole.to_string()));
-        // Of a handler before this one it may be there: null takes it away.
-        let network = offer.migration_network.as_ref().and_then(|network| serde_json::to_string(network).ok());
-        annotations.insert(names::ANNOTATION_MIGRATION_NETWORK.into(), json!(network));
+        annotations.insert(names::ANNOTATION_GIVES_FILES.into(), json!(whole));
         for machine in ["q35", "pc"] {
             labels.insert(format!("{}{machine}", names::LABEL_PREFIX_MACHINE_TYPE), json!("true"));
         }
@@ -185,11 +187,16 @@ mod tests {
             address: Some("10.99.0.1".parse().unwrap()),
             problem: None,
         };
-        let told = patch(true, &Offer { migration_network: Some(network), ..Offer::default() }, now);
+        let offer = Offer { migration_network: Some(network), ..Offer::default() };
+        let told = patch(true, &offer, now);
         let told = told["metadata"]["annotations"]["godwit.io/migration-network"].as_str().map(str::to_owned);
-        assert_eq!(told.as_deref(), Some(r#"{"interface":"eth1","address":"10.99.0.1"}"#));
+        let beat = "2026-11-20T20:00:00Z";
+        let wanted = format!(r#"{{"interface":"eth1","address":"10.99.0.1","heartbeat":"{beat}"}}"#);
+        assert_eq!(told, Some(wanted));
         assert!(newer["metadata"]["annotations"].get("godwit.io/migration-network").is_some_and(Value::is_null));
-        let farewell = patch(false, &Offer::default(), now);
+        let farewell = patch(false, &offer, now);
         assert_eq!(farewell["metadata"]["labels"], json!({ "kubevirt.io/schedulable": "false" }));
+        let wanted = json!({ "kubevirt.io/heartbeat": beat, "godwit.io/migration-network": null });
+        assert_eq!(farewell["metadata"]["annotations"], wanted);
     }
 }

@@ -76,11 +76,7 @@ pub(super) fn validate(request: &Request<'_>) -> Verdict {
 fn unmet(network: &str, lookup: &dyn Lookup) -> Option<String> {
     let nodes: Vec<Node> =
         lookup.list_to_warn("Node").into_iter().filter_map(|node| serde_json::from_value(node).ok()).collect();
-    let told = nodes.iter().map(|node| {
-        let metadata = &node.metadata;
-        (metadata.name.as_deref().unwrap_or_default(), metadata.annotations.as_ref())
-    });
-    migration_network::unmet(network, lookup.installation(), told)
+    migration_network::unmet(network, lookup.installation(), nodes.iter().map(|node| &node.metadata))
 }
 
 /// The two names of the migrations' settings.

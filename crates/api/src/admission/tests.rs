@@ -560,8 +560,10 @@ proptest! {
 #[test]
 fn a_network_for_migrations_is_warned_of_where_handlers_do_not_use_it() {
     let node = |name: &str, annotations: Value| json!({ "apiVersion": "v1", "kind": "Node", "metadata": { "name": name, "annotations": annotations } });
-    let uses = json!({ "interface": "migration0", "network": "kubevirt/fast", "address": "10.99.0.1" }).to_string();
     let beat = "2026-11-23T03:00:00Z";
+    let uses =
+        json!({ "interface": "migration0", "network": "kubevirt/fast", "address": "10.99.0.1", "heartbeat": beat })
+            .to_string();
     let uses = json!({ "kubevirt.io/heartbeat": beat, "godwit.io/migration-network": uses });
     let kubevirt = |network: &str| {
         json!({

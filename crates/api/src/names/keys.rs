@@ -127,7 +127,7 @@ pub const ANNOTATION_CPU_MODELS: &str = "godwit.io/cpu-models";
 /// [`ANNOTATION_HEARTBEAT`] from the same handler: an older one, which gives nothing, goes on with that alone.
 pub const ANNOTATION_GIVES_FILES: &str = "godwit.io/gives-files";
 /// Godwit's own: the network that migrations to and from a node go over, where it has one for that
-/// ([`crate::MigrationNetwork`], a JSON object); on nodes.
+/// ([`crate::MigrationNetwork`], a JSON object, with the [`ANNOTATION_HEARTBEAT`] of the handler that tells it); on nodes.
 pub const ANNOTATION_MIGRATION_NETWORK: &str = "godwit.io/migration-network";
 /// Godwit's own: what executes guests on a node, `kvm` or `tcg`; label and annotation of nodes.
 pub const LABEL_ACCELERATOR: &str = "godwit.dev/accelerator";

@@ -347,7 +347,11 @@ fn a_migration_goes_over_the_network_for_them_where_both_nodes_are_in_it() {
             if let Some(address) = address {
                 told = json!({"interface": "eth1", "address": address});
             }
-            let annotations = json!({crate::names::ANNOTATION_MIGRATION_NETWORK: told.to_string()});
+            let beat = cluster.now.to_string();
+            told["heartbeat"] = json!(beat);
+            let annotations = json!({
+                crate::names::ANNOTATION_HEARTBEAT: beat, crate::names::ANNOTATION_MIGRATION_NETWORK: told.to_string(),
+            });
             cluster.patch(Kind::Node, &crate::Name::cluster(node), json!({"metadata": {"annotations": annotations}}));
         }
         run(&mut cluster, "job", "demo");
